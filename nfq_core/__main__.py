@@ -1,0 +1,8 @@
+"""Lets `python -m nfq_core` stand for `nfq`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

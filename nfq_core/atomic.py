@@ -1,0 +1,79 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from .errors import NFQError, TargetExistsError
+
+
+class AtomicFile:
+    """A file that appears under its name only when it is complete.
+
+    Everything goes to a temporary file beside the target; `commit` flushes it to disk and renames it. Leaving the
+    `with` block without a commit removes it, and whatever stood under the name stays.
+
+    Raises:
+        TargetExistsError: the target exists and `overwrite` is false.
+        NFQError: the folder is missing or cannot be written, or the disk is full.
+    """
+
+    def __init__(self, path: str | os.PathLike, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        self._overwrite = overwrite
+        self._refuse_existing()
+        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
+        with self._named_errors():
+            self._file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115
+
+    def __enter__(self) -> AtomicFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        """Write bytes at an offset; gaps are filled with zeros."""
+        with self._named_errors():
+            self._file.seek(offset)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+
+    def commit(self) -> None:
+        """Make the file durable and visible under its name."""
+        with self._named_errors():
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._refuse_existing()
+            os.replace(self._temporary, self.path)
+            if hasattr(os, "O_DIRECTORY"):
+                folder = os.open(self.path.parent, os.O_DIRECTORY)
+                os.fsync(folder)
+                os.close(folder)
+
+    def _refuse_existing(self) -> None:
+        if self.path.is_dir():
+            raise TargetExistsError(f"{self.path} is a directory; name a file in it")
+        if not self._overwrite and self.path.exists():
+            raise TargetExistsError(f"{self.path} exists already; --force overwrites it")
+
+    def _named_errors(self) -> _NamedErrors:
+        return _NamedErrors(self.path)
+
+
+class _NamedErrors:
+    """Turns an OSError of the operating system into an NFQError that names the target."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, OSError):
+            raise NFQError(f"{self._path} could not be written: {error.strerror}; nothing was changed") from None

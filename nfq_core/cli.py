@@ -1,0 +1,230 @@
+"""The command `nfq`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import convert, examine
+from .article_import import import_article
+from .codebook import EFFORTS
+from .errors import NFQError
+from .formats import LEVELS
+from .policy import Settings
+from .version import __version__
+
+OUTPUT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for bad input (one line on stderr), 2 for wrong usage."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="nfq: %(message)s", level=logging.WARNING)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return options.run(options)
+    except (NFQError, ImportError) as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        message = "interrupted; nothing was written"
+    except MemoryError:
+        message = "out of memory; nothing was written"
+    except OSError as error:
+        message = f"{error.filename or 'the file'}: {error.strerror or error}"
+    print(f"nfq: {' '.join(message.split())}", file=sys.stderr)
+    return 1
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nfq", description="Make SDXL models small in the NF block format.")
+    parser.add_argument("--version", action="version", version=f"nfq {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], help_text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+        sub.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else, on stdout")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("demo", _demo, "quantise and sample the bundled tiny model at the article's five levels")
+    sub.add_argument("--out", default="nfq-demo", metavar="DIR", help="where the pictures go (default: %(default)s)")
+    sub.add_argument("--force", action="store_true", help="overwrite what an earlier demo left in DIR")
+
+    sub = command("quantize", _quantize, "convert a safetensors UNet, checkpoint or state dict to .nfq.safetensors")
+    sub.add_argument("source", metavar="SRC", help="a .safetensors file")
+    sub.add_argument("target", metavar="DST", help="the .nfq.safetensors file to write")
+    sub.add_argument("--levels", type=int, choices=LEVELS, default=16, help="levels of Linear weights (default: 16)")
+    sub.add_argument("--conv-levels", type=int, choices=LEVELS, default=32, help="levels of convolutions (default: 32)")
+    sub.add_argument("--effort", choices=tuple(EFFORTS), default="fast", help="how long codebooks are fitted")
+    sub.add_argument("--quantize-first-last", action="store_true", help="quantise a UNet's outermost convolutions too")
+    sub.add_argument("--device", metavar="D", help="where to quantise, such as cuda (default: cpu)")
+    sub.add_argument("--force", action="store_true", help="overwrite DST")
+
+    sub = command("info", _info, "tell what an .nfq.safetensors file is")
+    sub.add_argument("file", metavar="F")
+
+    sub = command("verify", _verify, "check every checksum and bound of an .nfq.safetensors file")
+    sub.add_argument("file", metavar="F")
+
+    sub = command("compare", _compare, "measure how far an .nfq.safetensors file is from its original")
+    sub.add_argument("original", metavar="ORIGINAL")
+    sub.add_argument("file", metavar="F")
+
+    sub = command("dequantize", _dequantize, "turn an .nfq.safetensors file back into plain safetensors")
+    sub.add_argument("file", metavar="F")
+    sub.add_argument("target", metavar="DST")
+    sub.add_argument("--dtype", choices=tuple(OUTPUT_DTYPES), help="dtype of quantised tensors (default: as recorded)")
+    sub.add_argument("--force", action="store_true", help="overwrite DST")
+
+    sub = command("import-article", _import, "make an .nfq.safetensors file of one that the article's code wrote")
+    sub.add_argument("file", metavar="F")
+    sub.add_argument("target", metavar="DST")
+    sub.add_argument("--force", action="store_true", help="overwrite DST")
+    return parser
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    settings = Settings(options.levels, options.conv_levels, options.effort, options.quantize_first_last)
+    if options.device is not None:
+        _check_device(options.device)
+    with _progress("quantising", options) as progress:
+        result = convert.quantize_file(
+            options.source,
+            options.target,
+            settings,
+            device=options.device,
+            overwrite=options.force,
+            progress=progress,
+        )
+    return _show_conversion(options, result)
+
+
+def _import(options: argparse.Namespace) -> int:
+    with _progress("importing", options) as progress:
+        result = import_article(options.file, options.target, overwrite=options.force, progress=progress)
+    return _show_conversion(options, result)
+
+
+def _dequantize(options: argparse.Namespace) -> int:
+    dtype = OUTPUT_DTYPES[options.dtype] if options.dtype else None
+    with _progress("dequantising", options) as progress:
+        result = convert.dequantize_file(
+            options.file, options.target, dtype, overwrite=options.force, progress=progress
+        )
+    return _show(
+        options,
+        result,
+        f"{options.target}: {result['tensors']} tensors, {result['file_bytes']:,} bytes, {result['seconds']:.1f} s",
+    )
+
+
+def _info(options: argparse.Namespace) -> int:
+    info = examine.file_info(options.file)
+    formats: dict[str, int] = {}
+    for layer in info["layers"]:
+        formats[layer["format"]] = formats.get(layer["format"], 0) + 1
+    share = f", {info['file_bytes'] / info['original_bytes']:.0%} of the original" if info["original_bytes"] else ""
+    lines = [
+        f"file          {options.file}, {info['file_bytes']:,} bytes{share}",
+        f"written by    {info['writer']}, container version {info['container_version']}",
+        f"model         {info['architecture']}, {info['layout']} keys",
+        f"source        {info['source']['name'] or 'not recorded'} {info['source']['sha256'][:10]}",
+        f"settings      {', '.join(f'{name} {value}' for name, value in info['settings'].items()) or 'not recorded'}",
+        f"quantised     {len(info['layers'])} layers, {info['weights']:,} weights: "
+        + ", ".join(f"{count} {name}" for name, count in sorted(formats.items())),
+        f"bits/weight   {info['bits_per_weight']:.3f} in the file, {info['packed_bits_per_weight']:.3f} packed",
+        f"kept          {info['kept_bytes']:,} bytes",
+        f"workflow      {'embedded' if info['has_workflow'] else 'none'}",
+    ]
+    return _show(options, info, "\n".join(lines))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    with _progress("verifying", options) as progress:
+        result = examine.verify_file(options.file, progress=progress)
+    _show(options, result, f"{options.file}: all {result['tensors']} tensors are sound" if result["ok"] else "")
+    for error in result["errors"]:
+        print(f"nfq: {error}", file=sys.stderr)
+    return 0 if result["ok"] else 1
+
+
+def _compare(options: argparse.Namespace) -> int:
+    with _progress("comparing", options) as progress:
+        result = examine.compare_files(options.original, options.file, progress=progress)
+    width = max((len(layer["name"]) for layer in result["layers"]), default=0)
+    lines = [
+        f"{layer['name']:{width}}  {layer['format']:12}  {layer['bits_per_weight']:6.3f} bits  {_db(layer['sqnr_db'])}"
+        for layer in result["layers"]
+    ]
+    lines.append(f"mean over {len(result['layers'])} layers, by weights: {_db(result['sqnr_db'])}")
+    return _show(options, result, "\n".join(lines))
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .demo.run import run_demo
+
+    with _progress("demo", options, "model") as progress:
+        report = run_demo(options.out, overwrite=options.force, progress=progress)
+    lines = ["levels  bits/weight  file bytes  SQNR dB  picture PSNR dB"]
+    for row in report["levels"]:
+        lines.append(
+            f"{row['levels']:6}  {row['bits_per_weight']:11.3f}  {row['file_bytes']:10,}  {row['sqnr_db']:7.2f}  "
+            f"{row['psnr_db']:15.2f}"
+        )
+    lines.append(f"pictures: {report['comparison']}")
+    return _show(options, report, "\n".join(lines))
+
+
+def _show_conversion(options: argparse.Namespace, result: dict) -> int:
+    return _show(
+        options,
+        result,
+        f"{options.target}: {result['quantized']} tensors quantised, {result['kept']} kept, "
+        f"{result['original_bytes']:,} → {result['file_bytes']:,} bytes in {result['seconds']:.1f} s",
+    )
+
+
+def _show(options: argparse.Namespace, result: Any, text: str) -> int:
+    output = json.dumps(result, indent=2) if options.json else text
+    if output:
+        print(output)
+    return 0
+
+
+def _db(ratio: float | None) -> str:
+    return "  equal" if ratio is None else f"{ratio:6.2f} dB"
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise NFQError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def _progress(title: str, options: argparse.Namespace, unit: str = "B") -> Iterator[convert.Progress]:
+    """A progress callback that draws a bar on a terminal, and nothing elsewhere or with --json."""
+    with tqdm(
+        desc=title, unit=unit, unit_scale=unit == "B", disable=True if options.json else None, leave=False
+    ) as bar:
+
+        def report(done: int, total: int, name: str) -> None:
+            bar.total = total
+            bar.set_postfix_str(name[-40:], refresh=False)
+            bar.update(done - bar.n)
+
+        yield report

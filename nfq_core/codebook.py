@@ -1,0 +1,161 @@
+"""Fitting the levels of one tensor: Lloyd's algorithm on a sample of its blocks, under searched scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .codec import expected_code_bits
+from .formats import BlockFormat
+from .search import BlockQuantizer, ScaleGrid, largest_magnitudes
+
+STORED_BITS = {32: 4.93, 24: 4.50, 16: 3.915, 12: 3.49, 7: 2.78}
+"""Bits per code on disk, at each number of levels, that the codes of Gaussian weights do not exceed.
+
+Weights with lighter tails use all levels about equally often, which no entropy coder can shorten.
+"""
+
+RATE_ROUNDS = 10
+"""Rounds of Lloyd's algorithm for each price tried."""
+
+PRICE_STEPS = 5
+"""Bisections of the price per bit."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work fitting may take.
+
+    Args:
+        sample_blocks: blocks sampled from a tensor.
+        rounds: rounds of Lloyd's algorithm.
+        limit_size: whether codes are held to STORED_BITS, by entropy-constrained fitting.
+    """
+
+    sample_blocks: int
+    rounds: int
+    limit_size: bool
+
+
+EFFORTS = {"fast": Effort(2048, 8, False), "best": Effort(16384, 40, True)}
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Levels fitted to a tensor.
+
+    Args:
+        levels: ascending, exact in fp16, fp32 of shape (n,), the largest magnitude being 1.
+        prices: see BlockQuantizer, fp32 of shape (n,).
+        uses: how often each level was used in the sample, int64 of shape (n,).
+        error: mean squared error in the sample, in units of the blocks' largest magnitudes.
+    """
+
+    levels: torch.Tensor
+    prices: torch.Tensor
+    uses: torch.Tensor
+    error: float
+
+
+def fit_codebook(blocks: torch.Tensor, grid: ScaleGrid, fmt: BlockFormat, effort: Effort, weights: int) -> Codebook:
+    """Fit levels to a sample of a tensor.
+
+    Args:
+        blocks: the sample, fp32 of shape (blocks, 64), finite.
+        grid: the scales that may be used.
+        fmt: the format, with so many levels.
+        effort: how much work this may take.
+        weights: number of weights of the whole tensor.
+    """
+    largest = largest_magnitudes(blocks)
+    used = largest > 0
+    blocks, largest = blocks[used], largest[used]
+    levels = _starting_levels(blocks, fmt.levels)
+    if not len(blocks):
+        return Codebook(levels, torch.zeros_like(levels), torch.ones(fmt.levels, dtype=torch.int64), 0.0)
+    book = _lloyd(blocks, largest, grid, levels, 0.0, effort.rounds)
+    if not effort.limit_size:
+        return book
+
+    def fits(candidate: Codebook) -> bool:
+        uses = candidate.uses.sort(descending=True).values
+        return expected_code_bits(uses, fmt, weights) <= STORED_BITS[fmt.levels]
+
+    return book if fits(book) else _cheapest(blocks, largest, grid, book, fits)
+
+
+def _cheapest(
+    blocks: torch.Tensor, largest: torch.Tensor, grid: ScaleGrid, book: Codebook, fits: Callable[[Codebook], bool]
+) -> Codebook:
+    """The codebook of least price per bit that fits: entropy-constrained quantisation (Chou et al., 1989)."""
+    low, high = 0.0, 0.25 * book.error
+    while True:
+        found = _lloyd(blocks, largest, grid, book.levels, high, RATE_ROUNDS)
+        if fits(found) or high > 8 * book.error:
+            break
+        low, high = high, 2 * high
+    for _ in range(PRICE_STEPS):
+        price = (low + high) / 2
+        candidate = _lloyd(blocks, largest, grid, book.levels, price, RATE_ROUNDS)
+        if fits(candidate):
+            found, high = candidate, price
+        else:
+            low = price
+    return found
+
+
+def _lloyd(
+    blocks: torch.Tensor, largest: torch.Tensor, grid: ScaleGrid, levels: torch.Tensor, price: float, rounds: int
+) -> Codebook:
+    """Alternate between choosing scales and codes, and moving each level to the mean of its weights.
+
+    `price` is what one bit costs, in the units of `Codebook.error`. Without a price the best round counts, with one the
+    last: the objective then changes with the levels' frequencies.
+    """
+    count = len(levels)
+    prices = torch.zeros(count)
+    best: Codebook | None = None
+    for _ in range(rounds):
+        quantizer = BlockQuantizer(levels, grid, blocks.device, prices)
+        scales = quantizer.scales(quantizer.scale_codes(blocks, largest))
+        codes = quantizer.codes(blocks, scales).view(-1).long()
+        normalised = (blocks / scales.masked_fill(scales == 0, 1.0)[:, None]).view(-1).double()
+        weights = scales.square()[:, None].expand_as(blocks).reshape(-1).double()
+        residual = (normalised - levels.to(blocks.device)[codes]).square() * weights
+        book = Codebook(
+            levels,
+            prices,
+            torch.bincount(codes, minlength=count).cpu(),
+            float(residual.sum() / largest.double().square().sum() / blocks.shape[1]),
+        )
+        if best is None or price or book.error < best.error:
+            settled = best is not None and not price and book.error > best.error * 0.9998
+            best = book
+            if settled:
+                break
+        sums = torch.bincount(codes, normalised * weights, minlength=count).cpu()
+        totals = torch.bincount(codes, weights, minlength=count).cpu()
+        levels = _normalised(torch.where(totals > 0, sums / totals, levels.double()))
+        prices = -price * ((book.uses + 1.0) / (book.uses.sum() + count)).log2().float()
+    return best
+
+
+def _normalised(levels: torch.Tensor) -> torch.Tensor:
+    """Levels scaled to a largest magnitude of 1, rounded to fp16, ascending."""
+    levels = levels / levels.abs().amax().clamp_min(1e-30)
+    return levels.half().float().sort().values
+
+
+def _starting_levels(blocks: torch.Tensor, count: int) -> torch.Tensor:
+    """Levels whose density is the cube root of the weights' own (Panter and Dite's rule), from a histogram."""
+    if not len(blocks):
+        return torch.linspace(-1, 1, count).half().float()
+    extremes = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True))
+    histogram = torch.histc((blocks / extremes).cpu(), bins=512, min=-1, max=1)
+    smooth = torch.nn.functional.avg_pool1d(histogram.view(1, 1, -1), 9, 1, 4).view(-1)
+    density = smooth.double().add_(1e-3).pow_(1 / 3).cumsum(0)
+    wanted = (torch.arange(count).double() + 0.5) / count * density[-1]
+    levels = torch.searchsorted(density, wanted) / 256 - 1.0
+    return _normalised(levels)

@@ -1,0 +1,115 @@
+"""Lossless coding of packed buffers: independent zstd frames, none of which crosses a section of the buffer.
+
+Frames of one kind of content compress best, and independent ones can be decoded on several threads. Only literals are
+entropy-coded in effect: level 1's fast strategy, matches of at least 7 bytes, which zeroed or repeated stretches have.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+import zstandard
+
+from .errors import CorruptFileError
+from .formats import BlockFormat, Sections
+
+FRAME_BYTES = 256 * 1024
+"""Decoded bytes per frame, except the last of a section."""
+
+CODE_TABLE_BITS = 1024
+"""What zstd takes to describe the code of one frame's bytes, about."""
+
+PAIRING_LOSS = 1.004
+"""Bits that zstd's Huffman code takes for a byte of two to four digits, in terms of its entropy."""
+
+_PARAMETERS = zstandard.ZstdCompressionParameters(
+    strategy=zstandard.STRATEGY_FAST,
+    target_length=0,
+    min_match=7,
+    hash_log=6,
+    window_log=18,
+    write_content_size=True,
+)
+
+_local = threading.local()
+
+
+def frame_spans(sections: Sections) -> list[tuple[int, int]]:
+    """The parts of a packed buffer that become one frame each, as (start, end) in bytes."""
+    return [
+        (first, min(first + FRAME_BYTES, end))
+        for start, end in sections.spans()
+        for first in range(start, end, FRAME_BYTES)
+    ]
+
+
+def frame_count(sections: Sections) -> int:
+    """How many frames a packed buffer has, for sections of any size, without listing them."""
+    return sum(-(-(end - start) // FRAME_BYTES) for start, end in sections.spans())
+
+
+def expected_code_bits(uses: torch.Tensor, fmt: BlockFormat, weights: int) -> float:
+    """About how many bits per weight the two planes of a tensor take as frames.
+
+    zstd leaves a frame as it is where its entropy coding gains under 1/64, or where the commonest byte has a share
+    under 1/128: codes that are used too evenly do not shrink at all.
+
+    Args:
+        uses: how often each code is used, the commonest first, shape (fmt.levels,).
+        fmt: the format.
+        weights: number of weights of the whole tensor.
+    """
+    shares = torch.nn.functional.pad(uses.double() / uses.sum(), (0, -fmt.levels % (1 << fmt.fine_bits)))
+    digits = shares.view(-1, 1 << fmt.fine_bits).sum(dim=1)
+    entropy = float(-(digits * digits.clamp_min(1e-12).log2()).sum())
+    raw = 8 / fmt.coarse_digits
+    frame = min(FRAME_BYTES, weights / fmt.coarse_digits)
+    coded = entropy * PAIRING_LOSS + CODE_TABLE_BITS / (frame * fmt.coarse_digits)
+    shrinks = coded < raw * (1 - 1 / 64) and float(digits.amax()) ** fmt.coarse_digits > 1 / 128 + 4 / frame
+    return (coded if shrinks else raw) + fmt.fine_bits
+
+
+def max_frame_bytes(decoded_bytes: int) -> int:
+    """The most bytes a frame of `decoded_bytes` can take (zstd's own bound, and its frame header)."""
+    return decoded_bytes + (decoded_bytes >> 8) + 128
+
+
+def encode(data: torch.Tensor, sections: Sections) -> list[bytes]:
+    """Compress a packed buffer, 1-D uint8 on the CPU, into the frames of `frame_spans`."""
+    if not hasattr(_local, "compressor"):
+        _local.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
+    view = memoryview(data.numpy())
+    return [_local.compressor.compress(view[start:end]) for start, end in frame_spans(sections)]
+
+
+def decode(stored: memoryview, lengths: list[int], sections: Sections) -> torch.Tensor:
+    """Decompress frames into a packed buffer.
+
+    Args:
+        stored: the frames, one after the other.
+        lengths: the length of each frame; as many as `frame_spans(sections)`, their sum the length of `stored`.
+        sections: where the sections of the decoded buffer lie.
+
+    Returns:
+        The packed buffer, 1-D uint8 on the CPU.
+
+    Raises:
+        CorruptFileError: a frame is not valid zstd or does not hold what it should.
+    """
+    if not hasattr(_local, "decompressor"):
+        _local.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 18)
+    data = torch.empty(sections.end, dtype=torch.uint8)
+    view = memoryview(data.numpy())
+    position = 0
+    for number, ((start, end), length) in enumerate(zip(frame_spans(sections), lengths, strict=True)):
+        frame = stored[position : position + length]
+        position += length
+        try:
+            declared = zstandard.get_frame_parameters(frame).content_size
+            if declared != end - start:
+                raise CorruptFileError(f"frame {number} declares {declared} bytes where {end - start} belong")
+            view[start:end] = _local.decompressor.decompress(frame, allow_extra_data=False)
+        except (zstandard.ZstdError, ValueError) as error:
+            raise CorruptFileError(f"frame {number} of {len(lengths)} cannot be decompressed ({error})") from None
+    return data

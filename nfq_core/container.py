@@ -1,0 +1,209 @@
+"""The `.nfq.safetensors` container: what its header says and how a file is read; `writer` writes one.
+
+`docs/FORMAT.md` specifies it. A quantised tensor `key` is the U8 tensor `nfq.key` of zstd frames; a kept tensor stands
+under its own name. The metadata entry `nfq` is JSON, and `nfq_header_sha256` is a hash over the raw header with its own
+digits zeroed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+
+from .codec import decode, frame_count
+from .errors import CorruptFileError, UnsupportedFileError
+from .formats import BlockFormat, format_by_id
+from .safefile import TORCH_DTYPES, SafetensorsFile, tensor_from_bytes
+from .tensor import NFTensor
+
+CONTAINER_VERSION = 1
+
+PREFIX = "nfq."
+"""What the names of quantised tensors start with: stock loaders then do not mistake them for weights."""
+
+FACTS_KEY = "nfq"
+HASH_KEY = "nfq_header_sha256"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The file a container was made from."""
+
+    name: str = ""
+    bytes: int = 0
+    sha256: str = ""
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+UNRECORDED = Source()
+"""Stands for a source that is not known, such as a model in memory."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a container's header says about the whole of it."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    layout: str = "plain"
+    architecture: str = "unknown"
+    source: Source = UNRECORDED
+
+
+@dataclass(frozen=True)
+class QuantizedEntry:
+    """A quantised tensor in the header: its format, shape and former dtype, the lengths of its frames, its checksum."""
+
+    format: BlockFormat
+    shape: tuple[int, ...]
+    dtype: str
+    frames: tuple[int, ...]
+    crc32: str
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
+
+
+def checksum_text(crc32: int) -> str:
+    """A CRC-32 as the header spells it."""
+    return f"{crc32:08x}"
+
+
+def header_hash(raw_header: bytes, recorded: str) -> str:
+    """SHA-256 in hexadecimal over a raw header whose recorded hash, `recorded`, is replaced by as many zeros.
+
+    The header must name the hash exactly once; otherwise the result is empty, which no recorded hash equals.
+    """
+    field_text = f'"{HASH_KEY}":"{recorded}"'.encode()
+    if len(recorded) != 64 or raw_header.count(field_text) != 1:
+        return ""
+    blank = field_text.replace(recorded.encode(), b"0" * 64)
+    return hashlib.sha256(raw_header.replace(field_text, blank)).hexdigest()
+
+
+class NFQFile(SafetensorsFile):
+    """An `.nfq.safetensors` file opened for reading, everything its header says checked; tensors are read one by one.
+
+    Raises:
+        NFQError, CorruptFileError, UnsupportedFileError: as SafetensorsFile, and for what is no container or newer.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        super().__init__(path)
+        try:
+            self._parse_container()
+        except BaseException:
+            self.close()
+            raise
+
+    def keys(self) -> list[str]:
+        """Original names of all tensors, the kept ones first."""
+        return [*self.kept, *self.quantized]
+
+    def stored_bytes(self, key: str) -> int:
+        """Bytes that a tensor takes in the file, by its original name."""
+        return self.entries[PREFIX + key if key in self.quantized else key].nbytes
+
+    def load(self, key: str) -> NFTensor | torch.Tensor:
+        """One tensor by its original name, in memory of its own, its checksum verified.
+
+        Raises:
+            CorruptFileError: its bytes are damaged.
+        """
+        if key in self.quantized:
+            return self._load_quantized(key)
+        buffer = self.read(key)
+        self._check_sum(key, zlib.crc32(buffer), self.kept[key])
+        entry = self.entries[key]
+        if entry.dtype not in TORCH_DTYPES:
+            raise UnsupportedFileError(f"{self.path}: tensor {key!r} has dtype {entry.dtype}, which torch lacks")
+        return tensor_from_bytes(buffer, entry.dtype, entry.shape)
+
+    def verify(self, key: str) -> None:
+        """Read one tensor and check all that can be checked; CorruptFileError when it is damaged."""
+        if key in self.quantized:
+            self._load_quantized(key, codes=True)
+            return
+        checksum = 0
+        for piece in self.read_chunks(key):
+            checksum = zlib.crc32(piece, checksum)
+        self._check_sum(key, checksum, self.kept[key])
+
+    def _load_quantized(self, key: str, codes: bool = False) -> NFTensor:
+        entry = self.quantized[key]
+        stored = self.read(PREFIX + key)
+        self._check_sum(key, zlib.crc32(stored), entry.crc32)
+        try:
+            data = decode(memoryview(stored), list(entry.frames), entry.format.sections(entry.weights))
+            tensor = NFTensor(data, entry.format, entry.shape, TORCH_DTYPES[entry.dtype])
+            tensor.validate(codes=codes)
+        except CorruptFileError as error:
+            raise CorruptFileError(f"{self.path}: tensor {key!r}: {error}") from None
+        return tensor
+
+    def _check_sum(self, key: str, found: int, wanted: str) -> None:
+        if checksum_text(found) != wanted:
+            raise CorruptFileError(f"{self.path}: tensor {key!r} is damaged (checksum mismatch); fetch the file again")
+
+    def _parse_container(self) -> None:
+        if FACTS_KEY not in self.metadata:
+            raise UnsupportedFileError(f"{self.path} is not an .nfq.safetensors file; `nfq quantize` makes one of it")
+        try:
+            header = json.loads(self.metadata[FACTS_KEY])
+            self.container_version = int(header["container_version"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise CorruptFileError(f"{self.path}: the nfq part of its header is damaged; fetch it again") from None
+        if self.container_version > CONTAINER_VERSION:
+            raise UnsupportedFileError(
+                f"{self.path} has container version {self.container_version}, this version reads up to "
+                f"{CONTAINER_VERSION}; update the plugin"
+            )
+        self._check_header_hash()
+        try:
+            self.writer = str(header["writer"])
+            self.facts = Facts(
+                dict(header["settings"]), header["layout"], header["architecture"], Source(**header["source"])
+            )
+            self.quantized = {key: self._quantized_entry(key, item) for key, item in header["quantized"].items()}
+            self.kept = {key: str(checksum) for key, checksum in header["kept"].items()}
+        except UnsupportedFileError as error:
+            raise UnsupportedFileError(f"{self.path}: {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptFileError(f"{self.path}: the nfq part of its header is damaged ({error})") from None
+        told = {PREFIX + key for key in self.quantized} | self.kept.keys()
+        if told != self.entries.keys():
+            odd = sorted(told ^ self.entries.keys())[0]
+            raise CorruptFileError(f"{self.path}: its header disagrees with itself about tensor {odd!r}")
+
+    def _check_header_hash(self) -> None:
+        recorded = self.metadata.get(HASH_KEY, "")
+        if header_hash(self.raw_header, recorded) != recorded:
+            raise CorruptFileError(f"{self.path}: its header is damaged (checksum mismatch); fetch it again")
+
+    def _quantized_entry(self, key: str, item: Mapping[str, Any]) -> QuantizedEntry:
+        entry = QuantizedEntry(
+            format_by_id(item["format"]),
+            tuple(int(size) for size in item["shape"]),
+            item["dtype"],
+            tuple(int(length) for length in item["frames"]),
+            item["crc32"],
+        )
+        stored = self.entries[PREFIX + key]
+        if any(size < 0 for size in entry.shape) or entry.weights == 0 or entry.dtype not in TORCH_DTYPES:
+            raise ValueError(f"tensor {key!r} has an impossible shape or dtype")
+        spans = frame_count(entry.format.sections(entry.weights))
+        if len(entry.frames) != spans or min(entry.frames) <= 0 or sum(entry.frames) != stored.nbytes:
+            raise ValueError(
+                f"tensor {key!r} needs {spans} frames for {entry.format.id} {entry.shape}, found {len(entry.frames)} "
+                f"of {sum(entry.frames):,} bytes in {stored.nbytes:,}"
+            )
+        return entry

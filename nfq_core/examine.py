@@ -1,0 +1,140 @@
+"""What a container is, whether it is sound, and how far it is from its original."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+
+from .container import NFQFile
+from .convert import IN_FLIGHT_BYTES, Progress, no_progress
+from .errors import CorruptFileError, NFQError
+from .parallel import ordered_map
+from .safefile import SafetensorsFile
+
+
+def file_info(path: str | os.PathLike) -> dict:
+    """What a container's header says, as `nfq info --json` prints it; no tensor is read.
+
+    Returns:
+        `container_version`, `writer`, `architecture`, `layout`, `source`, `settings`, `weights` (count of quantised
+        weights), `bits_per_weight` (stored bytes of the quantised tensors × 8 ÷ those weights),
+        `packed_bits_per_weight` (the same for the packed buffers), `file_bytes`, `original_bytes` (size of the source
+        file), `kept_bytes`, `has_workflow`, and `layers` (each `name`, `format`, `shape`, `bits_per_weight`).
+
+    Raises:
+        NFQError: the file is missing, damaged, foreign or newer.
+    """
+    with NFQFile(path) as file:
+        weights = sum(entry.weights for entry in file.quantized.values())
+        stored = sum(file.stored_bytes(key) for key in file.quantized)
+        packed = sum(entry.format.packed_bytes(entry.weights) for entry in file.quantized.values())
+        source = file.facts.source
+        return {
+            "container_version": file.container_version,
+            "writer": file.writer,
+            "architecture": file.facts.architecture,
+            "layout": file.facts.layout,
+            "source": {"name": source.name, "sha256": source.sha256},
+            "settings": file.facts.settings,
+            "weights": weights,
+            "bits_per_weight": stored * 8 / weights if weights else 0.0,
+            "packed_bits_per_weight": packed * 8 / weights if weights else 0.0,
+            "file_bytes": file.file_bytes,
+            "original_bytes": source.bytes,
+            "kept_bytes": sum(file.stored_bytes(key) for key in file.kept),
+            "has_workflow": "workflow" in file.metadata,
+            "layers": [
+                {
+                    "name": key,
+                    "format": entry.format.id,
+                    "shape": list(entry.shape),
+                    "bits_per_weight": file.stored_bytes(key) * 8 / entry.weights,
+                }
+                for key, entry in file.quantized.items()
+            ],
+        }
+
+
+def verify_file(path: str | os.PathLike, *, progress: Progress = no_progress) -> dict:
+    """Read a whole container and check every checksum and bound.
+
+    Returns:
+        `ok`, `tensors` (how many were checked) and `errors` (one line for each damaged tensor).
+
+    Raises:
+        NFQError: the header already is unsound, or the file missing or foreign.
+    """
+    with NFQFile(path) as file:
+
+        def check(key: str) -> tuple[str, str]:
+            try:
+                file.verify(key)
+            except CorruptFileError as error:
+                return key, str(error)
+            return key, ""
+
+        errors = []
+        done, total = 0, sum(map(file.stored_bytes, file.keys()))
+        for key, error in ordered_map(check, file.keys(), size=file.stored_bytes, max_in_flight=IN_FLIGHT_BYTES):
+            errors += [error] if error else []
+            done += file.stored_bytes(key)
+            progress(done, total, key)
+        return {"ok": not errors, "tensors": len(file.keys()), "errors": errors}
+
+
+def sqnr_db(original: torch.Tensor, approximation: torch.Tensor) -> float:
+    """Signal to quantisation noise, ``10 * log10(var(original) / mse)`` in dB; infinite when both are equal."""
+    original, approximation = original.double(), approximation.double()
+    error = (original - approximation).square().mean().item()
+    signal = original.var(correction=0).item()
+    if error == 0:
+        return math.inf
+    return 10 * math.log10(signal / error) if signal else -math.inf
+
+
+def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progress: Progress = no_progress) -> dict:
+    """Measure how far a container's quantised weights are from the original's.
+
+    Args:
+        original: the safetensors file it was made from, or any with the same names and shapes.
+        path: the `.nfq.safetensors` file.
+        progress: see `convert.Progress`.
+
+    Returns:
+        `sqnr_db` (mean over layers, weighted by their numbers of weights) and `layers` (each `name`, `format`,
+        `bits_per_weight` as stored, `sqnr_db`; None where original and result are equal).
+
+    Raises:
+        NFQError: a file is missing or unsound, or a quantised tensor has no counterpart of its shape in the original.
+    """
+    with SafetensorsFile(original) as before, NFQFile(path) as after:
+        for key, entry in after.quantized.items():
+            found = before.entries[key].shape if key in before.entries else None
+            if found != entry.shape:
+                raise NFQError(f"{before.path}: tensor {key!r} has shape {found}, {after.path} has {entry.shape}")
+
+        def measure(key: str) -> float:
+            return sqnr_db(before.tensor(key), after.load(key).dequantize(torch.float32))
+
+        layers = []
+        done, total = 0, sum(before.entries[key].nbytes for key in after.quantized)
+        results = ordered_map(
+            measure, after.quantized, size=lambda key: 16 * after.quantized[key].weights, max_in_flight=1 << 30
+        )
+        for (key, entry), ratio in zip(after.quantized.items(), results, strict=True):
+            layers.append(
+                {
+                    "name": key,
+                    "format": entry.format.id,
+                    "bits_per_weight": after.stored_bytes(key) * 8 / entry.weights,
+                    "sqnr_db": ratio if math.isfinite(ratio) else None,
+                }
+            )
+            done += before.entries[key].nbytes
+            progress(done, total, key)
+        weights = [after.quantized[layer["name"]].weights for layer in layers if layer["sqnr_db"] is not None]
+        sums = [layer["sqnr_db"] for layer in layers if layer["sqnr_db"] is not None]
+        mean = sum(w * s for w, s in zip(weights, sums, strict=True)) / sum(weights) if weights else None
+        return {"sqnr_db": mean, "layers": layers}

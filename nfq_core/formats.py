@@ -1,0 +1,157 @@
+"""The block formats: how many levels, how codes are packed, and where each section of a packed buffer lies.
+
+A format is geometry only. The levels themselves travel in every packed buffer, so kernels never repeat them.
+`docs/FORMAT.md` is the specification; a released format id never changes its bytes.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+
+from .errors import UnsupportedFileError
+
+BLOCK = 64
+"""Weights per block: consecutive weights of the row-major flattened tensor that share one scale."""
+
+SUPERBLOCK = 256
+"""Blocks per superblock of the article's scales."""
+
+SCALE_MAGNITUDES = 127
+"""Magnitudes a logarithmic scale code can name besides zero."""
+
+SCALE_STEPS_PER_OCTAVE = 16
+SCALE_MANTISSAS = (0, 45, 93, 142, 194, 248, 304, 363, 424, 488, 555, 625, 698, 774, 854, 937)
+"""The ten mantissa bits of fp16(2**(i / 16)), i = 0 … 15: the stored table that scales are built from."""
+
+SCALE_STRIDES = (1, 2, 3)
+"""Table entries between neighbouring scale codes: 16, 8 or 5⅓ codes per octave, a range of 8, 16 or 24 octaves."""
+
+FP16_MIN_EXPONENT, FP16_MAX_EXPONENT = -14, 15
+
+
+class Scales(Enum):
+    """How a format stores its block scales."""
+
+    LOGARITHMIC = "logarithmic"
+    ARTICLE = "article"
+
+
+@dataclass(frozen=True)
+class Sections:
+    """Byte offsets of the sections of one packed buffer, each section ending where the next begins."""
+
+    head: int
+    coarse: int
+    fine: int
+    superblock_scales: int
+    block_scales: int
+    end: int
+
+    def spans(self) -> list[tuple[int, int]]:
+        """The non-empty sections as (start, end), in order."""
+        marks = [self.head, self.coarse, self.fine, self.superblock_scales, self.block_scales, self.end]
+        return [(start, end) for start, end in pairwise(marks) if end > start]
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """One block format: a code is ``coarse * 2**fine_bits + fine``.
+
+    The coarse plane holds `coarse_digits` digits of base `coarse_radix` in each byte, the fine plane `8 / fine_bits`
+    digits of `fine_bits` bits. Coarse digits carry what entropy coding can shorten; fine bits are close to uniform.
+    """
+
+    id: str
+    levels: int
+    coarse_radix: int
+    coarse_digits: int
+    fine_bits: int
+    scales: Scales
+
+    @property
+    def fine_digits(self) -> int:
+        """Blocks that share one 64-byte group of the fine plane (0 without a fine plane)."""
+        return 8 // self.fine_bits if self.fine_bits else 0
+
+    @cached_property
+    def blocks_per_group(self) -> int:
+        """Least number of blocks after which both planes start a new byte."""
+        blocks = self.coarse_digits
+        while self.fine_digits and blocks % self.fine_digits:
+            blocks += self.coarse_digits
+        return blocks
+
+    def sections(self, weights: int) -> Sections:
+        """Where the sections of the packed buffer of `weights` weights lie, in bytes."""
+        blocks = -(-weights // BLOCK)
+        article = self.scales is Scales.ARTICLE
+        head_bytes = 2 * self.levels + (0 if article else 2)
+        coarse = -(-head_bytes // 16) * 16
+        fine = coarse + -(-blocks // self.coarse_digits) * BLOCK
+        superblock_scales = fine + (-(-blocks // self.fine_digits) * BLOCK if self.fine_bits else 0)
+        block_scales = superblock_scales + (-(-blocks // SUPERBLOCK) * 4 if article else 0)
+        return Sections(0, coarse, fine, superblock_scales, block_scales, block_scales + blocks)
+
+    def packed_bytes(self, weights: int) -> int:
+        """Length of the packed buffer of `weights` weights, in bytes."""
+        return self.sections(weights).end
+
+
+LEVELS = (32, 24, 16, 12, 7)
+_PACKING = {32: (16, 2, 1), 24: (6, 3, 2), 16: (16, 2, 0), 12: (6, 3, 1), 7: (4, 4, 1)}
+
+FORMATS = {
+    fmt.id: fmt
+    for prefix, scales in (("nf", Scales.LOGARITHMIC), ("article", Scales.ARTICLE))
+    for fmt in (BlockFormat(f"{prefix}{n}_b{BLOCK}", n, *_PACKING[n], scales) for n in LEVELS)
+}
+
+
+def nf_format(levels: int) -> BlockFormat:
+    """The NF block format of `levels` levels (32, 24, 16, 12 or 7); ValueError for any other number."""
+    return _by_levels("nf", levels)
+
+
+def article_format(levels: int) -> BlockFormat:
+    """The format that holds an article file's tensor of `levels` levels bit for bit; ValueError for other numbers."""
+    return _by_levels("article", levels)
+
+
+def _by_levels(prefix: str, levels: int) -> BlockFormat:
+    if levels not in LEVELS:
+        raise ValueError(f"levels must be one of {', '.join(map(str, LEVELS))}, got {levels}")
+    return FORMATS[f"{prefix}{levels}_b{BLOCK}"]
+
+
+def format_by_id(format_id: str) -> BlockFormat:
+    """The format named `format_id`; UnsupportedFileError when this version does not know it."""
+    if format_id not in FORMATS:
+        raise UnsupportedFileError(
+            f"format id {format_id!r} is unknown to this version, which knows {', '.join(FORMATS)}; update the plugin"
+        )
+    return FORMATS[format_id]
+
+
+def scale_table(exponent: int, stride: int) -> torch.Tensor:
+    """All 256 scales that a scale code can name, as fp16, shape (256,).
+
+    Code 0 and 128 are zero. Code c in 1 … 127 is ``2**exponent * 2**((c - 1) * stride / 16)`` in the rounding of
+    SCALE_MANTISSAS; bit 7 negates it.
+
+    Raises:
+        ValueError: the table would leave the normal fp16 range, or the stride is not one of SCALE_STRIDES.
+    """
+    if stride not in SCALE_STRIDES:
+        raise ValueError(f"scale stride must be one of {SCALE_STRIDES}, got {stride}")
+    top = exponent + (SCALE_MAGNITUDES - 1) * stride // SCALE_STEPS_PER_OCTAVE
+    if exponent < FP16_MIN_EXPONENT or top > FP16_MAX_EXPONENT:
+        raise ValueError(f"scale exponents {exponent} … {top} leave the normal fp16 range")
+    steps = torch.arange(SCALE_MAGNITUDES, dtype=torch.int32) * stride
+    mantissas = torch.tensor(SCALE_MANTISSAS, dtype=torch.int32)
+    bits = (exponent + 15 + steps // SCALE_STEPS_PER_OCTAVE) * 1024 + mantissas[steps % SCALE_STEPS_PER_OCTAVE]
+    zero = torch.zeros(1, dtype=torch.int32)
+    both_signs = torch.cat([zero, bits, zero, bits - 0x8000])
+    return both_signs.to(torch.int16).view(torch.float16)

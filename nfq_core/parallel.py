@@ -1,0 +1,68 @@
+"""A bounded pipeline over threads: work starts in order, results come back in order, little is in flight at once."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def default_threads() -> int:
+    """One thread for each processor that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _single_threaded_torch() -> Iterator[None]:
+    """Have each torch call stay on its own thread: the pipeline's threads already use every processor."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def ordered_map(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    size: Callable[[Item], int],
+    max_in_flight: int,
+    threads: int | None = None,
+) -> Iterator[Result]:
+    """Apply `work` to items on several threads and yield the results in order.
+
+    Args:
+        work: called on a thread of the pool; torch runs single-threaded there.
+        items: drawn on the calling thread, only as fast as results leave.
+        size: weight of an item, such as its bytes.
+        max_in_flight: a new item is drawn only while the items in flight weigh less than this in sum.
+        threads: number of threads; by default one per processor.
+    """
+    with _single_threaded_torch():
+        pool = ThreadPoolExecutor(threads or default_threads(), initializer=torch.set_num_threads, initargs=(1,))
+        pending: deque = deque()
+        in_flight = 0
+        try:
+            for item in items:
+                weight = size(item)
+                pending.append((pool.submit(work, item), weight))
+                in_flight += weight
+                del item
+                while pending and (in_flight >= max_in_flight or pending[0][0].done()):
+                    future, weight = pending.popleft()
+                    in_flight -= weight
+                    yield future.result()
+            while pending:
+                yield pending.popleft()[0].result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,83 @@
+"""Which tensors of a model are quantised, and to which format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from .codebook import EFFORTS
+from .formats import LEVELS, nf_format
+from .safefile import DTYPE_NAMES, Entry
+from .tensor import QUANTIZABLE_DTYPES
+from .unet import UNetInfo, detect, first_and_last_convolution, is_unet_key
+from .writer import Plan
+
+MIN_WEIGHTS = 1024
+"""Smaller tensors are kept: nothing to gain."""
+
+_QUANTIZABLE = {DTYPE_NAMES[dtype] for dtype in QUANTIZABLE_DTYPES}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is quantised.
+
+    Args:
+        levels: levels of 2-D weights (Linear).
+        conv_levels: levels of weights of three and more dimensions (convolutions).
+        effort: "fast" or "best".
+        quantize_first_last: whether a UNet's first and last convolution are quantised too. They hold 0.001 % of SDXL's
+            weights, and rounding the last one tints the whole picture.
+
+    Raises:
+        ValueError: a value is none of those allowed.
+    """
+
+    levels: int = 16
+    conv_levels: int = 32
+    effort: str = "fast"
+    quantize_first_last: bool = False
+
+    def __post_init__(self) -> None:
+        for levels in (self.levels, self.conv_levels):
+            if levels not in LEVELS:
+                raise ValueError(f"levels must be one of {', '.join(map(str, LEVELS))}, got {levels}")
+        if self.effort not in EFFORTS:
+            raise ValueError(f"effort must be one of {', '.join(EFFORTS)}, got {self.effort!r}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as the header records them."""
+        return asdict(self)
+
+
+DEFAULTS = Settings()
+"""What `nfq quantize` uses unless told otherwise."""
+
+
+def plan_tensors(entries: Mapping[str, Entry], settings: Settings) -> tuple[UNetInfo | None, dict[str, Plan]]:
+    """Decide for every tensor of a model whether and how it is quantised.
+
+    Where a UNet of the SDXL family is recognised, only its weights are; anything else is a plain state dict, and all
+    its weights are. 1-D tensors stay as they are, and so do those with `emb` in their name, as in the article, tiny
+    ones, and those that are not floating or already have eight bits.
+
+    Returns:
+        What was recognised (None: a plain state dict), and a plan for every tensor.
+    """
+    info = detect({key: entry.shape for key, entry in entries.items()})
+    spared = first_and_last_convolution(info) if info and not settings.quantize_first_last else ()
+    plans = {}
+    for key, entry in entries.items():
+        quantized = (
+            len(entry.shape) >= 2
+            and entry.dtype in _QUANTIZABLE
+            and "emb" not in key
+            and key not in spared
+            and (info is None or is_unet_key(info, key))
+            and prod(entry.shape) >= MIN_WEIGHTS
+        )
+        levels = settings.levels if len(entry.shape) == 2 else settings.conv_levels
+        plans[key] = Plan(entry.dtype, entry.shape, nf_format(levels) if quantized else None)
+    return info, plans

@@ -1,0 +1,239 @@
+"""Reading and writing safetensors files of any size without holding or mapping them whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from .errors import CorruptFileError, NFQError, UnsupportedFileError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The safetensors limit on a header."""
+
+COPY_BYTES = 8 << 20
+"""Bytes handled at once when tensors are copied unread."""
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a safetensors header; `start` and `end` count from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in the file."""
+        return self.end - self.start
+
+
+class SafetensorsFile:
+    """A safetensors file opened for reading, its header checked; tensors are read one at a time.
+
+    One handle stays open, so that a file replaced meanwhile does not mix with this one. Safe to use from several
+    threads.
+
+    Raises:
+        NFQError: the file is missing, a directory or unreadable.
+        UnsupportedFileError: it is no safetensors file.
+        CorruptFileError: it is cut short, or its header contradicts itself or the file's size.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        try:
+            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115
+        except IsADirectoryError:
+            raise NFQError(f"{self.path} is a directory; name the .safetensors file in it") from None
+        except FileNotFoundError:
+            raise NFQError(f"{self.path}: no such file") from None
+        except PermissionError:
+            reason = "is a directory; name the .safetensors file in it" if self.path.is_dir() else "cannot be read"
+            raise NFQError(f"{self.path} {reason} (permission denied)") from None
+        except OSError as error:
+            raise NFQError(f"{self.path} cannot be opened: {error.strerror}") from None
+        try:
+            self.file_bytes = os.fstat(self._file.fileno()).st_size
+            self.raw_header = self._read_header()
+            self.entries, self.metadata = self._parse_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; reading fails from then on."""
+        self._file.close()
+
+    def read(self, name: str) -> bytearray:
+        """The bytes of one tensor."""
+        buffer = bytearray(self.entries[name].nbytes)
+        self._read_at(memoryview(buffer), self._data_start + self.entries[name].start)
+        return buffer
+
+    def read_chunks(self, name: str) -> Iterator[memoryview]:
+        """The bytes of one tensor, piece by piece; each piece is valid until the next is asked for."""
+        entry = self.entries[name]
+        buffer = memoryview(bytearray(min(entry.nbytes, COPY_BYTES)))
+        for start in range(entry.start, entry.end, COPY_BYTES):
+            piece = buffer[: min(COPY_BYTES, entry.end - start)]
+            self._read_at(piece, self._data_start + start)
+            yield piece
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, in memory of its own.
+
+        Raises:
+            UnsupportedFileError: its dtype has no counterpart in torch.
+        """
+        entry = self.entries[name]
+        if entry.dtype not in TORCH_DTYPES:
+            raise UnsupportedFileError(f"{self.path}: tensor {name!r} has dtype {entry.dtype}, which torch lacks")
+        return tensor_from_bytes(self.read(name), entry.dtype, entry.shape)
+
+    @property
+    def _data_start(self) -> int:
+        return len(self.raw_header)
+
+    def _read_at(self, view: memoryview, offset: int) -> None:
+        with self._lock:
+            self._file.seek(offset)
+            done = 0
+            while done < len(view):
+                count = self._file.readinto(view[done:])
+                if not count:
+                    raise CorruptFileError(f"{self.path} became shorter while it was read")
+                done += count
+
+    def _read_header(self) -> bytes:
+        """The raw header: eight bytes of length, then JSON."""
+        if self.file_bytes < 8:
+            raise UnsupportedFileError(f"{self.path} is not a safetensors file: it has only {self.file_bytes} bytes")
+        prefix = bytearray(9)
+        self._read_at(memoryview(prefix)[: min(9, self.file_bytes)], 0)
+        length = int.from_bytes(prefix[:8], "little")
+        if length > MAX_HEADER_BYTES or prefix[8:] != b"{":
+            raise UnsupportedFileError(f"{self.path} is not a safetensors file: it does not start with such a header")
+        if 8 + length > self.file_bytes:
+            raise CorruptFileError(
+                f"{self.path} is cut short: it has {self.file_bytes:,} bytes, its header alone needs {8 + length:,}; "
+                "fetch it again"
+            )
+        header = bytearray(8 + length)
+        self._read_at(memoryview(header), 0)
+        return bytes(header)
+
+    def _parse_header(self) -> tuple[dict[str, Entry], dict[str, str]]:
+        try:
+            header = json.loads(self.raw_header[8:].decode("utf-8"), object_pairs_hook=_no_duplicates)
+            metadata = header.pop("__metadata__", {})
+            if not all(isinstance(value, str) for value in metadata.values()):
+                raise ValueError("__metadata__ holds something else than text")
+            entries = {name: _entry(name, fields) for name, fields in header.items()}
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise CorruptFileError(f"{self.path}: its header is damaged ({error}); fetch it again") from None
+        position = 0
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+            if entry.start != position:
+                raise CorruptFileError(f"{self.path}: tensor {name!r} starts at {entry.start}, expected {position}")
+            position = entry.end
+        if self._data_start + position > self.file_bytes:
+            raise CorruptFileError(
+                f"{self.path} is cut short: it has {self.file_bytes:,} bytes, its header needs "
+                f"{self._data_start + position:,}; fetch it again"
+            )
+        if self._data_start + position < self.file_bytes:
+            raise CorruptFileError(
+                f"{self.path} has {self.file_bytes - self._data_start - position:,} bytes more than its header tells of"
+            )
+        return entries, metadata
+
+
+def tensor_from_bytes(buffer: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor over `buffer` (not copied)."""
+    if not buffer:
+        return torch.empty(shape, dtype=TORCH_DTYPES[dtype])
+    return torch.frombuffer(buffer, dtype=TORCH_DTYPES[dtype]).view(shape)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, row-major."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes per element of a dtype as safetensors names it; ValueError when the name is unknown or sub-byte."""
+    digits = dtype.lstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ").split("_")[0]
+    bits = 8 if dtype == "BOOL" else int(digits) if digits.isdigit() else 0
+    if bits not in (8, 16, 32, 64, 128):
+        raise ValueError(f"unknown dtype {dtype!r}")
+    return bits // 8
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _entry(name: str, fields: dict[str, object]) -> Entry:
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
+        raise ValueError(f"tensor {name!r} lacks dtype, shape or data_offsets")
+    if len(offsets) != 2 or not all(map(_is_count, offsets + shape)):
+        raise ValueError(f"tensor {name!r} has impossible sizes")
+    start, end = offsets
+    if end - start != prod(shape) * dtype_bytes(dtype):
+        raise ValueError(f"tensor {name!r} of {dtype} {shape} does not fit its {end - start} bytes")
+    return Entry(dtype, tuple(shape), start, end)
+
+
+def header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str], reserve: int = 0) -> bytes:
+    """A safetensors header, length prefix included, padded with spaces to `reserve` bytes or a multiple of eight."""
+    fields: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, entry in entries.items():
+        fields[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (entry.start, entry.end)}
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * max(-len(text) % 8, reserve - 8 - len(text))
+    return len(text).to_bytes(8, "little") + text

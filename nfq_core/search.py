@@ -1,0 +1,138 @@
+"""Choosing a scale and codes for every block, given the levels.
+
+Every block may take any of 32 scales around its largest magnitude, each with either sign (a signed codebook may be
+asymmetric, cf. BOF4-S, arXiv 2505.06653). All 64 candidates are rated at once: a block's weights are put on a fine
+grid, and the candidate errors of a weight are one row of a table over that grid, so that rating a block is a sum of
+64 table rows, which torch's embedding_bag does at a few nanoseconds per weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import embedding_bag
+
+from .formats import (
+    BLOCK,
+    FP16_MAX_EXPONENT,
+    FP16_MIN_EXPONENT,
+    SCALE_MAGNITUDES,
+    SCALE_STEPS_PER_OCTAVE,
+    SCALE_STRIDES,
+    scale_table,
+)
+
+SEARCH_BINS = 512
+"""Grid cells per block range when candidate scales are rated."""
+
+ASSIGN_BINS = 4096
+"""Grid cells over ±ASSIGN_RANGE when weights are mapped to codes: under 1/60 of the narrowest level spacing each."""
+
+ASSIGN_RANGE = 1.125
+"""Weights beyond this multiple of the scale get the outermost level in any case."""
+
+OCTAVES_ABOVE = 15 / 16
+"""How far above a block's largest magnitude scales are searched, in octaves; as far, plus a step, below it."""
+
+
+@dataclass(frozen=True)
+class ScaleGrid:
+    """The scales one tensor may use: `scale_table(exponent, stride)` and its positive half as fp32."""
+
+    exponent: int
+    stride: int
+    table: torch.Tensor
+    magnitudes: torch.Tensor
+
+    @classmethod
+    def for_blocks(cls, largest: torch.Tensor, finest_stride: int = 1) -> ScaleGrid:
+        """The finest grid that spans blocks whose largest magnitudes are `largest` (fp32, one per block, finite)."""
+        used = largest[largest > 0]
+        top = torch.frexp(used.amax() * 2**OCTAVES_ABOVE).exponent.item() if used.numel() else 0
+        bottom = used.amin().item() if used.numel() else 0.0
+        for stride in SCALE_STRIDES[SCALE_STRIDES.index(finest_stride) :]:
+            octaves = (SCALE_MAGNITUDES - 1) * stride // SCALE_STEPS_PER_OCTAVE
+            exponent = min(max(top - 1 - octaves, FP16_MIN_EXPONENT), FP16_MAX_EXPONENT - octaves)
+            if 2.0**exponent <= bottom:
+                break
+        table = scale_table(exponent, stride)
+        return cls(exponent, stride, table, table[1 : SCALE_MAGNITUDES + 1].float())
+
+
+def largest_magnitudes(blocks: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of each block, fp32 of shape (blocks,); NaN and Inf carry through."""
+    return blocks.abs().amax(dim=1)
+
+
+class BlockQuantizer:
+    """Chooses scale codes and codes for blocks, given levels and a grid of scales, on one device.
+
+    Args:
+        levels: ascending levels, fp32 of shape (n,), the largest magnitude being 1.
+        grid: the scales that may be used.
+        device: where the blocks are.
+        prices: added to the squared error, in units of a block's largest magnitude squared, wherever a level is used;
+            fp32 of shape (n,). By default the error alone counts.
+    """
+
+    def __init__(
+        self, levels: torch.Tensor, grid: ScaleGrid, device: torch.device, prices: torch.Tensor | None = None
+    ) -> None:
+        self.levels = levels
+        self.grid = grid
+        self.prices = torch.zeros_like(levels) if prices is None else prices
+        steps = SCALE_STEPS_PER_OCTAVE // grid.stride
+        self._offsets = torch.arange(-steps, steps)
+        self._range = 2.0 ** (grid.stride / SCALE_STEPS_PER_OCTAVE) * 1.002
+        self._magnitudes = grid.magnitudes.to(device)
+        self._table = grid.table.float().to(device)
+        self._errors = self._candidate_errors().to(device)
+        centres = (torch.arange(ASSIGN_BINS) + 0.5) * (2 * ASSIGN_RANGE / ASSIGN_BINS) - ASSIGN_RANGE
+        self._code_of_bin = torch.bucketize(centres, self._boundaries()).to(torch.uint8).to(device)
+
+    def _boundaries(self) -> torch.Tensor:
+        """Between which values each level is the cheapest, ascending, fp32 of shape (n - 1,)."""
+        gaps = (self.levels[1:] - self.levels[:-1]).clamp_min(1e-6)
+        middles = (self.levels[1:] + self.levels[:-1]) / 2
+        return (middles + (self.prices[1:] - self.prices[:-1]) / (2 * gaps)).cummax(0).values
+
+    def _candidate_errors(self) -> torch.Tensor:
+        """Error and price of a weight at each grid cell under each candidate scale, fp32 (SEARCH_BINS, candidates)."""
+        centres = (torch.arange(SEARCH_BINS) + 0.5) * (2 * self._range / SEARCH_BINS) - self._range
+        ratios = 2.0 ** (self._offsets.double() * self.grid.stride / SCALE_STEPS_PER_OCTAVE)
+        ratios = torch.cat([ratios, -ratios])
+        scaled = (centres.double()[:, None] / ratios).float()
+        codes = torch.bucketize(scaled, self._boundaries())
+        return ((scaled - self.levels[codes]).square() * ratios.square().float() + self.prices[codes]).contiguous()
+
+    def scale_codes(self, blocks: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+        """The scale code of least squared error, prices included, for each block.
+
+        Args:
+            blocks: fp32 of shape (blocks, 64).
+            largest: their largest magnitudes, fp32 of shape (blocks,).
+
+        Returns:
+            uint8 of shape (blocks,): 0 for a zero block, else 1 … 127 with bit 7 for a negative scale.
+        """
+        base = torch.searchsorted(self._magnitudes, largest, right=True).sub_(1).clamp_(min=0)
+        to_cells = SEARCH_BINS / (2 * self._range) / self._magnitudes[base]
+        cells = (blocks * to_cells[:, None]).add_(SEARCH_BINS / 2).clamp_(0, SEARCH_BINS - 1).to(torch.int32)
+        errors = embedding_bag(cells, self._errors, mode="sum")
+        best = errors.argmin(dim=1)
+        count = len(self._offsets)
+        index = (base + best % count + int(self._offsets[0])).clamp_(0, SCALE_MAGNITUDES - 1)
+        codes = (index + 1 + (best >= count) * 128).to(torch.uint8)
+        # Far below the smallest scale, zero is nearer than any level but the innermost ones.
+        return codes.masked_fill_(largest < self.grid.magnitudes[0] / 8, 0)
+
+    def scales(self, scale_codes: torch.Tensor) -> torch.Tensor:
+        """The scales that scale codes name, fp32 of shape (blocks,)."""
+        return self._table[scale_codes.long()]
+
+    def codes(self, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """The index of the nearest level (prices considered) for every weight, uint8 of shape (blocks, 64)."""
+        inverse = torch.where(scales == 0, 0.0, ASSIGN_BINS / (2 * ASSIGN_RANGE) / scales)
+        cells = (blocks * inverse[:, None]).add_(ASSIGN_BINS / 2).clamp_(0, ASSIGN_BINS - 1).to(torch.int32)
+        return self._code_of_bin.index_select(0, cells.view(-1)).view(-1, BLOCK)

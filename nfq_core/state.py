@@ -1,0 +1,150 @@
+"""Quantising, saving and loading state dicts in memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from .codec import encode
+from .container import UNRECORDED, Facts, NFQFile, Source
+from .errors import CannotQuantizeError, NFQError
+from .parallel import ordered_map
+from .policy import Settings, plan_tensors
+from .safefile import DTYPE_NAMES, Entry, tensor_bytes
+from .tensor import NFTensor, quantize
+from .unet import detect
+from .writer import ContainerWriter, Plan
+
+log = logging.getLogger("nfq")
+
+IN_FLIGHT_BYTES = 512 << 20
+"""Bytes of tensors that are worked on at once."""
+
+StateDict = dict[str, NFTensor | torch.Tensor]
+
+
+def quantize_state_dict(
+    state_dict: Mapping[str, torch.Tensor],
+    levels: int = 16,
+    *,
+    conv_levels: int = 32,
+    effort: str = "fast",
+    quantize_first_last: bool = False,
+    device: torch.device | str | None = None,
+) -> StateDict:
+    """Quantise the weights of a model in memory, by the same rules as `nfq quantize`.
+
+    Args:
+        state_dict: tensors by name; it is not changed, and kept tensors are shared with the result.
+        levels: levels of 2-D weights: 32, 24, 16, 12 or 7.
+        conv_levels: levels of weights of three and more dimensions.
+        effort: "fast" or "best".
+        quantize_first_last: whether a UNet's first and last convolution are quantised too.
+        device: where to work; by default where each tensor is.
+
+    Returns:
+        The same names, in the same order: an NFTensor for each quantised weight, the tensor itself for a kept one. A
+        weight that cannot be quantised (NaN, Inf, beyond fp16) is kept, with a warning in the log naming it.
+
+    Raises:
+        ValueError: a setting is none of those allowed.
+    """
+    settings = Settings(levels, conv_levels, effort, quantize_first_last)
+    plans = plan_tensors(_entries(state_dict), settings)[1]
+
+    def work(key: str) -> NFTensor | torch.Tensor:
+        plan = plans[key].format
+        if plan is None:
+            return state_dict[key]
+        try:
+            return quantize(state_dict[key], plan.levels, effort=effort, device=device)
+        except CannotQuantizeError as error:
+            log.warning("tensor %r is kept as it is: %s", key, error)
+            return state_dict[key]
+
+    results = ordered_map(work, state_dict, size=lambda key: plans[key].nbytes, max_in_flight=IN_FLIGHT_BYTES)
+    return dict(zip(state_dict, results, strict=True))
+
+
+def save(
+    state_dict: Mapping[str, NFTensor | torch.Tensor],
+    path: str | os.PathLike,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    source: Source = UNRECORDED,
+    workflow: Any = None,
+    prompt: Any = None,
+    overwrite: bool = False,
+) -> int:
+    """Write quantised and kept tensors as `.nfq.safetensors`; the file appears whole or not at all.
+
+    Args:
+        state_dict: tensors by their original names, on any device.
+        path: the file to write.
+        settings: how they were quantised, for the header.
+        source: the file they come from, for the header.
+        workflow: a ComfyUI workflow, as JSON-ready objects, for the header.
+        prompt: a ComfyUI prompt, likewise.
+        overwrite: whether an existing file may be replaced.
+
+    Returns:
+        Size of the file in bytes.
+
+    Raises:
+        NFQError: the target exists or cannot be written, or a tensor has a dtype that safetensors lacks.
+    """
+    info = detect({key: tuple(tensor.shape) for key, tensor in state_dict.items()})
+    plans = {
+        key: Plan(entry.dtype, entry.shape, value.format if isinstance(value, NFTensor) else None)
+        for (key, entry), value in zip(_entries(state_dict).items(), state_dict.values(), strict=True)
+    }
+    facts = Facts(dict(settings or {}), info.layout if info else "plain", info.name if info else "unknown", source)
+    extra = {name: json.dumps(value) for name, value in (("workflow", workflow), ("prompt", prompt)) if value}
+
+    def work(key: str) -> tuple[str, list[bytes]]:
+        tensor = state_dict[key]
+        return key, encode(tensor.data.cpu(), tensor.format.sections(tensor.numel()))
+
+    with ContainerWriter(path, plans, facts, extra=extra, overwrite=overwrite) as writer:
+        for key, value in state_dict.items():
+            if not isinstance(value, NFTensor):
+                writer.write_kept(key, [tensor_bytes(value)])
+        quantized = [key for key in state_dict if plans[key].format]
+        for key, frames in ordered_map(
+            work, quantized, size=lambda key: state_dict[key].nbytes, max_in_flight=IN_FLIGHT_BYTES
+        ):
+            writer.write_quantized(key, frames)
+        return writer.finish()
+
+
+def load(path: str | os.PathLike, keys: Iterable[str] | None = None) -> StateDict:
+    """Read an `.nfq.safetensors` file into memory of its own, packed weights staying packed.
+
+    Args:
+        path: the file.
+        keys: original names of the tensors wanted; by default all.
+
+    Returns:
+        An NFTensor for each quantised weight, a tensor for each kept one, by original name, on the CPU.
+
+    Raises:
+        NFQError: the file is missing, damaged, foreign or newer.
+        KeyError: a wanted tensor is not in the file.
+    """
+    with NFQFile(path) as file:
+        wanted = list(file.keys() if keys is None else keys)
+        tensors = ordered_map(file.load, wanted, size=file.stored_bytes, max_in_flight=IN_FLIGHT_BYTES)
+        return dict(zip(wanted, tensors, strict=True))
+
+
+def _entries(state_dict: Mapping[str, NFTensor | torch.Tensor]) -> dict[str, Entry]:
+    """Dtypes and shapes of a state dict's tensors; their offsets stay zero."""
+    unknown = next((key for key, value in state_dict.items() if value.dtype not in DTYPE_NAMES), None)
+    if unknown is not None:
+        raise NFQError(f"tensor {unknown!r} has dtype {state_dict[unknown].dtype}, which safetensors cannot hold")
+    return {key: Entry(DTYPE_NAMES[value.dtype], tuple(value.shape), 0, 0) for key, value in state_dict.items()}

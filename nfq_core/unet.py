@@ -1,0 +1,193 @@
+"""Recognise an SDXL-family UNet among a file's tensor names and shapes, and tell its keys from the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, takewhile
+from typing import NamedTuple
+
+from .unet_keys import CHECKPOINT_PREFIX, KNOWN_ARCHITECTURES, Layout, Shape, UNetArchitecture, tensor_shapes
+
+UNKNOWN = "unknown"
+"""The name of a UNet that is none of `KNOWN_ARCHITECTURES`."""
+
+
+@dataclass(frozen=True)
+class UNetInfo:
+    """What `detect` found."""
+
+    layout: Layout
+    prefix: str
+    """What precedes every UNet key: nothing, `CHECKPOINT_PREFIX`, or another that ends in a dot."""
+    architecture: UNetArchitecture | None
+    """Describes exactly this file's tensors, under the name `UNKNOWN` if no known model has them.
+
+    None where SDXL's structure cannot describe them.
+    """
+
+    @property
+    def name(self) -> str:
+        """The family member's name, such as "SDXL" or "Segmind Vega", or `UNKNOWN`."""
+        return self.architecture.name if self.architecture else UNKNOWN
+
+
+def detect(shapes: Mapping[str, Sequence[int]]) -> UNetInfo | None:
+    """Recognise the UNet among a file's tensors, given as shapes by name; None where there is none.
+
+    Other tensors may lie beside it: the CLIP and VAE of a whole checkpoint, markers such as `v_pred`. A UNet
+    has a first and a last convolution and a time embedding under one prefix; a VAE or a ControlNet lacks one.
+    """
+    for names in (_LDM, _DIFFUSERS):
+        prefix = _find_prefix(shapes, names)
+        if prefix is None:
+            continue
+        unet = {
+            key[len(prefix) :]: tuple(shape)
+            for key, shape in shapes.items()
+            if key.startswith(prefix) and _root(key[len(prefix) :]) in names.roots
+        }
+        layout: Layout = names.layout if names is _DIFFUSERS or not prefix else "prefixed"
+        return UNetInfo(layout, prefix, _infer(unet, names))
+    return None
+
+
+def is_unet_key(info: UNetInfo, key: str) -> bool:
+    """Whether `key`, of the file that `info` describes, belongs to the UNet, not to CLIP, VAE or a marker."""
+    return key.startswith(info.prefix) and _root(key[len(info.prefix) :]) in _names(info).roots
+
+
+def first_and_last_convolution(info: UNetInfo) -> frozenset[str]:
+    """The keys of the weights by which latents enter the UNet and leave it."""
+    names = _names(info)
+    return frozenset((info.prefix + names.first_convolution, info.prefix + names.last_convolution))
+
+
+class _Names(NamedTuple):
+    """The names by which a layout's UNet is recognised and its architecture read."""
+
+    layout: Layout
+    first_convolution: str
+    last_convolution: str
+    time_embedding: str
+    added_embedding: str
+    roots: frozenset[str]
+
+
+def _root(key: str) -> str:
+    return key.partition(".")[0]
+
+
+def _layout_names(layout: Layout, first: str, last: str, time_embedding: str, added_embedding: str) -> _Names:
+    roots = frozenset(_root(key) for known in KNOWN_ARCHITECTURES for key in tensor_shapes(known, layout))
+    return _Names(layout, first, last, time_embedding, added_embedding, roots)
+
+
+_LDM = _layout_names("ldm", "input_blocks.0.0.weight", "out.2.weight", "time_embed.0.weight", "label_emb.0.0.weight")
+_DIFFUSERS = _layout_names(
+    "diffusers",
+    "conv_in.weight",
+    "conv_out.weight",
+    "time_embedding.linear_1.weight",
+    "add_embedding.linear_1.weight",
+)
+
+
+def _names(info: UNetInfo) -> _Names:
+    return _DIFFUSERS if info.layout == "diffusers" else _LDM
+
+
+def _find_prefix(shapes: Mapping[str, Sequence[int]], names: _Names) -> str | None:
+    needed = ((names.first_convolution, 4), (names.last_convolution, 4), (names.time_embedding, 2))
+    candidates = {key.removesuffix(names.first_convolution) for key in shapes if key.endswith(names.first_convolution)}
+    for prefix in sorted(candidates, key=lambda prefix: (prefix != CHECKPOINT_PREFIX, len(prefix), prefix)):
+        if prefix and not prefix.endswith("."):
+            continue
+        if all(len(shapes.get(prefix + name, ())) == dimensions for name, dimensions in needed):
+            return prefix
+    return None
+
+
+def _infer(unet: Mapping[str, Shape], names: _Names) -> UNetArchitecture | None:
+    """The architecture whose tensors are exactly `unet`: read off the names, then checked on every shape."""
+
+    def size(key: str, axis: int) -> int:
+        shape = unet.get(key, ())
+        return shape[axis] if axis < len(shape) else 0
+
+    def depth(attention: str) -> int:
+        layers = (f"{attention}.transformer_blocks.{i}.norm1.weight" for i in count())
+        return sum(1 for _ in takewhile(unet.__contains__, layers))
+
+    down, middle, up = _diffusers_blocks(unet) if names is _DIFFUSERS else _ldm_blocks(unet)
+    has_a_block_per_skip = sum(map(len, up)) == sum(map(len, down)) + len(down)
+    if not (down and len(up) == len(down) and all((*down, *up)) and has_a_block_per_skip):
+        return None
+    cross_attention = next((key for key in unet if key.endswith(".attn2.to_k.weight")), "")
+    inferred = UNetArchitecture(
+        name=UNKNOWN,
+        channels=tuple(size(level[0].convolution, 0) for level in down),
+        down_depths=tuple(tuple(depth(block.attention) for block in level) for level in down),
+        middle_depth=depth(middle.attention) if middle else None,
+        up_depths=tuple(tuple(depth(block.attention) for block in level) for level in up),
+        context_width=size(cross_attention, 1),
+        added_width=size(names.added_embedding, 1),
+        in_channels=size(names.first_convolution, 1),
+        out_channels=size(names.last_convolution, 0),
+    )
+    if tensor_shapes(inferred, names.layout) != unet:
+        return None
+    return next((known for known in KNOWN_ARCHITECTURES if replace(known, name=UNKNOWN) == inferred), inferred)
+
+
+class _Block(NamedTuple):
+    """A residual block in a file: the names of its first convolution and of the attention that may follow."""
+
+    convolution: str
+    attention: str
+
+
+_Blocks = tuple[list[list[_Block]], _Block | None, list[list[_Block]]]
+"""The blocks of every level on the way down, the middle's first one, those on the way up."""
+
+
+def _diffusers_blocks(unet: Mapping[str, Shape]) -> _Blocks:
+    def block(part: str, j: int) -> _Block:
+        return _Block(f"{part}.resnets.{j}.conv1.weight", f"{part}.attentions.{j}")
+
+    def present(part: str) -> list[_Block]:
+        return list(takewhile(lambda block: block.convolution in unet, (block(part, j) for j in count())))
+
+    def levels(side: str) -> list[list[_Block]]:
+        return list(takewhile(bool, (present(f"{side}.{level}") for level in count())))
+
+    middle = block("mid_block", 0)
+    return levels("down_blocks"), middle if middle.convolution in unet else None, levels("up_blocks")
+
+
+def _ldm_blocks(unet: Mapping[str, Shape]) -> _Blocks:
+    def block(part: str) -> _Block:
+        return _Block(f"{part}.0.in_layers.2.weight", f"{part}.1")
+
+    def levels(side: str, start: int) -> list[list[_Block]]:
+        """One list of blocks per level; every resampling begins a new level."""
+        found: list[list[_Block]] = [[]]
+        n = start
+        while True:
+            part = f"{side}.{n}"
+            is_block = block(part).convolution in unet
+            resamples = any(f"{part}.{name}.weight" in unet for name in ("0.op", "1.conv", "2.conv"))
+            if not (is_block or resamples):
+                return found
+            if is_block:
+                found[-1].append(block(part))
+            if resamples:
+                found.append([])
+            n += 1
+
+    middle = block("middle_block")
+    return (
+        levels("input_blocks", 1),
+        middle if middle.convolution in unet else None,
+        levels("output_blocks", 0),
+    )
