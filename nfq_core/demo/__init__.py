@@ -1,0 +1,1 @@
+"""A tiny text-to-image model of SDXL's architecture, bundled so that the demo runs offline."""

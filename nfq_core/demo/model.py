@@ -1,0 +1,156 @@
+"""The demo model: SDXL's UNet architecture at toy size, working on 32x32 RGB pixels, and its word-level text encoder.
+
+One safetensors file holds both: the UNet under plain diffusers names, the text encoder under names with the prefix
+`text.`. diffusers is imported only when a pipeline is built.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from .shapes import IMAGE_SIZE, MAX_WORDS, VOCABULARY, tokenise
+
+TEXT_PREFIX = "text."
+TEXT_WIDTH = 128
+TIME_ID_WIDTH = 32
+
+UNET_CONFIG: dict[str, Any] = {
+    "sample_size": IMAGE_SIZE,
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (32, 64, 128),
+    "layers_per_block": 1,
+    "transformer_layers_per_block": (1, 1, 4),
+    "cross_attention_dim": TEXT_WIDTH,
+    # diffusers takes the number of heads here, as in SDXL's own config: heads are 32 wide.
+    "attention_head_dim": (1, 2, 4),
+    "use_linear_projection": True,
+    "norm_num_groups": 16,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": TIME_ID_WIDTH,
+    "projection_class_embeddings_input_dim": TEXT_WIDTH + 6 * TIME_ID_WIDTH,
+}
+
+# Zero terminal SNR lets the model choose the overall colour; v-prediction stays defined there.
+SCHEDULER_CONFIG: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
+
+# SDXL's original height and width, crop top and left, target height and width.
+TIME_IDS = (IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE)
+
+
+class WordEncoder(nn.Module):
+    """Word and position embeddings, summed and normalised; stands in for SDXL's two CLIP encoders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(len(VOCABULARY), TEXT_WIDTH)
+        self.positions = nn.Embedding(MAX_WORDS, TEXT_WIDTH)
+        self.norm = nn.LayerNorm(TEXT_WIDTH)
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed word ids [n, MAX_WORDS] as tokens [n, MAX_WORDS, TEXT_WIDTH] and their mean [n, TEXT_WIDTH]."""
+        tokens = self.norm(self.words(ids) + self.positions.weight)
+        return tokens, tokens.mean(dim=1)
+
+
+class TinyPipeline(nn.Module):
+    """The text encoder and the UNet; calling it predicts v, float [n, 3, 32, 32], for noisy pictures."""
+
+    def __init__(self, unet: nn.Module, text: WordEncoder) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text = text
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Predict v for pictures [n, 3, 32, 32] at timesteps [n] (0..999) under captions as ids [n, MAX_WORDS]."""
+        tokens, pooled = self.text(ids)
+        time_ids = torch.tensor(TIME_IDS, dtype=pooled.dtype, device=pooled.device).expand(len(ids), -1)
+        conditions = {"text_embeds": pooled, "time_ids": time_ids}
+        return self.unet(noisy, timesteps, tokens, added_cond_kwargs=conditions).sample
+
+
+def import_diffusers() -> ModuleType:
+    """Import diffusers, or raise an ImportError that says how to install it."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ImportError('the demo needs diffusers: pip install "comfyui-nfq[demo]"') from error
+    return diffusers
+
+
+def bundled_weights_path() -> Path:
+    """Path of the fp16 weights that come with the package."""
+    return Path(__file__).parent / "weights" / "demo.safetensors"
+
+
+def load_weights(path: str | Path | None = None) -> dict[str, torch.Tensor]:
+    """Load the UNet's and the text encoder's weights from one file; None means the bundled file."""
+    return load_file(bundled_weights_path() if path is None else path)
+
+
+def split_weights(
+    weights: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Split the file's weights into the UNet's state dict and the text encoder's, the latter without its prefix."""
+    unet = {name: tensor for name, tensor in weights.items() if not name.startswith(TEXT_PREFIX)}
+    text = {name.removeprefix(TEXT_PREFIX): weights[name] for name in weights.keys() - unet.keys()}
+    return unet, text
+
+
+def merge_weights(pipeline: TinyPipeline) -> dict[str, torch.Tensor]:
+    """Gather a pipeline's weights under the names that the file uses; the inverse of split_weights."""
+    text = {TEXT_PREFIX + name: tensor for name, tensor in pipeline.text.state_dict().items()}
+    return {**pipeline.unet.state_dict(), **text}
+
+
+def build_pipeline(weights: Mapping[str, torch.Tensor] | None = None) -> TinyPipeline:
+    """Build the fp32 pipeline on the CPU with these weights (any float dtype), or with random ones.
+
+    Raises ImportError without diffusers and RuntimeError where names or shapes do not match the architecture.
+    """
+    pipeline = TinyPipeline(import_diffusers().UNet2DConditionModel(**UNET_CONFIG), WordEncoder())
+    if weights is not None:
+        unet, text = split_weights(weights)
+        pipeline.unet.load_state_dict(unet)
+        pipeline.text.load_state_dict(text)
+    return pipeline.eval()
+
+
+@torch.no_grad()
+def sample(
+    pipeline: TinyPipeline, captions: Sequence[str], *, seed: int = 0, steps: int = 20, guidance: float = 3.0
+) -> np.ndarray:
+    """Draw captions with DPM++ 2M and classifier-free guidance, as uint8 pictures [n, 32, 32, 3].
+
+    Picture i starts from the noise of seed + i, so it does not depend on how many are drawn together. Guidance 1 is
+    the plain conditional model. Raises ValueError on an unknown word.
+    """
+    scheduler = import_diffusers().DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver++", solver_order=2, **SCHEDULER_CONFIG
+    )
+    scheduler.set_timesteps(steps)
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(len(captions))]
+    shape = (3, IMAGE_SIZE, IMAGE_SIZE)
+    pictures = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    ids = torch.from_numpy(tokenise([*captions, *[""] * len(captions)]))
+    for timestep in scheduler.timesteps:
+        prediction = pipeline(torch.cat([pictures, pictures]), timestep.expand(len(ids)), ids)
+        conditional, unconditional = prediction.chunk(2)
+        guided = unconditional + guidance * (conditional - unconditional)
+        pictures = scheduler.step(guided, timestep, pictures).prev_sample
+    values = ((pictures + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)
+    return (values * 255).round().to(torch.uint8).numpy()
