@@ -20,7 +20,7 @@ from .article import (
 )
 from .codec import encode
 from .container import Facts, Source
-from .convert import IN_FLIGHT_BYTES, Progress, conversion_result, no_progress, refuse_container
+from .convert import IN_FLIGHT_BYTES, Progress, conversion_result, no_progress, refuse_container, refuse_same
 from .errors import CorruptFileError, UnsupportedFileError
 from .formats import BLOCK, LEVELS, article_format
 from .packing import pack_codes
@@ -60,6 +60,7 @@ def import_article(
     started = perf_counter()
     with SafetensorsFile(source) as file:
         refuse_container(file)
+        refuse_same(source, target)
         if not is_article_file(file.entries):
             raise UnsupportedFileError(f"{file.path} was not written by the article's code; `nfq quantize` converts it")
         try:

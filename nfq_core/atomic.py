@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import NFQError, TargetExistsError
@@ -23,8 +24,10 @@ class AtomicFile:
     def __init__(self, path: str | os.PathLike, overwrite: bool = False) -> None:
         self.path = Path(path)
         self._overwrite = overwrite
+        # A link stays a link: what it points to is replaced.
+        self._target = Path(os.path.realpath(self.path))
         self._refuse_existing()
-        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
+        self._temporary = self._target.with_name(f".{self._target.name}.{secrets.token_hex(4)}.tmp")
         with self._named_errors():
             self._file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115
 
@@ -49,16 +52,19 @@ class AtomicFile:
             os.fsync(self._file.fileno())
             self._file.close()
             self._refuse_existing()
-            os.replace(self._temporary, self.path)
-            if hasattr(os, "O_DIRECTORY"):
-                folder = os.open(self.path.parent, os.O_DIRECTORY)
-                os.fsync(folder)
-                os.close(folder)
+            os.replace(self._temporary, self._target)
+        # The file is there now; not every system can make a folder's change durable on request.
+        with suppress(OSError, AttributeError):
+            folder = os.open(self._target.parent, os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
 
     def _refuse_existing(self) -> None:
-        if self.path.is_dir():
+        if self._target.is_dir():
             raise TargetExistsError(f"{self.path} is a directory; name a file in it")
-        if not self._overwrite and self.path.exists():
+        if self._target.exists() and not self._target.is_file():
+            raise TargetExistsError(f"{self.path} is not a regular file; name another")
+        if not self._overwrite and self._target.exists():
             raise TargetExistsError(f"{self.path} exists already; --force overwrites it")
 
     def _named_errors(self) -> _NamedErrors:

@@ -66,6 +66,7 @@ def quantize_file(
     started = perf_counter()
     with SafetensorsFile(source) as file, _SourceHash(file) as source_hash:
         refuse_container(file)
+        refuse_same(source, target)
         info, plans = plan_tensors(file.entries, settings)
         facts = Facts(
             settings.as_dict(),
@@ -158,6 +159,7 @@ def dequantize_file(
     """
     started = perf_counter()
     with NFQFile(source) as file:
+        refuse_same(source, target)
         outputs = {key: (file.entries[key].dtype, file.entries[key].shape) for key in file.kept}
         for key, quantized in file.quantized.items():
             outputs[key] = (DTYPE_NAMES[dtype] if dtype else quantized.dtype, quantized.shape)
@@ -196,6 +198,12 @@ def refuse_container(file: SafetensorsFile) -> None:
     """NFQError when a source is itself a container."""
     if FACTS_KEY in file.metadata:
         raise NFQError(f"{file.path} is quantised already; `nfq dequantize` turns it back first")
+
+
+def refuse_same(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """NFQError when a target is the source itself, which overwriting would lose."""
+    if os.path.exists(target) and os.path.samefile(source, target):
+        raise NFQError(f"{target} is the source itself; name another target")
 
 
 def _surprising(entries: dict[str, Entry]) -> list[str]:

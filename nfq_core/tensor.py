@@ -178,13 +178,14 @@ def _survey(flat: torch.Tensor, effort: Effort, finest_stride: int) -> tuple[Sca
     if not torch.isfinite(largest).all():
         raise CannotQuantizeError("it holds NaN or Inf")
     top = largest.amax().item()
-    if top > torch.finfo(torch.float16).max or 0 < top < MIN_LARGEST:
+    grid = ScaleGrid.for_blocks(largest, finest_stride)
+    if top > grid.magnitudes[-1] or 0 < top < MIN_LARGEST:
         raise CannotQuantizeError(f"its largest magnitude, {top:.3g}, is out of the range of fp16 scales")
     if total <= effort.sample_blocks:
-        return ScaleGrid.for_blocks(largest, finest_stride), _blocks(flat, 0, total)
+        return grid, _blocks(flat, 0, total)
     whole = flat[: flat.numel() // BLOCK * BLOCK].view(-1, BLOCK)
     chosen = torch.linspace(0, len(whole) - 1, effort.sample_blocks, dtype=torch.float64, device=flat.device).long()
-    return ScaleGrid.for_blocks(largest, finest_stride), whole.index_select(0, chosen).float()
+    return grid, whole.index_select(0, chosen).float()
 
 
 def _encode(flat: torch.Tensor, fmt: BlockFormat, grid: ScaleGrid, book: Codebook) -> torch.Tensor:

@@ -45,7 +45,8 @@ def comparison_sheet(captions: Sequence[str], columns: Sequence[tuple[str, np.nd
         draw.multiline_text((GAP, top + PICTURE // 2), text, "black", font, anchor="lm", spacing=6)
     for column, (label, pictures) in enumerate(columns):
         left = CAPTION_WIDTH + column * (PICTURE + GAP) + GAP
-        draw.multiline_text((left, HEADER_HEIGHT // 2), label.replace("|", "\n"), "black", small, anchor="lm", spacing=4)
+        lines = label.replace("|", "\n")
+        draw.multiline_text((left, HEADER_HEIGHT // 2), lines, "black", small, anchor="lm", spacing=4)
         for row, picture in enumerate(pictures):
             enlarged = Image.fromarray(picture).resize((PICTURE, PICTURE), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (left, HEADER_HEIGHT + row * (PICTURE + GAP)))

@@ -1,0 +1,1 @@
+"""ComfyUI-NFQ: the host's entry point; the nodes come with the ComfyUI layer."""

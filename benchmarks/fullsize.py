@@ -1,0 +1,147 @@
+"""A UNet of SDXL's exact names and shapes through the command line: `python -m benchmarks.fullsize --dir DIR`.
+
+Makes the synthetic fp16 file (5.14 GB) in DIR unless it is there, converts it at the defaults in a process of its own
+and notes time and peak resident memory as the operating system reports it; then reads both files, every byte touched,
+in turns, each time in a process of its own, with the files in the page cache and after asking for them to be dropped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from nfq_core import NFTensor, load
+
+from .report import markdown_table, summary, timed, write_results
+from .synthetic import write_sdxl_unet
+
+READ_RUNS = 5
+CONVERT_RUNS = 3
+
+
+def read_fp16(path: str) -> None:
+    """Load a safetensors file as users do, and touch every byte."""
+    for tensor in load_file(path).values():
+        _touch(tensor)
+
+
+def read_packed(path: str) -> None:
+    """Load a container to packed weights in memory, and touch every byte."""
+    for tensor in load(path).values():
+        _touch(tensor.data if isinstance(tensor, NFTensor) else tensor)
+
+
+def _touch(tensor: torch.Tensor) -> None:
+    tensor.contiguous().view(-1).view(torch.uint8).amax()
+
+
+READERS = {"fp16": read_fp16, "packed": read_packed}
+
+
+def drop_from_cache(path: Path) -> None:
+    """Ask the operating system to forget a file's pages."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def time_reading(kind: str, path: Path) -> dict:
+    """Seconds and peak resident bytes of one reading in a process of its own; imports are not counted in the time."""
+    command = [sys.executable, "-m", "benchmarks.fullsize", "--read", kind, str(path)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def convert(source: Path, target: Path) -> dict:
+    """One conversion at the defaults: what the command reports, wall seconds and peak resident bytes."""
+    command = [sys.executable, "-m", "nfq_core", "quantize", str(source), str(target), "--force", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    result: dict = {}
+    wall = timed(lambda: result.update(json.loads(process.communicate()[0])))
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return {"seconds": wall, "peak_resident_bytes": peak, "report": result}
+
+
+def run(folder: Path) -> dict:
+    """All measurements, as written to the results."""
+    source, target = folder / "sdxl.safetensors", folder / "sdxl.nfq.safetensors"
+    if not source.exists():
+        write_sdxl_unet(source)
+    conversions = [convert(source, target) for _ in range(CONVERT_RUNS)]
+    print(conversions, flush=True)
+    info = subprocess.run(
+        [sys.executable, "-m", "nfq_core", "info", str(target), "--json"], check=True, capture_output=True, text=True
+    )
+    facts = json.loads(info.stdout)
+    reading: dict[str, dict] = {}
+    for state in ("warm", "cold"):
+        runs: dict[str, list[dict]] = {kind: [] for kind in READERS}
+        for _ in range(READ_RUNS):
+            for kind, path in (("fp16", source), ("packed", target)):
+                if state == "cold":
+                    drop_from_cache(path)
+                runs[kind].append(time_reading(kind, path))
+        reading[state] = {kind: summary([one["seconds"] for one in found]) for kind, found in runs.items()}
+        reading[state]["peak_resident_bytes"] = {
+            kind: max(one["peak_resident_bytes"] for one in found) for kind, found in runs.items()
+        }
+        print(state, reading[state], flush=True)
+    return {
+        "weights": facts["weights"],
+        "layers": len(facts["layers"]),
+        "original_bytes": facts["original_bytes"],
+        "file_bytes": facts["file_bytes"],
+        "bits_per_weight": facts["bits_per_weight"],
+        "packed_bits_per_weight": facts["packed_bits_per_weight"],
+        "convert_seconds": summary([one["seconds"] for one in conversions]),
+        "convert_peak_resident_bytes": max(one["peak_resident_bytes"] for one in conversions),
+        "reading": reading,
+    }
+
+
+def table(results: dict) -> str:
+    """The README's table."""
+
+    def seconds(found: dict) -> str:
+        return f"{found['median']:.2f} s ({found['min']:.2f} – {found['max']:.2f})"
+
+    rows = [
+        ["size", f"{results['original_bytes'] / 1e9:.2f} GB", f"{results['file_bytes'] / 1e9:.2f} GB"],
+        ["`nfq quantize`, defaults", "–", seconds(results["convert_seconds"])],
+        ["its peak resident memory", "–", f"{results['convert_peak_resident_bytes'] / 1e9:.2f} GB"],
+    ]
+    for state, found in results["reading"].items():
+        ratio = found["packed"]["median"] / found["fp16"]["median"]
+        rows.append(
+            [
+                f"read, every byte touched, {state} cache",
+                seconds(found["fp16"]),
+                f"{seconds(found['packed'])} = {ratio:.2f} ×",
+            ]
+        )
+    machine = results["machine"]
+    note = f"{machine['processors']} processors ({machine['processor']}), torch {machine['torch']}, {machine['date']}."
+    return markdown_table(["SDXL's UNet, 2,567,463,684 weights", "fp16", "NFQ"], rows) + f"\n\n{note}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dir", type=Path, default=Path("fullsize-data"), help="where the files are, 7 GB")
+    parser.add_argument("--read", nargs=2, metavar=("KIND", "FILE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.read:
+        kind, file = options.read
+        elapsed = timed(lambda: READERS[kind](file))
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"seconds": elapsed, "peak_resident_bytes": peak_bytes}))
+    else:
+        options.dir.mkdir(exist_ok=True)
+        print(write_results("fullsize", "python -m benchmarks.fullsize --dir DIR", run(options.dir)))

@@ -1,0 +1,83 @@
+"""What every benchmark shares: the machine's description, medians with spread, results as JSON, the README's tables.
+
+`python -m benchmarks.report` writes the README's tables anew from the results.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def machine() -> dict:
+    """Processor, number of usable processors, memory and versions."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        model = names[0] if names else model
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        "processor": model,
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(memory / 2**30, 1),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+    }
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that one call takes."""
+    started = perf_counter()
+    work()
+    return perf_counter() - started
+
+
+def summary(samples: Sequence[float]) -> dict:
+    """Minimum, median and maximum of repeated measurements."""
+    return {"min": min(samples), "median": statistics.median(samples), "max": max(samples), "runs": len(samples)}
+
+
+def write_results(name: str, command: str, results: dict) -> Path:
+    """Write one benchmark's results as JSON, with the machine and the command that made them."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"command": command, "machine": machine(), **results}, indent=2) + "\n")
+    return path
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def put_tables() -> None:
+    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->` in the README by the tables of the results."""
+    from . import fullsize, quality
+
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for name, table in (("quality", quality.table), ("fullsize", fullsize.table)):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            body = f"<!-- {name} -->\n\n{table(json.loads(path.read_text()))}\n\n<!-- /{name} -->"
+            text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, body=body: body, text, flags=re.DOTALL)
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    put_tables()

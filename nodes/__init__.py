@@ -1,0 +1,1 @@
+"""The ComfyUI nodes: thin layers over nfq_core."""

@@ -1,0 +1,104 @@
+"""The bundled model is a real, trained one of SDXL's architecture, and `nfq demo` tells the whole story with it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="the demo needs diffusers")
+pytest.importorskip("PIL", reason="the demo needs Pillow")
+
+from PIL import Image
+
+from nfq_core import TargetExistsError
+from nfq_core.demo import run
+from nfq_core.demo.model import bundled_weights_path, load_weights, sample
+from nfq_core.demo.shapes import COLOURS, MAX_WORDS, VOCABULARY, describe, draw, random_scene, tokenise
+from nfq_core.examine import verify_file
+from nfq_core.formats import LEVELS
+
+CAPTIONS = ("a large red circle on a white background", "a large purple heart on a yellow background")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return sample(run.build_pipeline(load_weights()), CAPTIONS, seed=0, steps=12)
+
+
+def test_bundled_weights_are_small_fp16_and_mostly_linear():
+    weights = load_weights()
+    total = sum(tensor.numel() for tensor in weights.values())
+    linear = sum(tensor.numel() for tensor in weights.values() if tensor.dim() == 2)
+    assert 4_000_000 <= total <= 9_000_000
+    assert linear / total > 0.65
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert bundled_weights_path().stat().st_size < 20_000_000
+
+
+@pytest.mark.parametrize(("index", "shape", "background"), [(0, "red", "white"), (1, "purple", "yellow")])
+def test_drawn_colours_are_those_of_the_caption(pictures, index, shape, background):
+    picture = pictures[index] / 255
+    corners = picture[[0, 0, -1, -1], [0, -1, 0, -1]].mean(axis=0)
+    centre = picture[14:18, 14:18].mean(axis=(0, 1))
+
+    def nearest(colour):
+        return min(COLOURS, key=lambda name: np.abs(np.array(COLOURS[name]) - colour).sum())
+
+    assert nearest(corners) == background
+    assert nearest(centre) == shape
+
+
+def test_a_picture_depends_on_its_own_seed_alone(pictures):
+    alone = sample(run.build_pipeline(load_weights()), CAPTIONS[:1], seed=0, steps=12)
+    # Batches of other sizes may sum in another order; pixels then differ by a rounding.
+    assert np.abs(alone[0].astype(int) - pictures[0]).max() <= 1
+
+
+def test_captions_fit_the_vocabulary():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scene = random_scene(rng)
+        ids = tokenise([describe(scene)])
+        assert ids.shape == (1, MAX_WORDS)
+        assert ids.max() < len(VOCABULARY)
+        picture = draw(scene, rng)
+        assert picture.shape == (32, 32, 3)
+        assert 0 <= picture.min() <= picture.max() <= 1
+
+
+def test_an_unknown_word_is_refused():
+    with pytest.raises(ValueError, match="violet"):
+        tokenise(["a violet circle"])
+
+
+def test_psnr_by_hand():
+    reference = np.zeros((1, 2, 2, 3), np.uint8)
+    # One channel value of twelve is off by 51 = 255 / 5: the mean squared error is 255² / 300.
+    pictures = reference.copy()
+    pictures[0, 0, 0, 0] = 51
+    assert run.psnr_db(reference, pictures) == pytest.approx(10 * np.log10(300))
+    assert run.psnr_db(reference, reference) == np.inf
+
+
+def test_the_demo_writes_pictures_report_and_sound_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "CAPTIONS", CAPTIONS)
+    monkeypatch.setattr(run, "STEPS", 4)
+    report = run.run_demo(tmp_path / "out")
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    rows = report["levels"]
+    assert [row["levels"] for row in rows] == list(LEVELS)
+    for better, worse in zip(rows, rows[1:], strict=False):
+        assert better["bits_per_weight"] > worse["bits_per_weight"]
+        assert better["file_bytes"] > worse["file_bytes"]
+        assert better["sqnr_db"] > worse["sqnr_db"]
+    assert rows[0]["psnr_db"] > rows[-1]["psnr_db"]
+    for row in rows:
+        path = tmp_path / "out" / f"demo-nf{row['levels']}.nfq.safetensors"
+        assert path.stat().st_size == row["file_bytes"]
+        assert verify_file(path)["ok"]
+    with Image.open(tmp_path / "out" / "comparison.png") as sheet:
+        assert sheet.width > 6 * 128
+        assert sheet.height > len(CAPTIONS) * 128
+    with pytest.raises(TargetExistsError, match="--force"):
+        run.run_demo(tmp_path / "out")

@@ -1,0 +1,197 @@
+"""Safetensors files read without mapping them: what the library writes, and one malformed file per refusal."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nfq_core.errors import CorruptFileError, NFQError, UnsupportedFileError
+from nfq_core.safefile import (
+    COPY_BYTES,
+    TORCH_DTYPES,
+    Entry,
+    SafetensorsFile,
+    dtype_bytes,
+    header_bytes,
+    tensor_bytes,
+    tensor_from_bytes,
+)
+
+GOOD = {"a": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}}
+
+
+def raw(header: dict | str, data: bytes = b"") -> bytes:
+    text = (header if isinstance(header, str) else json.dumps(header)).encode("utf-8", "surrogatepass")
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def field(**changes: object) -> dict:
+    return {"a": GOOD["a"] | changes}
+
+
+def test_reads_what_the_library_writes(tmp_path):
+    bits = torch.randint(0, 256, (1024,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    tensors = {
+        name: (bits > 127 if dtype is torch.bool else bits.view(dtype)).view(2, -1)
+        for name, dtype in TORCH_DTYPES.items()
+    }
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4, dtype=torch.int16)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"ä": "b\n"})
+    with SafetensorsFile(tmp_path / "a.safetensors") as file:
+        assert file.metadata == {"ä": "b\n"}
+        assert file.file_bytes == (tmp_path / "a.safetensors").stat().st_size
+        assert file.entries.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            found = file.tensor(name)
+            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+            assert bytes(tensor_bytes(found)) == bytes(tensor_bytes(tensor)) == bytes(file.read(name))
+            assert b"".join(map(bytes, file.read_chunks(name))) == file.read(name)
+
+
+def test_copies_large_tensors_piece_by_piece(tmp_path):
+    data = bytes(range(256)) * (COPY_BYTES // 256) + b"rest"
+    (tmp_path / "a").write_bytes(raw(field(dtype="U8", shape=[len(data)], data_offsets=[0, len(data)]), data))
+    with SafetensorsFile(tmp_path / "a") as file:
+        pieces = [bytes(piece) for piece in file.read_chunks("a")]
+    assert [len(piece) for piece in pieces] == [COPY_BYTES, 4]
+    assert b"".join(pieces) == data
+
+
+def test_a_file_replaced_while_open_is_not_mixed_with_its_successor(tmp_path):
+    (tmp_path / "a").write_bytes(raw(GOOD, b"x" * 12))
+    (tmp_path / "b").write_bytes(raw(GOOD, b"y" * 12))
+    with SafetensorsFile(tmp_path / "a") as file:
+        (tmp_path / "b").replace(tmp_path / "a")
+        assert file.read("a") == b"x" * 12
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path):
+    (tmp_path / "a").write_bytes(raw(GOOD, bytes(12)))
+    with SafetensorsFile(tmp_path / "a") as file:
+        (tmp_path / "a").write_bytes(raw(GOOD, bytes(3)))
+        with pytest.raises(CorruptFileError, match="became shorter"):
+            file.read("a")
+
+
+def test_a_dtype_that_torch_lacks_can_be_copied_but_not_made_a_tensor(tmp_path):
+    (tmp_path / "a").write_bytes(raw(field(dtype="F8_E8M0", shape=[4], data_offsets=[0, 4]), b"abcd"))
+    with SafetensorsFile(tmp_path / "a") as file:
+        assert file.read("a") == b"abcd"
+        with pytest.raises(UnsupportedFileError, match=r"'a' has dtype F8_E8M0, which torch lacks"):
+            file.tensor("a")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted"),
+    [("F64", 8), ("BF16", 2), ("F8_E4M3", 1), ("BOOL", 1), ("C128", 16), ("U8", 1), ("F8_E5M2", 1), ("C64", 8)],
+)
+def test_sizes_of_dtypes(dtype, wanted):
+    assert dtype_bytes(dtype) == wanted
+
+
+@pytest.mark.parametrize("dtype", ["F4", "", "F", "F16x", "F8.5", "I0", "F-8", "²", "F" + "9" * 5000])
+def test_unknown_dtypes(dtype):
+    with pytest.raises(ValueError, match="."):
+        dtype_bytes(dtype)
+
+
+def test_header_is_padded_and_prefixed():
+    entries = {"a": Entry("F16", (2, 3), 0, 12)}
+    text = header_bytes(entries, {"k": "v"})
+    assert int.from_bytes(text[:8], "little") == len(text) - 8
+    assert len(text) % 8 == 0
+    assert json.loads(text[8:]) == {"__metadata__": {"k": "v"}} | GOOD
+    assert len(header_bytes(entries, {}, 400)) == 400
+    assert "__metadata__" not in json.loads(header_bytes(entries, {})[8:])
+
+
+def test_bytes_and_tensors_are_inverse():
+    tensor = torch.arange(6, dtype=torch.int16).view(2, 3)
+    assert bytes(tensor_bytes(tensor.T)) == bytes([0, 0, 3, 0, 1, 0, 4, 0, 2, 0, 5, 0])
+    assert torch.equal(tensor_from_bytes(bytearray(tensor_bytes(tensor)), "I16", (2, 3)), tensor)
+
+
+def refusal(path, error):
+    with pytest.raises(error) as caught:
+        SafetensorsFile(path)
+    message = str(caught.value)
+    assert type(caught.value) is error
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+def test_missing_file(tmp_path):
+    assert "no such file" in refusal(tmp_path / "absent", NFQError)
+
+
+def test_directory(tmp_path):
+    assert "is a directory" in refusal(tmp_path, NFQError)
+
+
+def test_file_below_a_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"")
+    assert "cannot be opened" in refusal(tmp_path / "a" / "b", NFQError)
+
+
+FOREIGN = {
+    "empty": b"",
+    "seven bytes": b"1234567",
+    "eight bytes": bytes(8),
+    "text": b"hello, this is no model",
+    "pickle": b"PK\x03\x04" + bytes(100),
+    "gguf": b"GGUF\x03\x00\x00\x00" + bytes(100),
+    "a header beyond the limit": (100_000_001).to_bytes(8, "little") + b"{",
+    "a header that is a list": raw("[1,2]"),
+    "an endless header": b"\xff" * 8 + b"{",
+}
+
+
+@pytest.mark.parametrize("data", FOREIGN.values(), ids=FOREIGN)
+def test_foreign_files(tmp_path, data):
+    (tmp_path / "a").write_bytes(data)
+    assert "is not a safetensors file" in refusal(tmp_path / "a", UnsupportedFileError)
+
+
+DAMAGED = {
+    "cut in the header": (raw(GOOD, bytes(12))[:30], "is cut short: it has 30 bytes"),
+    "cut in the data": (raw(GOOD, bytes(11)), "is cut short"),
+    "a byte more": (raw(GOOD, bytes(13)), "1 bytes more than its header tells of"),
+    "no JSON": (raw('{"a":'), "its header is damaged"),
+    "no UTF-8": ((9).to_bytes(8, "little") + b'{"\xff\xfe":1}', "its header is damaged"),
+    "a name half of a surrogate pair": (raw('{"\\ud800":' + json.dumps(GOOD["a"]) + "}", bytes(12)), "damaged"),
+    "metadata half of a surrogate pair": (raw('{"__metadata__":{"a":"\\udcff"}}'), "damaged"),
+    "JSON nested without end": (raw('{"a":' + "[" * 100_000), "its header is damaged"),
+    "a duplicate tensor": (raw(f'{{"a":{json.dumps(GOOD["a"])},"a":{json.dumps(GOOD["a"])}}}'), "a name stands twice"),
+    "a duplicate field": (raw('{"a":{"dtype":"F16","dtype":"F16","shape":[],"data_offsets":[0,2]}}'), "twice"),
+    "metadata that is no text": (raw({"__metadata__": {"a": 1}}), "something else than text"),
+    "metadata that is no object": (raw({"__metadata__": []}), "damaged"),
+    "a tensor that is no object": (raw({"a": 1}), "damaged"),
+    "no dtype": (raw({"a": {"shape": [1], "data_offsets": [0, 2]}}), "'a' lacks dtype"),
+    "no offsets": (raw({"a": {"shape": [1], "dtype": "F16"}}), "'a' lacks"),
+    "one offset": (raw(field(data_offsets=[0]), bytes(12)), "'a' has impossible sizes"),
+    "a negative size": (raw(field(shape=[-2, -3]), bytes(12)), "impossible sizes"),
+    "a fractional size": (raw(field(shape=[2.0, 3]), bytes(12)), "impossible sizes"),
+    "a size that is true": (raw(field(shape=[True, 6]), bytes(12)), "impossible sizes"),
+    "an infinite size": (raw('{"a":{"dtype":"F16","shape":[Infinity],"data_offsets":[0,2]}}'), "impossible sizes"),
+    "a size beyond 63 bits": (raw(field(shape=[1 << 63, 0], data_offsets=[0, 0])), "impossible sizes"),
+    "a size of many digits": (raw('{"a":{"dtype":"F16","shape":[' + "9" * 5000 + '],"data_offsets":[0,2]}}'), "damaged"),
+    "an overflow that would wrap to the right size": (
+        raw(field(shape=[1 << 62, 16, 6], data_offsets=[0, 12]), bytes(12)),
+        "does not fit its 12 bytes",
+    ),
+    "an unknown dtype": (raw(field(dtype="F17"), bytes(12)), "unknown dtype 'F17'"),
+    "the wrong length": (raw(field(shape=[7]), bytes(12)), "'a' of F16 [7] does not fit its 12 bytes"),
+    "reversed offsets": (raw(field(data_offsets=[12, 0]), bytes(12)), "does not fit its -12 bytes"),
+    "a hole": (raw(field(data_offsets=[4, 16]), bytes(16)), "'a' starts at 4, expected 0"),
+    "an overlap": (raw(GOOD | {"b": GOOD["a"] | {"data_offsets": [6, 18]}}, bytes(18)), "'b' starts at 6, expected 12"),
+}
+
+
+@pytest.mark.parametrize(("data", "reason"), DAMAGED.values(), ids=DAMAGED)
+def test_damaged_files(tmp_path, data, reason):
+    (tmp_path / "a").write_bytes(data)
+    assert reason in refusal(tmp_path / "a", CorruptFileError)
