@@ -3,6 +3,7 @@
 Makes the synthetic fp16 file (5.14 GB) in DIR unless it is there, converts it at the defaults in a process of its own
 and notes time and peak resident memory as the operating system reports it; then reads both files, every byte touched,
 in turns, each time in a process of its own, with the files in the page cache and after asking for them to be dropped.
+For Linux: other systems report peak memory in other units.
 """
 
 from __future__ import annotations
@@ -63,9 +64,12 @@ def time_reading(kind: str, path: Path) -> dict:
 def convert(source: Path, target: Path) -> dict:
     """One conversion at the defaults: what the command reports, wall seconds and peak resident bytes."""
     command = [sys.executable, "-m", "nfq_core", "quantize", str(source), str(target), "--force", "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     result: dict = {}
-    wall = timed(lambda: result.update(json.loads(process.communicate()[0])))
+
+    def run_command() -> None:
+        result.update(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+
+    wall = timed(run_command)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     return {"seconds": wall, "peak_resident_bytes": peak, "report": result}
 
@@ -129,7 +133,7 @@ def table(results: dict) -> str:
         )
     machine = results["machine"]
     note = f"{machine['processors']} processors ({machine['processor']}), torch {machine['torch']}, {machine['date']}."
-    return markdown_table(["SDXL's UNet, 2,567,463,684 weights", "fp16", "NFQ"], rows) + f"\n\n{note}"
+    return markdown_table([f"SDXL's UNet, {results['layers']} layers quantised", "fp16", "NFQ"], rows) + f"\n\n{note}"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from math import log2
 import torch
 
 from nfq_core import NFTensor, quantize
-from nfq_core.article import article_dequantise, article_disk_bytes, article_quantise
+from nfq_core.article import article_dequantize, article_disk_bytes, article_quantize
 from nfq_core.codec import encode, frame_spans
 from nfq_core.demo.model import bundled_weights_path
 from nfq_core.examine import sqnr_db
@@ -85,10 +85,10 @@ def measure_article(weights: list[torch.Tensor], levels: int) -> dict:
     total = stored = 0
     noise = 0.0
     for weight in weights:
-        tensor = article_quantise(weight, levels)
+        tensor = article_quantize(weight, levels)
         total += weight.numel()
         stored += article_disk_bytes(tensor)
-        noise += weight.numel() * sqnr_db(weight, article_dequantise(tensor))
+        noise += weight.numel() * sqnr_db(weight, article_dequantize(tensor))
     return {"bits_per_weight": 8 * stored / total, "sqnr_db": noise / total}
 
 

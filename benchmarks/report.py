@@ -1,7 +1,4 @@
-"""What every benchmark shares: the machine's description, medians with spread, results as JSON, the README's tables.
-
-`python -m benchmarks.report` writes the README's tables anew from the results.
-"""
+"""What every benchmark shares: the machine's description, medians with spread, results as JSON, Markdown tables."""
 
 from __future__ import annotations
 
@@ -55,7 +52,8 @@ def write_results(name: str, command: str, results: dict) -> Path:
     """Write one benchmark's results as JSON, with the machine and the command that made them."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"command": command, "machine": machine(), **results}, indent=2) + "\n")
+    text = json.dumps({"command": command, "machine": machine(), **results}, indent=2)
+    path.write_text(text + "\n", encoding="utf-8")
     return path
 
 
@@ -63,21 +61,3 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def put_tables() -> None:
-    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->` in the README by the tables of the results."""
-    from . import fullsize, quality
-
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, table in (("quality", quality.table), ("fullsize", fullsize.table)):
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            body = f"<!-- {name} -->\n\n{table(json.loads(path.read_text()))}\n\n<!-- /{name} -->"
-            text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, body=body: body, text, flags=re.DOTALL)
-    readme.write_text(text)
-
-
-if __name__ == "__main__":
-    put_tables()

@@ -3,8 +3,9 @@
 from .container import NFQFile
 from .errors import CannotQuantizeError, CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError
 from .policy import Settings
+from .quantizer import quantize
 from .state import load, quantize_state_dict, save
-from .tensor import NFTensor, quantize
+from .tensor import NFTensor
 from .version import __version__
 
 __all__ = [

@@ -87,7 +87,7 @@ class ArticleTensor:
 
     def corrupt_weights(self) -> int:
         """How many weights the bug has spoilt: those without a code that are not read as 0."""
-        return int(((self.codes >= self.levels) & (article_dequantise(self).flatten() != 0)).sum())
+        return int(((self.codes >= self.levels) & (article_dequantize(self).flatten() != 0)).sum())
 
     def assignable_codes(self) -> torch.Tensor:
         """The codes, with the last level's in place of those that are no index: uint8.
@@ -111,7 +111,7 @@ def article_codebook(levels: int) -> torch.Tensor:
     return middles / middles.max()
 
 
-def article_quantise(weight: torch.Tensor, levels: int) -> ArticleTensor:
+def article_quantize(weight: torch.Tensor, levels: int) -> ArticleTensor:
     """Quantise one weight as the article's code does, to the bit.
 
     Args:
@@ -140,7 +140,7 @@ def article_quantise(weight: torch.Tensor, levels: int) -> ArticleTensor:
     return ArticleTensor(tuple(weight.shape), levels, c1.flatten(), c2, codes.flatten()[: len(flat)].clone())
 
 
-def article_dequantise(tensor: ArticleTensor) -> torch.Tensor:
+def article_dequantize(tensor: ArticleTensor) -> torch.Tensor:
     """The weights that the article's loader returns: fp16(fp32(fp16(level) * scale)), in the tensor's shape.
 
     A code that is no index stands for itself: its own number times the scale.
@@ -168,7 +168,7 @@ def _compressed_codes(tensor: ArticleTensor) -> bytes:
 
 def is_article_file(names: Iterable[str]) -> bool:
     """Whether tensors of these names are those of a file that the article's code wrote."""
-    return any(_quantised_name(name) for name in names)
+    return any(_quantized_name(name) for name in names)
 
 
 def write_article_file(
@@ -184,7 +184,7 @@ def write_article_file(
         if weight.dim() == 4 or (weight.dim() == 2 and "emb" not in name):
             levels = conv_levels if weight.dim() == 4 else linear_levels
             try:
-                written |= _file_tensors(name, article_quantise(weight, levels))
+                written |= _file_tensors(name, article_quantize(weight, levels))
             except CannotQuantizeError as error:
                 raise CannotQuantizeError(f"tensor {name!r}: {error}") from error
         else:
@@ -226,7 +226,7 @@ def iter_article_tensors(
         yield name, read_article_tensor(get, name) if quantised else get(name)
 
 
-def quantised_shapes(
+def quantized_shapes(
     names: Iterable[str], get: Callable[[str], torch.Tensor]
 ) -> Iterator[tuple[str, tuple[tuple[int, ...], int] | None]]:
     """The shape and number of levels of every quantised tensor of an article file; None for a kept one.
@@ -249,12 +249,12 @@ def _check_kind(name: str, part: str, stored: torch.Tensor) -> None:
 def _entries(names: Iterable[str]) -> list[tuple[str, bool]]:
     """The file's tensors by their own names, and whether each is quantised."""
     present = dict.fromkeys(names)
-    quantised = dict.fromkeys(filter(None, map(_quantised_name, present)))
+    quantised = dict.fromkeys(filter(None, map(_quantized_name, present)))
     for name in quantised:
         missing = [key for key in (name, *_part_names(name)) if key not in present]
         if missing:
             raise CorruptFileError(f"tensor {name!r} is incomplete: the file lacks {', '.join(map(repr, missing))}")
-    return [(name, name in quantised) for name in present if _quantised_name(name) is None]
+    return [(name, name in quantised) for name in present if _quantized_name(name) is None]
 
 
 def read_article_tensor(get: Callable[[str], torch.Tensor], name: str) -> ArticleTensor:
@@ -333,7 +333,7 @@ def _part_names(name: str) -> list[str]:
     return [f"{name}{INFIX}{part}" for part in PARTS]
 
 
-def _quantised_name(name: str) -> str | None:
+def _quantized_name(name: str) -> str | None:
     """The tensor to which the part of this name belongs; None if it is not a part."""
     base, infix, part = name.rpartition(INFIX)
     return base if infix and part in PARTS else None

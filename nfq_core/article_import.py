@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from math import prod
-from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -13,19 +12,24 @@ import torch
 from .article import (
     ArticleTensor,
     article_codebook,
-    article_dequantise,
+    article_dequantize,
     is_article_file,
-    iter_article_tensors,
-    quantised_shapes,
+    quantized_shapes,
+    read_article_tensor,
 )
 from .codec import encode
 from .container import Facts, Source
-from .convert import IN_FLIGHT_BYTES, Progress, conversion_result, no_progress, refuse_container, refuse_same
+from .convert import (
+    conversion_result,
+    refuse_container,
+    refuse_same,
+    source_name,
+)
 from .errors import CorruptFileError, UnsupportedFileError
 from .formats import BLOCK, LEVELS, article_format
 from .packing import pack_codes
-from .parallel import ordered_map
-from .safefile import SafetensorsFile, tensor_bytes
+from .parallel import Progress, no_progress, ordered_map
+from .safefile import Entry, SafetensorsFile, tensor_bytes
 from .tensor import NFTensor
 from .unet import detect
 from .writer import ContainerWriter, Plan
@@ -49,7 +53,7 @@ def import_article(
         source: the article's file.
         target: the file to write.
         overwrite: whether an existing target may be replaced.
-        progress: see `convert.Progress`.
+        progress: see `parallel.Progress`.
 
     Returns:
         As `convert.quantize_file`.
@@ -64,24 +68,22 @@ def import_article(
         if not is_article_file(file.entries):
             raise UnsupportedFileError(f"{file.path} was not written by the article's code; `nfq quantize` converts it")
         try:
-            plans = _plans(file)
+            found = dict(quantized_shapes(file.entries, file.tensor))
+            plans = {key: _plan(file.entries[key], specification) for key, specification in found.items()}
             info = detect({key: plan.shape for key, plan in plans.items()})
-            facts = Facts(
-                {"imported": "article"},
-                info.layout if info else "plain",
-                info.name if info else "unknown",
-                Source(Path(source).name, file.file_bytes, "", file.metadata),
-            )
+            recorded = Source(source_name(source), file.file_bytes, "", file.metadata)
+            facts = Facts.of(info, {"imported": "article"}, recorded)
+
+            def work(key: str) -> tuple[str, list[bytes] | torch.Tensor, str]:
+                if found[key] is None:
+                    return key, file.tensor(key), ""
+                return key, *_converted(read_article_tensor(file.tensor, key), plans[key])
+
             total, done = sum(plan.nbytes for plan in plans.values()), 0
             warnings = []
             with ContainerWriter(target, plans, facts, overwrite=overwrite) as writer:
-                for key, result, warning in ordered_map(
-                    lambda job: _converted(*job, plans),
-                    iter_article_tensors(file.entries, file.tensor),
-                    size=lambda job: plans[job[0]].nbytes,
-                    max_in_flight=IN_FLIGHT_BYTES,
-                ):
-                    warnings += [warning] if warning else []
+                for key, result, reason in ordered_map(work, plans, size=lambda key: plans[key].nbytes):
+                    warnings += [f"tensor {key!r} {reason}; it is kept as fp16"] if reason else []
                     if isinstance(result, list):
                         writer.write_quantized(key, result)
                     else:
@@ -97,7 +99,7 @@ def import_article(
     return conversion_result(facts, plans, writer, file_bytes, warnings, started)
 
 
-def article_to_nf(tensor: ArticleTensor) -> NFTensor:
+def pack_article(tensor: ArticleTensor) -> NFTensor:
     """The same weights in the container's article format, bit for bit.
 
     Raises:
@@ -118,27 +120,22 @@ def article_to_nf(tensor: ArticleTensor) -> NFTensor:
     return NFTensor(data, fmt, tensor.shape, torch.float16)
 
 
-def _plans(file: SafetensorsFile) -> dict[str, Plan]:
-    plans = {}
-    for key, quantised in quantised_shapes(file.entries, file.tensor):
-        if quantised is None:
-            entry = file.entries[key]
-            plans[key] = Plan(entry.dtype, entry.shape)
-        else:
-            shape, levels = quantised
-            plans[key] = Plan("F16", shape, article_format(levels) if levels in LEVELS else None)
-    return plans
+def _plan(entry: Entry, found: tuple[tuple[int, ...], int] | None) -> Plan:
+    """What becomes of a tensor, given its shape and number of levels if it is quantised."""
+    if found is None:
+        return Plan(entry.dtype, entry.shape)
+    shape, levels = found
+    return Plan("F16", shape, article_format(levels) if levels in LEVELS else None)
 
 
-def _converted(
-    key: str, tensor: torch.Tensor | ArticleTensor, plans: dict[str, Plan]
-) -> tuple[str, list[bytes] | torch.Tensor, str]:
-    """A tensor's frames, or the tensor itself where it is kept, and a warning where there is something to warn of."""
-    if not isinstance(tensor, ArticleTensor):
-        return key, tensor, ""
+def _converted(tensor: ArticleTensor, plan: Plan) -> tuple[list[bytes] | torch.Tensor, str]:
+    """A tensor's frames; or its weights where it is kept, and what is wrong with it, if anything."""
+    if not torch.isfinite(tensor.c2).all():
+        return article_dequantize(tensor), "holds NaN or Inf"
     spoilt = tensor.corrupt_weights()
-    if spoilt or plans[key].format is None:
-        warning = f"tensor {key!r} has {spoilt:,} weights spoilt by the article's rounding bug; it is kept as fp16"
-        return key, article_dequantise(tensor), warning if spoilt else ""
-    packed = article_to_nf(tensor)
-    return key, encode(packed.data, packed.format.sections(prod(tensor.shape))), ""
+    if spoilt:
+        return article_dequantize(tensor), f"has {spoilt:,} weights spoilt by the article's rounding bug"
+    if plan.format is None:
+        return article_dequantize(tensor), ""
+    packed = pack_article(tensor)
+    return encode(packed.data, packed.format.sections(prod(tensor.shape))), ""

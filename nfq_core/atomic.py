@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import NFQError, TargetExistsError
@@ -35,6 +36,10 @@ class AtomicFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the temporary file, if it is still there."""
         self._file.close()
         self._temporary.unlink(missing_ok=True)
 
@@ -67,19 +72,9 @@ class AtomicFile:
         if not self._overwrite and self._target.exists():
             raise TargetExistsError(f"{self.path} exists already; --force overwrites it")
 
-    def _named_errors(self) -> _NamedErrors:
-        return _NamedErrors(self.path)
-
-
-class _NamedErrors:
-    """Turns an OSError of the operating system into an NFQError that names the target."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, OSError):
-            raise NFQError(f"{self._path} could not be written: {error.strerror}; nothing was changed") from None
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise NFQError(f"{self.path} could not be written: {error.strerror}; nothing was changed") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +14,18 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import convert, examine
 from .article_import import import_article
 from .codebook import EFFORTS
 from .errors import NFQError
 from .formats import LEVELS
+from .parallel import Progress
 from .policy import Settings
 from .version import __version__
+
+CONTAINER = "an .nfq.safetensors file"
 
 OUTPUT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -36,8 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = str(error)
     except KeyboardInterrupt:
         message = "interrupted; nothing was written"
-    except MemoryError:
+    except (MemoryError, torch.cuda.OutOfMemoryError):
         message = "out of memory; nothing was written"
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; what is left must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         message = f"{error.filename or 'the file'}: {error.strerror or error}"
     print(f"nfq: {' '.join(message.split())}", file=sys.stderr)
@@ -68,30 +77,30 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("target", metavar="DST", help="the .nfq.safetensors file to write")
     sub.add_argument("--levels", type=int, choices=LEVELS, default=16, help="levels of Linear weights (default: 16)")
     sub.add_argument("--conv-levels", type=int, choices=LEVELS, default=32, help="levels of convolutions (default: 32)")
-    sub.add_argument("--effort", choices=tuple(EFFORTS), default="fast", help="how long codebooks are fitted")
+    sub.add_argument("--effort", choices=tuple(EFFORTS), default="fast", help="how long to fit (default: fast)")
     sub.add_argument("--quantize-first-last", action="store_true", help="quantise a UNet's outermost convolutions too")
     sub.add_argument("--device", metavar="D", help="where to quantise, such as cuda (default: cpu)")
     sub.add_argument("--force", action="store_true", help="overwrite DST")
 
     sub = command("info", _info, "tell what an .nfq.safetensors file is")
-    sub.add_argument("file", metavar="F")
+    sub.add_argument("file", metavar="F", help=CONTAINER)
 
     sub = command("verify", _verify, "check every checksum and bound of an .nfq.safetensors file")
-    sub.add_argument("file", metavar="F")
+    sub.add_argument("file", metavar="F", help=CONTAINER)
 
     sub = command("compare", _compare, "measure how far an .nfq.safetensors file is from its original")
-    sub.add_argument("original", metavar="ORIGINAL")
-    sub.add_argument("file", metavar="F")
+    sub.add_argument("original", metavar="ORIGINAL", help="the safetensors file that F was made from")
+    sub.add_argument("file", metavar="F", help=CONTAINER)
 
     sub = command("dequantize", _dequantize, "turn an .nfq.safetensors file back into plain safetensors")
-    sub.add_argument("file", metavar="F")
-    sub.add_argument("target", metavar="DST")
+    sub.add_argument("file", metavar="F", help=CONTAINER)
+    sub.add_argument("target", metavar="DST", help="the .safetensors file to write")
     sub.add_argument("--dtype", choices=tuple(OUTPUT_DTYPES), help="dtype of quantised tensors (default: as recorded)")
     sub.add_argument("--force", action="store_true", help="overwrite DST")
 
     sub = command("import-article", _import, "make an .nfq.safetensors file of one that the article's code wrote")
-    sub.add_argument("file", metavar="F")
-    sub.add_argument("target", metavar="DST")
+    sub.add_argument("file", metavar="F", help="a file that the article's code wrote")
+    sub.add_argument("target", metavar="DST", help="the .nfq.safetensors file to write")
     sub.add_argument("--force", action="store_true", help="overwrite DST")
     return parser
 
@@ -143,10 +152,10 @@ def _info(options: argparse.Namespace) -> int:
         f"model         {info['architecture']}, {info['layout']} keys",
         f"source        {info['source']['name'] or 'not recorded'} {info['source']['sha256'][:10]}",
         f"settings      {', '.join(f'{name} {value}' for name, value in info['settings'].items()) or 'not recorded'}",
-        f"quantised     {len(info['layers'])} layers, {info['weights']:,} weights: "
-        + ", ".join(f"{count} {name}" for name, count in sorted(formats.items())),
+        f"quantised     {len(info['layers'])} layers, {info['weights']:,} weights"
+        + "".join(f", {count} {name}" for name, count in sorted(formats.items())),
         f"bits/weight   {info['bits_per_weight']:.3f} in the file, {info['packed_bits_per_weight']:.3f} packed",
-        f"kept          {info['kept_bytes']:,} bytes",
+        f"kept          {info['kept']} tensors, {info['kept_bytes']:,} bytes",
         f"workflow      {'embedded' if info['has_workflow'] else 'none'}",
     ]
     return _show(options, info, "\n".join(lines))
@@ -156,9 +165,10 @@ def _verify(options: argparse.Namespace) -> int:
     with _progress("verifying", options) as progress:
         result = examine.verify_file(options.file, progress=progress)
     _show(options, result, f"{options.file}: all {result['tensors']} tensors are sound" if result["ok"] else "")
-    for error in result["errors"]:
-        print(f"nfq: {error}", file=sys.stderr)
-    return 0 if result["ok"] else 1
+    if not result["ok"]:
+        more = len(result["errors"]) - 1
+        raise NFQError(result["errors"][0] + (f" (and {more} more tensors, --json lists them)" if more else ""))
+    return 0
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -180,10 +190,8 @@ def _demo(options: argparse.Namespace) -> int:
         report = run_demo(options.out, overwrite=options.force, progress=progress)
     lines = ["levels  bits/weight  file bytes  SQNR dB  picture PSNR dB"]
     for row in report["levels"]:
-        lines.append(
-            f"{row['levels']:6}  {row['bits_per_weight']:11.3f}  {row['file_bytes']:10,}  {row['sqnr_db']:7.2f}  "
-            f"{row['psnr_db']:15.2f}"
-        )
+        figures = f"{row['levels']:6}  {row['bits_per_weight']:11.3f}  {row['file_bytes']:10,}  {row['sqnr_db']:7.2f}"
+        lines.append(f"{figures}  {_db(row['psnr_db']):>15}")
     lines.append(f"pictures: {report['comparison']}")
     return _show(options, report, "\n".join(lines))
 
@@ -200,7 +208,9 @@ def _show_conversion(options: argparse.Namespace, result: dict) -> int:
 def _show(options: argparse.Namespace, result: Any, text: str) -> int:
     output = json.dumps(result, indent=2) if options.json else text
     if output:
-        print(output)
+        # Neither every terminal nor every file name is Unicode.
+        encoding = sys.stdout.encoding or "utf-8"
+        print(output.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     return 0
 
 
@@ -210,17 +220,18 @@ def _db(ratio: float | None) -> str:
 
 def _check_device(name: str) -> None:
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        # Fitting needs fp64, which not every device has.
+        torch.ones(1, dtype=torch.float64, device=name).item()
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise NFQError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 @contextmanager
-def _progress(title: str, options: argparse.Namespace, unit: str = "B") -> Iterator[convert.Progress]:
+def _progress(title: str, options: argparse.Namespace, unit: str = "B") -> Iterator[Progress]:
     """A progress callback that draws a bar on a terminal, and nothing elsewhere or with --json."""
-    with tqdm(
-        desc=title, unit=unit, unit_scale=unit == "B", disable=True if options.json else None, leave=False
-    ) as bar:
+    hidden = True if options.json else None
+    bar = tqdm(desc=title, unit=unit, unit_scale=unit == "B", disable=hidden, leave=False)
+    with logging_redirect_tqdm(), bar:
 
         def report(done: int, total: int, name: str) -> None:
             bar.total = total

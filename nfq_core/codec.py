@@ -11,7 +11,7 @@ import threading
 import torch
 import zstandard
 
-from .errors import CorruptFileError
+from .errors import CorruptFileError, NFQError
 from .formats import BlockFormat, Sections
 
 FRAME_BYTES = 256 * 1024
@@ -96,10 +96,14 @@ def decode(stored: memoryview, lengths: list[int], sections: Sections) -> torch.
 
     Raises:
         CorruptFileError: a frame is not valid zstd or does not hold what it should.
+        NFQError: there is not enough memory.
     """
     if not hasattr(_local, "decompressor"):
         _local.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 18)
-    data = torch.empty(sections.end, dtype=torch.uint8)
+    try:
+        data = torch.empty(sections.end, dtype=torch.uint8)
+    except (RuntimeError, MemoryError):
+        raise NFQError(f"it needs {sections.end:,} bytes of memory, more than there is") from None
     view = memoryview(data.numpy())
     position = 0
     for number, ((start, end), length) in enumerate(zip(frame_spans(sections), lengths, strict=True)):

@@ -8,7 +8,6 @@ digits zeroed.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import zlib
 from collections.abc import Mapping
@@ -19,12 +18,16 @@ from typing import Any
 import torch
 
 from .codec import decode, frame_count
-from .errors import CorruptFileError, UnsupportedFileError
+from .errors import CorruptFileError, NFQError, UnsupportedFileError
 from .formats import BlockFormat, format_by_id
-from .safefile import TORCH_DTYPES, SafetensorsFile, tensor_from_bytes
-from .tensor import NFTensor
+from .safefile import TORCH_DTYPES, SafetensorsFile, parse_json, tensor_from_bytes
+from .tensor import QUANTIZABLE_DTYPES, NFTensor
+from .unet import UNKNOWN, UNetInfo
 
 CONTAINER_VERSION = 1
+
+MAX_CONTAINER_HEADER_BYTES = 4 << 20
+"""The ComfyUI page reads no more of a file dropped on it."""
 
 PREFIX = "nfq."
 """What the names of quantised tensors start with: stock loaders then do not mistake them for weights."""
@@ -56,6 +59,11 @@ class Facts:
     architecture: str = "unknown"
     source: Source = UNRECORDED
 
+    @classmethod
+    def of(cls, info: UNetInfo | None, settings: Mapping[str, Any], source: Source = UNRECORDED) -> Facts:
+        """The facts about a model in which `info` was recognised (None: a plain state dict)."""
+        return cls(dict(settings), info.layout if info else "plain", info.name if info else UNKNOWN, source)
+
 
 @dataclass(frozen=True)
 class QuantizedEntry:
@@ -81,13 +89,30 @@ def checksum_text(crc32: int) -> str:
 def header_hash(raw_header: bytes, recorded: str) -> str:
     """SHA-256 in hexadecimal over a raw header whose recorded hash, `recorded`, is replaced by as many zeros.
 
-    The header must name the hash exactly once; otherwise the result is empty, which no recorded hash equals.
+    The header must name the hash exactly once; otherwise the result is empty.
     """
     field_text = f'"{HASH_KEY}":"{recorded}"'.encode()
-    if len(recorded) != 64 or raw_header.count(field_text) != 1:
+    if len(recorded) != 64 or not recorded.isascii() or raw_header.count(field_text) != 1:
         return ""
     blank = field_text.replace(recorded.encode(), b"0" * 64)
     return hashlib.sha256(raw_header.replace(field_text, blank)).hexdigest()
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def _source(fields: Mapping[str, Any]) -> Source:
+    metadata = {name: _text(value) for name, value in fields["metadata"].items()}
+    return Source(_text(fields["name"]), _count(fields["bytes"]), _text(fields["sha256"]), metadata)
 
 
 class NFQFile(SafetensorsFile):
@@ -121,12 +146,17 @@ class NFQFile(SafetensorsFile):
         """
         if key in self.quantized:
             return self._load_quantized(key)
-        buffer = self.read(key)
-        self._check_sum(key, zlib.crc32(buffer), self.kept[key])
+        buffer = self.load_kept(key)
         entry = self.entries[key]
         if entry.dtype not in TORCH_DTYPES:
             raise UnsupportedFileError(f"{self.path}: tensor {key!r} has dtype {entry.dtype}, which torch lacks")
         return tensor_from_bytes(buffer, entry.dtype, entry.shape)
+
+    def load_kept(self, key: str) -> bytearray:
+        """The bytes of one kept tensor, its checksum verified; CorruptFileError when they are damaged."""
+        buffer = self.read(key)
+        self._check_sum(key, zlib.crc32(buffer), self.kept[key])
+        return buffer
 
     def verify(self, key: str) -> None:
         """Read one tensor and check all that can be checked; CorruptFileError when it is damaged."""
@@ -146,8 +176,8 @@ class NFQFile(SafetensorsFile):
             data = decode(memoryview(stored), list(entry.frames), entry.format.sections(entry.weights))
             tensor = NFTensor(data, entry.format, entry.shape, TORCH_DTYPES[entry.dtype])
             tensor.validate(codes=codes)
-        except CorruptFileError as error:
-            raise CorruptFileError(f"{self.path}: tensor {key!r}: {error}") from None
+        except NFQError as error:
+            raise type(error)(f"{self.path}: tensor {key!r}: {error}") from None
         return tensor
 
     def _check_sum(self, key: str, found: int, wanted: str) -> None:
@@ -158,10 +188,15 @@ class NFQFile(SafetensorsFile):
         if FACTS_KEY not in self.metadata:
             raise UnsupportedFileError(f"{self.path} is not an .nfq.safetensors file; `nfq quantize` makes one of it")
         try:
-            header = json.loads(self.metadata[FACTS_KEY])
-            self.container_version = int(header["container_version"])
+            header = parse_json(self.metadata[FACTS_KEY])
+            self.container_version = _count(header["container_version"])
         except (ValueError, KeyError, TypeError, RecursionError):
             raise CorruptFileError(f"{self.path}: the nfq part of its header is damaged; fetch it again") from None
+        if len(self.raw_header) > MAX_CONTAINER_HEADER_BYTES or self.container_version < 1:
+            raise CorruptFileError(
+                f"{self.path}: its header breaks the format: {len(self.raw_header):,} bytes of at most "
+                f"{MAX_CONTAINER_HEADER_BYTES:,}, container version {self.container_version}"
+            )
         if self.container_version > CONTAINER_VERSION:
             raise UnsupportedFileError(
                 f"{self.path} has container version {self.container_version}, this version reads up to "
@@ -171,7 +206,10 @@ class NFQFile(SafetensorsFile):
         try:
             self.writer = str(header["writer"])
             self.facts = Facts(
-                dict(header["settings"]), header["layout"], header["architecture"], Source(**header["source"])
+                dict(header["settings"]),
+                _text(header["layout"]),
+                _text(header["architecture"]),
+                _source(header["source"]),
             )
             self.quantized = {key: self._quantized_entry(key, item) for key, item in header["quantized"].items()}
             self.kept = {key: str(checksum) for key, checksum in header["kept"].items()}
@@ -180,25 +218,25 @@ class NFQFile(SafetensorsFile):
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptFileError(f"{self.path}: the nfq part of its header is damaged ({error})") from None
         told = {PREFIX + key for key in self.quantized} | self.kept.keys()
-        if told != self.entries.keys():
-            odd = sorted(told ^ self.entries.keys())[0]
+        odd = min((told ^ self.entries.keys()) | (self.quantized.keys() & self.kept.keys()), default=None)
+        if odd is not None:
             raise CorruptFileError(f"{self.path}: its header disagrees with itself about tensor {odd!r}")
 
     def _check_header_hash(self) -> None:
         recorded = self.metadata.get(HASH_KEY, "")
-        if header_hash(self.raw_header, recorded) != recorded:
+        if not recorded or header_hash(self.raw_header, recorded) != recorded:
             raise CorruptFileError(f"{self.path}: its header is damaged (checksum mismatch); fetch it again")
 
     def _quantized_entry(self, key: str, item: Mapping[str, Any]) -> QuantizedEntry:
         entry = QuantizedEntry(
             format_by_id(item["format"]),
-            tuple(int(size) for size in item["shape"]),
+            tuple(map(_count, item["shape"])),
             item["dtype"],
-            tuple(int(length) for length in item["frames"]),
-            item["crc32"],
+            tuple(map(_count, item["frames"])),
+            _text(item["crc32"]),
         )
         stored = self.entries[PREFIX + key]
-        if any(size < 0 for size in entry.shape) or entry.weights == 0 or entry.dtype not in TORCH_DTYPES:
+        if entry.weights == 0 or TORCH_DTYPES.get(entry.dtype) not in QUANTIZABLE_DTYPES:
             raise ValueError(f"tensor {key!r} has an impossible shape or dtype")
         spans = frame_count(entry.format.sections(entry.weights))
         if len(entry.frames) != spans or min(entry.frames) <= 0 or sum(entry.frames) != stored.nbytes:

@@ -1,12 +1,14 @@
-"""Converting files: quantise, dequantise, import the article's. All stream; none holds a whole model."""
+"""Converting files: quantise and dequantise. Both stream; neither holds a whole model."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -17,23 +19,19 @@ from .atomic import AtomicFile
 from .codec import encode
 from .container import FACTS_KEY, Facts, NFQFile, Source
 from .errors import CannotQuantizeError, NFQError
-from .parallel import ordered_map
+from .parallel import IN_FLIGHT_BYTES, Progress, no_progress, ordered_map
 from .policy import DEFAULTS, Settings, plan_tensors
+from .quantizer import quantize
 from .safefile import DTYPE_NAMES, Entry, SafetensorsFile, dtype_bytes, header_bytes, tensor_bytes, tensor_from_bytes
-from .tensor import NFTensor, quantize
 from .writer import ContainerWriter, Plan
 
 log = logging.getLogger("nfq")
 
-IN_FLIGHT_BYTES = 256 << 20
-"""Bytes of tensors that are read ahead of the writer."""
+PAGE_METADATA = ("workflow", "prompt")
+"""Metadata that the ComfyUI page looks for; it stands in the container as it stood in the source."""
 
-Progress = Callable[[int, int, str], None]
-"""Called with the bytes done, the bytes in all, and the name of the tensor that was finished."""
-
-
-def no_progress(done: int, total: int, name: str) -> None:
-    """The progress callback that shows nothing."""
+MAX_METADATA_BYTES = 1 << 20
+"""So much of a source's metadata finds room in a container's header, as it stands there."""
 
 
 def quantize_file(
@@ -68,13 +66,12 @@ def quantize_file(
         refuse_container(file)
         refuse_same(source, target)
         info, plans = plan_tensors(file.entries, settings)
-        facts = Facts(
-            settings.as_dict(),
-            info.layout if info else "plain",
-            info.name if info else "unknown",
-            Source(Path(source).name, file.file_bytes, source_hash.blank, file.metadata),
+        metadata, warnings = _fitting_metadata(file.metadata)
+        extra = {name: metadata.pop(name) for name in PAGE_METADATA if name in metadata}
+        facts = Facts.of(
+            info, settings.as_dict(), Source(source_name(source), file.file_bytes, source_hash.blank, metadata)
         )
-        warnings = _surprising(file.entries)
+        warnings += _surprising(file.entries)
         total = sum(entry.nbytes for entry in file.entries.values())
         done = 0
 
@@ -103,10 +100,8 @@ def quantize_file(
             done += file.entries[key].nbytes
             progress(done, total, key)
 
-        with ContainerWriter(target, plans, facts, overwrite=overwrite) as writer:
-            for key, frames, raw, reason in ordered_map(
-                work, jobs(), size=lambda job: len(job[1]), max_in_flight=IN_FLIGHT_BYTES
-            ):
+        with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
+            for key, frames, raw, reason in ordered_map(work, jobs(), size=lambda job: len(job[1])):
                 if frames is None:
                     warnings.append(f"tensor {key!r} is kept as it is: {reason}")
                     writer.write_kept(key, [raw])
@@ -169,20 +164,19 @@ def dequantize_file(
             plan = Plan(*outputs[key])
             entries[key] = Entry(plan.dtype, plan.shape, end, end + plan.nbytes)
             end += plan.nbytes
-        header = header_bytes(entries, {"format": "pt", **file.facts.source.metadata})
+        page = {name: file.metadata[name] for name in PAGE_METADATA if name in file.metadata}
+        header = header_bytes(entries, {"format": "pt", **file.facts.source.metadata, **page})
 
         def work(key: str) -> tuple[str, memoryview]:
+            if key in file.kept:
+                return key, memoryview(file.load_kept(key))
             tensor = file.load(key)
-            if isinstance(tensor, NFTensor):
-                tensor = tensor.dequantize(dtype or tensor.dtype)
-            return key, tensor_bytes(tensor)
+            return key, tensor_bytes(tensor.dequantize(dtype or tensor.dtype))
 
         with AtomicFile(target, overwrite) as out:
             out.write_at(0, header)
             done = 0
-            for key, data in ordered_map(
-                work, entries, size=lambda name: entries[name].nbytes, max_in_flight=IN_FLIGHT_BYTES
-            ):
+            for key, data in ordered_map(work, entries, size=lambda name: entries[name].nbytes):
                 out.write_at(len(header) + entries[key].start, data)
                 done += entries[key].nbytes
                 progress(done, end, key)
@@ -192,6 +186,11 @@ def dequantize_file(
         "tensors": len(entries),
         "seconds": round(perf_counter() - started, 3),
     }
+
+
+def source_name(path: str | os.PathLike) -> str:
+    """The name of a source file, fit for the header whatever its bytes are."""
+    return Path(path).name.encode("utf-8", "replace").decode("utf-8")
 
 
 def refuse_container(file: SafetensorsFile) -> None:
@@ -208,11 +207,27 @@ def refuse_same(source: str | os.PathLike, target: str | os.PathLike) -> None:
 
 def _surprising(entries: dict[str, Entry]) -> list[str]:
     """Warnings about weights that one would expect to be quantised, and that are not."""
-    return [
-        f"tensor {key!r} is kept as it is: it has eight-bit floats already ({entry.dtype})"
-        for key, entry in entries.items()
-        if entry.dtype.startswith("F8") and len(entry.shape) >= 2
-    ]
+    eight_bit = [key for key, entry in entries.items() if entry.dtype.startswith("F8") and len(entry.shape) >= 2]
+    if not eight_bit:
+        return []
+    others = f" and {len(eight_bit) - 1:,} more are" if len(eight_bit) > 1 else " is"
+    return [f"tensor {eight_bit[0]!r}{others} kept: eight-bit floats are quantised already"]
+
+
+def _fitting_metadata(metadata: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """A source's metadata without its longest texts, if all are too long for the header; and warnings about those."""
+    sizes = {name: _stored_bytes(name) + _stored_bytes(text) for name, text in metadata.items()}
+    kept = dict(sorted(metadata.items(), key=lambda item: sizes[item[0]]))
+    warnings = []
+    while sum(sizes[name] for name in kept) > MAX_METADATA_BYTES:
+        name, text = kept.popitem()
+        warnings.append(f"metadata {name!r} is left out: {len(text):,} characters are too many for the header")
+    return {name: metadata[name] for name in metadata if name in kept}, warnings
+
+
+def _stored_bytes(text: str) -> int:
+    """Bytes that a text takes in the header, where it stands in JSON within JSON."""
+    return len(json.dumps(json.dumps(text, ensure_ascii=False), ensure_ascii=False).encode())
 
 
 class _SourceHash:
@@ -223,6 +238,7 @@ class _SourceHash:
     def __init__(self, file: SafetensorsFile) -> None:
         self._hash = hashlib.sha256(file.raw_header)
         self._pool = ThreadPoolExecutor(1)
+        self._waiting: deque[tuple[Future, int]] = deque()
 
     def __enter__(self) -> _SourceHash:
         return self
@@ -231,8 +247,10 @@ class _SourceHash:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def add(self, data: bytearray) -> None:
-        """Take in bytes that nobody changes any more."""
-        self._pool.submit(self._hash.update, data)
+        """Take in bytes that nobody changes any more; waits when too many are not hashed yet."""
+        self._waiting.append((self._pool.submit(self._hash.update, data), len(data)))
+        while sum(size for _, size in self._waiting) > IN_FLIGHT_BYTES:
+            self._waiting.popleft()[0].result()
 
     def over(self, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
         """Take in pieces that are valid for a moment, and pass them on."""

@@ -8,9 +8,8 @@ import os
 import torch
 
 from .container import NFQFile
-from .convert import IN_FLIGHT_BYTES, Progress, no_progress
 from .errors import CorruptFileError, NFQError
-from .parallel import ordered_map
+from .parallel import Progress, no_progress, ordered_map
 from .safefile import SafetensorsFile
 
 
@@ -21,7 +20,8 @@ def file_info(path: str | os.PathLike) -> dict:
         `container_version`, `writer`, `architecture`, `layout`, `source`, `settings`, `weights` (count of quantised
         weights), `bits_per_weight` (stored bytes of the quantised tensors × 8 ÷ those weights),
         `packed_bits_per_weight` (the same for the packed buffers), `file_bytes`, `original_bytes` (size of the source
-        file), `kept_bytes`, `has_workflow`, and `layers` (each `name`, `format`, `shape`, `bits_per_weight`).
+        file), `kept` and `kept_bytes` (number and size of the tensors kept), `has_workflow`, and `layers` (each `name`,
+        `format`, `shape`, `bits_per_weight`).
 
     Raises:
         NFQError: the file is missing, damaged, foreign or newer.
@@ -43,6 +43,7 @@ def file_info(path: str | os.PathLike) -> dict:
             "packed_bits_per_weight": packed * 8 / weights if weights else 0.0,
             "file_bytes": file.file_bytes,
             "original_bytes": source.bytes,
+            "kept": len(file.kept),
             "kept_bytes": sum(file.stored_bytes(key) for key in file.kept),
             "has_workflow": "workflow" in file.metadata,
             "layers": [
@@ -77,7 +78,7 @@ def verify_file(path: str | os.PathLike, *, progress: Progress = no_progress) ->
 
         errors = []
         done, total = 0, sum(map(file.stored_bytes, file.keys()))
-        for key, error in ordered_map(check, file.keys(), size=file.stored_bytes, max_in_flight=IN_FLIGHT_BYTES):
+        for key, error in ordered_map(check, file.keys(), size=file.stored_bytes):
             errors += [error] if error else []
             done += file.stored_bytes(key)
             progress(done, total, key)
@@ -85,12 +86,22 @@ def verify_file(path: str | os.PathLike, *, progress: Progress = no_progress) ->
 
 
 def sqnr_db(original: torch.Tensor, approximation: torch.Tensor) -> float:
-    """Signal to quantisation noise, ``10 * log10(var(original) / mse)`` in dB; infinite when both are equal."""
-    original, approximation = original.double(), approximation.double()
-    error = (original - approximation).square().mean().item()
-    signal = original.var(correction=0).item()
+    """Signal to quantisation noise, ``10 * log10(var(original) / mse)`` in dB; infinite when both are equal.
+
+    The variance of a constant tensor is 0; its mean square takes its place.
+    """
+    total = squares = error = 0.0
+    for part, other in zip(original.reshape(-1).split(1 << 20), approximation.reshape(-1).split(1 << 20), strict=True):
+        part = part.double()
+        total += part.sum().item()
+        squares += part.square().sum().item()
+        error += (part - other.double()).square_().sum().item()
     if error == 0:
         return math.inf
+    weights = original.numel()
+    variance = squares - total * total / weights
+    # Below the rounding of the sums, all weights are equal.
+    signal = variance if variance > 1e-12 * squares else squares
     return 10 * math.log10(signal / error) if signal else -math.inf
 
 
@@ -100,7 +111,7 @@ def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progr
     Args:
         original: the safetensors file it was made from, or any with the same names and shapes.
         path: the `.nfq.safetensors` file.
-        progress: see `convert.Progress`.
+        progress: see `parallel.Progress`.
 
     Returns:
         `sqnr_db` (mean over layers, weighted by their numbers of weights) and `layers` (each `name`, `format`,
@@ -120,10 +131,10 @@ def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progr
 
         layers = []
         done, total = 0, sum(before.entries[key].nbytes for key in after.quantized)
-        results = ordered_map(
-            measure, after.quantized, size=lambda key: 16 * after.quantized[key].weights, max_in_flight=1 << 30
-        )
+        results = ordered_map(measure, after.quantized, size=lambda key: 8 * after.quantized[key].weights)
         for (key, entry), ratio in zip(after.quantized.items(), results, strict=True):
+            if math.isnan(ratio) or ratio == -math.inf:
+                raise NFQError(f"{before.path}: tensor {key!r} is not what {after.path} was made from")
             layers.append(
                 {
                     "name": key,

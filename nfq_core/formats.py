@@ -19,6 +19,9 @@ BLOCK = 64
 SUPERBLOCK = 256
 """Blocks per superblock of the article's scales."""
 
+HEAD_ALIGNMENT = 32
+"""The planes start at a multiple of this many bytes: a GPU reads memory in sectors of 32."""
+
 SCALE_MAGNITUDES = 127
 """Magnitudes a logarithmic scale code can name besides zero."""
 
@@ -89,7 +92,7 @@ class BlockFormat:
         blocks = -(-weights // BLOCK)
         article = self.scales is Scales.ARTICLE
         head_bytes = 2 * self.levels + (0 if article else 2)
-        coarse = -(-head_bytes // 16) * 16
+        coarse = -(-head_bytes // HEAD_ALIGNMENT) * HEAD_ALIGNMENT
         fine = coarse + -(-blocks // self.coarse_digits) * BLOCK
         superblock_scales = fine + (-(-blocks // self.fine_digits) * BLOCK if self.fine_bits else 0)
         block_scales = superblock_scales + (-(-blocks // SUPERBLOCK) * 4 if article else 0)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
+IN_FLIGHT_BYTES = 256 << 20
+"""Bytes of tensors that a pipeline works on at once."""
+
+Progress = Callable[[int, int, str], None]
+"""Called with the bytes done, the bytes in all, and the name of the tensor that was finished."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def no_progress(done: int, total: int, name: str) -> None:
+    """The progress callback that shows nothing."""
 
 
 def default_threads() -> int:
@@ -20,15 +30,32 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextmanager
-def _single_threaded_torch() -> Iterator[None]:
-    """Have each torch call stay on its own thread: the pipeline's threads already use every processor."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+class _SingleThreadedTorch:
+    """Has each torch call stay on its own thread: the pipelines' threads already use every processor.
+
+    torch's setting is the process's; it is restored when the last of several pipelines at once ends.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before = 1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._before = torch.get_num_threads()
+                torch.set_num_threads(1)
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                torch.set_num_threads(self._before)
+
+
+_single_threaded_torch = _SingleThreadedTorch()
 
 
 def ordered_map(
@@ -36,7 +63,7 @@ def ordered_map(
     items: Iterable[Item],
     *,
     size: Callable[[Item], int],
-    max_in_flight: int,
+    max_in_flight: int = IN_FLIGHT_BYTES,
     threads: int | None = None,
 ) -> Iterator[Result]:
     """Apply `work` to items on several threads and yield the results in order.
@@ -48,7 +75,7 @@ def ordered_map(
         max_in_flight: a new item is drawn only while the items in flight weigh less than this in sum.
         threads: number of threads; by default one per processor.
     """
-    with _single_threaded_torch():
+    with _single_threaded_torch:
         pool = ThreadPoolExecutor(threads or default_threads(), initializer=torch.set_num_threads, initargs=(1,))
         pending: deque = deque()
         in_flight = 0

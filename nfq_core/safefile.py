@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,9 @@ from .errors import CorruptFileError, NFQError, UnsupportedFileError
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors limit on a header."""
+
+METADATA_KEY = "__metadata__"
+"""Where a tensor's name would stand in a header, this name stands for text about the file."""
 
 COPY_BYTES = 8 << 20
 """Bytes handled at once when tensors are copied unread."""
@@ -131,14 +135,17 @@ class SafetensorsFile:
         return len(self.raw_header)
 
     def _read_at(self, view: memoryview, offset: int) -> None:
-        with self._lock:
-            self._file.seek(offset)
-            done = 0
-            while done < len(view):
-                count = self._file.readinto(view[done:])
-                if not count:
-                    raise CorruptFileError(f"{self.path} became shorter while it was read")
-                done += count
+        try:
+            with self._lock:
+                self._file.seek(offset)
+                done = 0
+                while done < len(view):
+                    count = self._file.readinto(view[done:])
+                    if not count:
+                        raise CorruptFileError(f"{self.path} became shorter while it was read")
+                    done += count
+        except OSError as error:
+            raise NFQError(f"{self.path} cannot be read: {error.strerror}") from None
 
     def _read_header(self) -> bytes:
         """The raw header: eight bytes of length, then JSON."""
@@ -160,10 +167,10 @@ class SafetensorsFile:
 
     def _parse_header(self) -> tuple[dict[str, Entry], dict[str, str]]:
         try:
-            header = json.loads(self.raw_header[8:].decode("utf-8"), object_pairs_hook=_no_duplicates)
-            metadata = header.pop("__metadata__", {})
+            header = parse_json(self.raw_header[8:].decode("utf-8"))
+            metadata = header.pop(METADATA_KEY, {})
             if not all(isinstance(value, str) for value in metadata.values()):
-                raise ValueError("__metadata__ holds something else than text")
+                raise ValueError(f"{METADATA_KEY} holds something else than text")
             entries = {name: _entry(name, fields) for name, fields in header.items()}
         except (ValueError, AttributeError, RecursionError) as error:
             raise CorruptFileError(f"{self.path}: its header is damaged ({error}); fetch it again") from None
@@ -206,6 +213,19 @@ def dtype_bytes(dtype: str) -> int:
     return bits // 8
 
 
+def parse_json(text: str) -> Any:
+    """JSON that holds only what can be written again; ValueError or RecursionError for anything else."""
+    value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    if "\\u" in text:
+        # Half of a surrogate pair is a legal escape, but no text.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -231,7 +251,7 @@ def _entry(name: str, fields: dict[str, object]) -> Entry:
 
 def header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str], reserve: int = 0) -> bytes:
     """A safetensors header, length prefix included, padded with spaces to `reserve` bytes or a multiple of eight."""
-    fields: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    fields: dict[str, object] = {METADATA_KEY: dict(metadata)} if metadata else {}
     for name, entry in entries.items():
         fields[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (entry.start, entry.end)}
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode("utf-8")

@@ -1,13 +1,14 @@
 """Choosing a scale and codes for every block, given the levels.
 
-Every block may take any of 32 scales around its largest magnitude, each with either sign (a signed codebook may be
-asymmetric, cf. BOF4-S, arXiv 2505.06653). All 64 candidates are rated at once: a block's weights are put on a fine
-grid, and the candidate errors of a weight are one row of a table over that grid, so that rating a block is a sum of
-64 table rows, which torch's embedding_bag does at a few nanoseconds per weight.
+Every block may take any scale within an octave of its largest magnitude, with either sign (a signed codebook may be
+asymmetric, cf. BOF4-S, arXiv 2505.06653). All candidates, up to 64, are rated at once: a block's weights are put on a
+fine grid, and the candidate errors of a weight are one row of a table over that grid, so that rating a block is a sum
+of 64 table rows, which torch's embedding_bag does at a few nanoseconds per weight.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,9 +37,23 @@ OCTAVES_ABOVE = 15 / 16
 """How far above a block's largest magnitude scales are searched, in octaves; as far, plus a step, below it."""
 
 
+MAX_UNSPANNED_BLOCKS = 1e-3
+"""Share of the blocks that may lie below the smallest scale of a grid, for a finer one ..."""
+
+MAX_UNSPANNED_ENERGY = 1e-5
+"""... and the share of the energy that those blocks may have, by their largest magnitudes."""
+
+
 @dataclass(frozen=True)
 class ScaleGrid:
-    """The scales one tensor may use: `scale_table(exponent, stride)` and its positive half as fp32."""
+    """The scales one tensor may use.
+
+    Args:
+        exponent: the first argument of `scale_table`.
+        stride: the second.
+        table: what it returns, fp16 of shape (256,).
+        magnitudes: the positive scales that may be used, ascending, fp32 of shape (up to 127,).
+    """
 
     exponent: int
     stride: int
@@ -46,18 +61,28 @@ class ScaleGrid:
     magnitudes: torch.Tensor
 
     @classmethod
-    def for_blocks(cls, largest: torch.Tensor, finest_stride: int = 1) -> ScaleGrid:
-        """The finest grid that spans blocks whose largest magnitudes are `largest` (fp32, one per block, finite)."""
-        used = largest[largest > 0]
+    def for_blocks(cls, largest: torch.Tensor, finest_stride: int = 1, ceiling: float = math.inf) -> ScaleGrid:
+        """The finest grid that spans the blocks, but for a few with next to no energy.
+
+        Args:
+            largest: the largest magnitude of each block, fp32 of shape (blocks,), finite.
+            finest_stride: the smallest of SCALE_STRIDES to consider.
+            ceiling: scales above this are not used.
+        """
+        used = largest[largest > 0].double()
         top = torch.frexp(used.amax() * 2**OCTAVES_ABOVE).exponent.item() if used.numel() else 0
-        bottom = used.amin().item() if used.numel() else 0.0
         for stride in SCALE_STRIDES[SCALE_STRIDES.index(finest_stride) :]:
             octaves = (SCALE_MAGNITUDES - 1) * stride // SCALE_STEPS_PER_OCTAVE
             exponent = min(max(top - 1 - octaves, FP16_MIN_EXPONENT), FP16_MAX_EXPONENT - octaves)
-            if 2.0**exponent <= bottom:
+            below = used[used < 2.0**exponent]
+            few = len(below) <= MAX_UNSPANNED_BLOCKS * len(used)
+            spanned = few and below.square().sum() <= MAX_UNSPANNED_ENERGY * used.square().sum()
+            # A coarser grid reaches no further down than the normal fp16 numbers do.
+            if spanned or exponent == FP16_MIN_EXPONENT:
                 break
         table = scale_table(exponent, stride)
-        return cls(exponent, stride, table, table[1 : SCALE_MAGNITUDES + 1].float())
+        magnitudes = table[1 : SCALE_MAGNITUDES + 1].float()
+        return cls(exponent, stride, table, magnitudes[magnitudes <= ceiling])
 
 
 def largest_magnitudes(blocks: torch.Tensor) -> torch.Tensor:
@@ -120,9 +145,12 @@ class BlockQuantizer:
         to_cells = SEARCH_BINS / (2 * self._range) / self._magnitudes[base]
         cells = (blocks * to_cells[:, None]).add_(SEARCH_BINS / 2).clamp_(0, SEARCH_BINS - 1).to(torch.int32)
         errors = embedding_bag(cells, self._errors, mode="sum")
+        if base.amin() + self._offsets[0] < 0 or base.amax() + self._offsets[-1] >= len(self._magnitudes):
+            candidates = base[:, None] + self._offsets.to(base.device).repeat(2)
+            errors.masked_fill_((candidates < 0) | (candidates >= len(self._magnitudes)), math.inf)
         best = errors.argmin(dim=1)
         count = len(self._offsets)
-        index = (base + best % count + int(self._offsets[0])).clamp_(0, SCALE_MAGNITUDES - 1)
+        index = base + best % count + int(self._offsets[0])
         codes = (index + 1 + (best >= count) * 128).to(torch.uint8)
         # Far below the smallest scale, zero is nearer than any level but the innermost ones.
         return codes.masked_fill_(largest < self.grid.magnitudes[0] / 8, 0)

@@ -15,15 +15,13 @@ from .container import UNRECORDED, Facts, NFQFile, Source
 from .errors import CannotQuantizeError, NFQError
 from .parallel import ordered_map
 from .policy import Settings, plan_tensors
+from .quantizer import quantize
 from .safefile import DTYPE_NAMES, Entry, tensor_bytes
-from .tensor import NFTensor, quantize
+from .tensor import NFTensor
 from .unet import detect
 from .writer import ContainerWriter, Plan
 
 log = logging.getLogger("nfq")
-
-IN_FLIGHT_BYTES = 512 << 20
-"""Bytes of tensors that are worked on at once."""
 
 StateDict = dict[str, NFTensor | torch.Tensor]
 
@@ -67,7 +65,7 @@ def quantize_state_dict(
             log.warning("tensor %r is kept as it is: %s", key, error)
             return state_dict[key]
 
-    results = ordered_map(work, state_dict, size=lambda key: plans[key].nbytes, max_in_flight=IN_FLIGHT_BYTES)
+    results = ordered_map(work, state_dict, size=lambda key: plans[key].nbytes)
     return dict(zip(state_dict, results, strict=True))
 
 
@@ -103,7 +101,7 @@ def save(
         key: Plan(entry.dtype, entry.shape, value.format if isinstance(value, NFTensor) else None)
         for (key, entry), value in zip(_entries(state_dict).items(), state_dict.values(), strict=True)
     }
-    facts = Facts(dict(settings or {}), info.layout if info else "plain", info.name if info else "unknown", source)
+    facts = Facts.of(info, settings or {}, source)
     extra = {name: json.dumps(value) for name, value in (("workflow", workflow), ("prompt", prompt)) if value}
 
     def work(key: str) -> tuple[str, list[bytes]]:
@@ -115,9 +113,7 @@ def save(
             if not isinstance(value, NFTensor):
                 writer.write_kept(key, [tensor_bytes(value)])
         quantized = [key for key in state_dict if plans[key].format]
-        for key, frames in ordered_map(
-            work, quantized, size=lambda key: state_dict[key].nbytes, max_in_flight=IN_FLIGHT_BYTES
-        ):
+        for key, frames in ordered_map(work, quantized, size=lambda key: state_dict[key].nbytes):
             writer.write_quantized(key, frames)
         return writer.finish()
 
@@ -138,7 +134,7 @@ def load(path: str | os.PathLike, keys: Iterable[str] | None = None) -> StateDic
     """
     with NFQFile(path) as file:
         wanted = list(file.keys() if keys is None else keys)
-        tensors = ordered_map(file.load, wanted, size=file.stored_bytes, max_in_flight=IN_FLIGHT_BYTES)
+        tensors = ordered_map(file.load, wanted, size=file.stored_bytes)
         return dict(zip(wanted, tensors, strict=True))
 
 

@@ -11,14 +11,20 @@ from math import prod
 
 from .atomic import AtomicFile
 from .codec import frame_spans, max_frame_bytes
-from .container import CONTAINER_VERSION, FACTS_KEY, HASH_KEY, PREFIX, Facts, checksum_text, header_hash
+from .container import (
+    CONTAINER_VERSION,
+    FACTS_KEY,
+    HASH_KEY,
+    MAX_CONTAINER_HEADER_BYTES,
+    PREFIX,
+    Facts,
+    checksum_text,
+    header_hash,
+)
 from .errors import NFQError
 from .formats import BlockFormat
-from .safefile import Entry, dtype_bytes, header_bytes
+from .safefile import METADATA_KEY, Entry, dtype_bytes, header_bytes
 from .version import __version__
-
-MAX_HEADER_BYTES = 4 << 20
-"""The ComfyUI page reads no more of a file dropped on it."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ class ContainerWriter:
         taken = next((key for key in plans if key.startswith(PREFIX)), None)
         if taken is not None:
             raise NFQError(f"tensor {taken!r} has a name that starts with {PREFIX!r}, which marks quantised tensors")
+        if METADATA_KEY in plans:
+            raise NFQError(f"a tensor is named {METADATA_KEY!r}, which is the name of safetensors' own metadata")
         self._plans = plans
         self._facts = facts
         self._extra = dict(extra or {})
@@ -71,13 +79,13 @@ class ContainerWriter:
         self._quantized: dict[str, dict] = {}
         self._kept: dict[str, str] = {}
         self._reserved = self._longest_header()
-        if self._reserved > MAX_HEADER_BYTES:
+        if self._reserved > MAX_CONTAINER_HEADER_BYTES:
             raise NFQError(
-                f"{path}: the header may need {self._reserved:,} bytes, the format allows {MAX_HEADER_BYTES:,}; "
-                "leave out the workflow or the source's metadata"
+                f"{path}: the header may need {self._reserved:,} bytes of the {MAX_CONTAINER_HEADER_BYTES:,} allowed; "
+                "leave out the workflow"
             )
         self._end = 0
-        # Wide dtypes first: every kept tensor is then aligned to its own size.
+        # Wide dtypes first: every tensor planned to be kept is then aligned to its own size.
         for key in sorted((key for key in plans if not plans[key].format), key=self._kept_order):
             self._entries[key] = self._next_entry(plans[key].dtype, plans[key].shape, plans[key].nbytes)
         self._file = AtomicFile(path, overwrite)
@@ -86,7 +94,7 @@ class ContainerWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.__exit__()
+        self._file.discard()
 
     def write_kept(self, key: str, pieces: Iterable[bytes | memoryview]) -> None:
         """Write a tensor as it is, given as consecutive pieces of its bytes.

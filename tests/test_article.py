@@ -18,12 +18,12 @@ from nfq_core.article import (
     ArticleTensor,
     article_bits_per_weight,
     article_codebook,
-    article_dequantise,
+    article_dequantize,
     article_disk_bytes,
-    article_quantise,
+    article_quantize,
     is_article_file,
     iter_article_tensors,
-    quantised_shapes,
+    quantized_shapes,
     read_article_tensor,
     write_article_file,
 )
@@ -83,7 +83,7 @@ def test_a_vector_by_hand():
     weight = torch.zeros(2, 64)
     weight[0, :4] = torch.tensor([1.0, -0.5, 0.25, -1.0])
     weight[1, :3] = torch.tensor([0.5, 0.3, -0.2])
-    tensor = article_quantise(weight, 3)
+    tensor = article_quantize(weight, 3)
     assert tensor.shape == (2, 64)
     assert tensor.param.tolist() == [128, 3, 50, 64, 16384]
     assert tensor.c2.tolist() == [1.0]
@@ -92,7 +92,7 @@ def test_a_vector_by_hand():
     # Thresholds -0.5, 0.5 and 1.15; a weight on a threshold belongs below it.
     assert tensor.codes[:4].tolist() == [2, 0, 1, 0]
     assert tensor.codes[64:67].tolist() == [2, 2, 1]
-    values = article_dequantise(tensor)
+    values = article_dequantize(tensor)
     assert values.dtype == torch.float16
     assert values[0, :4].tolist() == [1.0, -1.0, 0.0, -1.0]
     scale = float(np.float16(128 / 255))
@@ -100,12 +100,12 @@ def test_a_vector_by_hand():
 
 
 def test_a_spoilt_block_by_hand():
-    tensor = article_quantise(spoilt_weight(), 3)
+    tensor = article_quantize(spoilt_weight(), 3)
     assert tensor.c1[:3].tolist() == [255, 1, 0]
     assert tensor.block_scales()[:2].tolist() == [255.0, 1.0]
     # 1.4 and 1.151 are beyond 1.15 and become byte 1, which is code 1 - 50 modulo 256.
     assert tensor.codes[64:69].tolist() == [207, 2, 0, 1, 207]
-    values = article_dequantise(tensor)
+    values = article_dequantize(tensor)
     assert values[1, :5].tolist() == [207.0, 1.0, -1.0, 0.0, 207.0]
     # A block whose scale is rounded to 0 comes back as zeros, whatever its codes are.
     assert tensor.codes[2 * 64] >= 3
@@ -124,12 +124,12 @@ def test_agrees_with_a_loop_over_the_definition(kind, levels):
         "half": lambda: random_weight(30, 64).half(),
         "convolution": lambda: random_weight(8, 4, 3, 3),
     }[kind]()
-    tensor = article_quantise(weight, levels)
+    tensor = article_quantize(weight, levels)
     c1, c2, codes, values = loop(weight.float().numpy().ravel(), levels)
     assert tensor.c1.tolist() == c1
     assert tensor.c2.tolist() == c2
     assert tensor.codes.tolist() == codes
-    assert torch.equal(bits(article_dequantise(tensor)).flatten(), bits(torch.from_numpy(values)))
+    assert torch.equal(bits(article_dequantize(tensor)).flatten(), bits(torch.from_numpy(values)))
 
 
 def loop(weights: np.ndarray, levels: int) -> tuple[list[int], list[float], list[int], np.ndarray]:
@@ -164,12 +164,12 @@ def loop(weights: np.ndarray, levels: int) -> tuple[list[int], list[float], list
 def test_codes_that_are_no_index_can_be_replaced_where_nothing_is_spoilt():
     weight = torch.cat([torch.zeros(256, 64), random_weight(256, 64)])
     weight[300] = 0
-    tensor = article_quantise(weight, 16)
+    tensor = article_quantize(weight, 16)
     assert (tensor.codes >= 16).any()
     assert tensor.corrupt_weights() == 0
     replaced = ArticleTensor(tensor.shape, 16, tensor.c1, tensor.c2, tensor.assignable_codes())
     assert replaced.codes.max() == 15
-    assert torch.equal(bits(article_dequantise(replaced)), bits(article_dequantise(tensor)))
+    assert torch.equal(bits(article_dequantize(replaced)), bits(article_dequantize(tensor)))
 
 
 @pytest.mark.parametrize(
@@ -177,11 +177,11 @@ def test_codes_that_are_no_index_can_be_replaced_where_nothing_is_spoilt():
 )
 def test_has_the_rate_and_error_measured_for_the_articles_code(levels, packed_bits, decibels):
     weight = random_weight(512, 512)
-    tensor = article_quantise(weight, levels)
+    tensor = article_quantize(weight, levels)
     assert article_bits_per_weight(tensor) == 8 * article_disk_bytes(tensor) / weight.numel()
     # The figures were measured on 4.2 million weights; bz2 and the sample vary by about a percent.
     assert article_bits_per_weight(tensor) == pytest.approx(packed_bits, rel=0.01)
-    error = article_dequantise(tensor).float() - weight
+    error = article_dequantize(tensor).float() - weight
     assert 10 * torch.log10(weight.var() / error.square().mean()).item() == pytest.approx(decibels, abs=0.1)
 
 
@@ -190,7 +190,7 @@ def test_has_the_rate_and_error_measured_for_the_articles_code(levels, packed_bi
 )
 def test_weights_without_a_meaning_are_refused(weight, tmp_path):
     with pytest.raises(CannotQuantizeError, match="at least one weight, and all of them finite"):
-        article_quantise(weight, 16)
+        article_quantize(weight, 16)
     with pytest.raises(CannotQuantizeError, match="tensor 'layer': the article's format needs"):
         write_article_file(tmp_path / "a.safetensors", {"layer": weight}, 16, 32)
 
@@ -236,10 +236,10 @@ def test_a_file_is_read_back_as_it_was_written(article_file):
     for name, weight in STATE_DICT.items():
         tensor = tensors[name]
         if isinstance(tensor, ArticleTensor):
-            expected = article_quantise(weight, 32 if weight.dim() == 4 else 16)
+            expected = article_quantize(weight, 32 if weight.dim() == 4 else 16)
             assert (tensor.shape, tensor.levels) == (weight.shape, expected.levels)
             assert torch.equal(tensor.codes, expected.codes)
-            assert torch.equal(bits(article_dequantise(tensor)), bits(article_dequantise(expected)))
+            assert torch.equal(bits(article_dequantize(tensor)), bits(article_dequantize(expected)))
             assert tensor.corrupt_weights() == 0
         else:
             assert torch.equal(tensor, weight)
@@ -254,7 +254,7 @@ def test_shapes_are_told_without_reading_the_codes(article_file):
         read.append(name)
         return stored[name]
 
-    assert dict(quantised_shapes(stored, get)) == {
+    assert dict(quantized_shapes(stored, get)) == {
         "attention.weight": ((40, 70), 16),
         "convolution.weight": ((6, 5, 3, 3), 32),
         "time_emb_proj.weight": None,
@@ -269,7 +269,7 @@ def test_a_spoilt_weight_passes_through_a_file(tmp_path):
     stored = load_file(tmp_path / "spoilt.safetensors")
     tensor = read_article_tensor(stored.__getitem__, "layer")
     assert tensor.corrupt_weights() == 2
-    assert article_dequantise(tensor)[1, 0] == 207.0
+    assert article_dequantize(tensor)[1, 0] == 207.0
 
 
 def test_the_writer_stops_where_the_articles_does(tmp_path):
@@ -288,7 +288,7 @@ def test_other_files_are_none_of_the_articles():
 
 def damaged(part: str, change) -> dict[str, torch.Tensor]:
     """The tensors of a sound file of one 8 x 8 weight, one of which has gone through `change`."""
-    tensor = article_quantise(random_weight(8, 8), 16)
+    tensor = article_quantize(random_weight(8, 8), 16)
     stored = {
         "": torch.tensor([0]),
         "orig_shape": torch.tensor(tensor.shape),
@@ -403,7 +403,7 @@ def test_another_geometry_is_refused(place, value):
 def test_an_incomplete_tensor_is_refused(missing):
     stored = damaged("", lambda placeholder: placeholder)
     del stored["layer" + missing]
-    for read in (iter_article_tensors, quantised_shapes):
+    for read in (iter_article_tensors, quantized_shapes):
         with pytest.raises(CorruptFileError, match=f"'layer' is incomplete: the file lacks 'layer{missing}'"):
             next(read(stored, stored.__getitem__))
 
@@ -436,5 +436,5 @@ def test_a_scale_that_is_nan_reads_as_nan_and_counts_as_spoilt(tmp_path):
     stored["layer.quantization.M"] = compress(bytes(64))
     save_file(stored, tmp_path / "nan.safetensors")
     tensor = read_article_tensor(load_file(tmp_path / "nan.safetensors").__getitem__, "layer")
-    assert article_dequantise(tensor).isnan().all()
+    assert article_dequantize(tensor).isnan().all()
     assert tensor.corrupt_weights() == 64

@@ -86,7 +86,9 @@ def test_a_directory_is_refused(tmp_path, overwrite):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(NFQError, match=r"absent/a could not be written: No such file or directory; nothing was changed"):
+    with pytest.raises(
+        NFQError, match=r"absent/a could not be written: No such file or directory; nothing was changed"
+    ):
         AtomicFile(tmp_path / "absent" / "a")
     assert names(tmp_path) == []
 

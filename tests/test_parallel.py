@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 
 import pytest
 import torch
 
-from nfq_core.parallel import default_threads, ordered_map
+from nfq_core.parallel import IN_FLIGHT_BYTES, default_threads, no_progress, ordered_map
 
 
 def run(work, items, *, size=lambda item: 1, max_in_flight=8, threads=4):
@@ -119,6 +120,73 @@ def test_threads_are_gone_and_torch_is_as_before(way):
             list(results)
     assert threading.active_count() == before
     assert torch.get_num_threads() == threads
+
+
+@pytest.fixture
+def three_torch_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("first_to_end", [0, 1])
+def test_overlapping_pipelines_leave_torch_as_before(three_torch_threads, first_to_end):
+    pipelines = [run(str, range(10)) for _ in range(2)]
+    for pipeline in pipelines:
+        next(pipeline)
+        assert torch.get_num_threads() == 1
+    pipelines.pop(first_to_end).close()
+    assert torch.get_num_threads() == 1
+    assert len(list(pipelines[0])) == 9
+    assert torch.get_num_threads() == 3
+
+
+def test_pipelines_of_several_threads_leave_torch_as_before(three_torch_threads):
+    """torch takes a thread's first number from the process's, which a thread sees that starts afterwards."""
+    barrier = threading.Barrier(4, timeout=10)
+
+    def pipeline() -> None:
+        for number in run(str, range(20)):
+            if number == "5":
+                barrier.wait()
+
+    threads = [threading.Thread(target=pipeline) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seen = []
+    after = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    after.start()
+    after.join()
+    assert seen == [3]
+
+
+def test_a_pipeline_within_another(three_torch_threads):
+    assert list(run(lambda number: sum(run(int, range(number))), range(5))) == [0, 0, 1, 3, 6]
+    assert torch.get_num_threads() == 3
+
+
+def test_a_pipeline_is_bounded_unless_told_otherwise():
+    assert inspect.signature(ordered_map).parameters["max_in_flight"].default == IN_FLIGHT_BYTES
+    gate, drawn = threading.Event(), []
+
+    def items():
+        for number in range(10):
+            drawn.append(number)
+            yield number
+
+    # Three items of a third of the bound fill it; the first must leave before a fourth is drawn.
+    results = ordered_map(lambda number: gate.wait(10) and number, items(), size=lambda _: -(-IN_FLIGHT_BYTES // 3))
+    threading.Timer(0.05, lambda: (drawn.append("open"), gate.set())).start()
+    assert list(results) == list(range(10))
+    assert drawn[:5] == [0, 1, 2, "open", 3]
+
+
+def test_no_progress_shows_nothing(capsys):
+    assert no_progress(1, 2, "a") is None
+    assert capsys.readouterr() == ("", "")
 
 
 def test_torch_does_not_spawn_threads_of_its_own_in_the_pool():

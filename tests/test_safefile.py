@@ -35,7 +35,7 @@ def field(**changes: object) -> dict:
 def test_reads_what_the_library_writes(tmp_path):
     bits = torch.randint(0, 256, (1024,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     tensors = {
-        name: (bits > 127 if dtype is torch.bool else bits.view(dtype)).view(2, -1)
+        name: (bits > 127 if dtype is torch.bool else bits.clone().view(dtype)).view(2, -1)
         for name, dtype in TORCH_DTYPES.items()
     }
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4, dtype=torch.int16)}
@@ -94,7 +94,7 @@ def test_sizes_of_dtypes(dtype, wanted):
 
 @pytest.mark.parametrize("dtype", ["F4", "", "F", "F16x", "F8.5", "I0", "F-8", "²", "F" + "9" * 5000])
 def test_unknown_dtypes(dtype):
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"unknown dtype|int"):
         dtype_bytes(dtype)
 
 
@@ -161,7 +161,7 @@ DAMAGED = {
     "cut in the data": (raw(GOOD, bytes(11)), "is cut short"),
     "a byte more": (raw(GOOD, bytes(13)), "1 bytes more than its header tells of"),
     "no JSON": (raw('{"a":'), "its header is damaged"),
-    "no UTF-8": ((9).to_bytes(8, "little") + b'{"\xff\xfe":1}', "its header is damaged"),
+    "no UTF-8": ((8).to_bytes(8, "little") + b'{"\xff\xfe":1}', "its header is damaged"),
     "a name half of a surrogate pair": (raw('{"\\ud800":' + json.dumps(GOOD["a"]) + "}", bytes(12)), "damaged"),
     "metadata half of a surrogate pair": (raw('{"__metadata__":{"a":"\\udcff"}}'), "damaged"),
     "JSON nested without end": (raw('{"a":' + "[" * 100_000), "its header is damaged"),
@@ -176,9 +176,15 @@ DAMAGED = {
     "a negative size": (raw(field(shape=[-2, -3]), bytes(12)), "impossible sizes"),
     "a fractional size": (raw(field(shape=[2.0, 3]), bytes(12)), "impossible sizes"),
     "a size that is true": (raw(field(shape=[True, 6]), bytes(12)), "impossible sizes"),
-    "an infinite size": (raw('{"a":{"dtype":"F16","shape":[Infinity],"data_offsets":[0,2]}}'), "impossible sizes"),
+    "an infinite size": (
+        raw('{"a":{"dtype":"F16","shape":[Infinity],"data_offsets":[0,2]}}'),
+        "Infinity is no JSON number",
+    ),
     "a size beyond 63 bits": (raw(field(shape=[1 << 63, 0], data_offsets=[0, 0])), "impossible sizes"),
-    "a size of many digits": (raw('{"a":{"dtype":"F16","shape":[' + "9" * 5000 + '],"data_offsets":[0,2]}}'), "damaged"),
+    "a size of many digits": (
+        raw('{"a":{"dtype":"F16","shape":[' + "9" * 5000 + '],"data_offsets":[0,2]}}'),
+        "damaged",
+    ),
     "an overflow that would wrap to the right size": (
         raw(field(shape=[1 << 62, 16, 6], data_offsets=[0, 12]), bytes(12)),
         "does not fit its 12 bytes",

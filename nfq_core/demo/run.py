@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from ..atomic import AtomicFile
-from ..convert import Progress, no_progress, quantize_file
+from ..convert import quantize_file
 from ..errors import NFQError, TargetExistsError
 from ..examine import compare_files, file_info
 from ..formats import LEVELS
+from ..parallel import Progress, no_progress
 from ..policy import Settings
 from ..state import load
 from ..tensor import NFTensor
@@ -71,7 +72,7 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: Progress 
         }
         rows.append(row)
         label = f"{levels} levels, {row['bits_per_weight']:.2f} bits|{row['file_bytes'] / 1e6:.1f} MB, "
-        columns.append((f"{label}{row['psnr_db']:.1f} dB", pictures))
+        columns.append((f"{label}{row['psnr_db'] or math.inf:.1f} dB", pictures))
         progress(count, 1 + len(LEVELS), f"{levels} levels")
     comparison = folder / "comparison.png"
     _write(comparison, comparison_sheet(CAPTIONS, columns), overwrite)
@@ -89,10 +90,10 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: Progress 
     return report
 
 
-def psnr_db(reference: np.ndarray, pictures: np.ndarray) -> float:
-    """Peak signal to noise in dB over all uint8 pictures together; infinite when they are equal."""
+def psnr_db(reference: np.ndarray, pictures: np.ndarray) -> float | None:
+    """Peak signal to noise in dB over all uint8 pictures together; None when they are equal."""
     error = np.square(reference.astype(np.float64) - pictures).mean()
-    return 10 * math.log10(255**2 / error) if error else math.inf
+    return 10 * math.log10(255**2 / error) if error else None
 
 
 def _prepare(folder: Path, overwrite: bool) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
@@ -74,6 +73,8 @@ def write_checkpoint(averaged: TinyPipeline, out: Path, facts: dict[str, str]) -
     difference = np.abs(rows[0].astype(int) - rows[1]).max()
     sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
     sheet = sheet.repeat(SHEET_SCALE, axis=0).repeat(SHEET_SCALE, axis=1)
+    from PIL import Image
+
     Image.fromarray(sheet).save(out.with_name(f"{out.stem}-{int(facts['steps']):06}.png"))
     print(json.dumps({**facts, "fp16_max_difference": int(difference)}), flush=True)
 

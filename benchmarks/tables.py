@@ -1,0 +1,26 @@
+"""The README's tables, made anew from the results: `python -m benchmarks.tables`."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from . import fullsize, quality
+from .report import RESULTS, ROOT
+
+
+def put_tables() -> None:
+    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->` in the README by the tables of the results."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for name, table in (("quality", quality.table), ("fullsize", fullsize.table)):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            results = json.loads(path.read_text(encoding="utf-8"))
+            body = f"<!-- {name} -->\n\n{table(results)}\n\n<!-- /{name} -->"
+            text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, body=body: body, text, flags=re.DOTALL)
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    put_tables()

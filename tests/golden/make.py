@@ -1,0 +1,65 @@
+"""Writes the golden files of formats that have none yet: python tests/golden/make.py FORMAT_ID ...
+
+The bytes of a released format id never change, so an existing file is never replaced: bytes that should change need a
+new format id. `<format id>.nfq.safetensors` holds a quantised `weight` and a kept `bias`, `<format id>.npy` what the
+weight must decode to, to the bit.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import nfq_core
+from nfq_core.article import article_dequantize, article_quantize
+from nfq_core.article_import import pack_article
+from nfq_core.formats import FORMATS, Scales
+
+FOLDER = Path(__file__).resolve().parent
+
+SHAPES = {"article7_b64": (5, 3291)}
+"""More than one superblock; the other formats' files have eleven blocks."""
+
+
+def main(format_ids: list[str]) -> None:
+    """Write the golden files of `format_ids`; nothing is written when one of them exists or is unknown."""
+    targets = {name: (FOLDER / f"{name}.nfq.safetensors", FOLDER / f"{name}.npy") for name in format_ids}
+    unknown = [name for name in format_ids if name not in FORMATS]
+    existing = [path.name for paths in targets.values() for path in paths if path.exists()]
+    if unknown or existing or not format_ids:
+        problem = f"no such format: {', '.join(unknown)}" if unknown else f"never replaced: {', '.join(existing)}"
+        sys.exit(problem if format_ids else __doc__)
+    for name, (container, values) in targets.items():
+        weight = sample(SHAPES.get(name, (23, 29)))
+        packed, expected = packed_and_expected(name, weight)
+        bias = torch.tensor([0.5, -2.0, 0.0], dtype=torch.bfloat16)
+        nfq_core.save({"weight": packed, "bias": bias}, container, settings={"golden": name})
+        with open(values, "xb") as file:
+            np.save(file, expected.numpy())
+
+
+def sample(shape: tuple[int, ...]) -> torch.Tensor:
+    """Gaussian weights in fp16 with a zero block, a block of tiny weights, an outlier and a short last block."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(64)) * 0.02
+    flat = weight.view(-1)
+    flat[128:192] = 0
+    flat[192:256] *= 0.01
+    flat[300] = -1.5
+    return weight.half()
+
+
+def packed_and_expected(format_id: str, weight: torch.Tensor) -> tuple[nfq_core.NFTensor, torch.Tensor]:
+    """The packed weight, and the fp16 weights that it stands for."""
+    fmt = FORMATS[format_id]
+    if fmt.scales is Scales.LOGARITHMIC:
+        packed = nfq_core.quantize(weight, fmt.levels)
+        return packed, packed.dequantize()
+    article = article_quantize(weight, fmt.levels)
+    return pack_article(article), article_dequantize(article)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

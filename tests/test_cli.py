@@ -1,0 +1,490 @@
+"""The command `nfq`: exit codes, JSON alone on stdout, one clear line for bad input, and never a partial file."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import nfq_core
+from nfq_core import cli
+from nfq_core.article import write_article_file
+from nfq_core.container import NFQFile
+
+COMMAND = [sys.executable, "-m", "nfq_core"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def random_weight(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).half()
+
+
+MODEL = {
+    "linear.weight": random_weight(64, 100),
+    "conv.weight": random_weight(16, 16, 3, 3, seed=1),
+    "norm.bias": random_weight(7, seed=2),
+}
+
+
+@pytest.fixture(autouse=True)
+def same_signal_handlers():
+    """`main` takes SIGTERM over, which a test run must not."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model, its container, and the article's file of it."""
+    save_file(MODEL, tmp_path / "model")
+    nfq_core.convert.quantize_file(tmp_path / "model", tmp_path / "nfq")
+    write_article_file(tmp_path / "article", MODEL, 16, 32)
+    return tmp_path
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of one command in this process."""
+    capsys.readouterr()
+    try:
+        code = cli.main([str(argument) for argument in arguments])
+    except SystemExit as exit:
+        code = exit.code
+    return code, *capsys.readouterr()
+
+
+def one_line(message: str) -> str:
+    assert message.startswith("nfq: ")
+    assert message.endswith("\n")
+    assert message.count("\n") == 1
+    assert "Traceback" not in message
+    return message
+
+
+def leftovers(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {"model", "nfq", "article"}
+
+
+COMMANDS = ["demo", "quantize", "info", "verify", "compare", "dequantize", "import-article"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(capsys, command):
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    assert f"usage: nfq {command}" in out
+    assert "--json" in out
+
+
+def test_help_lists_every_command(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert all(command in out for command in COMMANDS)
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"nfq {nfq_core.__version__}\n", "")
+
+
+USAGE = {
+    "no command": [],
+    "an unknown command": ["quantise"],
+    "no target": ["quantize", "a"],
+    "levels without a format": ["quantize", "a", "b", "--levels", "20"],
+    "levels that are no number": ["quantize", "a", "b", "--conv-levels", "many"],
+    "an unknown effort": ["quantize", "a", "b", "--effort", "slow"],
+    "an unknown dtype": ["dequantize", "a", "b", "--dtype", "fp8"],
+    "an unknown option": ["info", "a", "--frobnicate"],
+    "one file too few": ["compare", "a"],
+}
+
+
+@pytest.mark.parametrize("arguments", USAGE.values(), ids=USAGE)
+def test_wrong_usage(capsys, arguments):
+    code, out, error = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert "usage: nfq" in error
+
+
+def as_json(capsys, *arguments: object) -> dict:
+    code, out, error = run(capsys, *arguments, "--json")
+    assert (code, error) == (0, "")
+    return json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_the_whole_story_in_json(capsys, folder):
+    result = as_json(capsys, "quantize", folder / "model", folder / "a", "--levels", 12, "--conv-levels", 24)
+    assert (result["quantized"], result["kept"], result["warnings"]) == (2, 1, [])
+
+    info = as_json(capsys, "info", folder / "a")
+    assert {
+        "container_version",
+        "weights",
+        "bits_per_weight",
+        "packed_bits_per_weight",
+        "file_bytes",
+        "original_bytes",
+        "settings",
+        "layers",
+    } <= info.keys()
+    assert all({"name", "format", "shape", "bits_per_weight"} <= layer.keys() for layer in info["layers"])
+    assert {layer["format"] for layer in info["layers"]} == {"nf12_b64", "nf24_b64"}
+    assert info["original_bytes"] == (folder / "model").stat().st_size
+
+    assert as_json(capsys, "verify", folder / "a")["ok"] is True
+
+    compared = as_json(capsys, "compare", folder / "model", folder / "a")
+    assert compared.keys() == {"sqnr_db", "layers"}
+    assert all({"name", "format", "bits_per_weight", "sqnr_db"} <= layer.keys() for layer in compared["layers"])
+    # The codebooks of 12 and 24 levels leave some 18 and 23 dB on Gaussian weights.
+    assert 15 < compared["sqnr_db"] < 26
+
+    assert as_json(capsys, "dequantize", folder / "a", folder / "b", "--dtype", "fp32")["tensors"] == 3
+    restored = load_file(folder / "b")
+    assert {key: tensor.dtype for key, tensor in restored.items()} == {
+        "linear.weight": torch.float32,
+        "conv.weight": torch.float32,
+        "norm.bias": torch.float16,
+    }
+    compared = as_json(capsys, "compare", folder / "b", folder / "a")
+    assert compared["sqnr_db"] is None
+
+    result = as_json(capsys, "import-article", folder / "article", folder / "c")
+    assert result["quantized"] == 2
+    assert as_json(capsys, "verify", folder / "c")["ok"] is True
+
+
+def test_the_whole_story_in_text(capsys, folder):
+    for arguments, wanted in [
+        (["quantize", folder / "model", folder / "a"], "2 tensors quantised, 1 kept"),
+        (["info", folder / "a"], "2 layers, 8,704 weights, 1 nf16_b64, 1 nf32_b64\n"),
+        (["info", folder / "a"], "kept          1 tensors, 14 bytes\n"),
+        (["verify", folder / "a"], "all 3 tensors are sound"),
+        (["compare", folder / "model", folder / "a"], "mean over 2 layers, by weights: "),
+        (["dequantize", folder / "a", folder / "b"], "3 tensors"),
+        (["compare", folder / "b", folder / "a"], "by weights:   equal"),
+        (["import-article", folder / "article", folder / "c"], "2 tensors quantised, 1 kept"),
+    ]:
+        code, out, error = run(capsys, *arguments)
+        assert (code, error) == (0, "")
+        assert wanted in out
+
+
+def test_effort_and_outermost_convolutions_are_recorded(capsys, folder):
+    run(capsys, "quantize", folder / "model", folder / "a", "--effort", "best", "--quantize-first-last")
+    assert as_json(capsys, "info", folder / "a")["settings"] == {
+        "levels": 16,
+        "conv_levels": 32,
+        "effort": "best",
+        "quantize_first_last": True,
+    }
+
+
+def test_a_process_of_its_own_prints_json_alone(folder):
+    save_file(MODEL | {"bad.weight": torch.full((64, 64), torch.nan)}, folder / "bad")
+    command = [*COMMAND, "quantize", str(folder / "bad"), str(folder / "a"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["kept"] == 2
+    assert "tensor 'bad.weight' is kept as it is: it holds NaN or Inf" in one_line(done.stderr)
+
+
+def test_a_terminal_without_unicode_is_no_obstacle(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+        assert cli.main(["quantize", str(folder / "model"), str(folder / "ü")]) == 0
+        sys.stdout.flush()
+        assert b"2 tensors quantised" in sys.stdout.buffer.getvalue()
+    assert nfq_core.load(folder / "ü").keys() == MODEL.keys()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file names are Unicode there")
+def test_a_file_name_that_is_no_unicode_is_no_obstacle(capsys, folder):
+    source, target = (os.fsdecode(os.fsencode(folder) + name) for name in (b"/\xff", b"/\xfe"))
+    os.link(folder / "model", source)
+    assert run(capsys, "quantize", source, target)[0] == 0
+    code, out, _ = run(capsys, "info", target)
+    assert code == 0
+    assert "2 layers" in out
+    assert as_json(capsys, "info", target)["source"]["name"] == "?"
+
+
+def flipped(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :]
+
+
+def newer(data: bytes) -> bytes:
+    return data.replace(b'container_version\\":1,', b'container_version\\":9,')
+
+
+def lying(data: bytes) -> bytes:
+    return data.replace(b'"shape":[7]', b'"shape":[9]')
+
+
+BAD_CONTAINERS = {
+    "missing": (None, "no such file"),
+    "foreign": (lambda data: b"hello world, I am no model", "is not a safetensors file"),
+    "empty": (lambda data: b"", "is not a safetensors file"),
+    "truncated in the header": (lambda data: data[:200], "is cut short"),
+    "truncated in the data": (lambda data: data[:-1], "is cut short"),
+    "flipped in the header": (lambda data: flipped(data, 150), "its header is damaged"),
+    "flipped in the last tensor": (lambda data: flipped(data, len(data) - 1), "'linear.weight' is damaged"),
+    "lying": (lying, "tensor 'norm.bias' of F16 [9] does not fit its 14 bytes"),
+    "newer": (newer, "container version 9, this version reads up to 1; update the plugin"),
+    "a plain model": (lambda data: None, "is not an .nfq.safetensors file"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), BAD_CONTAINERS.values(), ids=BAD_CONTAINERS)
+@pytest.mark.parametrize("command", ["info", "verify", "compare", "dequantize"])
+def test_bad_containers(capsys, folder, command, make, reason):
+    data = make((folder / "nfq").read_bytes()) if make else b""
+    bad = folder / "bad"
+    if make:
+        bad.write_bytes((folder / "model").read_bytes() if data is None else data)
+    if "linear" in reason and max_entry(folder / "nfq") != "nfq.linear.weight":
+        reason = "'conv.weight' is damaged"
+    before = leftovers(folder)
+    arguments = {"compare": [folder / "model", bad], "dequantize": [bad, folder / "out"]}.get(command, [bad])
+    for flags in ([], ["--json"]):
+        code, out, error = run(capsys, command, *arguments, *flags)
+        if command == "info" and "is damaged" in reason and "header" not in reason:
+            # The header is sound, and info reads nothing else.
+            assert (code, error) == (0, "")
+            continue
+        assert code == 1
+        assert reason in one_line(error)
+        assert str(bad) in error
+        if command == "verify" and flags and out:
+            assert json.loads(out)["ok"] is False
+        else:
+            assert out == ""
+    assert leftovers(folder) == before
+
+
+@pytest.mark.parametrize("damaged", [1, 2, 3])
+def test_verify_tells_the_first_error_and_how_many_follow(capsys, folder, damaged):
+    data = bytearray((folder / "nfq").read_bytes())
+    with NFQFile(folder / "nfq") as file:
+        keys = file.keys()[-damaged:]
+        for key in keys:
+            data[len(file.raw_header) + file.entries[key if key in file.kept else f"nfq.{key}"].start] ^= 4
+    (folder / "bad").write_bytes(data)
+    more = "" if damaged == 1 else f" (and {damaged - 1} more tensors, --json lists them)"
+    first = f"{folder / 'bad'}: tensor {keys[0]!r} is damaged (checksum mismatch); fetch the file again"
+
+    code, out, error = run(capsys, "verify", folder / "bad")
+    assert (code, out, error) == (1, "", f"nfq: {first}{more}\n")
+
+    code, out, error = run(capsys, "verify", folder / "bad", "--json")
+    assert (code, error) == (1, f"nfq: {first}{more}\n")
+    result = json.loads(out)
+    assert (result["ok"], result["tensors"], len(result["errors"])) == (False, 3, damaged)
+    for key, line in zip(keys, result["errors"], strict=True):
+        assert f"tensor {key!r} is damaged" in line
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe is another error there")
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("arguments", [["info", "nfq", "--json"], ["info", "nfq"], ["compare", "model", "nfq"]])
+def test_a_closed_pipe_is_quiet(folder, arguments, unbuffered):
+    """As in `nfq info F --json | head -1`, when the reader is gone before the first line."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [*COMMAND, *arguments],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            cwd=folder,
+            env=ENVIRONMENT | {"PYTHONUNBUFFERED": unbuffered},
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def max_entry(path) -> str:
+    with NFQFile(path) as file:
+        return max(file.entries, key=lambda name: file.entries[name].end)
+
+
+BAD_SOURCES = {
+    "missing": (None, "no such file"),
+    "foreign": (b"hello world, I am no model", "is not a safetensors file"),
+    "a pickle": (b"PK\x03\x04" + bytes(50), "is not a safetensors file"),
+    "truncated": ("truncated", "is cut short"),
+    "lying": ("lying", "tensor 'norm.bias' of F16 [9] does not fit its 14 bytes"),
+}
+
+
+@pytest.mark.parametrize(("data", "reason"), BAD_SOURCES.values(), ids=BAD_SOURCES)
+@pytest.mark.parametrize("command", ["quantize", "import-article", "compare"])
+def test_bad_sources(capsys, folder, command, data, reason):
+    model, bad = (folder / "model").read_bytes(), folder / "bad"
+    data = {"truncated": model[:-5], "lying": lying(model)}.get(data, data)
+    if data is not None:
+        bad.write_bytes(data)
+    before = leftovers(folder)
+    code, out, error = run(capsys, command, bad, folder / ("nfq" if command == "compare" else "out"))
+    assert (code, out) == (1, "")
+    assert reason in one_line(error)
+    assert str(bad) in error
+    assert leftovers(folder) == before
+
+
+@pytest.mark.parametrize("command", ["quantize", "info", "verify", "dequantize", "import-article"])
+def test_a_directory_for_a_file(capsys, folder, command):
+    targets = [folder / "out"] if command in ("quantize", "dequantize", "import-article") else []
+    code, out, error = run(capsys, command, folder, *targets)
+    assert (code, out) == (1, "")
+    assert "is a directory" in one_line(error)
+    assert leftovers(folder) == set()
+
+
+def test_a_quantised_file_is_not_quantised_again(capsys, folder):
+    code, _, error = run(capsys, "quantize", folder / "nfq", folder / "out")
+    assert code == 1
+    assert "is quantised already" in one_line(error)
+
+
+def test_an_ordinary_file_is_no_article_file(capsys, folder):
+    code, _, error = run(capsys, "import-article", folder / "model", folder / "out")
+    assert code == 1
+    assert "was not written by the article's code" in one_line(error)
+
+
+WRITING = {"quantize": "model", "dequantize": "nfq", "import-article": "article"}
+each_writer = pytest.mark.parametrize(("command", "source"), WRITING.items(), ids=WRITING)
+
+
+@each_writer
+def test_an_existing_target_stays_without_force(capsys, folder, command, source):
+    (folder / "out").write_bytes(b"old")
+    code, _, error = run(capsys, command, folder / source, folder / "out")
+    assert code == 1
+    assert "out exists already; --force overwrites it" in one_line(error)
+    assert (folder / "out").read_bytes() == b"old"
+    code, _, error = run(capsys, command, folder / source, folder / "out", "--force")
+    assert (code, error) == (0, "")
+    assert load_file(folder / "out")
+    assert leftovers(folder) == {"out"}
+
+
+@each_writer
+def test_the_source_as_target_stays_even_with_force(capsys, folder, command, source):
+    before = (folder / source).read_bytes()
+    code, _, error = run(capsys, command, folder / source, folder / source, "--force")
+    assert code == 1
+    one_line(error)
+    assert (folder / source).read_bytes() == before
+
+
+@each_writer
+@pytest.mark.parametrize("target", [".", "absent/out", "model/out"])
+def test_targets_that_cannot_be(capsys, folder, command, source, target):
+    code, out, error = run(capsys, command, folder / source, folder / target, "--force")
+    assert (code, out) == (1, "")
+    assert str(folder / target) in one_line(error)
+    assert leftovers(folder) == set()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to any folder")
+@each_writer
+def test_a_folder_without_permission(capsys, folder, command, source):
+    (folder / "locked").mkdir(mode=0o500)
+    code, _, error = run(capsys, command, folder / source, folder / "locked" / "out")
+    assert code == 1
+    assert "could not be written: Permission denied; nothing was changed" in one_line(error)
+
+
+@pytest.mark.parametrize("device", ["nosuchdevice", "meta", "cuda:99"])
+def test_a_device_that_is_not_there(capsys, folder, device):
+    code, _, error = run(capsys, "quantize", folder / "model", folder / "out", "--device", device)
+    assert code == 1
+    assert f"device '{device}' cannot be used here" in one_line(error)
+    assert leftovers(folder) == set()
+
+
+@each_writer
+def test_a_disk_that_fills_up(capsys, folder, command, source):
+    """A limit on file size stands for the full disk: writing fails in the middle either way."""
+    resource = pytest.importorskip("resource", reason="this system has no such limit")
+    (folder / "out").write_bytes(b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Python ignores SIGXFSZ, so that the write itself fails.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        code, out, error = run(capsys, command, folder / source, folder / "out", "--force")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (code, out) == (1, "")
+    assert "out could not be written: File too large; nothing was changed" in one_line(error)
+    assert (folder / "out").read_bytes() == b"old"
+    assert leftovers(folder) == {"out"}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Enough weights for some seconds of work."""
+    path = tmp_path_factory.mktemp("large") / "model"
+    weight = random_weight(1024, 1024)
+    save_file({f"{number}.weight": weight + number / 64 for number in range(24)}, path)
+    return path
+
+
+def wait_for(condition, process) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_interrupted_in_the_middle(large, tmp_path, number):
+    (tmp_path / "out").write_bytes(b"old")
+    process = subprocess.Popen(
+        [*COMMAND, "quantize", str(large), str(tmp_path / "out"), "--force"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    try:
+        # The temporary file has its first tensor.
+        wait_for(lambda: any(path.stat().st_size > 300_000 for path in tmp_path.glob(".out.*.tmp")), process)
+        process.send_signal(number)
+        out, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert out == ""
+    assert one_line(error) == "nfq: interrupted; nothing was written\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out").read_bytes() == b"old"
+
+
+def test_two_processes_with_one_target_leave_a_sound_file(folder):
+    command = [*COMMAND, "quantize", str(folder / "model"), str(folder / "out")]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        for _ in range(2)
+    ]
+    results = [process.communicate(timeout=60) for process in processes]
+    codes = sorted(process.returncode for process in processes)
+    # The second one to finish is refused, unless both looked just before the first one was renamed.
+    assert codes in ([0, 1], [0, 0]), results
+    assert all("exists already" in one_line(error) for _, error in results if error)
+    assert (folder / "out").read_bytes() == (folder / "nfq").read_bytes()
+    assert leftovers(folder) == {"out"}

@@ -1,0 +1,90 @@
+"""Golden files: files of every format id, written once, read back to the bit for ever.
+
+A change that breaks one of these tests breaks files that people have: it needs a new format id or container version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from reference import decode
+from safetensors import safe_open
+
+import nfq_core
+from nfq_core.formats import FORMATS
+
+FOLDER = Path(__file__).resolve().parent / "golden"
+
+
+def paths(format_id: str) -> tuple[Path, Path]:
+    return FOLDER / f"{format_id}.nfq.safetensors", FOLDER / f"{format_id}.npy"
+
+
+def bits(values: np.ndarray) -> np.ndarray:
+    """The bit patterns of fp16 values, so that -0 differs from 0."""
+    assert values.dtype == np.float16
+    return values.view(np.uint16)
+
+
+def test_there_is_a_file_for_each_format_and_no_other():
+    expected = {path.name for format_id in FORMATS for path in paths(format_id)} | {"make.py"}
+    assert {path.name for path in FOLDER.iterdir() if path.name != "__pycache__"} == expected
+
+
+@pytest.mark.parametrize("format_id", FORMATS)
+def test_golden_file_is_read_to_the_bit(format_id):
+    container, values = paths(format_id)
+    expected = np.load(values)
+    assert expected.size % 64, "the last block should be short"
+    tensors = nfq_core.load(container)
+    assert sorted(tensors) == ["bias", "weight"]
+    assert tensors["weight"].format.id == format_id
+    assert tensors["weight"].shape == expected.shape
+    assert (bits(tensors["weight"].dequantize().numpy()) == bits(expected)).all()
+    assert torch.equal(tensors["bias"], torch.tensor([0.5, -2.0, 0.0], dtype=torch.bfloat16))
+    with nfq_core.NFQFile(container) as file:
+        file.verify("weight")
+        file.verify("bias")
+
+
+@pytest.mark.parametrize("format_id", FORMATS)
+def test_a_second_implementation_reads_the_golden_file(format_id):
+    container, values = paths(format_id)
+    expected = np.load(values)
+    # Written from docs/FORMAT.md.
+    with safe_open(container, "numpy") as file:
+        stored = file.get_tensor("nfq.weight").tobytes()
+        metadata = file.metadata()
+    raw = container.read_bytes()
+    digits = metadata["nfq_header_sha256"].encode()
+    blanked = raw[: 8 + int.from_bytes(raw[:8], "little")].replace(digits, b"0" * 64)
+    assert hashlib.sha256(blanked).hexdigest().encode() == digits
+    facts = json.loads(metadata["nfq"])
+    assert facts["container_version"] == 1
+    entry = facts["quantized"]["weight"]
+    assert entry["crc32"] == f"{zlib.crc32(stored):08x}"
+    assert (entry["format"], tuple(entry["shape"]), entry["dtype"]) == (format_id, expected.shape, "F16")
+    assert sum(entry["frames"]) == len(stored)
+    data = b""
+    for length in entry["frames"]:
+        data += zstandard.ZstdDecompressor().decompress(stored[:length])
+        stored = stored[length:]
+    found = decode(np.frombuffer(data, dtype=np.uint8), format_id, expected.size)
+    assert (bits(found) == bits(expected).ravel()).all()
+
+
+def test_the_script_never_replaces_a_file():
+    before = {path: path.read_bytes() for path in paths("nf16_b64")}
+    result = subprocess.run([sys.executable, FOLDER / "make.py", "nf16_b64"], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "never replaced: nf16_b64.nfq.safetensors, nf16_b64.npy" in result.stderr
+    assert {path: path.read_bytes() for path in before} == before

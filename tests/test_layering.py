@@ -1,0 +1,97 @@
+"""Who imports whom: the core knows no host and nothing heavy, and its modules form no cycle."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "nfq_core").rglob("*.py"))
+}
+
+HOST = {"comfy", "comfy_api", "comfy_extras", "execution", "folder_paths", "nodes", "server"}
+LIGHT = {"numpy", "safetensors", "torch", "tqdm", "zstandard"}
+"""What a plain `pip install` brings."""
+
+EXTRAS = {"PIL", "diffusers", "matplotlib", "numba"}
+"""What only some features need: imported where such a feature starts."""
+
+
+def imports(nodes: Iterator[ast.AST] | list[ast.stmt], package: list[str]) -> Iterator[str]:
+    """Full dotted names that import statements bind, for `from a import b` both `a` and `a.b`."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            yield name
+            yield from (f"{name}.{alias.name}" for alias in node.names)
+
+
+def package_of(module: str) -> list[str]:
+    parts = module.split(".")
+    return parts if MODULES[module].name == "__init__.py" else parts[:-1]
+
+
+def all_imports(module: str) -> set[str]:
+    return set(imports(ast.walk(ast.parse(MODULES[module].read_text("utf-8"))), package_of(module)))
+
+
+def imports_at_import(module: str) -> set[str]:
+    """What importing the module imports: statements outside functions and `if TYPE_CHECKING`."""
+
+    def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+        for statement in body:
+            if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if isinstance(statement, ast.If) and ast.unparse(statement.test).endswith("TYPE_CHECKING"):
+                continue
+            yield statement
+            for field in ("body", "orelse", "finalbody"):
+                yield from statements(getattr(statement, field, []))
+            for handler in getattr(statement, "handlers", []):
+                yield from statements(handler.body)
+
+    return set(imports(statements(ast.parse(MODULES[module].read_text("utf-8")).body), package_of(module)))
+
+
+def top_names(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def test_the_modules_are_found():
+    assert {"nfq_core", "nfq_core.formats", "nfq_core.cli"} <= MODULES.keys()
+    assert "nfq_core.errors" in all_imports("nfq_core.formats")
+    assert "torch" in imports_at_import("nfq_core.formats")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_imports_the_host(module):
+    assert not top_names(all_imports(module)) & HOST
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_importing_a_module_needs_only_the_light_dependencies(module):
+    assert top_names(imports_at_import(module)) <= {*sys.stdlib_module_names, "nfq_core"} | LIGHT
+    assert top_names(all_imports(module)) <= {*sys.stdlib_module_names, "nfq_core"} | LIGHT | EXTRAS
+
+
+def test_imports_have_no_cycle():
+    graph = {}
+    for module in MODULES:
+        names = imports_at_import(module) & MODULES.keys()
+        # `from .a import b` names the package too, whose own imports are not meant.
+        graph[module] = {name for name in names if not module.startswith(f"{name}.") and name != module}
+    try:
+        order = list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" → ".join(reversed(error.args[1])))
+    assert order.index("nfq_core.errors") < order.index("nfq_core.tensor") < order.index("nfq_core.cli")
