@@ -83,6 +83,17 @@ def encode(data: torch.Tensor, sections: Sections) -> list[bytes]:
     return [_local.compressor.compress(view[start:end]) for start, end in frame_spans(sections)]
 
 
+def _frame_end(frame: memoryview) -> int:
+    """Where a zstd frame ends by the sizes of its blocks (RFC 8878, section 3.1.1.2); past the end if it is cut."""
+    position = zstandard.frame_header_size(frame)
+    last = False
+    while not last and position < len(frame):
+        header = int.from_bytes(frame[position : position + 3], "little")
+        last, repeats_one_byte = bool(header & 1), header >> 1 & 3 == 1
+        position += 3 + (1 if repeats_one_byte else header >> 3)
+    return position + 4 * zstandard.get_frame_parameters(frame).has_checksum
+
+
 def decode(stored: memoryview, lengths: list[int], sections: Sections) -> torch.Tensor:
     """Decompress frames into a packed buffer.
 
@@ -113,7 +124,11 @@ def decode(stored: memoryview, lengths: list[int], sections: Sections) -> torch.
             declared = zstandard.get_frame_parameters(frame).content_size
             if declared != end - start:
                 raise CorruptFileError(f"frame {number} declares {declared} bytes where {end - start} belong")
-            view[start:end] = _local.decompressor.decompress(frame, allow_extra_data=False)
+            if _frame_end(frame) != length:
+                raise CorruptFileError(f"frame {number} ends elsewhere than after its {length} bytes")
+            with _local.decompressor.stream_reader(frame) as reader:
+                if reader.readinto(view[start:end]) != end - start or reader.read(1):
+                    raise CorruptFileError(f"frame {number} does not hold the {end - start} bytes it declares")
         except (zstandard.ZstdError, ValueError) as error:
             raise CorruptFileError(f"frame {number} of {len(lengths)} cannot be decompressed ({error})") from None
     return data

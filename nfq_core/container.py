@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ MAX_CONTAINER_HEADER_BYTES = 4 << 20
 
 PREFIX = "nfq."
 """What the names of quantised tensors start with: stock loaders then do not mistake them for weights."""
+
+_local = threading.local()
 
 FACTS_KEY = "nfq"
 HASH_KEY = "nfq_header_sha256"
@@ -115,6 +118,13 @@ def _source(fields: Mapping[str, Any]) -> Source:
     return Source(_text(fields["name"]), _count(fields["bytes"]), _text(fields["sha256"]), metadata)
 
 
+def _scratch(nbytes: int) -> memoryview:
+    """Memory for a tensor's frames, one piece a thread: fresh memory would cost more than reading into it."""
+    if len(getattr(_local, "scratch", b"")) < nbytes:
+        _local.scratch = bytearray(nbytes)
+    return memoryview(_local.scratch)[:nbytes]
+
+
 class NFQFile(SafetensorsFile):
     """An `.nfq.safetensors` file opened for reading, everything its header says checked; tensors are read one by one.
 
@@ -170,10 +180,11 @@ class NFQFile(SafetensorsFile):
 
     def _load_quantized(self, key: str, codes: bool = False) -> NFTensor:
         entry = self.quantized[key]
-        stored = self.read(PREFIX + key)
+        stored = _scratch(self.stored_bytes(key))
+        self.read_into(PREFIX + key, stored)
         self._check_sum(key, zlib.crc32(stored), entry.crc32)
         try:
-            data = decode(memoryview(stored), list(entry.frames), entry.format.sections(entry.weights))
+            data = decode(stored, list(entry.frames), entry.format.sections(entry.weights))
             tensor = NFTensor(data, entry.format, entry.shape, TORCH_DTYPES[entry.dtype])
             tensor.validate(codes=codes)
         except NFQError as error:

@@ -138,6 +138,15 @@ def format_by_id(format_id: str) -> BlockFormat:
     return FORMATS[format_id]
 
 
+def check_scale_parameters(exponent: int, stride: int) -> None:
+    """ValueError when `scale_table` has no table for these."""
+    if stride not in SCALE_STRIDES:
+        raise ValueError(f"scale stride must be one of {SCALE_STRIDES}, got {stride}")
+    top = exponent + (SCALE_MAGNITUDES - 1) * stride // SCALE_STEPS_PER_OCTAVE
+    if exponent < FP16_MIN_EXPONENT or top > FP16_MAX_EXPONENT:
+        raise ValueError(f"scale exponents {exponent} … {top} leave the normal fp16 range")
+
+
 def scale_table(exponent: int, stride: int) -> torch.Tensor:
     """All 256 scales that a scale code can name, as fp16, shape (256,).
 
@@ -147,11 +156,7 @@ def scale_table(exponent: int, stride: int) -> torch.Tensor:
     Raises:
         ValueError: the table would leave the normal fp16 range, or the stride is not one of SCALE_STRIDES.
     """
-    if stride not in SCALE_STRIDES:
-        raise ValueError(f"scale stride must be one of {SCALE_STRIDES}, got {stride}")
-    top = exponent + (SCALE_MAGNITUDES - 1) * stride // SCALE_STEPS_PER_OCTAVE
-    if exponent < FP16_MIN_EXPONENT or top > FP16_MAX_EXPONENT:
-        raise ValueError(f"scale exponents {exponent} … {top} leave the normal fp16 range")
+    check_scale_parameters(exponent, stride)
     steps = torch.arange(SCALE_MAGNITUDES, dtype=torch.int32) * stride
     mantissas = torch.tensor(SCALE_MANTISSAS, dtype=torch.int32)
     bits = (exponent + 15 + steps // SCALE_STEPS_PER_OCTAVE) * 1024 + mantissas[steps % SCALE_STEPS_PER_OCTAVE]

@@ -107,8 +107,12 @@ class SafetensorsFile:
     def read(self, name: str) -> bytearray:
         """The bytes of one tensor."""
         buffer = bytearray(self.entries[name].nbytes)
-        self._read_at(memoryview(buffer), self._data_start + self.entries[name].start)
+        self.read_into(name, memoryview(buffer))
         return buffer
+
+    def read_into(self, name: str, view: memoryview) -> None:
+        """Read the bytes of one tensor into memory of exactly their length."""
+        self._read_at(view, self._data_start + self.entries[name].start)
 
     def read_chunks(self, name: str) -> Iterator[memoryview]:
         """The bytes of one tensor, piece by piece; each piece is valid until the next is asked for."""

@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from .errors import CorruptFileError
-from .formats import BLOCK, BlockFormat, Scales, scale_table
+from .formats import BLOCK, BlockFormat, Scales, check_scale_parameters
 from .kernels import dequantize_into, head_levels
 from .packing import unpack_codes
 
@@ -103,7 +103,7 @@ class NFTensor:
         if self.format.scales is Scales.LOGARITHMIC:
             exponent, stride = self.data[2 * self.format.levels : 2 * self.format.levels + 2].view(torch.int8).tolist()
             try:
-                scale_table(exponent, stride)
+                check_scale_parameters(exponent, stride)
             except ValueError as error:
                 raise CorruptFileError(str(error)) from None
         superblock_scales = self.data[sections.superblock_scales : sections.block_scales].view(torch.float32)
