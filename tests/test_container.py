@@ -553,7 +553,7 @@ FALSE_FRAMES = {
     "a longer frame": (lambda pieces: [pieces[0], compressed(bytes(10_000)), *pieces[2:]], "declares 10000 bytes"),
     "a bomb": (lambda pieces: [pieces[0], compressed(bytes(1 << 26)), *pieces[2:]], "declares 67108864 bytes"),
     "a shorter frame": (lambda pieces: [pieces[0], compressed(b""), *pieces[2:]], "declares 0 bytes"),
-    "two frames in one": (lambda pieces: [pieces[0] * 2, *pieces[1:]], "frame 0 of"),
+    "two frames in one": (lambda pieces: [pieces[0] * 2, *pieces[1:]], "frame 0 ends"),
     "frames in another order": (lambda pieces: [pieces[1], pieces[0], *pieces[2:]], "declares"),
     "levels that are not finite": (head(lambda data: data.__setitem__(slice(0, 2), b"\x00\x7e")), "not finite"),
     "a scale stride of 0": (head(lambda data: data.__setitem__(33, 0)), "scale stride must be"),
