@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
@@ -43,13 +42,6 @@ def channel_spread(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     outliers = torch.randint(0, weight.numel(), (weight.numel() // 5000,), generator=generator)
     weight.view(-1)[outliers] *= 6
     return weight.mul_(SCALE).half()
-
-
-SOURCES: dict[str, Callable[[tuple[int, ...], int], torch.Tensor]] = {
-    "gaussian": gaussian,
-    "student_t5": student_t,
-    "channel_spread": channel_spread,
-}
 
 
 def write_sdxl_unet(path: Path) -> int:

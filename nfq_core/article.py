@@ -157,11 +157,6 @@ def article_disk_bytes(tensor: ArticleTensor) -> int:
     return len(_compressed_codes(tensor)) + tensor.c1.nbytes + tensor.c2.nbytes
 
 
-def article_bits_per_weight(tensor: ArticleTensor) -> float:
-    """`article_disk_bytes` in bits per weight."""
-    return 8 * article_disk_bytes(tensor) / tensor.weights
-
-
 def _compressed_codes(tensor: ArticleTensor) -> bytes:
     return bz2.compress((tensor.codes + SHIFT).numpy().tobytes())
 

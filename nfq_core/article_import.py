@@ -24,6 +24,7 @@ from .convert import (
     refuse_container,
     refuse_same,
     source_name,
+    split_metadata,
 )
 from .errors import CorruptFileError, UnsupportedFileError
 from .formats import BLOCK, LEVELS, article_format
@@ -71,7 +72,8 @@ def import_article(
             found = dict(quantized_shapes(file.entries, file.tensor))
             plans = {key: _plan(file.entries[key], specification) for key, specification in found.items()}
             info = detect({key: plan.shape for key, plan in plans.items()})
-            recorded = Source(source_name(source), file.file_bytes, "", file.metadata)
+            metadata, extra, warnings = split_metadata(file.metadata)
+            recorded = Source(source_name(source), file.file_bytes, "", metadata)
             facts = Facts.of(info, {"imported": "article"}, recorded)
 
             def work(key: str) -> tuple[str, list[bytes] | torch.Tensor, str]:
@@ -80,8 +82,7 @@ def import_article(
                 return key, *_converted(read_article_tensor(file.tensor, key), plans[key])
 
             total, done = sum(plan.nbytes for plan in plans.values()), 0
-            warnings = []
-            with ContainerWriter(target, plans, facts, overwrite=overwrite) as writer:
+            with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
                 for key, result, reason in ordered_map(work, plans, size=lambda key: plans[key].nbytes):
                     warnings += [f"tensor {key!r} {reason}; it is kept as fp16"] if reason else []
                     if isinstance(result, list):

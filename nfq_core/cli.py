@@ -40,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (NFQError, ImportError) as error:
         message = str(error)
     except KeyboardInterrupt:
-        message = "interrupted; nothing was written"
+        message = "interrupted; no unfinished file is left"
     except (MemoryError, torch.cuda.OutOfMemoryError):
-        message = "out of memory; nothing was written"
+        message = "out of memory; no unfinished file is left"
     except BrokenPipeError:
         # Whoever read the output has seen enough; what is left must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

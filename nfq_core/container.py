@@ -197,7 +197,9 @@ class NFQFile(SafetensorsFile):
 
     def _parse_container(self) -> None:
         if FACTS_KEY not in self.metadata:
-            raise UnsupportedFileError(f"{self.path} is not an .nfq.safetensors file; `nfq quantize` makes one of it")
+            raise UnsupportedFileError(
+                f"{self.path} is not an .nfq.safetensors file; `nfq quantize` or `nfq import-article` makes one of it"
+            )
         try:
             header = parse_json(self.metadata[FACTS_KEY])
             self.container_version = _count(header["container_version"])

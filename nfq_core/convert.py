@@ -15,10 +15,11 @@ from time import perf_counter
 
 import torch
 
+from .article import is_article_file
 from .atomic import AtomicFile
 from .codec import encode
 from .container import FACTS_KEY, Facts, NFQFile, Source
-from .errors import CannotQuantizeError, NFQError
+from .errors import CannotQuantizeError, NFQError, UnsupportedFileError
 from .parallel import IN_FLIGHT_BYTES, Progress, no_progress, ordered_map
 from .policy import DEFAULTS, Settings, plan_tensors
 from .quantizer import quantize
@@ -65,9 +66,12 @@ def quantize_file(
     with SafetensorsFile(source) as file, _SourceHash(file) as source_hash:
         refuse_container(file)
         refuse_same(source, target)
+        if is_article_file(file.entries):
+            raise UnsupportedFileError(
+                f"{file.path} was written by the article's code; `nfq import-article` converts it"
+            )
         info, plans = plan_tensors(file.entries, settings)
-        metadata, warnings = _fitting_metadata(file.metadata)
-        extra = {name: metadata.pop(name) for name in PAGE_METADATA if name in metadata}
+        metadata, extra, warnings = split_metadata(file.metadata)
         facts = Facts.of(
             info, settings.as_dict(), Source(source_name(source), file.file_bytes, source_hash.blank, metadata)
         )
@@ -214,15 +218,21 @@ def _surprising(entries: dict[str, Entry]) -> list[str]:
     return [f"tensor {eight_bit[0]!r}{others} kept: eight-bit floats are quantised already"]
 
 
-def _fitting_metadata(metadata: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """A source's metadata without its longest texts, if all are too long for the header; and warnings about those."""
+def split_metadata(metadata: dict[str, str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """What becomes of a source's metadata.
+
+    Returns:
+        What `Source.metadata` records, what stands in the container's own metadata (PAGE_METADATA), and a warning for
+        each of the longest texts where all of them are too long for the header: those are left out.
+    """
     sizes = {name: _stored_bytes(name) + _stored_bytes(text) for name, text in metadata.items()}
     kept = dict(sorted(metadata.items(), key=lambda item: sizes[item[0]]))
     warnings = []
     while sum(sizes[name] for name in kept) > MAX_METADATA_BYTES:
         name, text = kept.popitem()
         warnings.append(f"metadata {name!r} is left out: {len(text):,} characters are too many for the header")
-    return {name: metadata[name] for name in metadata if name in kept}, warnings
+    page = {name: kept.pop(name) for name in PAGE_METADATA if name in kept}
+    return {name: metadata[name] for name in metadata if name in kept}, page, warnings
 
 
 def _stored_bytes(text: str) -> int:

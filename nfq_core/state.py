@@ -51,6 +51,7 @@ def quantize_state_dict(
 
     Raises:
         ValueError: a setting is none of those allowed.
+        NFQError: a tensor has a dtype that safetensors lacks.
     """
     settings = Settings(levels, conv_levels, effort, quantize_first_last)
     plans = plan_tensors(_entries(state_dict), settings)[1]

@@ -26,7 +26,7 @@ class NFTensor:
         dtype: dtype of the weight before it was quantised.
 
     Raises:
-        CorruptFileError: the buffer's length or head contradicts format and shape.
+        CorruptFileError: the buffer's dtype or length contradicts format and shape.
     """
 
     def __init__(self, data: torch.Tensor, fmt: BlockFormat, shape: Sequence[int], dtype: torch.dtype) -> None:

@@ -281,3 +281,12 @@ def test_damaged_files_are_refused_with_file_and_tensor_named(model, tmp_path, m
     assert str(caught.value).startswith(f"{tmp_path / 'a'}: tensor 'linear.weight")
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_workflow_and_prompt_stand_where_the_page_looks(model, tmp_path):
+    write_article_file(tmp_path / "plain", model, 16, 32)
+    save_file(load_file(tmp_path / "plain"), tmp_path / "a", metadata={"workflow": "{}", "title": "t"})
+    import_article(tmp_path / "a", tmp_path / "b")
+    with NFQFile(tmp_path / "b") as file:
+        assert file.metadata["workflow"] == "{}"
+        assert file.facts.source.metadata == {"title": "t"}

@@ -470,7 +470,7 @@ def test_interrupted_in_the_middle(large, tmp_path, number):
         process.kill()
     assert process.returncode == 1
     assert out == ""
-    assert one_line(error) == "nfq: interrupted; nothing was written\n"
+    assert one_line(error) == "nfq: interrupted; no unfinished file is left\n"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out").read_bytes() == b"old"
 

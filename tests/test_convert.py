@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nfq_core import NFQFile, NFTensor, Settings, quantize
+from nfq_core.article import write_article_file
 from nfq_core.convert import MAX_METADATA_BYTES, dequantize_file, quantize_file
 from nfq_core.errors import CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError
 from nfq_core.safefile import tensor_bytes
@@ -420,3 +421,10 @@ def test_a_source_that_shrinks_while_it_is_read(mixed, tmp_path):
 def test_packed_weights_stay_packed(container):
     with NFQFile(container) as file:
         assert all(isinstance(file.load(key), NFTensor) for key in QUANTISED)
+
+
+def test_an_article_file_is_left_to_its_importer(tmp_path):
+    write_article_file(tmp_path / "a", {"linear.weight": random_weight(64, 64)}, 16, 32)
+    with pytest.raises(UnsupportedFileError, match="import-article"):
+        quantize_file(tmp_path / "a", tmp_path / "b")
+    assert not (tmp_path / "b").exists()

@@ -19,9 +19,9 @@ from ..parallel import Progress, no_progress
 from ..policy import Settings
 from ..state import load
 from ..tensor import NFTensor
-from .model import TinyPipeline, build_pipeline, bundled_weights_path, load_weights, sample
+from .model import TinyPipeline, build_pipeline, bundled_weights_path, import_diffusers, load_weights, sample
 from .shapes import CAPTIONS
-from .sheet import comparison_sheet
+from .sheet import check_pillow, comparison_sheet
 
 SEED = 0
 STEPS = 20
@@ -51,6 +51,8 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: Progress 
     """
     started = perf_counter()
     folder = Path(folder)
+    import_diffusers()
+    check_pillow()
     _prepare(folder, overwrite)
     original = bundled_weights_path()
     weights = load_weights()

@@ -16,6 +16,14 @@ HEADER_HEIGHT = 56
 FONT_SIZE = 15
 
 
+def check_pillow() -> None:
+    """ImportError that says what to install when Pillow is missing."""
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise ImportError('the demo needs Pillow: pip install "comfyui-nfq[demo]"') from error
+
+
 def comparison_sheet(captions: Sequence[str], columns: Sequence[tuple[str, np.ndarray]]) -> bytes:
     """Lay pictures out as one labelled PNG.
 
@@ -29,10 +37,9 @@ def comparison_sheet(captions: Sequence[str], columns: Sequence[tuple[str, np.nd
     Raises:
         ImportError: Pillow is missing.
     """
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError as error:
-        raise ImportError('the demo needs Pillow: pip install "comfyui-nfq[demo]"') from error
+    check_pillow()
+    from PIL import Image, ImageDraw, ImageFont
+
     width = CAPTION_WIDTH + len(columns) * (PICTURE + GAP) + GAP
     height = HEADER_HEIGHT + len(captions) * (PICTURE + GAP)
     sheet = Image.new("RGB", (width, height), "white")
