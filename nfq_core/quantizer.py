@@ -14,7 +14,6 @@ from .tensor import QUANTIZABLE_DTYPES, NFTensor
 CHUNK_BLOCKS = 12 * 1024
 """Blocks quantised at once: temporaries of 3 MB, and a multiple of every format's blocks_per_group."""
 
-
 FINE_SCALES_FROM = 16
 """Codebooks of fewer levels gain under 0.1 dB from 16 scales per octave, which cost 0.016 bits; they get 8."""
 

@@ -36,7 +36,6 @@ ASSIGN_RANGE = 1.125
 OCTAVES_ABOVE = 15 / 16
 """How far above a block's largest magnitude scales are searched, in octaves; as far, plus a step, below it."""
 
-
 MAX_UNSPANNED_BLOCKS = 1e-3
 """Share of the blocks that may lie below the smallest scale of a grid, for a finer one ..."""
 
