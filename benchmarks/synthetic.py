@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from math import prod
 from pathlib import Path
 
 import torch
 
 from nfq_core.atomic import AtomicFile
-from nfq_core.safefile import Entry, header_bytes, tensor_bytes
+from nfq_core.safefile import aligned_entries, header_bytes, tensor_bytes
 from nfq_core.unet_keys import SDXL_BASE, tensor_shapes
 
 SCALE = 0.03
@@ -46,11 +45,7 @@ def channel_spread(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 def write_sdxl_unet(path: Path) -> int:
     """Write a synthetic UNet of SDXL's names and shapes in fp16 (5.14 GB); returns its number of weights."""
-    shapes = tensor_shapes(SDXL_BASE, "ldm")
-    entries, end = {}, 0
-    for name, shape in shapes.items():
-        entries[name] = Entry("F16", shape, end, end + 2 * prod(shape))
-        end = entries[name].end
+    entries = aligned_entries({name: ("F16", shape) for name, shape in tensor_shapes(SDXL_BASE, "ldm").items()})
     header = header_bytes(entries, {"format": "pt"})
     with AtomicFile(path) as file:
         file.write_at(0, header)
@@ -58,7 +53,7 @@ def write_sdxl_unet(path: Path) -> int:
             make = channel_spread if len(entry.shape) > 1 else gaussian
             file.write_at(len(header) + entry.start, tensor_bytes(make(entry.shape, seed)))
         file.commit()
-    return end // 2
+    return sum(entry.nbytes for entry in entries.values()) // 2
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from math import prod
 from time import perf_counter
@@ -34,8 +33,6 @@ from .safefile import Entry, SafetensorsFile, tensor_bytes
 from .tensor import NFTensor
 from .unet import detect
 from .writer import ContainerWriter, Plan
-
-log = logging.getLogger("nfq")
 
 
 def import_article(
@@ -95,9 +92,7 @@ def import_article(
         except (CorruptFileError, UnsupportedFileError) as error:
             prefix = "" if str(error).startswith(str(file.path)) else f"{file.path}: "
             raise type(error)(f"{prefix}{error}") from None
-    for warning in warnings:
-        log.warning("%s: %s", source, warning)
-    return conversion_result(facts, plans, writer, file_bytes, warnings, started)
+    return conversion_result(source, facts, plans, writer, file_bytes, warnings, started)
 
 
 def pack_article(tensor: ArticleTensor) -> NFTensor:

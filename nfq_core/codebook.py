@@ -42,6 +42,13 @@ class Effort:
 EFFORTS = {"fast": Effort(2048, 8, False), "best": Effort(16384, 40, True)}
 
 
+def effort_by_name(name: str) -> Effort:
+    """The effort named `name`; ValueError for none of EFFORTS."""
+    if name not in EFFORTS:
+        raise ValueError(f"effort must be one of {', '.join(EFFORTS)}, got {name!r}")
+    return EFFORTS[name]
+
+
 @dataclass(frozen=True)
 class Codebook:
     """Levels fitted to a tensor.

@@ -83,7 +83,7 @@ def encode(data: torch.Tensor, sections: Sections) -> list[bytes]:
     return [_local.compressor.compress(view[start:end]) for start, end in frame_spans(sections)]
 
 
-def _frame_end(frame: memoryview) -> int:
+def _frame_end(frame: memoryview, has_checksum: bool) -> int:
     """Where a zstd frame ends by the sizes of its blocks (RFC 8878, section 3.1.1.2); past the end if it is cut."""
     position = zstandard.frame_header_size(frame)
     last = False
@@ -91,7 +91,7 @@ def _frame_end(frame: memoryview) -> int:
         header = int.from_bytes(frame[position : position + 3], "little")
         last, repeats_one_byte = bool(header & 1), header >> 1 & 3 == 1
         position += 3 + (1 if repeats_one_byte else header >> 3)
-    return position + 4 * zstandard.get_frame_parameters(frame).has_checksum
+    return position + 4 * has_checksum
 
 
 def decode(stored: memoryview, lengths: list[int], sections: Sections) -> torch.Tensor:
@@ -121,10 +121,12 @@ def decode(stored: memoryview, lengths: list[int], sections: Sections) -> torch.
         frame = stored[position : position + length]
         position += length
         try:
-            declared = zstandard.get_frame_parameters(frame).content_size
-            if declared != end - start:
-                raise CorruptFileError(f"frame {number} declares {declared} bytes where {end - start} belong")
-            if _frame_end(frame) != length:
+            declared = zstandard.get_frame_parameters(frame)
+            if declared.content_size != end - start:
+                raise CorruptFileError(
+                    f"frame {number} declares {declared.content_size} bytes where {end - start} belong"
+                )
+            if _frame_end(frame, declared.has_checksum) != length:
                 raise CorruptFileError(f"frame {number} ends elsewhere than after its {length} bytes")
             with _local.decompressor.stream_reader(frame) as reader:
                 if reader.readinto(view[start:end]) != end - start or reader.read(1):

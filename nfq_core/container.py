@@ -21,7 +21,7 @@ import torch
 from .codec import decode, frame_count
 from .errors import CorruptFileError, NFQError, UnsupportedFileError
 from .formats import BlockFormat, format_by_id
-from .safefile import TORCH_DTYPES, SafetensorsFile, parse_json, tensor_from_bytes
+from .safefile import TORCH_DTYPES, SafetensorsFile, is_count, parse_json
 from .tensor import QUANTIZABLE_DTYPES, NFTensor
 from .unet import UNKNOWN, UNetInfo
 
@@ -37,6 +37,9 @@ _local = threading.local()
 
 FACTS_KEY = "nfq"
 HASH_KEY = "nfq_header_sha256"
+
+NO_SHA256 = "0" * 64
+"""Stands where a SHA-256 will be known later."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Facts:
 
     settings: dict[str, Any] = field(default_factory=dict)
     layout: str = "plain"
-    architecture: str = "unknown"
+    architecture: str = UNKNOWN
     source: Source = UNRECORDED
 
     @classmethod
@@ -97,12 +100,12 @@ def header_hash(raw_header: bytes, recorded: str) -> str:
     field_text = f'"{HASH_KEY}":"{recorded}"'.encode()
     if len(recorded) != 64 or not recorded.isascii() or raw_header.count(field_text) != 1:
         return ""
-    blank = field_text.replace(recorded.encode(), b"0" * 64)
+    blank = field_text.replace(recorded.encode(), NO_SHA256.encode())
     return hashlib.sha256(raw_header.replace(field_text, blank)).hexdigest()
 
 
 def _count(value: object) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 63:
+    if not is_count(value):
         raise ValueError(f"{value!r} is no count")
     return value
 
@@ -156,11 +159,7 @@ class NFQFile(SafetensorsFile):
         """
         if key in self.quantized:
             return self._load_quantized(key)
-        buffer = self.load_kept(key)
-        entry = self.entries[key]
-        if entry.dtype not in TORCH_DTYPES:
-            raise UnsupportedFileError(f"{self.path}: tensor {key!r} has dtype {entry.dtype}, which torch lacks")
-        return tensor_from_bytes(buffer, entry.dtype, entry.shape)
+        return self._as_tensor(key, self.load_kept(key))
 
     def load_kept(self, key: str) -> bytearray:
         """The bytes of one kept tensor, its checksum verified; CorruptFileError when they are damaged."""

@@ -18,12 +18,20 @@ import torch
 from .article import is_article_file
 from .atomic import AtomicFile
 from .codec import encode
-from .container import FACTS_KEY, Facts, NFQFile, Source
+from .container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source
 from .errors import CannotQuantizeError, NFQError, UnsupportedFileError
 from .parallel import IN_FLIGHT_BYTES, Progress, no_progress, ordered_map
 from .policy import DEFAULTS, Settings, plan_tensors
 from .quantizer import quantize
-from .safefile import DTYPE_NAMES, Entry, SafetensorsFile, dtype_bytes, header_bytes, tensor_bytes, tensor_from_bytes
+from .safefile import (
+    DTYPE_NAMES,
+    Entry,
+    SafetensorsFile,
+    aligned_entries,
+    header_bytes,
+    tensor_bytes,
+    tensor_from_bytes,
+)
 from .writer import ContainerWriter, Plan
 
 log = logging.getLogger("nfq")
@@ -72,9 +80,7 @@ def quantize_file(
             )
         info, plans = plan_tensors(file.entries, settings)
         metadata, extra, warnings = split_metadata(file.metadata)
-        facts = Facts.of(
-            info, settings.as_dict(), Source(source_name(source), file.file_bytes, source_hash.blank, metadata)
-        )
+        facts = Facts.of(info, settings.as_dict(), Source(source_name(source), file.file_bytes, NO_SHA256, metadata))
         warnings += _surprising(file.entries)
         total = sum(entry.nbytes for entry in file.entries.values())
         done = 0
@@ -114,15 +120,21 @@ def quantize_file(
                 report(key)
             facts = replace(facts, source=replace(facts.source, sha256=source_hash.hexdigest()))
             file_bytes = writer.finish(facts)
-    for warning in warnings:
-        log.warning("%s: %s", source, warning)
-    return conversion_result(facts, plans, writer, file_bytes, warnings, started)
+    return conversion_result(source, facts, plans, writer, file_bytes, warnings, started)
 
 
 def conversion_result(
-    facts: Facts, plans: dict[str, Plan], writer: ContainerWriter, file_bytes: int, warnings: list[str], started: float
+    source: str | os.PathLike,
+    facts: Facts,
+    plans: dict[str, Plan],
+    writer: ContainerWriter,
+    file_bytes: int,
+    warnings: list[str],
+    started: float,
 ) -> dict:
-    """What a conversion to a container returns, see `quantize_file`; `started` is a `perf_counter` reading."""
+    """Log a conversion's warnings; returns what `quantize_file` does. `started` is a `perf_counter` reading."""
+    for warning in warnings:
+        log.warning("%s: %s", source, warning)
     return {
         "file_bytes": file_bytes,
         "original_bytes": facts.source.bytes,
@@ -162,12 +174,8 @@ def dequantize_file(
         outputs = {key: (file.entries[key].dtype, file.entries[key].shape) for key in file.kept}
         for key, quantized in file.quantized.items():
             outputs[key] = (DTYPE_NAMES[dtype] if dtype else quantized.dtype, quantized.shape)
-        entries = {}
-        end = 0
-        for key in sorted(outputs, key=lambda name: -dtype_bytes(outputs[name][0])):
-            plan = Plan(*outputs[key])
-            entries[key] = Entry(plan.dtype, plan.shape, end, end + plan.nbytes)
-            end += plan.nbytes
+        entries = aligned_entries(outputs)
+        total = sum(entry.nbytes for entry in entries.values())
         page = {name: file.metadata[name] for name in PAGE_METADATA if name in file.metadata}
         header = header_bytes(entries, {"format": "pt", **file.facts.source.metadata, **page})
 
@@ -183,10 +191,10 @@ def dequantize_file(
             for key, data in ordered_map(work, entries, size=lambda name: entries[name].nbytes):
                 out.write_at(len(header) + entries[key].start, data)
                 done += entries[key].nbytes
-                progress(done, end, key)
+                progress(done, total, key)
             out.commit()
     return {
-        "file_bytes": len(header) + end,
+        "file_bytes": len(header) + total,
         "tensors": len(entries),
         "seconds": round(perf_counter() - started, 3),
     }
@@ -242,8 +250,6 @@ def _stored_bytes(text: str) -> int:
 
 class _SourceHash:
     """SHA-256 of a whole source file, taken on a thread of its own while the file is read in order."""
-
-    blank = "0" * 64
 
     def __init__(self, file: SafetensorsFile) -> None:
         self._hash = hashlib.sha256(file.raw_header)

@@ -17,6 +17,12 @@ def head_levels(data: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
     return data[: 2 * fmt.levels].view(torch.float16)
 
 
+def scale_parameters(data: torch.Tensor, fmt: BlockFormat) -> tuple[int, int]:
+    """Exponent and stride in the head of a packed buffer of an NF format, unchecked; see `scale_table`."""
+    exponent, stride = data[2 * fmt.levels : 2 * fmt.levels + 2].view(torch.int8).tolist()
+    return exponent, stride
+
+
 def block_scales(data: torch.Tensor, fmt: BlockFormat, weights: int) -> torch.Tensor:
     """The scale of each block of a packed buffer, shape (blocks,): fp16, or fp32 for the article's formats.
 
@@ -26,8 +32,7 @@ def block_scales(data: torch.Tensor, fmt: BlockFormat, weights: int) -> torch.Te
     sections = fmt.sections(weights)
     codes = data[sections.block_scales : sections.end]
     if fmt.scales is Scales.LOGARITHMIC:
-        exponent, stride = data[2 * fmt.levels : 2 * fmt.levels + 2].view(torch.int8).tolist()
-        return scale_table(exponent, stride).to(data.device).index_select(0, codes.int())
+        return scale_table(*scale_parameters(data, fmt)).to(data.device).index_select(0, codes.int())
     largest = data[sections.superblock_scales : sections.block_scales].view(torch.float32)
     per_block = largest.repeat_interleave(SUPERBLOCK)[: len(codes)]
     return per_block * codes.float().clamp(min=1e-12) / 255.0

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from .codebook import EFFORTS
-from .formats import LEVELS, nf_format
+from .codebook import effort_by_name
+from .formats import nf_format
 from .safefile import DTYPE_NAMES, Entry
 from .tensor import QUANTIZABLE_DTYPES
 from .unet import UNetInfo, detect, first_and_last_convolution, is_unet_key
@@ -41,11 +41,9 @@ class Settings:
     quantize_first_last: bool = False
 
     def __post_init__(self) -> None:
-        for levels in (self.levels, self.conv_levels):
-            if levels not in LEVELS:
-                raise ValueError(f"levels must be one of {', '.join(map(str, LEVELS))}, got {levels}")
-        if self.effort not in EFFORTS:
-            raise ValueError(f"effort must be one of {', '.join(EFFORTS)}, got {self.effort!r}")
+        nf_format(self.levels)
+        nf_format(self.conv_levels)
+        effort_by_name(self.effort)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as the header records them."""

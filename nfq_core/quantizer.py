@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .codebook import EFFORTS, Codebook, fit_codebook
+from .codebook import Codebook, effort_by_name, fit_codebook
 from .errors import CannotQuantizeError
 from .formats import BLOCK, BlockFormat, nf_format
 from .packing import pack_codes
@@ -40,8 +40,7 @@ def quantize(
         ValueError: `levels` or `effort` is none of those listed.
     """
     fmt = nf_format(levels)
-    if effort not in EFFORTS:
-        raise ValueError(f"effort must be one of {', '.join(EFFORTS)}, got {effort!r}")
+    work = effort_by_name(effort)
     if weight.dtype not in QUANTIZABLE_DTYPES:
         raise CannotQuantizeError(f"only floating weights of 16 bits or more are quantised, this one is {weight.dtype}")
     if weight.numel() == 0:
@@ -54,7 +53,7 @@ def quantize(
         # fp16 numbers beyond the largest scale: half the weights, twice the levels, and no product beyond fp16.
         flat, gain = flat.float() / 2, 2.0
         grid = ScaleGrid.for_blocks(largest / 2, finest_stride, torch.finfo(torch.float16).max / 2)
-    book = fit_codebook(_sample(flat, EFFORTS[effort].sample_blocks), grid, fmt, EFFORTS[effort], flat.numel())
+    book = fit_codebook(_sample(flat, work.sample_blocks), grid, fmt, work, flat.numel())
     return NFTensor(_encode(flat, fmt, grid, book, gain), fmt, weight.shape, weight.dtype)
 
 

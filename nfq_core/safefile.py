@@ -129,10 +129,13 @@ class SafetensorsFile:
         Raises:
             UnsupportedFileError: its dtype has no counterpart in torch.
         """
+        return self._as_tensor(name, self.read(name))
+
+    def _as_tensor(self, name: str, buffer: bytearray) -> torch.Tensor:
         entry = self.entries[name]
         if entry.dtype not in TORCH_DTYPES:
             raise UnsupportedFileError(f"{self.path}: tensor {name!r} has dtype {entry.dtype}, which torch lacks")
-        return tensor_from_bytes(self.read(name), entry.dtype, entry.shape)
+        return tensor_from_bytes(buffer, entry.dtype, entry.shape)
 
     @property
     def _data_start(self) -> int:
@@ -237,7 +240,8 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
+    """Whether a value from JSON is a size: an integer (no bool) from 0 up, below 2**63."""
     return type(value) is int and 0 <= value < 1 << 63
 
 
@@ -245,12 +249,26 @@ def _entry(name: str, fields: dict[str, object]) -> Entry:
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
         raise ValueError(f"tensor {name!r} lacks dtype, shape or data_offsets")
-    if len(offsets) != 2 or not all(map(_is_count, offsets + shape)):
+    if len(offsets) != 2 or not all(map(is_count, offsets + shape)):
         raise ValueError(f"tensor {name!r} has impossible sizes")
     start, end = offsets
     if end - start != prod(shape) * dtype_bytes(dtype):
         raise ValueError(f"tensor {name!r} of {dtype} {shape} does not fit its {end - start} bytes")
     return Entry(dtype, tuple(shape), start, end)
+
+
+def aligned_entries(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Entry]:
+    """Entries for tensors given as dtype and shape, one behind the other, each aligned to its own dtype.
+
+    Wide dtypes come first; among equally wide ones the order stays.
+    """
+    entries: dict[str, Entry] = {}
+    end = 0
+    for name in sorted(tensors, key=lambda name: -dtype_bytes(tensors[name][0])):
+        dtype, shape = tensors[name]
+        start, end = end, end + prod(shape) * dtype_bytes(dtype)
+        entries[name] = Entry(dtype, shape, start, end)
+    return entries
 
 
 def header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str], reserve: int = 0) -> bytes:

@@ -9,7 +9,7 @@ import torch
 
 from .errors import CorruptFileError
 from .formats import BLOCK, BlockFormat, Scales, check_scale_parameters
-from .kernels import dequantize_into, head_levels
+from .kernels import dequantize_into, head_levels, scale_parameters
 from .packing import unpack_codes
 
 QUANTIZABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -101,9 +101,8 @@ class NFTensor:
         """
         sections = self.format.sections(self.numel())
         if self.format.scales is Scales.LOGARITHMIC:
-            exponent, stride = self.data[2 * self.format.levels : 2 * self.format.levels + 2].view(torch.int8).tolist()
             try:
-                check_scale_parameters(exponent, stride)
+                check_scale_parameters(*scale_parameters(self.data, self.format))
             except ValueError as error:
                 raise CorruptFileError(str(error)) from None
         superblock_scales = self.data[sections.superblock_scales : sections.block_scales].view(torch.float32)

@@ -16,6 +16,7 @@ from .container import (
     FACTS_KEY,
     HASH_KEY,
     MAX_CONTAINER_HEADER_BYTES,
+    NO_SHA256,
     PREFIX,
     Facts,
     checksum_text,
@@ -23,7 +24,7 @@ from .container import (
 )
 from .errors import NFQError
 from .formats import BlockFormat
-from .safefile import METADATA_KEY, Entry, dtype_bytes, header_bytes
+from .safefile import METADATA_KEY, Entry, aligned_entries, dtype_bytes, header_bytes
 from .version import __version__
 
 
@@ -75,7 +76,6 @@ class ContainerWriter:
         self._plans = plans
         self._facts = facts
         self._extra = dict(extra or {})
-        self._entries: dict[str, Entry] = {}
         self._quantized: dict[str, dict] = {}
         self._kept: dict[str, str] = {}
         self._reserved = self._longest_header()
@@ -84,10 +84,10 @@ class ContainerWriter:
                 f"{path}: the header may need {self._reserved:,} bytes of the {MAX_CONTAINER_HEADER_BYTES:,} allowed; "
                 "leave out the workflow"
             )
-        self._end = 0
-        # Wide dtypes first: every tensor planned to be kept is then aligned to its own size.
-        for key in sorted((key for key in plans if not plans[key].format), key=self._kept_order):
-            self._entries[key] = self._next_entry(plans[key].dtype, plans[key].shape, plans[key].nbytes)
+        self._entries = aligned_entries(
+            {key: (plan.dtype, plan.shape) for key, plan in plans.items() if not plan.format}
+        )
+        self._end = max((entry.end for entry in self._entries.values()), default=0)
         self._file = AtomicFile(path, overwrite)
 
     def __enter__(self) -> ContainerWriter:
@@ -137,13 +137,10 @@ class ContainerWriter:
         self._facts = facts or self._facts
         header = self._header(self._entries, self._quantized, self._kept, self._reserved)
         assert len(header) == self._reserved and len(self._entries) == len(self._plans)
-        recorded = header_hash(header, "0" * 64)
-        self._file.write_at(0, header.replace(b"0" * 64, recorded.encode(), 1))
+        recorded = header_hash(header, NO_SHA256)
+        self._file.write_at(0, header.replace(NO_SHA256.encode(), recorded.encode(), 1))
         self._file.commit()
         return self._reserved + self._end
-
-    def _kept_order(self, key: str) -> int:
-        return -dtype_bytes(self._plans[key].dtype)
 
     def _next_entry(self, dtype: str, shape: tuple[int, ...], nbytes: int) -> Entry:
         entry = Entry(dtype, shape, self._end, self._end + nbytes)
@@ -156,7 +153,7 @@ class ContainerWriter:
         facts = {"container_version": CONTAINER_VERSION, "writer": f"ComfyUI-NFQ {__version__}"}
         facts |= asdict(self._facts) | {"quantized": quantized, "kept": kept}
         metadata = {
-            HASH_KEY: "0" * 64,
+            HASH_KEY: NO_SHA256,
             "format": "pt",
             FACTS_KEY: json.dumps(facts, separators=(",", ":"), ensure_ascii=False),
             **self._extra,

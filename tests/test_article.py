@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from samples import random_weight
 
 from nfq_core.article import (
     MAX_LEVELS,
@@ -29,10 +30,6 @@ from nfq_core.article import (
 from nfq_core.errors import CannotQuantizeError, CorruptFileError, UnsupportedFileError
 
 SUPERBLOCK = 64 * 256
-
-
-def random_weight(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:
@@ -406,26 +403,25 @@ def test_an_incomplete_tensor_is_refused(missing):
             next(read(stored, stored.__getitem__))
 
 
-def test_a_bz2_bomb_is_not_expanded():
-    stored = damaged("M", lambda _: compress(bytes(30_000_000)))
+def assert_refused_within_a_megabyte(stored: dict[str, torch.Tensor], reason: str) -> None:
     tracemalloc.start()
-    with pytest.raises(CorruptFileError, match="needs 64 codes, found more than 64"):
+    with pytest.raises(CorruptFileError, match=reason):
         read_article_tensor(stored.__getitem__, "layer")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1_000_000
+
+
+def test_a_bz2_bomb_is_not_expanded():
+    stored = damaged("M", lambda _: compress(bytes(30_000_000)))
+    assert_refused_within_a_megabyte(stored, "needs 64 codes, found more than 64")
 
 
 def test_a_claimed_size_alone_allocates_nothing():
     stored = damaged("param", parameter(0, 2**31 - 1))
     stored["layer.quantization.orig_shape"] = torch.tensor([2**31 - 1])
     stored["layer.quantization.M"] = compress(bytes(30_000_000))
-    tracemalloc.start()
-    with pytest.raises(CorruptFileError, match="needs 33,554,432 values in c1, found 256"):
-        read_article_tensor(stored.__getitem__, "layer")
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 1_000_000
+    assert_refused_within_a_megabyte(stored, "needs 33,554,432 values in c1, found 256")
 
 
 def test_a_scale_that_is_nan_reads_as_nan_and_counts_as_spoilt(tmp_path):

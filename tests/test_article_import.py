@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from samples import random_half
 
 import nfq_core
 from nfq_core import NFQFile, NFTensor, article_import
@@ -27,10 +28,6 @@ from nfq_core.formats import LEVELS
 from nfq_core.safefile import tensor_bytes
 
 
-def random_weight(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).half()
-
-
 def bits(values: torch.Tensor) -> torch.Tensor:
     """The bit patterns of fp16 values, so that -0 differs from 0."""
     return values.view(torch.int16)
@@ -45,16 +42,14 @@ def spoilt_weight() -> torch.Tensor:
 
 
 WEIGHTS = {
-    "one superblock": random_weight(64, 256),
-    "short last block": random_weight(33, 37, seed=1),
-    "several superblocks": random_weight(260, 130, seed=2),
-    "zero blocks": torch.cat([torch.zeros(8, 64), random_weight(8, 64, seed=3)]),
+    "one superblock": random_half(64, 256),
+    "short last block": random_half(33, 37, seed=1),
+    "several superblocks": random_half(260, 130, seed=2),
+    "zero blocks": torch.cat([torch.zeros(8, 64), random_half(8, 64, seed=3)]),
     "zeros": torch.zeros(40, 40),
     # Larger ones would meet the article's bug.
-    "an outlier": random_weight(64, 64, seed=4).index_put(
-        (torch.tensor(1), torch.tensor(2)), torch.tensor(20.0).half()
-    ),
-    "one weight": random_weight(1, 1, seed=5),
+    "an outlier": random_half(64, 64, seed=4).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(20.0).half()),
+    "one weight": random_half(1, 1, seed=5),
 }
 
 
@@ -72,11 +67,11 @@ def test_the_same_bits_in_memory(levels, weight):
 @pytest.fixture
 def model() -> dict[str, torch.Tensor]:
     return {
-        "linear.weight": random_weight(50, 60),
-        "conv.weight": random_weight(16, 8, 3, 3, seed=1),
-        "time_emb.weight": random_weight(64, 64, seed=2),
-        "norm.bias": random_weight(7, seed=3),
-        "wide.bias": random_weight(7, seed=4).float(),
+        "linear.weight": random_half(50, 60),
+        "conv.weight": random_half(16, 8, 3, 3, seed=1),
+        "time_emb.weight": random_half(64, 64, seed=2),
+        "norm.bias": random_half(7, seed=3),
+        "wide.bias": random_half(7, seed=4).float(),
     }
 
 
@@ -132,7 +127,7 @@ def test_a_spoilt_tensor_is_kept_with_a_warning(model, tmp_path, caplog):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("levels", [16, 20])
 def test_a_tensor_that_is_not_finite_is_kept_with_a_warning(model, tmp_path, caplog, value, levels):
-    model["large.weight"] = random_weight(260, 130, seed=5)
+    model["large.weight"] = random_half(260, 130, seed=5)
     write_article_file(tmp_path / "a", model, levels, 32)
     stored = load_file(tmp_path / "a")
     stored[f"large.weight{INFIX}c2"][1] = value
@@ -193,7 +188,7 @@ def test_an_unusual_number_of_levels_is_kept_as_fp16(model, tmp_path):
 
 def test_there_is_no_format_for_an_unusual_number_of_levels():
     with pytest.raises(ValueError, match="got 20"):
-        pack_article(article_quantize(random_weight(4, 64), 20))
+        pack_article(article_quantize(random_half(4, 64), 20))
 
 
 def test_the_source_is_recorded(model, tmp_path):

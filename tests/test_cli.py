@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from samples import SMALL_MODEL, random_half
 
 import nfq_core
 from nfq_core import cli
@@ -21,17 +22,6 @@ from nfq_core.container import NFQFile
 
 COMMAND = [sys.executable, "-m", "nfq_core"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def random_weight(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).half()
-
-
-MODEL = {
-    "linear.weight": random_weight(64, 100),
-    "conv.weight": random_weight(16, 16, 3, 3, seed=1),
-    "norm.bias": random_weight(7, seed=2),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +35,9 @@ def same_signal_handlers():
 @pytest.fixture
 def folder(tmp_path):
     """A model, its container, and the article's file of it."""
-    save_file(MODEL, tmp_path / "model")
+    save_file(SMALL_MODEL, tmp_path / "model")
     nfq_core.convert.quantize_file(tmp_path / "model", tmp_path / "nfq")
-    write_article_file(tmp_path / "article", MODEL, 16, 32)
+    write_article_file(tmp_path / "article", SMALL_MODEL, 16, 32)
     return tmp_path
 
 
@@ -189,7 +179,7 @@ def test_effort_and_outermost_convolutions_are_recorded(capsys, folder):
 
 
 def test_a_process_of_its_own_prints_json_alone(folder):
-    save_file(MODEL | {"bad.weight": torch.full((64, 64), torch.nan)}, folder / "bad")
+    save_file(SMALL_MODEL | {"bad.weight": torch.full((64, 64), torch.nan)}, folder / "bad")
     command = [*COMMAND, "quantize", str(folder / "bad"), str(folder / "a"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
     assert done.returncode == 0
@@ -203,7 +193,7 @@ def test_a_terminal_without_unicode_is_no_obstacle(folder, monkeypatch):
         assert cli.main(["quantize", str(folder / "model"), str(folder / "ü")]) == 0
         sys.stdout.flush()
         assert b"2 tensors quantised" in sys.stdout.buffer.getvalue()
-    assert nfq_core.load(folder / "ü").keys() == MODEL.keys()
+    assert nfq_core.load(folder / "ü").keys() == SMALL_MODEL.keys()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file names are Unicode there")
@@ -438,7 +428,7 @@ def test_a_disk_that_fills_up(capsys, folder, command, source):
 def large(tmp_path_factory):
     """Enough weights for some seconds of work."""
     path = tmp_path_factory.mktemp("large") / "model"
-    weight = random_weight(1024, 1024)
+    weight = random_half(1024, 1024)
     save_file({f"{number}.weight": weight + number / 64 for number in range(24)}, path)
     return path
 

@@ -13,6 +13,7 @@ import torch
 import zstandard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from samples import random_half
 
 import nfq_core
 from nfq_core.codec import decode, encode
@@ -38,12 +39,8 @@ from nfq_core.writer import ContainerWriter, Plan
 FACTS = Facts({"levels": 16}, "plain", "unknown", Source("a.safetensors", 2062, "5" * 64, {"title": "Ä"}))
 
 
-def random_weight(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).half()
-
-
-WEIGHT = random_weight(16, 64)
-BIAS = random_weight(7, seed=1)
+WEIGHT = random_half(16, 64)
+BIAS = random_half(7, seed=1)
 
 
 def write(path, tensors, **options) -> int:

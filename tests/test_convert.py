@@ -11,27 +11,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from samples import TINY, random_weight
 
 from nfq_core import NFQFile, NFTensor, Settings, quantize
 from nfq_core.article import write_article_file
 from nfq_core.convert import MAX_METADATA_BYTES, dequantize_file, quantize_file
 from nfq_core.errors import CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError
 from nfq_core.safefile import tensor_bytes
-from nfq_core.unet_keys import CHECKPOINT_PREFIX, UNetArchitecture, tensor_shapes
-
-TINY = UNetArchitecture(
-    name="tiny",
-    channels=(32, 64),
-    down_depths=((0,), (1,)),
-    middle_depth=1,
-    up_depths=((1, 1), (0, 0)),
-    context_width=48,
-    added_width=80,
-)
-
-
-def random_weight(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from nfq_core.unet_keys import CHECKPOINT_PREFIX, tensor_shapes
 
 
 def exact(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
+from samples import SMALL_MODEL, random_half
 
 import nfq_core
 from nfq_core.convert import dequantize_file, quantize_file
@@ -15,20 +16,9 @@ from nfq_core.errors import CorruptFileError, NFQError, UnsupportedFileError
 from nfq_core.examine import compare_files, file_info, sqnr_db, verify_file
 
 
-def random_weight(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).half()
-
-
-MODEL = {
-    "linear.weight": random_weight(64, 100),
-    "conv.weight": random_weight(16, 16, 3, 3, seed=1),
-    "norm.bias": random_weight(7, seed=2),
-}
-
-
 @pytest.fixture
 def original(tmp_path):
-    save_file(MODEL, tmp_path / "model.safetensors")
+    save_file(SMALL_MODEL, tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
 
 
@@ -84,7 +74,7 @@ def test_info_of_a_container_that_quantises_nothing(tmp_path):
 
 
 def test_info_tells_of_the_workflow_of_the_source(tmp_path):
-    save_file(MODEL, tmp_path / "a", metadata={"workflow": "{}", "title": "b"})
+    save_file(SMALL_MODEL, tmp_path / "a", metadata={"workflow": "{}", "title": "b"})
     quantize_file(tmp_path / "a", tmp_path / "b")
     assert file_info(tmp_path / "b")["has_workflow"] is True
 
@@ -117,7 +107,7 @@ def test_verify_refuses_an_unsound_header(container, original):
 
 
 def test_verify_finds_a_code_that_names_no_level(tmp_path):
-    weight = nfq_core.quantize(random_weight(64, 64), 7)
+    weight = nfq_core.quantize(random_half(64, 64), 7)
     sections = weight.format.sections(4096)
     # nf7 has coarse digits 0 … 3 and one fine bit: all ones are code 3 · 2 + 1 = 7, the levels are 0 … 6.
     weight.data[sections.coarse : sections.superblock_scales] = 255
@@ -165,7 +155,7 @@ def test_sqnr_of_a_large_constant_takes_its_mean_square():
 
 
 def test_sqnr_takes_any_strides_and_dtypes():
-    original = random_weight(30, 40).float()
+    original = random_half(30, 40).float()
     approximation = (original + 0.01).half()
     wanted = sqnr_db(original.flatten(), approximation.flatten())
     assert sqnr_db(original.T.contiguous().T, approximation.float()) == wanted
@@ -175,7 +165,7 @@ def test_compare_is_the_mean_by_weights(original, container):
     result = compare_files(original, container)
     ratios = {}
     for key in ("linear.weight", "conv.weight"):
-        weight = MODEL[key].double()
+        weight = SMALL_MODEL[key].double()
         restored = nfq_core.load(container, [key])[key].dequantize(torch.float32).double()
         ratios[key] = (10 * torch.log10(weight.var(correction=0) / (weight - restored).square().mean())).item()
     assert {layer["name"]: layer["sqnr_db"] for layer in result["layers"]} == pytest.approx(ratios)
@@ -204,7 +194,7 @@ def test_compare_of_a_constant_is_a_number_or_equal(tmp_path):
     "weight", [torch.full((64, 64), math.nan), torch.zeros(64, 64), torch.full((64, 64), math.inf)]
 )
 def test_compare_does_not_call_equal_what_it_cannot_rate(tmp_path, weight):
-    save(tmp_path / "a", a_weight=random_weight(64, 64))
+    save(tmp_path / "a", a_weight=random_half(64, 64))
     save(tmp_path / "other", a_weight=weight)
     quantize_file(tmp_path / "a", tmp_path / "b")
     with pytest.raises(NFQError, match=r"other: tensor 'a\.weight' is not what .*b was made from"):
@@ -213,10 +203,10 @@ def test_compare_does_not_call_equal_what_it_cannot_rate(tmp_path, weight):
 
 @pytest.mark.parametrize(
     ("tensors", "found"),
-    [({"a_weight": random_weight(64, 65)}, r"\(64, 65\)"), ({"b_weight": random_weight(64, 64)}, "None")],
+    [({"a_weight": random_half(64, 65)}, r"\(64, 65\)"), ({"b_weight": random_half(64, 64)}, "None")],
 )
 def test_compare_with_another_model(tmp_path, tensors, found):
-    save(tmp_path / "a", a_weight=random_weight(64, 64))
+    save(tmp_path / "a", a_weight=random_half(64, 64))
     quantize_file(tmp_path / "a", tmp_path / "b")
     save(tmp_path / "other", **tensors)
     with pytest.raises(NFQError, match=rf"tensor 'a\.weight' has shape {found}, .*b has \(64, 64\)"):

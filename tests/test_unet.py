@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from samples import TINY
 
 from nfq_core.unet import UNKNOWN, detect, first_and_last_convolution, is_unet_key
 from nfq_core.unet_keys import (
@@ -23,16 +24,6 @@ from nfq_core.unet_keys import (
 )
 
 LAYOUTS = ("ldm", "prefixed", "diffusers")
-
-TINY = UNetArchitecture(
-    name="tiny",
-    channels=(32, 64),
-    down_depths=((0,), (1,)),
-    middle_depth=1,
-    up_depths=((1, 1), (0, 0)),
-    context_width=48,
-    added_width=80,
-)
 
 BESIDE_THE_UNET = {
     "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight": (49408, 768),
