@@ -1,1 +1,32 @@
-"""ComfyUI-NFQ: the host's entry point; the nodes come with the ComfyUI layer."""
+"""ComfyUI-NFQ: the host's entry point."""
+
+from importlib.util import find_spec
+
+MINIMUM_HOST = (0, 8, 0)
+
+
+def _refusal() -> str:
+    """Why this host cannot run the plugin, in one line that says what to do; empty where it can."""
+    try:
+        from comfyui_version import __version__ as version
+    except ImportError:
+        version = "older"
+    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
+    if numbers < MINIMUM_HOST:
+        needed = ".".join(map(str, MINIMUM_HOST))
+        return f"ComfyUI-NFQ needs ComfyUI {needed} or newer, this is {version}: update ComfyUI"
+    for module, package in (("comfy_kitchen", "comfy-kitchen"), ("zstandard", "zstandard")):
+        if find_spec(module) is None:
+            return f"ComfyUI-NFQ needs {package}, run: python -m pip install {package}"
+    return ""
+
+
+_reason = _refusal()
+if _reason:
+    raise ImportError(_reason)
+
+from .nodes import comfy_entrypoint  # noqa: E402
+
+WEB_DIRECTORY = "./web"
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

@@ -143,6 +143,11 @@ class NFQFile(SafetensorsFile):
             self.close()
             raise
 
+    @property
+    def header_sha256(self) -> str:
+        """The hash recorded in the header; the header holds every tensor's checksum, so it tells files apart."""
+        return self.metadata[HASH_KEY]
+
     def keys(self) -> list[str]:
         """Original names of all tensors, the kept ones first."""
         return [*self.kept, *self.quantized]

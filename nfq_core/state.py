@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ import torch
 from .codec import encode
 from .container import UNRECORDED, Facts, NFQFile, Source
 from .errors import CannotQuantizeError, NFQError
-from .parallel import ordered_map
+from .examine import sqnr_db
+from .parallel import Progress, no_progress, ordered_map
 from .policy import Settings, plan_tensors
 from .quantizer import quantize
-from .safefile import DTYPE_NAMES, Entry, tensor_bytes
+from .safefile import DTYPE_NAMES, TORCH_DTYPES, Entry, tensor_bytes
 from .tensor import NFTensor
 from .unet import detect
 from .writer import ContainerWriter, Plan
@@ -54,20 +55,61 @@ def quantize_state_dict(
         NFQError: a tensor has a dtype that safetensors lacks.
     """
     settings = Settings(levels, conv_levels, effort, quantize_first_last)
-    plans = plan_tensors(_entries(state_dict), settings)[1]
+    return quantize_tensors(describe(state_dict), state_dict.__getitem__, settings, device=device)
 
-    def work(key: str) -> NFTensor | torch.Tensor:
-        plan = plans[key].format
+
+def quantize_tensors(
+    entries: Mapping[str, Entry],
+    read: Callable[[str], torch.Tensor],
+    settings: Settings,
+    *,
+    device: torch.device | str | None = None,
+    progress: Progress = no_progress,
+    sqnr: dict[str, float] | None = None,
+) -> StateDict:
+    """Quantise a model whose tensors are made one at a time, so that few of them exist at once.
+
+    Args:
+        entries: dtype and shape of every tensor by name, as `describe` gives them. They alone decide what is quantised,
+            and the dtype that is recorded for it.
+        read: makes the tensor of a name; called on several threads, its result may have another floating dtype.
+        settings: levels and effort.
+        device: where to work; by default where each tensor is.
+        progress: see `parallel.Progress`; an error raised in it ends the work.
+        sqnr: is filled with the signal-to-quantisation-noise ratio in dB of each quantised weight, by name.
+
+    Returns:
+        As `quantize_state_dict`; packed weights lie on the CPU when `device` is given.
+    """
+    plans = plan_tensors(entries, settings)[1]
+
+    def work(key: str) -> tuple[NFTensor | torch.Tensor, float | None]:
+        tensor, plan = read(key), plans[key].format
         if plan is None:
-            return state_dict[key]
+            return tensor, None
         try:
-            return quantize(state_dict[key], plan.levels, effort=effort, device=device)
+            packed = quantize(tensor, plan.levels, effort=settings.effort, device=device)
         except CannotQuantizeError as error:
             log.warning("tensor %r is kept as it is: %s", key, error)
-            return state_dict[key]
+            return tensor, None
+        ratio = None
+        if sqnr is not None:
+            ratio = sqnr_db(tensor.to(packed.device), packed.dequantize(torch.float32))
+        if device is not None:
+            packed = packed.to("cpu")
+        return NFTensor(packed.data, packed.format, packed.shape, TORCH_DTYPES[entries[key].dtype]), ratio
 
-    results = ordered_map(work, state_dict, size=lambda key: plans[key].nbytes)
-    return dict(zip(state_dict, results, strict=True))
+    result: StateDict = {}
+    done, total = 0, sum(plan.nbytes for plan in plans.values())
+    for key, (value, ratio) in zip(
+        entries, ordered_map(work, entries, size=lambda key: plans[key].nbytes), strict=True
+    ):
+        result[key] = value
+        if sqnr is not None and ratio is not None:
+            sqnr[key] = ratio
+        done += plans[key].nbytes
+        progress(done, total, key)
+    return result
 
 
 def save(
@@ -79,6 +121,7 @@ def save(
     workflow: Any = None,
     prompt: Any = None,
     overwrite: bool = False,
+    progress: Progress = no_progress,
 ) -> int:
     """Write quantised and kept tensors as `.nfq.safetensors`; the file appears whole or not at all.
 
@@ -90,6 +133,7 @@ def save(
         workflow: a ComfyUI workflow, as JSON-ready objects, for the header.
         prompt: a ComfyUI prompt, likewise.
         overwrite: whether an existing file may be replaced.
+        progress: see `parallel.Progress`; an error raised in it leaves nothing behind.
 
     Returns:
         Size of the file in bytes.
@@ -100,7 +144,7 @@ def save(
     info = detect({key: tuple(tensor.shape) for key, tensor in state_dict.items()})
     plans = {
         key: Plan(entry.dtype, entry.shape, value.format if isinstance(value, NFTensor) else None)
-        for (key, entry), value in zip(_entries(state_dict).items(), state_dict.values(), strict=True)
+        for (key, entry), value in zip(describe(state_dict).items(), state_dict.values(), strict=True)
     }
     facts = Facts.of(info, settings or {}, source)
     extra = {name: json.dumps(value) for name, value in (("workflow", workflow), ("prompt", prompt)) if value}
@@ -109,22 +153,32 @@ def save(
         tensor = state_dict[key]
         return key, encode(tensor.data.cpu(), tensor.format.sections(tensor.numel()))
 
+    done, total = 0, sum(value.nbytes for value in state_dict.values())
+
+    def report(key: str) -> None:
+        nonlocal done
+        done += state_dict[key].nbytes
+        progress(done, total, key)
+
     with ContainerWriter(path, plans, facts, extra=extra, overwrite=overwrite) as writer:
         for key, value in state_dict.items():
             if not isinstance(value, NFTensor):
                 writer.write_kept(key, [tensor_bytes(value)])
+                report(key)
         quantized = [key for key in state_dict if plans[key].format]
         for key, frames in ordered_map(work, quantized, size=lambda key: state_dict[key].nbytes):
             writer.write_quantized(key, frames)
+            report(key)
         return writer.finish()
 
 
-def load(path: str | os.PathLike, keys: Iterable[str] | None = None) -> StateDict:
+def load(path: str | os.PathLike, keys: Iterable[str] | None = None, *, progress: Progress = no_progress) -> StateDict:
     """Read an `.nfq.safetensors` file into memory of its own, packed weights staying packed.
 
     Args:
         path: the file.
         keys: original names of the tensors wanted; by default all.
+        progress: see `parallel.Progress`; an error raised in it ends the work.
 
     Returns:
         An NFTensor for each quantised weight, a tensor for each kept one, by original name, on the CPU.
@@ -135,11 +189,16 @@ def load(path: str | os.PathLike, keys: Iterable[str] | None = None) -> StateDic
     """
     with NFQFile(path) as file:
         wanted = list(file.keys() if keys is None else keys)
-        tensors = ordered_map(file.load, wanted, size=file.stored_bytes)
-        return dict(zip(wanted, tensors, strict=True))
+        result: StateDict = {}
+        done, total = 0, sum(map(file.stored_bytes, wanted))
+        for key, tensor in zip(wanted, ordered_map(file.load, wanted, size=file.stored_bytes), strict=True):
+            result[key] = tensor
+            done += file.stored_bytes(key)
+            progress(done, total, key)
+        return result
 
 
-def _entries(state_dict: Mapping[str, NFTensor | torch.Tensor]) -> dict[str, Entry]:
+def describe(state_dict: Mapping[str, NFTensor | torch.Tensor]) -> dict[str, Entry]:
     """Dtypes and shapes of a state dict's tensors; their offsets stay zero."""
     unknown = next((key for key, value in state_dict.items() if value.dtype not in DTYPE_NAMES), None)
     if unknown is not None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from typing import NamedTuple
 
-from .unet_keys import CHECKPOINT_PREFIX, KNOWN_ARCHITECTURES, Layout, Shape, UNetArchitecture, tensor_shapes
+from .unet_keys import (
+    CHECKPOINT_PREFIX,
+    KNOWN_ARCHITECTURES,
+    Layout,
+    Shape,
+    UNetArchitecture,
+    diffusers_to_ldm,
+    tensor_shapes,
+)
 
 UNKNOWN = "unknown"
 """The name of a UNet that is none of `KNOWN_ARCHITECTURES`."""
@@ -61,6 +69,38 @@ def first_and_last_convolution(info: UNetInfo) -> frozenset[str]:
     """The keys of the weights by which latents enter the UNet and leave it."""
     names = _names(info)
     return frozenset((info.prefix + names.first_convolution, info.prefix + names.last_convolution))
+
+
+def ldm_names(info: UNetInfo, keys: Iterable[str]) -> dict[str, str]:
+    """The name in LDM's layout, without prefix, of each of `keys` that belongs to the UNet.
+
+    Raises:
+        ValueError: the keys are in diffusers' layout and the architecture is unknown, so that they cannot be renamed.
+    """
+    stripped = {key: key[len(info.prefix) :] for key in keys if is_unet_key(info, key)}
+    if info.layout != "diffusers":
+        return stripped
+    if info.architecture is None:
+        raise ValueError("the diffusers names of an unknown architecture have no LDM names")
+    renamed = diffusers_to_ldm(info.architecture)
+    return {key: renamed[name] for key, name in stripped.items()}
+
+
+def what_is_missing(info: UNetInfo, shapes: Mapping[str, Sequence[int]]) -> str:
+    """Says which tensors keep an unrecognised UNet from being a known model that it mostly is; else nothing."""
+    best = None
+    for known in KNOWN_ARCHITECTURES:
+        wanted = tensor_shapes(known, "diffusers" if info.layout == "diffusers" else "ldm")
+        unfit = [key for key, shape in wanted.items() if tuple(shapes.get(info.prefix + key, ())) != shape]
+        if best is None or len(unfit) < len(best[1]):
+            best = known, unfit, len(wanted)
+    known, unfit, count_wanted = best
+    if not unfit or 2 * len(unfit) > count_wanted:
+        return ""
+    first = info.prefix + unfit[0]
+    lacks = "has another shape" if first in shapes else "is missing"
+    more = f", and {len(unfit) - 1:,} more" if len(unfit) > 1 else ""
+    return f"tensor {first!r} of {known.name}'s UNet {lacks}{more}"
 
 
 class _Names(NamedTuple):

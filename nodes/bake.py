@@ -1,0 +1,120 @@
+"""A packed copy of a MODEL: its patches baked in, everything else about it kept."""
+
+from __future__ import annotations
+
+import copy
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+
+from ..nfq_core import NFQError, NFTensor, Settings
+from ..nfq_core.container import Source
+from ..nfq_core.safefile import DTYPE_NAMES, Entry
+from ..nfq_core.state import StateDict, quantize_tensors
+from .host import MADE, Made, NodeProgress
+from .ops import NFOps, wrap
+from .patcher import NFModelPatcher, adopt, packed_layers
+
+UNET = "diffusion_model."
+"""What precedes a UNet's parameters in the host's model."""
+
+_LAYERS = {torch.nn.Linear: NFOps.Linear, torch.nn.Conv2d: NFOps.Conv2d}
+
+
+def quantize_model(model: Any, settings: Settings, device: torch.device | None, source: Source) -> NFModelPatcher:
+    """Quantise a MODEL's UNet, its patches (LoRA, merges) baked in, into a new MODEL; the old one stays as it is.
+
+    Args:
+        model: from any stock loader.
+        settings: levels and effort.
+        device: where to quantise; None: on the CPU.
+        source: the file it came from, for the record.
+
+    Raises:
+        NFQError: the MODEL is quantised already, or nothing of it can be quantised.
+    """
+    if any(True for _ in packed_layers(model.model)):
+        raise NFQError("this MODEL is quantised already; connect the fp16 model's loader to NFQuantizeUNet instead")
+    if any(isinstance(parameter, QuantizedTensor) for parameter in model.model.parameters()):
+        raise NFQError("this MODEL is quantised already, in another format; load its fp16 or bf16 file instead")
+    if getattr(model, "is_dynamic", bool)():
+        model = model.clone(disable_dynamic=True)
+    comfy.model_management.unload_all_models()
+    sqnr: dict[str, float] = {}
+    with model.use_ejected():
+        patches = model.get_key_patches(UNET)
+        layers = _quantizable_layers(model.model.diffusion_model)
+        tensors = quantize_tensors(
+            {key: _entry(key, chain[0][0], layers) for key, chain in _without_prefix(patches).items()},
+            _baker(patches, device or torch.device("cpu")),
+            settings,
+            device=device or "cpu",
+            progress=NodeProgress(),
+            sqnr=sqnr,
+        )
+        if not any(isinstance(value, NFTensor) for value in tensors.values()):
+            raise NFQError("nothing of this MODEL can be quantised; NFQuantizeUNet takes UNets of the SDXL family")
+        packed = _packed_twin(model, tensors)
+    packed.set_attachments(MADE, Made(settings.as_dict(), source, sqnr=sqnr))
+    return packed
+
+
+def _without_prefix(patches: Mapping[str, Any]) -> dict[str, Any]:
+    return {key[len(UNET) :]: value for key, value in patches.items()}
+
+
+def _quantizable_layers(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The layers whose weights can be packed, by the name of the weight."""
+    return {f"{name}.weight": module for name, module in unet.named_modules() if isinstance(module, tuple(_LAYERS))}
+
+
+def _entry(key: str, weight: torch.Tensor, layers: Mapping[str, torch.nn.Module]) -> Entry:
+    """Describe a weight; hosts without fp16 arithmetic hold fp16 files as fp32, which is not recorded."""
+    dtype = torch.float16 if weight.dtype != torch.bfloat16 else weight.dtype
+    floating = weight.dtype.is_floating_point and key in layers
+    return Entry(DTYPE_NAMES[dtype if floating else weight.dtype], tuple(weight.shape), 0, 0)
+
+
+def _baker(patches: Mapping[str, Any], device: torch.device) -> Callable[[str], torch.Tensor]:
+    def bake(key: str) -> torch.Tensor:
+        (weight, convert), *rest = patches[UNET + key]
+        if not rest:
+            return weight if weight.dtype.itemsize > 1 else weight.to(torch.float16)
+        dense = convert(weight.to(device=device, dtype=torch.float32, copy=True), inplace=True)
+        return comfy.lora.calculate_weight(rest, dense, UNET + key)
+
+    return bake
+
+
+def _packed_twin(model: Any, tensors: StateDict) -> NFModelPatcher:
+    """A patcher like `model` around a copy of its model that has `tensors` for weights."""
+    original = model.model
+    config = original.model_config
+    memo: dict[int, Any] = {id(getattr(original, "current_patcher", None)): None, id(config): config}
+    parameters = dict(original.diffusion_model.named_parameters(remove_duplicate=False))
+    for key, value in tensors.items():
+        if key in parameters:
+            parameter = parameters[key]
+            kept = None if isinstance(value, NFTensor) else value.to("cpu", parameter.dtype, copy=True)
+            memo[id(parameter)] = None if kept is None else torch.nn.Parameter(kept, requires_grad=False)
+    twin = copy.deepcopy(original, memo)
+    for key, module in _quantizable_layers(twin.diffusion_model).items():
+        if isinstance(tensors[key], NFTensor):
+            module.__class__ = next(ours for base, ours in _LAYERS.items() if isinstance(module, base))
+            module.weight = torch.nn.Parameter(wrap(tensors[key], parameters[key].dtype), requires_grad=False)
+            module.dense_device = None
+            vars(module).pop("comfy_cast_weights", None)
+    twin.to(model.offload_device)
+    twin.device = model.offload_device
+
+    packed = model.clone()
+    packed.model = twin
+    packed.patches, packed.patches_uuid = {}, uuid.uuid4()
+    packed.backup, packed.object_patches_backup, packed.pinned = {}, {}, set()
+    packed.parent, packed.cached_patcher_init, packed.size = None, None, 0
+    return adopt(packed)

@@ -1,0 +1,266 @@
+"""The nodes: each reads its inputs, calls what does the work, and returns."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import comfy.model_management
+from comfy_api.latest import io
+
+from ..nfq_core import NFQError, Settings
+from ..nfq_core.formats import LEVELS
+from . import bake, host, report, save
+
+CATEGORY = "NFQ"
+
+NOTHING = "(none)"
+"""The choice of no file."""
+
+
+def _file_input(name: str, folder: str) -> io.Combo.Input:
+    return io.Combo.Input(
+        name,
+        options=host.file_names(folder),
+        tooltip=f"An {host.SUFFIX} file in models/{folder}. NFSaveCheckpoint and `nfq quantize` write them.",
+    )
+
+
+def _recipe_input() -> io.String.Input:
+    return io.String.Input(
+        "recipe",
+        default="",
+        optional=True,
+        socketless=True,
+        tooltip="What the file was made from, and how; filled in when a file is chosen. Whoever opens this workflow "
+        "without the file is told what to quantise.",
+    )
+
+
+class NFQuantizedUNetLoader(io.ComfyNode):
+    """`.nfq.safetensors` → MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        return io.Schema(
+            node_id="NFQuantizedUNetLoader",
+            display_name="Load NFQ Diffusion Model",
+            category=CATEGORY,
+            description="Loads a quantised UNet, which stays packed in memory. LoRA, samplers and CFG work as ever.",
+            inputs=[_file_input("unet_name", host.UNETS), _recipe_input()],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, unet_name: str, recipe: str = "") -> bool | str:
+        """A missing file is answered with what to quantise, and how."""
+        return report.missing_file(host.UNETS, unet_name, recipe) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, unet_name: str, **_: Any) -> str:
+        """A file that changed on disk is loaded again."""
+        return host.fingerprint(host.UNETS, unet_name)
+
+    @classmethod
+    def execute(cls, unet_name: str, recipe: str = "") -> io.NodeOutput:
+        """Load."""
+        return io.NodeOutput(host.load_unet(host.file_path(host.UNETS, unet_name)))
+
+
+class NFQuantizedCheckpointLoader(io.ComfyNode):
+    """`.nfq.safetensors` → MODEL, CLIP, VAE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        return io.Schema(
+            node_id="NFQuantizedCheckpointLoader",
+            display_name="Load NFQ Checkpoint",
+            category=CATEGORY,
+            description="Loads a whole checkpoint whose UNet is quantised; CLIP and VAE are as they were.",
+            inputs=[_file_input("ckpt_name", host.CHECKPOINTS), _recipe_input()],
+            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, ckpt_name: str, recipe: str = "") -> bool | str:
+        """A missing file is answered with what to quantise, and how."""
+        return report.missing_file(host.CHECKPOINTS, ckpt_name, recipe) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, ckpt_name: str, **_: Any) -> str:
+        """A file that changed on disk is loaded again."""
+        return host.fingerprint(host.CHECKPOINTS, ckpt_name)
+
+    @classmethod
+    def execute(cls, ckpt_name: str, recipe: str = "") -> io.NodeOutput:
+        """Load."""
+        return io.NodeOutput(*host.load_checkpoint(host.file_path(host.CHECKPOINTS, ckpt_name)))
+
+
+class NFQuantizeUNet(io.ComfyNode):
+    """MODEL → packed MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        levels = sorted(LEVELS, reverse=True)
+        return io.Schema(
+            node_id="NFQuantizeUNet",
+            display_name="NFQ Quantize UNet",
+            category=CATEGORY,
+            description="Quantises a MODEL now. LoRAs and merges before this node are baked in; put others behind it.",
+            inputs=[
+                io.Model.Input("model", tooltip="From any loader of fp16, bf16 or fp32 weights. It stays as it is."),
+                io.Combo.Input(
+                    "levels",
+                    options=levels,
+                    default=16,
+                    optional=True,
+                    tooltip="Levels of the linear layers: 32, 24, 16, 12 and 7 take about 5.1, 4.8, 4.1, 3.8 and 3.1 "
+                    "bits per weight. More is closer to the original.",
+                ),
+                io.Combo.Input(
+                    "conv_levels",
+                    options=levels,
+                    default=32,
+                    optional=True,
+                    tooltip="Levels of the convolutions, which are few and sensitive.",
+                ),
+                io.Combo.Input(
+                    "device",
+                    options=["auto", "cpu", "gpu"],
+                    default="auto",
+                    optional=True,
+                    tooltip="Where to quantise. auto is the CPU, which takes under a minute for SDXL.",
+                ),
+                io.Combo.Input(
+                    "effort",
+                    options=["fast", "best"],
+                    default="fast",
+                    optional=True,
+                    tooltip="best takes about eight times as long and gains a little on heavy-tailed layers.",
+                ),
+                io.Boolean.Input(
+                    "quantize_first_last",
+                    default=False,
+                    optional=True,
+                    tooltip="Quantise the first and the last convolution too. It saves nothing and tints pictures.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        levels: int = 16,
+        conv_levels: int = 32,
+        device: str = "auto",
+        effort: str = "fast",
+        quantize_first_last: bool = False,
+    ) -> io.NodeOutput:
+        """Quantise."""
+        settings = Settings(int(levels), int(conv_levels), effort, quantize_first_last)
+        where = comfy.model_management.get_torch_device() if device == "gpu" else None
+        source = report.source_in_graph(cls.hidden.prompt, cls.hidden.unique_id)
+        return io.NodeOutput(bake.quantize_model(model, settings, where, source))
+
+
+class NFSaveCheckpoint(io.ComfyNode):
+    """Packed MODEL (and CLIP, VAE) → `.nfq.safetensors`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        return io.Schema(
+            node_id="NFSaveCheckpoint",
+            display_name="Save NFQ Checkpoint",
+            category=CATEGORY,
+            description="Writes a quantised MODEL, alone or with CLIP and VAE, where the NFQ loaders list it.",
+            inputs=[
+                io.Model.Input("model", tooltip="From NFQuantizeUNet or an NFQ loader, without a LoRA behind it."),
+                io.Clip.Input("clip", optional=True, tooltip="For a whole checkpoint, together with vae."),
+                io.Vae.Input("vae", optional=True, tooltip="For a whole checkpoint, together with clip."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="ComfyUI-NFQ",
+                    optional=True,
+                    tooltip="Name of the file, .nfq.safetensors is added. It goes into the output folder, below "
+                    "diffusion_models, or checkpoints when clip and vae are connected.",
+                ),
+                io.Boolean.Input(
+                    "overwrite", default=False, optional=True, tooltip="Whether a file of this name may be replaced."
+                ),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any = None,
+        vae: Any = None,
+        filename_prefix: str = "ComfyUI-NFQ",
+        overwrite: bool = False,
+    ) -> io.NodeOutput:
+        """Save."""
+        workflow = (cls.hidden.extra_pnginfo or {}).get("workflow")
+        path = save.save_model(model, clip, vae, filename_prefix, overwrite, workflow, cls.hidden.prompt)
+        return io.NodeOutput(ui={"text": (f"saved {path}",)})
+
+
+class NFInspect(io.ComfyNode):
+    """What a MODEL or a file is."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        names = [f"{folder}/{name}" for folder in (host.UNETS, host.CHECKPOINTS) for name in host.file_names(folder)]
+        return io.Schema(
+            node_id="NFInspect",
+            display_name="NFQ Inspect",
+            category=CATEGORY,
+            description="Tells bits per weight, size, and each layer's format and error, of a MODEL or of a file.",
+            inputs=[
+                io.Model.Input("model", optional=True, tooltip="A quantised MODEL."),
+                io.Model.Input(
+                    "original", optional=True, tooltip="The MODEL before it was quantised, to measure errors against."
+                ),
+                io.Combo.Input(
+                    "file_name",
+                    options=[NOTHING, *names],
+                    default=NOTHING,
+                    optional=True,
+                    tooltip="A file to read the header of, where no MODEL is connected.",
+                ),
+            ],
+            outputs=[io.String.Output("report", display_name="report"), io.String.Output("json", display_name="json")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file_name: str = NOTHING, **_: Any) -> str:
+        """A file that changed on disk is read again."""
+        folder, _, name = (file_name or "").partition("/")
+        return host.fingerprint(folder, name) if folder in (host.UNETS, host.CHECKPOINTS) else ""
+
+    @classmethod
+    def execute(cls, model: Any = None, original: Any = None, file_name: str = NOTHING) -> io.NodeOutput:
+        """Describe."""
+        if model is not None:
+            facts = report.model_facts(model, original)
+        elif file_name != NOTHING:
+            facts = report.file_facts(*file_name.split("/", 1))
+        else:
+            raise NFQError("connect a MODEL to NFInspect, or choose a file")
+        text = report.as_text(facts)
+        return io.NodeOutput(text, json.dumps(facts), ui={"text": (text,)})
+
+
+NODES = [NFQuantizedUNetLoader, NFQuantizeUNet, NFSaveCheckpoint, NFQuantizedCheckpointLoader, NFInspect]

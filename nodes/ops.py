@@ -1,0 +1,192 @@
+"""Layers that hold their weight packed, as the host's own tensor type for quantised weights.
+
+comfy-kitchen's `QuantizedTensor` is what the host casts, moves, pins and accounts for. `NFLayout` teaches it the NF
+block formats: the packed buffer, its scales included, is the tensor's only data, so that the host counts every byte.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.lora
+import comfy.ops
+import torch
+from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layout_class
+from comfy_kitchen.tensor.base import BaseLayoutParams
+
+from ..nfq_core import NFTensor
+from ..nfq_core.formats import BlockFormat
+
+LAYOUT = "NFQLayout"
+"""The name under which comfy-kitchen knows `NFLayout`."""
+
+
+@dataclass(frozen=True)
+class NFParams(BaseLayoutParams):
+    """What is to be known of a packed weight besides its buffer.
+
+    `orig_dtype` is the dtype the weight shows to the host, `source_dtype` the one it had before it was quantised.
+    """
+
+    scale: None
+    orig_dtype: torch.dtype
+    orig_shape: tuple[int, ...]
+    format: BlockFormat
+    source_dtype: torch.dtype
+
+    def _tensor_fields(self) -> list[str]:
+        return []
+
+
+class NFLayout(QuantizedLayout):
+    """The NF block formats as a layout of comfy-kitchen."""
+
+    Params = NFParams
+
+    @classmethod
+    def quantize(cls, tensor: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, NFParams]:
+        """Refused: a patched weight that is quantised again would lose its patch."""
+        raise NotImplementedError("NFQ weights are never quantised again by the host")
+
+    @classmethod
+    def dequantize(cls, qdata: torch.Tensor, params: NFParams) -> torch.Tensor:
+        """The weights, of `params.orig_dtype` and `params.orig_shape`."""
+        return NFTensor(qdata, params.format, params.orig_shape, params.source_dtype).dequantize(params.orig_dtype)
+
+    @classmethod
+    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
+        """The packed buffer."""
+        return (qtensor._qdata,)
+
+    @classmethod
+    def state_dict_tensors(cls, qdata: torch.Tensor, params: NFParams) -> dict[str, torch.Tensor]:
+        """The packed buffer under the weight's own name; there is nothing beside it."""
+        return {"": qdata}
+
+
+register_layout_class(LAYOUT, NFLayout)
+
+
+def wrap(packed: NFTensor, dtype: torch.dtype | None = None) -> QuantizedTensor:
+    """A packed weight as the host's tensor type, showing `dtype` (by default the one it had)."""
+    params = NFParams(None, dtype or packed.dtype, tuple(packed.shape), packed.format, packed.dtype)
+    return QuantizedTensor(packed.data, LAYOUT, params)
+
+
+def is_packed(weight: object) -> bool:
+    """Whether a weight is one of ours."""
+    return isinstance(weight, QuantizedTensor) and weight._layout_cls == LAYOUT
+
+
+def unwrap(weight: QuantizedTensor) -> NFTensor:
+    """The packed weight that `wrap` was given, sharing its buffer."""
+    params = weight._params
+    return NFTensor(weight._qdata, params.format, params.orig_shape, params.source_dtype)
+
+
+class WeightPatch:
+    """Applies all of a layer's patches (LoRA and the like) in one pass to the weight that was just dequantised."""
+
+    def __init__(self, key: str, patches: list, original_weights: Mapping[str, Any] | None = None) -> None:
+        self.key = key
+        self.patches = patches
+        self.original_weights = original_weights
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """The patched weight; `weight` itself may be overwritten."""
+        return comfy.lora.calculate_weight(
+            self.patches, weight, self.key, intermediate_dtype=weight.dtype, original_weights=self.original_weights
+        )
+
+
+class PackedLayer:
+    """What Linear and Conv2d share when their weight may be packed.
+
+    The weight is created without memory; `load_state_dict` puts a packed weight in its place as it is, and gives a
+    dense one memory of its own.
+    """
+
+    comfy_cast_weights = True
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        loaded = state_dict.get(prefix + "weight")
+        shown = self.weight.dtype
+        if is_packed(loaded) and loaded.shape == self.weight.shape:
+            others = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
+            super()._load_from_state_dict(others, prefix, *args)
+            missing_keys = args[2]
+            missing_keys.remove(prefix + "weight")
+            self.weight = _parameter(wrap(unwrap(loaded), shown))
+            return
+        if loaded is not None and self.weight.is_meta:
+            self.weight = _parameter(torch.empty(self.weight.shape, dtype=shown, device=self.dense_device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> PackedLayer:
+        """Move or cast the parameters: assigning to a packed parameter's data, as torch does, would leave it behind."""
+        for name, parameter in self._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                self._parameters[name] = _parameter(fn(parameter))
+        return self
+
+    def __deepcopy__(self, memo: dict) -> PackedLayer:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        if is_packed(self.weight):
+            memo[id(self.weight)] = _parameter(self.weight.clone())
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = copy.deepcopy(value, memo)
+        return twin
+
+    def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **kwargs: Any) -> torch.Tensor:
+        """A dense weight for the host's own arithmetic, such as merging models."""
+        return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Dequantise, patch, and do what the stock layer does."""
+        comfy.ops.run_every_op()
+        weight, bias, offloaded = comfy.ops.cast_bias_weight(self, x, offloadable=True)
+        if isinstance(weight, QuantizedTensor):
+            weight = weight.dequantize()
+        result = self.compute(x, weight, bias)
+        comfy.ops.uncast_bias_weight(self, weight, bias, offloaded)
+        return result
+
+
+def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def _without_weight(layer: PackedLayer, device: torch.device | str | None) -> None:
+    layer.dense_device = device
+    if layer.bias is not None:
+        layer.bias = _parameter(torch.empty(layer.bias.shape, dtype=layer.bias.dtype, device=device))
+
+
+class NFOps(comfy.ops.manual_cast):
+    """The host's set of operations, with Linear and Conv2d that take packed weights."""
+
+    class Linear(PackedLayer, comfy.ops.manual_cast.Linear):
+        """`torch.nn.Linear` whose weight may be packed."""
+
+        def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None) -> None:
+            torch.nn.Linear.__init__(self, in_features, out_features, bias, device="meta", dtype=dtype)
+            _without_weight(self, device)
+
+        def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            """The product with a dense weight."""
+            return torch.nn.functional.linear(x, weight, bias)
+
+    class Conv2d(PackedLayer, comfy.ops.manual_cast.Conv2d):
+        """`torch.nn.Conv2d` whose weight may be packed."""
+
+        def __init__(self, *args: Any, device=None, **kwargs: Any) -> None:
+            torch.nn.Conv2d.__init__(self, *args, device="meta", **kwargs)
+            _without_weight(self, device)
+
+        def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            """The convolution with a dense weight."""
+            return self._conv_forward(x, weight, bias)

@@ -1,0 +1,173 @@
+"""The host's model patcher for models with packed weights.
+
+Packed weights are never changed: patches (LoRA, merges, scheduled hooks) are attached to their layers and applied in
+forward to the weight that was just dequantised. Everything else is left to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import comfy.hooks
+import comfy.lora
+import comfy.model_base
+import comfy.model_patcher
+import comfy.utils
+import torch
+
+from .ops import PackedLayer, WeightPatch, is_packed, unwrap
+
+
+def packed_layers(model: torch.nn.Module) -> Iterator[tuple[str, PackedLayer]]:
+    """The name of the weight, and the layer, of everything packed in a model."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLayer) and is_packed(module.weight):
+            yield f"{name}.weight", module
+
+
+def _packed_layer(model: torch.nn.Module, key: str) -> PackedLayer | None:
+    """The layer whose packed weight `key` names; None for any other parameter."""
+    name, _, parameter = key.rpartition(".")
+    if parameter != "weight":
+        return None
+    layer = comfy.utils.get_attr(model, name) if name else model
+    return layer if isinstance(layer, PackedLayer) and is_packed(layer.weight) else None
+
+
+def _is_patch(function: object) -> bool:
+    return isinstance(function, (WeightPatch, comfy.model_patcher.LowVramPatch))
+
+
+def _attach(layer: PackedLayer, patch: WeightPatch | None) -> None:
+    """Make `patch` the layer's only patch, before other weight functions; the host's own would apply it twice."""
+    others = [function for function in layer.weight_function if not _is_patch(function)]
+    layer.weight_function = [patch, *others] if patch else others
+
+
+def dense_weight(layer: PackedLayer, patches: list | None = None, key: str = "") -> torch.Tensor:
+    """A packed weight with its patches, rounded once to the dtype it had before it was quantised, on the CPU.
+
+    Args:
+        layer: the layer.
+        patches: the patches to apply; by default those attached to the layer.
+        key: the weight's name in the model, for messages.
+    """
+    packed = unwrap(layer.weight)
+    if patches is None:
+        patches = [patch for function in layer.weight_function if _is_patch(function) for patch in _patches(function)]
+    weight = packed.dequantize(torch.float32 if patches else packed.dtype)
+    if patches:
+        weight = comfy.lora.calculate_weight(patches, weight, key)
+    return weight.to("cpu", packed.dtype)
+
+
+def _patches(function: WeightPatch | comfy.model_patcher.LowVramPatch) -> list:
+    return function.patches if isinstance(function, WeightPatch) else function.patches[function.key]
+
+
+class NFModelPatcher(comfy.model_patcher.ModelPatcher):
+    """A `ModelPatcher`, never the dynamic one, that leaves packed weights as they are.
+
+    The dynamic one (`DynamicVRAM`) would quantise patched weights again, and lose the patch by it.
+    """
+
+    def load(self, *args: Any, **kwargs: Any) -> Any:
+        """Load as the host does, then attach the patches of packed weights to their layers."""
+        result = super().load(*args, **kwargs)
+        self._attach_patches()
+        return result
+
+    def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """Unload as the host does, which puts patches of its own into the layers it unloads."""
+        result = super().partially_unload(*args, **kwargs)
+        self._attach_patches()
+        return result
+
+    def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True, **kwargs: Any) -> Any:
+        """Restore as the host does, and take the patches out of the layers."""
+        result = super().unpatch_model(device_to, unpatch_weights=unpatch_weights, **kwargs)
+        if unpatch_weights:
+            for _, layer in packed_layers(self.model):
+                _attach(layer, None)
+        return result
+
+    def patch_weight_to_device(
+        self, key: str, device_to: torch.device | None = None, inplace_update: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Patch a dense parameter as the host does; a packed weight is only moved, later and by the host."""
+        layer = _packed_layer(self.model, key)
+        if layer is None:
+            return super().patch_weight_to_device(key, device_to, inplace_update, *args, **kwargs)
+        if kwargs.get("return_weight", bool(args and args[0])):
+            return dense_weight(layer, self.patches.get(key, []), key)
+        return layer.weight
+
+    def _attach_patches(self) -> None:
+        for key, layer in packed_layers(self.model):
+            self._attach_to(key, layer)
+
+    def _attach_to(self, key: str, layer: PackedLayer, hook_patches: list | None = None, originals: Any = None) -> None:
+        patches = [*self.patches.get(key, []), *(hook_patches or [])]
+        _attach(layer, WeightPatch(key, patches, originals) if patches else None)
+
+    def patch_hooks(self, hooks: comfy.hooks.HookGroup) -> Any:
+        """Apply scheduled hooks without a cache of patched weights: they would be dense."""
+        self.hook_mode = comfy.hooks.EnumHookMode.MinVram
+        return super().patch_hooks(hooks)
+
+    def patch_hook_weight_to_device(
+        self, hooks: Any, combined_patches: dict, key: str, original_weights: dict, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Attach a scheduled hook's patches to a packed layer, behind those of the model."""
+        layer = _packed_layer(self.model, key)
+        if layer is None or key not in combined_patches:
+            return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, *args, **kwargs)
+        self._attach_to(key, layer, combined_patches[key], original_weights)
+        self.model.nf_hooked = getattr(self.model, "nf_hooked", set()) | {key}
+        return None
+
+    def unpatch_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """Take hooks out of packed layers, and restore the rest as the host does."""
+        for key in getattr(self.model, "nf_hooked", ()):
+            layer = _packed_layer(self.model, key)
+            if layer is not None:
+                self._attach_to(key, layer)
+        self.model.nf_hooked = set()
+        return super().unpatch_hooks(*args, **kwargs)
+
+    def model_state_dict_for_saving(self, model: torch.nn.Module | None = None, prefix: str = "") -> dict:
+        """The state dict that stock nodes save: packed weights dense, with their patches."""
+        saved = super().model_state_dict_for_saving(model, prefix)
+        for key, layer in packed_layers(self.model if model is None else model):
+            saved[key] = dense_weight(layer, self.patches.get(prefix + key, []), prefix + key)
+        return saved
+
+
+class _SavesDense:
+    """Part of a model's class on hosts whose stock nodes save the model without asking its patcher (0.8)."""
+
+    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict:
+        """The host's state dict for saving, packed weights dense, with the patches attached to them."""
+        unet = self.diffusion_model
+        saved = super().state_dict_for_saving(*args, **kwargs)
+        dense = {key: dense_weight(layer, key=key) for key, layer in packed_layers(unet)}
+        return saved | self.model_config.process_unet_state_dict_for_saving(dense)
+
+
+def _asks_patcher() -> bool:
+    return hasattr(comfy.model_patcher.ModelPatcher, "model_state_dict_for_saving")
+
+
+@cache
+def _saves_dense(model_class: type) -> type:
+    return type(model_class.__name__, (_SavesDense, model_class), {})
+
+
+def adopt(patcher: comfy.model_patcher.ModelPatcher) -> NFModelPatcher:
+    """Turn the patcher of a freshly made model with packed weights into one of ours; clones stay so."""
+    patcher.__class__ = NFModelPatcher
+    if not _asks_patcher() and not isinstance(patcher.model, _SavesDense):
+        patcher.model.__class__ = _saves_dense(type(patcher.model))
+    return patcher

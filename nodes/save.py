@@ -1,0 +1,128 @@
+"""Writing a packed MODEL, with CLIP and VAE or alone, where the host's loaders find it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.cli_args
+import comfy.model_management
+import comfy.model_sampling
+import folder_paths
+import torch
+
+from ..nfq_core import NFQError, NFTensor, save
+from ..nfq_core.unet_keys import CHECKPOINT_PREFIX
+from .bake import UNET
+from .host import CHECKPOINTS, SUFFIX, UNETS, NodeProgress, made
+from .ops import is_packed, unwrap
+
+
+def save_model(
+    model: Any, clip: Any, vae: Any, filename_prefix: str, overwrite: bool, workflow: Any = None, prompt: Any = None
+) -> str:
+    """Write a packed MODEL into the output folder that the loaders list.
+
+    Args:
+        model: a MODEL from one of our nodes.
+        clip: CLIP of a whole checkpoint, or None.
+        vae: VAE of a whole checkpoint, or None.
+        filename_prefix: name of the file without its ending, below `diffusion_models` or `checkpoints`.
+        overwrite: whether an existing file may be replaced.
+        workflow: the graph as the page drew it, for the header unless the host was told otherwise.
+        prompt: the graph as it ran, likewise.
+
+    Returns:
+        The path of the file, which appears whole or not at all.
+
+    Raises:
+        NFQError: the MODEL is not packed or has patches, only one of CLIP and VAE is given, or writing fails.
+    """
+    facts = made(model)
+    if facts is None:
+        raise NFQError("this MODEL is not quantised; put NFQuantizeUNet between its loader and NFSaveCheckpoint")
+    if model.patches:
+        raise NFQError("a LoRA or merge was added after quantising; apply it before NFQuantizeUNet to save it")
+    if (clip is None) != (vae is None):
+        raise NFQError("a whole checkpoint needs both CLIP and VAE; connect both, or neither to save the UNet alone")
+    path = _target(filename_prefix, CHECKPOINTS if clip else UNETS)
+    if os.path.exists(path) and not overwrite:
+        raise NFQError(f"{path} exists; choose another filename_prefix, or switch overwrite on")
+    tensors = _unet_tensors(model, CHECKPOINT_PREFIX if clip else "") | _markers(model)
+    if clip:
+        tensors |= _companions(model, clip, vae)
+    if comfy.cli_args.args.disable_metadata:
+        workflow = prompt = None
+    save(
+        tensors,
+        path,
+        settings=facts.settings,
+        source=facts.source,
+        workflow=workflow,
+        prompt=prompt,
+        overwrite=overwrite,
+        progress=NodeProgress(),
+    )
+    return path
+
+
+def _target(filename_prefix: str, folder: str) -> str:
+    prefix = filename_prefix.replace("\\", "/").removesuffix(SUFFIX)
+    if prefix.split("/")[0] != folder:
+        prefix = f"{folder}/{prefix}"
+    if prefix.endswith("/"):
+        raise NFQError(f"filename_prefix {filename_prefix!r} names no file; give it a name, such as 'my-model-NF16'")
+    try:
+        directory, name, *_ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    except OSError as error:
+        raise NFQError(f"cannot write into the output folder: {error}") from None
+    except Exception:
+        raise NFQError(f"filename_prefix {filename_prefix!r} leads out of the output folder; remove the '..'") from None
+    return os.path.join(directory, name + SUFFIX)
+
+
+def _unet_tensors(model: Any, prefix: str) -> dict[str, NFTensor | torch.Tensor]:
+    result = {}
+    for key, chain in model.get_key_patches(UNET).items():
+        weight = chain[0][0]
+        result[prefix + key[len(UNET) :]] = unwrap(weight) if is_packed(weight) else _compact(weight)
+    return result
+
+
+def _markers(model: Any) -> dict[str, torch.Tensor]:
+    """The tensors by which the host recognises, on loading, how a model predicts."""
+    sampling = model.get_model_object("model_sampling")
+    if not isinstance(sampling, comfy.model_sampling.V_PREDICTION):
+        return {}
+    if isinstance(sampling, comfy.model_sampling.ModelSamplingContinuousEDM):
+        return {
+            "edm_vpred.sigma_max": torch.tensor(float(sampling.sigma_max)),
+            "edm_vpred.sigma_min": torch.tensor(float(sampling.sigma_min)),
+        }
+    return {"v_pred": torch.tensor([])} | ({"ztsnr": torch.tensor([])} if getattr(sampling, "zsnr", False) else {})
+
+
+def _companions(model: Any, clip: Any, vae: Any) -> dict[str, torch.Tensor]:
+    """CLIP and VAE under the names that stock checkpoints give them."""
+    comfy.model_management.load_models_gpu([clip.load_model()], force_patch_weights=True)
+    config = model.model.model_config
+    text = clip.state_dict_for_saving() if hasattr(clip, "state_dict_for_saving") else clip.get_sd()
+    text = {key: value.to("cpu") for key, value in text.items()}
+    return _compacted(config.process_clip_state_dict_for_saving(text)) | _compacted(
+        config.process_vae_state_dict_for_saving(vae.get_sd())
+    )
+
+
+def _compacted(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: _compact(value) for key, value in tensors.items()}
+
+
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense tensor on the CPU, in fp16 where nothing is lost: hosts on a CPU hold fp16 files as fp32."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.float32:
+        half = tensor.half()
+        if torch.equal(half.float(), tensor):
+            return half
+    return tensor

@@ -1,0 +1,57 @@
+"""Small graphs in the host's API format."""
+
+from __future__ import annotations
+
+OURS = {"class_type": "NFQuantizedUNetLoader", "inputs": {"unet_name": "vega.nfq.safetensors"}}
+DENSE = {"class_type": "UNETLoader", "inputs": {"unet_name": "vega-dense.safetensors", "weight_dtype": "default"}}
+ORIGINAL = {"class_type": "UNETLoader", "inputs": {"unet_name": "vega.safetensors", "weight_dtype": "default"}}
+
+
+def loader(unet_name: str) -> dict:
+    """The loader of a file: ours for ours, the stock one for any other."""
+    if unet_name.endswith(".nfq.safetensors"):
+        return {"class_type": "NFQuantizedUNetLoader", "inputs": {"unet_name": unet_name}}
+    return {"class_type": "UNETLoader", "inputs": {"unet_name": unet_name, "weight_dtype": "default"}}
+
+
+def lora(name: str, strength: float, model: list) -> dict:
+    return {
+        "class_type": "LoraLoaderModelOnly",
+        "inputs": {"lora_name": f"{name}.safetensors", "strength_model": strength, "model": model},
+    }
+
+
+def sample(
+    nodes: dict,
+    model: list,
+    sampler: str = "euler",
+    *,
+    steps: int = 2,
+    cfg: float = 5.0,
+    scheduler: str = "normal",
+    positive: list | None = None,
+    negative: list | None = None,
+    name: str = "latent",
+) -> dict:
+    """`nodes` and what samples from `model`, ending in the node `name`, which saves the latent."""
+    return nodes | {
+        "positive": {"class_type": "NFQTestConditioning", "inputs": {"number": 1}},
+        "negative": {"class_type": "NFQTestConditioning", "inputs": {"number": 2}},
+        "empty": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        f"{name} sampler": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": model,
+                "seed": 7,
+                "steps": steps,
+                "cfg": cfg,
+                "sampler_name": sampler,
+                "scheduler": scheduler,
+                "positive": positive or ["positive", 0],
+                "negative": negative or ["negative", 0],
+                "latent_image": ["empty", 0],
+                "denoise": 1.0,
+            },
+        },
+        name: {"class_type": "SaveLatent", "inputs": {"samples": [f"{name} sampler", 0], "filename_prefix": name}},
+    }

@@ -1,0 +1,97 @@
+"""Random models of exact shapes for the host: UNets, LoRAs of every stock kind."""
+
+from __future__ import annotations
+
+from math import prod, sqrt
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from nfq_core import NFTensor, quantize
+from nfq_core.policy import DEFAULTS, plan_tensors
+from nfq_core.state import describe
+from nfq_core.unet_keys import UNetArchitecture, tensor_shapes
+
+KINDS = ("lora", "locon", "loha", "lokr", "dora")
+
+
+def random_unet(architecture: UNetArchitecture, layout: str = "ldm", seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights under which activations neither vanish nor explode, fp16."""
+    generator = torch.Generator().manual_seed(seed)
+    result = {}
+    for key, shape in tensor_shapes(architecture, layout).items():
+        weight = torch.empty(shape).normal_(generator=generator)
+        if len(shape) > 1:
+            weight /= sqrt(prod(shape[1:]))
+        else:
+            weight *= 0.05
+            is_norm = key.endswith(".weight")
+            weight += 1.0 if is_norm else 0.0
+        result[key] = weight.half()
+    return result
+
+
+def write_unet(path: Path, architecture: UNetArchitecture, layout: str = "ldm", seed: int = 0, **markers) -> None:
+    save_file(random_unet(architecture, layout, seed) | markers, path, metadata={"format": "pt"})
+
+
+def random_adapter(architecture: UNetArchitecture, kind: str, seed: int, rank: int = 4) -> dict[str, torch.Tensor]:
+    """An adapter of one of `KINDS` over some of a UNet's linear layers and convolutions, named as trainers do."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def factor(*shape: int, std: float = 0.0) -> torch.Tensor:
+        return torch.empty(shape).normal_(generator=generator) * (std or 1 / sqrt(prod(shape[1:])))
+
+    result: dict[str, torch.Tensor] = {}
+    for key, shape in tensor_shapes(architecture, "ldm").items():
+        is_convolution = len(shape) == 4 and ".in_layers.2." in key
+        is_attention = ".attn1.to_q." in key or ".attn2.to_k." in key or ".ff.net.2." in key
+        if not key.endswith(".weight") or not (is_attention or (is_convolution and kind != "lora")):
+            continue
+        name = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
+        rows, columns = shape[0], prod(shape[1:])
+        if kind in ("lora", "locon", "dora"):
+            result[f"{name}.lora_down.weight"] = factor(rank, *shape[1:])
+            result[f"{name}.lora_up.weight"] = factor(rows, rank, *[1] * (len(shape) - 2), std=0.2)
+            result[f"{name}.alpha"] = torch.tensor(float(rank))
+            if kind == "dora":
+                result[f"{name}.dora_scale"] = factor(rows, *[1] * (len(shape) - 1), std=0.1) + 1.0
+        elif kind == "loha":
+            for half in ("w1", "w2"):
+                result[f"{name}.hada_{half}_a"] = factor(rows, rank, std=0.5)
+                result[f"{name}.hada_{half}_b"] = factor(rank, columns)
+            result[f"{name}.alpha"] = torch.tensor(float(rank))
+        else:
+            result[f"{name}.lokr_w1"] = factor(4, 4, std=0.2)
+            result[f"{name}.lokr_w2"] = factor(rows // 4, shape[1] // 4, *shape[2:])
+    return {key: value.half() if value.dim() else value for key, value in result.items()}
+
+
+def packed_unet(architecture: UNetArchitecture, layout: str) -> dict[str, NFTensor | torch.Tensor]:
+    """A UNet quantised by the default rules, its codes random instead of fitted: quick at any size.
+
+    The same weight has the same codes in every layout.
+    """
+    names = list(tensor_shapes(architecture, layout))
+    shapes = tensor_shapes(architecture, "ldm")
+    state = {name: torch.empty(shape, dtype=torch.float16, device="meta") for name, shape in shapes.items()}
+    plans = plan_tensors(describe(state), DEFAULTS)[1]
+    result: dict[str, NFTensor | torch.Tensor] = {}
+    for seed, (name, (key, shape)) in enumerate(zip(names, shapes.items(), strict=True)):
+        generator = torch.Generator().manual_seed(seed)
+        fmt = plans[key].format
+        if fmt is None:
+            weight = torch.empty(shape).normal_(generator=generator)
+            is_norm = len(shape) == 1 and key.endswith(".weight")
+            weight *= 1 / sqrt(prod(shape[1:])) if len(shape) > 1 else 0.05
+            result[name] = (weight + (1.0 if is_norm else 0.0)).half()
+            continue
+        # Levels and scale parameters come from a small weight; 16 and 32 levels use every byte value.
+        sample = quantize(torch.empty(64, 64).normal_(generator=generator) / sqrt(prod(shape[1:])), fmt.levels)
+        sections, small = fmt.sections(prod(shape)), fmt.sections(sample.numel())
+        data = torch.randint(0, 256, (sections.end,), dtype=torch.uint8, generator=generator)
+        data[: sections.coarse] = sample.data[: small.coarse]
+        data[sections.block_scales :] = sample.data[small.block_scales : small.end].mode().values
+        result[name] = NFTensor(data, fmt, shape, torch.float16)
+    return result

@@ -1,0 +1,148 @@
+"""A plugin for the host under test: inputs without files, and checks that run inside the host's process."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import comfy.cldm.cldm
+import comfy.controlnet
+import comfy.ldm.models.autoencoder
+import comfy.model_management
+import comfy.ops
+import comfy.sd
+import comfy.sdxl_clip
+import comfy.supported_models_base
+import torch
+
+from . import checks
+
+
+def _random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Conditioning:
+    CATEGORY, FUNCTION, RETURN_TYPES = "nfq test", "make", ("CONDITIONING",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"number": ("INT", {"default": 0})}, "optional": {"run": ("INT", {"default": 0})}}
+
+    def make(self, number, run=0):
+        return ([[_random(number, 1, 77, 2048), {"pooled_output": _random(number + 1000, 1, 1280)}]],)
+
+
+class Image:
+    CATEGORY, FUNCTION, RETURN_TYPES = "nfq test", "make", ("IMAGE",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"number": ("INT", {"default": 0})}}
+
+    def make(self, number):
+        return (_random(number, 1, 64, 64, 3).sigmoid(),)
+
+
+class ControlNet:
+    """A ControlNet of random weights that fits a MODEL."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "nfq test", "make", ("CONTROL_NET",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def make(self, model):
+        config = dict(model.model.model_config.unet_config)
+        for name in ("out_channels", "disable_unet_model_creation", "transformer_depth_output"):
+            config.pop(name, None)
+        config |= {"hint_channels": 3, "dtype": torch.float32, "operations": comfy.ops.manual_cast}
+        network = comfy.cldm.cldm.ControlNet(**config)
+        generator = torch.Generator().manual_seed(5)
+        for parameter in network.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02
+        device = comfy.model_management.get_torch_device()
+        return (comfy.controlnet.ControlNet(network, load_device=device, manual_cast_dtype=torch.float32),)
+
+
+class Companions:
+    """SDXL's CLIP and VAE with random weights."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "nfq test", "make", ("CLIP", "VAE")
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        target = comfy.supported_models_base.ClipTarget(comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel)
+        clip = comfy.sd.CLIP(target, embedding_directory=None)
+        _fill(clip.cond_stage_model)
+        sizes = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
+        pixels = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3}
+        network = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=pixels | sizes, embed_dim=4)
+        _fill(network)
+        return (clip, comfy.sd.VAE(sd=network.half().state_dict()))
+
+
+def _fill(network: torch.nn.Module) -> None:
+    """Weights under which activations neither vanish nor explode, exact in fp16."""
+    generator = torch.Generator().manual_seed(11)
+    for name, parameter in network.named_parameters():
+        weight = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            weight /= parameter[0].numel() ** 0.5
+        else:
+            weight = 0.05 * weight + ("norm" in name and name.endswith("weight"))
+        parameter.data = weight.half().to(parameter.dtype)
+
+
+class Timer:
+    """Notes when each call of the UNet begins and ends; `checks.step_times` tells."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "nfq test", "make", ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def make(self, model):
+        def timed(apply_model, arguments):
+            started = time.time()
+            result = apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+            checks.STEPS.append((started, time.time()))
+            return result
+
+        timed_model = model.clone()
+        timed_model.set_model_unet_function_wrapper(timed)
+        return (timed_model,)
+
+
+class Check:
+    """Runs a function of `checks` in this process."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "nfq test", "run", (), True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {"check": ("STRING", {}), "run": ("INT", {"default": 0})},
+            "optional": {"model": ("MODEL",), "other": ("MODEL",)},
+        }
+
+    def run(self, check, run, model=None, other=None):
+        package = next(name for name in sys.modules if name.endswith("ComfyUI-NFQ.nodes"))
+        result = getattr(checks, check)(package, model, other)
+        return {"ui": {"text": [json.dumps(result)]}}
+
+
+NODE_CLASS_MAPPINGS = {
+    "NFQTestConditioning": Conditioning,
+    "NFQTestImage": Image,
+    "NFQTestControlNet": ControlNet,
+    "NFQTestCompanions": Companions,
+    "NFQTestTimer": Timer,
+    "NFQTestCheck": Check,
+}

@@ -1,0 +1,139 @@
+"""Checks inside the host's process, of what a CPU host never does by itself; each returns JSON-ready facts."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+
+STEPS: list[tuple[float, float]] = []
+"""When the calls of the UNet began and ended that the probe's timer saw, in seconds since the epoch."""
+
+
+def step_times(package: str, model, other) -> list:
+    """What the timer noted."""
+    return STEPS
+
+
+def _module(package: str, name: str):
+    return sys.modules[f"{package}.{name}"]
+
+
+def _forward(patcher) -> torch.Tensor:
+    """The UNet's answer to fixed inputs, with whatever the patcher has attached."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(1, 4, 8, 8, generator=generator)
+    context = torch.randn(1, 77, 2048, generator=generator)
+    y = torch.randn(1, 2816, generator=generator)
+    return patcher.model.diffusion_model(x, torch.tensor([500.0]), context=context, y=y)
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def sizes(package: str, model, other) -> dict:
+    """Sizes as the host sees them, and as they are."""
+    patcher = _module(package, "patcher")
+    packed = sum(layer.weight._qdata.nbytes for _, layer in patcher.packed_layers(model.model))
+    names = {name for name, _ in patcher.packed_layers(model.model)}
+    dense = {name: value for name, value in model.model.state_dict().items() if name not in names}
+    weights = sum(parameter.numel() for parameter in model.model.parameters())
+    return {
+        "model_size": model.model_size(),
+        "sum": packed + sum(value.nbytes for value in dense.values()),
+        "packed": packed,
+        "dense_weights": sum(value.numel() for value in dense.values()),
+        "packed_layers": len(names),
+        "fp16_size": 2 * weights,
+        "class": type(model).__name__,
+        "is_dynamic": getattr(model, "is_dynamic", bool)(),
+    }
+
+
+def memory_states(package: str, model, other) -> dict:
+    """Full and partial load, partial unload, reload, detach; `other` is the same model, patches and all, but dense."""
+    device = comfy.model_management.get_torch_device()
+    comfy.model_management.unload_all_models()
+    other.patch_model(device)
+    wanted = _forward(other)
+    other.detach()
+    result = {}
+
+    def look(state: str) -> None:
+        functions = [len(m.weight_function) for _, m in _module(package, "patcher").packed_layers(model.model)]
+        result[state] = {
+            "difference": _difference(_forward(model), wanted),
+            "loaded": model.loaded_size(),
+            "most_functions": max(functions),
+        }
+
+    model.patch_model(device)
+    look("full")
+    model.partially_unload(torch.device("cpu"), model.model_size() // 2)
+    look("partially unloaded")
+    model.partially_load(device, extra_memory=model.model_size() // 4)
+    look("partially loaded again")
+    model.partially_load(device, extra_memory=1e32)
+    look("loaded again")
+    model.detach()
+    result["detached functions"] = sum(
+        len(m.weight_function) for _, m in _module(package, "patcher").packed_layers(model.model)
+    )
+    # The host keeps room aside for the largest layer, dense and with its patches.
+    model.patch_model(device, lowvram_model_memory=model.model_size() * 6 // 10)
+    look("partial")
+    model.partially_load(device, extra_memory=model.model_size() * 3 // 10)
+    look("more")
+    model.detach()
+    model.patch_model(device, lowvram_model_memory=model.model_size() * 6 // 10, force_patch_weights=True)
+    look("forced")
+    model.detach()
+    return result
+
+
+def copies(package: str, model, other) -> dict:
+    """Deep copies of layers, casts, clones, and a compiled layer."""
+    patcher = _module(package, "patcher")
+    name, layer = next(item for item in patcher.packed_layers(model.model) if item[1].weight.dim() == 2)
+    x = torch.randn(3, layer.weight.shape[1])
+    wanted = layer(x)
+    twin = copy.deepcopy(layer)
+    own_memory = twin.weight._qdata.data_ptr() != layer.weight._qdata.data_ptr()
+    half = copy.deepcopy(layer).to(torch.bfloat16)
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(layer), backend="eager")
+    clone = model.clone()
+    return {
+        "name": name,
+        "twin": bool(torch.equal(twin(x), wanted)) and own_memory,
+        "half": _difference(half(x.bfloat16()).float(), wanted),
+        "half_dtype": str(half.weight.dtype),
+        "compiled": _difference(compiled(x), wanted),
+        "clone_class": type(clone).__name__,
+        "clone_shares": clone.model is model.model,
+    }
+
+
+def dynamic_vram(package: str, model, other) -> dict:
+    """Which patcher our loaders give where the host's default is the dynamic one (`model` only names the file)."""
+    dynamic = getattr(comfy.model_patcher, "ModelPatcherDynamic", None)
+    if dynamic is None:
+        return {"supported": False}
+    before = comfy.model_patcher.CoreModelPatcher
+    comfy.model_patcher.CoreModelPatcher = dynamic
+    try:
+        load, arguments = model.cached_patcher_init
+        loaded = load(*arguments, disable_dynamic=True)
+        again = load(*arguments)
+    finally:
+        comfy.model_patcher.CoreModelPatcher = before
+    return {
+        "supported": True,
+        "classes": [type(loaded).__name__, type(again).__name__, type(loaded.clone()).__name__],
+        "dynamic": [loaded.is_dynamic(), again.is_dynamic()],
+        "difference": _difference(_forward(loaded), _forward(model)),
+    }

@@ -1,0 +1,335 @@
+"""Quantise, save, share and load again, alone and as whole checkpoints; what is refused, and what stays behind."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from driver import Host, HostError
+from graphs import DENSE, ORIGINAL, OURS, loader, lora, sample
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import nfq_core
+from nfq_core.examine import file_info, verify_file
+
+MODEL = ["model", 0]
+NODES = ("NFQuantizedUNetLoader", "NFQuantizeUNet", "NFSaveCheckpoint", "NFQuantizedCheckpointLoader", "NFInspect")
+WORKFLOW = {"nodes": [], "links": [], "version": 0.4, "extra": {"note": "from the page"}}
+
+
+def quantize(model: list, **settings) -> dict:
+    return {"class_type": "NFQuantizeUNet", "inputs": {"model": model, **settings}}
+
+
+def save(model: list, prefix: str, **inputs) -> dict:
+    return {"class_type": "NFSaveCheckpoint", "inputs": {"model": model, "filename_prefix": prefix, **inputs}}
+
+
+def leftovers(host: Host) -> list:
+    return [path for path in host.output.rglob("*") if path.is_file() and path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_nodes_are_listed_and_explained(host, node: str) -> None:
+    info = host.get(f"/object_info/{node}")[node]
+    assert info["category"] == "NFQ"
+    inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+    assert all(len(spec) > 1 and spec[1].get("tooltip") for spec in inputs.values()), inputs
+
+
+@pytest.mark.smoke
+def test_quantise_save_load(host) -> None:
+    """What was quantised in the graph is saved, listed at once, found sound, and samples the same when loaded."""
+    nodes = {"model": ORIGINAL, "packed": quantize(MODEL, levels=12, conv_levels=24)}
+    nodes["save"] = save(["packed", 0], "deep/made", overwrite=False)
+    first = host.latent(sample(nodes, ["packed", 0]))
+    path = host.output / "diffusion_models" / "deep" / "made.nfq.safetensors"
+    assert "deep/made.nfq.safetensors" in host.options("NFQuantizedUNetLoader", "unet_name")
+    assert verify_file(path)["ok"]
+    info = file_info(path)
+    assert info["settings"]["levels"] == 12 and info["settings"]["conv_levels"] == 24
+    assert info["source"]["name"] == "vega.safetensors"
+    assert len(info["layers"]) == 217
+    again = host.latent(sample({"model": loader("deep/made.nfq.safetensors")}, MODEL))
+    assert torch.equal(first, again)
+    with pytest.raises(HostError, match="exists; choose another filename_prefix, or switch overwrite on"):
+        host.run({**nodes, "packed": quantize(MODEL, levels=16)})
+    assert file_info(path)["settings"]["levels"] == 12
+    host.run({**nodes, "packed": quantize(MODEL, levels=7), "save": save(["packed", 0], "deep/made", overwrite=True)})
+    assert file_info(path)["settings"]["levels"] == 7
+    path.unlink()
+
+
+def test_saved_workflow(host, base) -> None:
+    """The page finds graph and prompt in the file, unless the host was told to embed none."""
+    graph = {"model": OURS, "save": save(MODEL, "workflow")}
+    host.run(graph, WORKFLOW)
+    path = host.output / "diffusion_models" / "workflow.nfq.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["workflow"]) == WORKFLOW
+    assert json.loads(metadata["prompt"])["save"]["class_type"] == "NFSaveCheckpoint"
+    assert file_info(path)["settings"] == file_info(base / "models/diffusion_models/vega.nfq.safetensors")["settings"]
+    path.unlink()
+    silent = Host(base, "--disable-metadata")
+    try:
+        silent.run(graph, WORKFLOW)
+    finally:
+        silent.close()
+    with safe_open(path, "pt") as file:
+        assert not {"workflow", "prompt"} & file.metadata().keys()
+    path.unlink()
+
+
+def test_quantising_bakes_patches_and_leaves_its_input(host) -> None:
+    """LoRA upstream is in the packed weights; the MODEL it came from samples as before."""
+    plain = host.latent(sample({"model": ORIGINAL}, MODEL))
+    nodes = {"model": ORIGINAL, "lora": lora("locon", 0.8, MODEL), "packed": quantize(["lora", 0], levels=32)}
+    nodes["save"] = save(["packed", 0], "baked")
+    packed = host.latent(sample(nodes, ["packed", 0]))
+    dense = host.latent(sample(nodes, ["lora", 0]))
+    correlation = torch.corrcoef(torch.stack([packed.flatten(), dense.flatten()]))[0, 1]
+    assert correlation > 0.9
+    assert torch.corrcoef(torch.stack([packed.flatten(), plain.flatten()]))[0, 1] < correlation
+    assert torch.equal(host.latent(sample({"model": ORIGINAL}, MODEL)), plain)
+    (host.output / "diffusion_models" / "baked.nfq.safetensors").unlink()
+
+
+def test_stock_save_exports_dense_weights(host) -> None:
+    """ModelSave writes what our file dequantises to, and a LoRA behind the loader is in it."""
+    graph = {"model": OURS, "lora": lora("lora", 1.0, MODEL)}
+    graph["save"] = {"class_type": "ModelSave", "inputs": {"model": MODEL, "filename_prefix": "diffusion_models/plain"}}
+    graph["save lora"] = {
+        "class_type": "ModelSave",
+        "inputs": {"model": ["lora", 0], "filename_prefix": "diffusion_models/patched"},
+    }
+    host.run(graph)
+    folder = host.output / "diffusion_models"
+    plain, patched = load_file(folder / "plain_00001_.safetensors"), load_file(folder / "patched_00001_.safetensors")
+    dense = load_file(host.base / "models" / "diffusion_models" / "vega-dense.safetensors")
+    assert {key.removeprefix("model.diffusion_model.") for key in plain} == dense.keys()
+    changed = 0
+    for key, weight in dense.items():
+        assert torch.equal(plain["model.diffusion_model." + key].to(weight.dtype), weight), key
+        changed += not torch.equal(patched["model.diffusion_model." + key].to(weight.dtype), weight)
+    assert changed == sum(key.endswith(("attn1.to_q.weight", "attn2.to_k.weight", "ff.net.2.weight")) for key in dense)
+    export = loader("patched_00001_.safetensors")
+    ours, wanted = host.latent(sample(graph, ["lora", 0])), host.latent(sample({"model": export}, MODEL))
+    # The export rounds patched weights to fp16.
+    assert (ours - wanted).abs().max() < 0.02 * wanted.abs().max()
+    for path in folder.glob("p*_0000?_.safetensors"):
+        path.unlink()
+
+
+def test_inspect(host) -> None:
+    nodes = {"model": ORIGINAL, "packed": quantize(MODEL), "ours": OURS}
+    nodes["made"] = {"class_type": "NFInspect", "inputs": {"model": ["packed", 0]}}
+    nodes["loaded"] = {"class_type": "NFInspect", "inputs": {"model": ["ours", 0], "original": MODEL}}
+    nodes["file"] = {"class_type": "NFInspect", "inputs": {"file_name": "diffusion_models/vega.nfq.safetensors"}}
+    outputs = host.run(nodes)
+    made, loaded, file = (outputs[name]["text"][0] for name in ("made", "loaded", "file"))
+    assert "from vega.safetensors: levels 16, conv_levels 32" in made
+    assert "0.442 GB of 1.491 GB" in file
+    # Quantised in the graph or by the command, measured then or afterwards: the same errors.
+    assert made.splitlines()[4] == loaded.splitlines()[4]
+    assert made.splitlines()[5:] == loaded.splitlines()[5:]
+    with pytest.raises(HostError, match="connect one from NFQuantizeUNet"):
+        host.run({"model": ORIGINAL, "inspect": {"class_type": "NFInspect", "inputs": {"model": MODEL}}})
+
+
+def test_whole_checkpoint(host) -> None:
+    """UNet, CLIP and VAE through one file of ours, to a picture; and through a stock save of the packed model."""
+
+    def picture(nodes: dict, model: list, clip: list, vae: list) -> dict:
+        encode = {"class_type": "CLIPTextEncode", "inputs": {"text": "a red fox", "clip": clip}}
+        graph = sample(nodes | {"prompt": encode}, model, positive=["prompt", 0], negative=["prompt", 0])
+        graph["decode"] = {"class_type": "VAEDecode", "inputs": {"samples": ["latent sampler", 0], "vae": vae}}
+        graph["image"] = {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": "image"}}
+        return graph
+
+    def run(graph: dict) -> tuple[torch.Tensor, bytes]:
+        outputs = host.run(graph)
+        saved, image = outputs["latent"]["latents"][0], outputs["image"]["images"][0]
+        return load_file(host.output / saved["subfolder"] / saved["filename"])["latent_tensor"], image
+
+    made = {"model": ORIGINAL, "companions": {"class_type": "NFQTestCompanions", "inputs": {}}}
+    made |= {"packed": quantize(MODEL)}
+    made["save"] = save(["packed", 0], "whole", clip=["companions", 0], vae=["companions", 1])
+    made["stock save"] = {
+        "class_type": "CheckpointSave",
+        "inputs": {
+            "model": ["packed", 0],
+            "clip": ["companions", 0],
+            "vae": ["companions", 1],
+            "filename_prefix": "checkpoints/stock",
+        },
+    }
+    first, _ = run(picture(made, ["packed", 0], ["companions", 0], ["companions", 1]))
+    host.free()
+    assert "whole.nfq.safetensors" in host.options("NFQuantizedCheckpointLoader", "ckpt_name")
+    ours = {"all": {"class_type": "NFQuantizedCheckpointLoader", "inputs": {"ckpt_name": "whole.nfq.safetensors"}}}
+    second, image = run(picture(ours, ["all", 0], ["all", 1], ["all", 2]))
+    host.free()
+    name = "stock_00001_.safetensors"
+    stock = {"all": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": name}}}
+    stock["again"] = quantize(["all", 0], levels=32)
+    stock["look"] = {"class_type": "NFInspect", "inputs": {"model": ["again", 0]}}
+    assert (
+        f"from {name}: levels 32"
+        in host.run({node: stock[node] for node in ("all", "again", "look")})["look"]["text"][0]
+    )
+    third, _ = run(picture({"all": stock["all"]}, ["all", 0], ["all", 1], ["all", 2]))
+    host.free()
+    assert (host.output / image["filename"]).stat().st_size > 1000
+    path = host.output / "checkpoints" / "whole.nfq.safetensors"
+    assert verify_file(path)["ok"]
+    # CLIP and VAE are stored without loss.
+    with safe_open(path, "pt") as file, safe_open(host.output / "checkpoints" / name, "pt") as plain:
+        companions = [key for key in plain.keys() if not key.startswith("model.diffusion_model.")]  # noqa: SIM118
+        assert len(companions) > 700
+        assert all(torch.equal(file.get_tensor(key).float(), plain.get_tensor(key).float()) for key in companions)
+    path.unlink()
+    (host.output / "checkpoints" / name).unlink()
+    assert (second - first).abs().max() <= 2e-4 * first.abs().max()
+    assert (third - first).abs().max() <= 2e-4 * first.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        ({"save": save(["original", 0], "x")}, "not quantised; put NFQuantizeUNet between"),
+        ({"save": save(["lora", 0], "x")}, "apply it before NFQuantizeUNet"),
+        ({"save": save(["ours", 0], "../../x")}, "leads out of the output folder"),
+        ({"save": save(["ours", 0], "x", clip=["companions", 0])}, "needs both CLIP and VAE"),
+        ({"again": quantize(["ours", 0]), "look": save(["again", 0], "x")}, "quantised already"),
+    ],
+    ids=["dense", "lora", "outside", "clip alone", "twice"],
+)
+def test_refused_graphs(host, graph: dict, message: str) -> None:
+    nodes = {"ours": OURS, "original": ORIGINAL, "lora": lora("lora", 1.0, ["ours", 0])}
+    nodes["companions"] = {"class_type": "NFQTestCompanions", "inputs": {}}
+    with pytest.raises(HostError, match=message):
+        host.run(nodes | graph)
+    assert not (host.output / "diffusion_models" / "x.nfq.safetensors").exists()
+
+
+def damaged(data: bytes, kind: str) -> bytes:
+    if kind == "truncated":
+        return data[: len(data) // 2]
+    if kind == "corrupted":
+        return data[:-100_000] + bytes(100_000)
+    if kind == "newer":
+        assert data.count(b'container_version\\":1') == 1
+        return data.replace(b'container_version\\":1', b'container_version\\":9')
+    return b"not a safetensors file at all"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("truncated", "cut short|ends|bytes"),
+        ("corrupted", "damaged"),
+        ("newer", "update the plugin"),
+        ("foreign", "safetensors"),
+    ],
+)
+def test_damaged_files(host, base, kind: str, message: str) -> None:
+    unets = base / "models" / "diffusion_models"
+    bad = unets / "bad.nfq.safetensors"
+    bad.write_bytes(damaged((unets / "vega.nfq.safetensors").read_bytes(), kind))
+    with pytest.raises(HostError, match=message) as told:
+        host.run(sample({"model": loader(bad.name)}, MODEL))
+    assert "\n" not in str(told.value)
+    bad.unlink()
+    host.run({"model": OURS, "look": {"class_type": "NFInspect", "inputs": {"model": MODEL}}})
+
+
+def test_incomplete_and_unknown_models(host, base) -> None:
+    unets = base / "models" / "diffusion_models"
+    bad = unets / "bad.nfq.safetensors"
+    tensors = nfq_core.load(unets / "vega.nfq.safetensors")
+    lost = "output_blocks.4.1.transformer_blocks.0.attn2.to_v.weight"
+    nfq_core.save({key: value for key, value in tensors.items() if key != lost}, bad)
+    with pytest.raises(HostError, match=f"tensor '{lost}' of Segmind Vega's UNet is missing"):
+        host.run(sample({"model": loader(bad.name)}, MODEL))
+    nfq_core.save(nfq_core.quantize_state_dict({"layer.weight": torch.randn(64, 64)}), bad, overwrite=True)
+    with pytest.raises(HostError, match="holds no UNet of the SDXL family"):
+        host.run(sample({"model": loader(bad.name)}, MODEL))
+    (base / "models" / "checkpoints" / "unet.nfq.safetensors").symlink_to(unets / "vega.nfq.safetensors")
+    only = {"class_type": "NFQuantizedCheckpointLoader", "inputs": {"ckpt_name": "unet.nfq.safetensors"}}
+    with pytest.raises(HostError, match="use NFQuantizedUNetLoader"):
+        host.run(sample({"model": only}, MODEL))
+    (base / "models" / "checkpoints" / "unet.nfq.safetensors").unlink()
+    bad.unlink()
+
+
+def test_missing_file_is_explained(host) -> None:
+    """The recipe that the page wrote into the workflow tells what to quantise, and how."""
+    recipe = host.get("/nfq/recipe?folder=diffusion_models&name=vega.nfq.safetensors")
+    assert recipe["source"] == "vega.safetensors" and len(recipe["source_sha256"]) == 64
+    inputs = {"unet_name": "gone.nfq.safetensors", "recipe": json.dumps(recipe)}
+    model = {"class_type": "NFQuantizedUNetLoader", "inputs": inputs}
+    with pytest.raises(HostError) as told:
+        host.run(sample({"model": model}, MODEL))
+    for part in ("vega.safetensors", recipe["source_sha256"], "levels=16 conv_levels=32", "filename_prefix 'gone'"):
+        assert part in str(told.value)
+    with pytest.raises(HostError, match="put it there, or choose another"):
+        host.run(sample({"model": loader("gone.nfq.safetensors")}, MODEL))
+
+
+@pytest.mark.parametrize("query", ["folder=loras&name=lora.safetensors", "folder=diffusion_models&name=../x", ""])
+def test_route_takes_listed_names_only(host, query: str) -> None:
+    with pytest.raises(OSError, match=r"40[04]"):
+        host.get(f"/nfq/recipe?{query}")
+
+
+@pytest.mark.parametrize("stage", ["quantising", "saving"])
+def test_interrupt(host, stage: str) -> None:
+    """Stopped half-way, nothing partial is left, and the host goes on."""
+    nodes = {"model": ORIGINAL, "packed": quantize(MODEL, effort="best" if stage == "quantising" else "fast")}
+    if stage == "saving":
+        nodes = {"packed": OURS}
+        host.run({"packed": OURS, "look": {"class_type": "NFInspect", "inputs": {"model": ["packed", 0]}}})
+    queued = host.queue(nodes | {"save": save(["packed", 0], "stopped")})
+    if stage == "saving":
+        deadline = time.monotonic() + 60
+        while not leftovers(host) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    else:
+        time.sleep(6)
+    host.post("/interrupt", {})
+    with pytest.raises(HostError, match="interrupted"):
+        host.wait(queued)
+    assert not leftovers(host)
+    assert not (host.output / "diffusion_models" / "stopped.nfq.safetensors").exists()
+    host.run({"model": OURS, "look": {"class_type": "NFInspect", "inputs": {"model": MODEL}}})
+
+
+def test_full_disk(base) -> None:
+    """A save that the disk has no room for fails with a sentence and leaves nothing; the host goes on."""
+    host = Host(base, file_limit=100_000_000)
+    try:
+        with pytest.raises(HostError, match="could not be written: File too large; nothing was changed"):
+            host.run({"model": OURS, "save": save(MODEL, "too-large")})
+        assert not leftovers(host)
+        assert not (host.output / "diffusion_models" / "too-large.nfq.safetensors").exists()
+        host.run({"model": OURS, "look": {"class_type": "NFInspect", "inputs": {"model": MODEL}}})
+    finally:
+        host.close()
+
+
+def test_restart_and_load_again(host, base) -> None:
+    """A newcomer's path: quantise, save, end the host, start it, load, sample: the same latent."""
+    nodes = {"model": ORIGINAL, "packed": quantize(MODEL), "save": save(["packed", 0], "kept")}
+    first = host.latent(sample(nodes, ["packed", 0]))
+    fresh = Host(base)
+    try:
+        second = fresh.latent(sample({"model": loader("kept.nfq.safetensors")}, MODEL))
+    finally:
+        fresh.close()
+    (host.output / "diffusion_models" / "kept.nfq.safetensors").unlink()
+    assert torch.equal(first, second)
+    assert not torch.equal(first, host.latent(sample({"model": DENSE}, MODEL, "lcm")))

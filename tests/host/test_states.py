@@ -1,0 +1,115 @@
+"""Memory: what the host counts, moves and frees; copies; its dynamic patcher; every shape of the family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from graphs import DENSE, OURS, lora, sample
+from models import packed_unet
+
+import nfq_core
+from nfq_core.unet_keys import KOALA_1B, KOALA_700M, SDXL_BASE, SDXL_INPAINTING, SSD_1B
+
+MODEL = ["model", 0]
+
+
+def test_the_host_sees_packed_bytes(host) -> None:
+    sizes = host.check("sizes", {"model": OURS}, model=MODEL)
+    assert sizes["class"] == "NFModelPatcher"
+    assert sizes["packed_layers"] == 217
+    assert sizes["model_size"] == sizes["sum"]
+    # A CPU host computes in fp32, kept tensors included; where it computes in fp16, they take half of that.
+    assert sizes["packed"] + 2 * sizes["dense_weights"] <= 0.35 * sizes["fp16_size"]
+    assert sizes["model_size"] <= 0.35 * sizes["fp16_size"]
+
+
+def test_load_states(host) -> None:
+    """In every state between all and nothing on the device, the layers compute what a dense, patched model computes."""
+    prompt = {"model": OURS, "lora": lora("locon", 0.8, MODEL), "other": lora("dora", 0.5, ["lora", 0])}
+    prompt |= {"dense": DENSE, "dense lora": lora("locon", 0.8, ["dense", 0])}
+    prompt |= {"dense other": lora("dora", 0.5, ["dense lora", 0])}
+    states = host.check("memory_states", prompt, model=["other", 0], other=["dense other", 0])
+    assert states.pop("detached functions") == 0
+    for name, state in states.items():
+        assert state["difference"] <= 2e-4, name
+        assert state["most_functions"] == 1, name
+    assert states["full"]["loaded"] > states["partially unloaded"]["loaded"] > 0
+    assert states["partially unloaded"]["loaded"] < states["partially loaded again"]["loaded"]
+    assert states["loaded again"]["loaded"] == states["full"]["loaded"]
+    assert 0 < states["partial"]["loaded"] < states["more"]["loaded"] < states["full"]["loaded"]
+
+
+def test_copies_and_compiled_layers(host) -> None:
+    facts = host.check("copies", {"model": OURS}, model=MODEL)
+    assert facts["twin"] and facts["clone_shares"]
+    assert facts["clone_class"] == "NFModelPatcher"
+    assert facts["compiled"] == 0
+    # bf16 keeps 8 bits of each weight and of the inputs.
+    assert facts["half_dtype"] == "torch.bfloat16" and facts["half"] < 0.02
+
+
+def test_never_the_dynamic_patcher(host) -> None:
+    """On hosts with DynamicVRAM, ours stays static. This goes through the code only: a CPU has no VRAM."""
+    facts = host.check("dynamic_vram", {"model": OURS}, model=MODEL)
+    if not facts["supported"]:
+        pytest.skip("this host has no DynamicVRAM")
+    assert set(facts["classes"]) == {"NFModelPatcher"}
+    assert facts["dynamic"] == [False, False]
+    assert facts["difference"] == 0
+
+
+def test_runs_do_not_grow_the_host(host) -> None:
+    """Load, sample with a LoRA, free: over and over, the process stays as large as it was."""
+
+    def once(strength: float) -> int:
+        host.latent(sample({"model": OURS, "lora": lora("lora", strength, MODEL)}, ["lora", 0], steps=1))
+        host.free()
+        return host.resident_bytes()
+
+    once(0.1)
+    once(0.2)
+    sizes = [once(0.3 + 0.1 * i) for i in range(6)]
+    # A leaked model would add 0.5 GB each time; the allocator alone moves by some tens of MB.
+    assert max(sizes[2:]) - min(sizes[:2]) < 150e6, sizes
+
+
+def test_changed_file_is_noticed(host, base) -> None:
+    unets = base / "models" / "diffusion_models"
+    changing = unets / "changing.nfq.safetensors"
+    graph = sample({"model": {**OURS, "inputs": {"unet_name": changing.name}}}, MODEL)
+    changing.write_bytes((unets / "vega.nfq.safetensors").read_bytes())
+    first = host.latent(graph)
+    tensors = nfq_core.load(changing)
+    tensors["out.2.weight"] = -tensors["out.2.weight"]
+    nfq_core.save(tensors, changing, overwrite=True)
+    second = host.latent(graph)
+    changing.unlink()
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("layout", ["prefixed", "diffusers"])
+def test_key_layouts(host, base, layout: str) -> None:
+    """The file keeps its source's names; the loader renames them."""
+    path = base / "models" / "diffusion_models" / f"{layout}.nfq.safetensors"
+    nfq_core.save(packed_unet(KOALA_700M, layout), path)
+    latent = host.latent(sample({"model": {**OURS, "inputs": {"unet_name": path.name}}}, MODEL))
+    path.unlink()
+    wanted = base / "models" / "diffusion_models" / "ldm.nfq.safetensors"
+    nfq_core.save(packed_unet(KOALA_700M, "ldm"), wanted)
+    assert torch.equal(latent, host.latent(sample({"model": {**OURS, "inputs": {"unet_name": wanted.name}}}, MODEL)))
+    wanted.unlink()
+
+
+@pytest.mark.parametrize("architecture", [SDXL_BASE, SSD_1B, KOALA_1B, SDXL_INPAINTING], ids=lambda a: a.name)
+def test_family(host, base, architecture) -> None:
+    """Exact shapes of the family, with random codes: they load packed, and sample."""
+    path = base / "models" / "diffusion_models" / "family.nfq.safetensors"
+    nfq_core.save(packed_unet(architecture, "ldm"), path, overwrite=True)
+    model = {**OURS, "inputs": {"unet_name": path.name}}
+    sizes = host.check("sizes", {"model": model}, model=MODEL)
+    latent = host.latent(sample({"model": model}, MODEL, steps=1))
+    host.free()
+    path.unlink()
+    assert torch.isfinite(latent).all() and latent.std() > 0
+    assert sizes["model_size"] == sizes["sum"]
+    assert sizes["packed"] + 2 * sizes["dense_weights"] <= 0.35 * sizes["fp16_size"]
