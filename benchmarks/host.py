@@ -30,7 +30,7 @@ from graphs import sample
 from models import write_unet
 
 RUNS = 3
-STEPS = 4
+STEPS = 3
 PIXELS = 512
 
 LOADERS = {

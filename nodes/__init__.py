@@ -11,15 +11,12 @@ from .definitions import NODES
 class NFQExtension(ComfyExtension):
     """What the host asks for the nodes."""
 
-    async def on_load(self) -> None:
-        """Register the page's routes."""
-        routes.register()
-
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes."""
         return NODES
 
 
 async def comfy_entrypoint() -> NFQExtension:
-    """The host's way in."""
+    """The host's way in; the page's routes are added here, since hosts before 0.22 never call `on_load`."""
+    routes.register()
     return NFQExtension()

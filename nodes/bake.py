@@ -114,7 +114,8 @@ def _packed_twin(model: Any, tensors: StateDict) -> NFModelPatcher:
 
     packed = model.clone()
     packed.model = twin
-    packed.patches, packed.patches_uuid = {}, uuid.uuid4()
-    packed.backup, packed.object_patches_backup, packed.pinned = {}, {}, set()
-    packed.parent, packed.cached_patcher_init, packed.size = None, None, 0
+    # What a clone shares with its original belongs to the original's model.
+    packed.patches, packed.backup, packed.backup_buffers, packed.object_patches_backup = {}, {}, {}, {}
+    packed.pinned, packed.parent, packed.cached_patcher_init, packed.size = set(), None, None, 0
+    packed.patches_uuid, packed.clone_base_uuid = uuid.uuid4(), uuid.uuid4()
     return adopt(packed)

@@ -16,8 +16,10 @@ from nfq_core import NFQFile, NFTensor, quantize
 from nfq_core.container import Source
 from nfq_core.convert import quantize_file
 from nfq_core.errors import NFQError, TargetExistsError
+from nfq_core.examine import sqnr_db
 from nfq_core.policy import DEFAULTS
 from nfq_core.safefile import tensor_bytes
+from nfq_core.state import describe, quantize_tensors
 
 
 def random_weight(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -183,3 +185,57 @@ def test_an_existing_file_is_refused(model, tmp_path):
     assert (tmp_path / "a").read_bytes() == b"old"
     nfq_core.save(model, tmp_path / "a", overwrite=True)
     assert nfq_core.load(tmp_path / "a").keys() == model.keys()
+
+
+def test_tensors_made_one_at_a_time(model):
+    """The same bytes as from a state dict; the recorded dtype is the described one; errors are measured."""
+    entries = describe(model)
+    done, sqnr, asked = [], {}, []
+
+    def read(key: str) -> torch.Tensor:
+        asked.append(key)
+        return model[key].float()
+
+    packed = quantize_tensors(entries, read, DEFAULTS, progress=lambda *told: done.append(told), sqnr=sqnr)
+    wanted = nfq_core.quantize_state_dict(model)
+    assert sorted(asked) == sorted(model)
+    assert [name for *_, name in done] == list(model)
+    assert done[-1][0] == done[-1][1] == sum(value.nbytes for value in model.values())
+    for key, value in wanted.items():
+        if isinstance(value, NFTensor):
+            assert torch.equal(packed[key].data, value.data) and packed[key].dtype == value.dtype
+            assert sqnr[key] == pytest.approx(sqnr_db(model[key].float(), value.dequantize(torch.float32)))
+    assert sqnr.keys() == {key for key, value in wanted.items() if isinstance(value, NFTensor)}
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_half_way(done: int, total: int, name: str) -> None:
+    if 2 * done > total:
+        raise Stop
+
+
+def test_stopping_in_the_progress_callback(model, tmp_path):
+    """An interrupt ends quantising, saving and loading; a save leaves nothing behind."""
+    with pytest.raises(Stop):
+        quantize_tensors(describe(model), model.__getitem__, DEFAULTS, progress=stop_half_way)
+    packed = nfq_core.quantize_state_dict(model)
+    with pytest.raises(Stop):
+        nfq_core.save(packed, tmp_path / "model.nfq.safetensors", progress=stop_half_way)
+    assert list(tmp_path.iterdir()) == []
+    nfq_core.save(packed, tmp_path / "model.nfq.safetensors")
+    with pytest.raises(Stop):
+        nfq_core.load(tmp_path / "model.nfq.safetensors", progress=stop_half_way)
+
+
+def test_the_header_hash_tells_files_apart(model, tmp_path):
+    packed = nfq_core.quantize_state_dict(model)
+    hashes = set()
+    for number in range(2):
+        path = tmp_path / f"{number}.nfq.safetensors"
+        nfq_core.save({**packed, "marker": torch.tensor([float(number)])}, path)
+        with NFQFile(path) as file:
+            hashes.add(file.header_sha256)
+    assert len(hashes) == 2 and all(len(digest) == 64 for digest in hashes)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from samples import TINY
 
-from nfq_core.unet import UNKNOWN, detect, first_and_last_convolution, is_unet_key
+from nfq_core.unet import UNKNOWN, detect, first_and_last_convolution, is_unet_key, ldm_names, what_is_missing
 from nfq_core.unet_keys import (
     CHECKPOINT_PREFIX,
     KNOWN_ARCHITECTURES,
@@ -279,3 +279,36 @@ def test_the_rule_for_quantising_gives_sdxls_771_layers(layout):
 def test_an_unknown_layout_is_refused():
     with pytest.raises(ValueError, match="'ldm', 'prefixed' or 'diffusers', got 'onnx'"):
         tensor_shapes(SDXL_BASE, "onnx")
+
+
+@pytest.mark.parametrize("layout", ["ldm", "prefixed", "diffusers"])
+def test_ldm_names_of_every_layout(layout):
+    shapes = tensor_shapes(TINY, layout) | {"v_pred": (0,)}
+    names = ldm_names(detect(shapes), shapes)
+    assert list(names) == list(tensor_shapes(TINY, layout))
+    assert list(names.values()) == list(tensor_shapes(TINY, "ldm"))
+
+
+def test_diffusers_names_of_an_unknown_architecture_are_refused():
+    shapes = tensor_shapes(TINY, "diffusers")
+    del shapes["conv_norm_out.weight"]
+    with pytest.raises(ValueError, match="unknown architecture"):
+        ldm_names(detect(shapes), shapes)
+
+
+@pytest.mark.parametrize("layout", ["ldm", "prefixed", "diffusers"])
+def test_what_is_missing_names_the_tensor(layout):
+    shapes = tensor_shapes(SEGMIND_VEGA, layout)
+    lost = [key for key in shapes if "attn2.to_v" in key][:2]
+    for key in lost:
+        del shapes[key]
+    told = what_is_missing(detect(shapes), shapes)
+    assert told == f"tensor {lost[0]!r} of Segmind Vega's UNet is missing, and 1 more"
+    shapes = tensor_shapes(SEGMIND_VEGA, layout)
+    shapes[lost[0]] = (1, 2)
+    assert what_is_missing(detect(shapes), shapes) == f"tensor {lost[0]!r} of Segmind Vega's UNet has another shape"
+
+
+def test_nothing_is_missing_from_another_kind_of_model():
+    shapes = tensor_shapes(TINY, "ldm")
+    assert what_is_missing(detect(shapes), shapes) == ""
