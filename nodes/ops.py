@@ -127,6 +127,9 @@ class PackedLayer:
 
     def _apply(self, fn: Callable, recurse: bool = True) -> PackedLayer:
         """Move or cast the parameters: assigning to a packed parameter's data, as torch does, would leave it behind."""
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
         for name, parameter in self._parameters.items():
             if parameter is not None and not parameter.is_meta:
                 self._parameters[name] = _parameter(fn(parameter))

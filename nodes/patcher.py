@@ -80,7 +80,12 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
         return result
 
     def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
-        """Unload as the host does, which puts patches of its own into the layers it unloads."""
+        """Unload as the host does, which puts patches of its own into the layers it unloads.
+
+        Scheduled hooks are taken out before; the sampler applies them again at its next step.
+        """
+        if getattr(self.model, "nf_hooked", None):
+            self.unpatch_hooks()
         result = super().partially_unload(*args, **kwargs)
         self._attach_patches()
         return result

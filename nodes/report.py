@@ -147,7 +147,8 @@ def as_text(facts: Mapping[str, Any]) -> str:
         f"{facts['weights'] / 1e6:,.1f} million quantised weights at {facts['packed_bits_per_weight']:.3f} packed bits",
     ]
     if "file_bytes" in facts:
-        lines.append(f"{facts['file_bytes'] / 1e9:,.3f} GB of {facts['original_bytes'] / 1e9:,.3f} GB")
+        original = facts["original_bytes"]
+        lines.append(f"{facts['file_bytes'] / 1e9:,.3f} GB" + (f" of {original / 1e9:,.3f} GB" if original else ""))
     else:
         lines.append(f"{facts['model_bytes'] / 1e9:,.3f} GB in memory")
     measured = [layer for layer in facts["layers"] if layer.get("sqnr_db") is not None]

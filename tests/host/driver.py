@@ -153,7 +153,8 @@ class Host:
         return kind if isinstance(kind, list) else rest[0]["options"]
 
     def resident_bytes(self) -> int:
-        return self._status("VmRSS")
+        """Memory of its own; files that it maps do not count."""
+        return self._status("RssAnon")
 
     def peak_bytes(self) -> int:
         return self._status("VmHWM")

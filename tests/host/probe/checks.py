@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 
+import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
+import comfy.utils
+import folder_paths
 import torch
 
 STEPS: list[tuple[float, float]] = []
@@ -93,6 +97,36 @@ def memory_states(package: str, model, other) -> dict:
     look("forced")
     model.detach()
     return result
+
+
+def packed_weights_alive(package: str, model, other) -> int:
+    """How many packed weights this process holds."""
+    return sum(_module(package, "ops").is_packed(thing) for thing in gc.get_objects())
+
+
+def hooks_and_unloading(package: str, model, other) -> dict:
+    """A scheduled hook, as the sampler applies it before each step, around a partial unload; `other` is never used."""
+    device = comfy.model_management.get_torch_device()
+    comfy.model_management.unload_all_models()
+    lora = comfy.utils.load_torch_file(folder_paths.get_full_path("loras", "lora.safetensors"))
+    hooks = comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
+    patcher = model.clone()
+    patcher.register_all_hook_patches(hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model), {})
+    patcher.patch_model(device)
+    plain = _forward(patcher)
+    patcher.apply_hooks(hooks)
+    hooked = _forward(patcher)
+    patcher.partially_unload(torch.device("cpu"), model.model_size() // 2)
+    patcher.apply_hooks(hooks)
+    unloaded = _forward(patcher)
+    patcher.apply_hooks(None)
+    restored = _forward(patcher)
+    patcher.detach()
+    return {
+        "hook": _difference(hooked, plain),
+        "unloaded": _difference(unloaded, hooked),
+        "restored": _difference(restored, plain),
+    }
 
 
 def copies(package: str, model, other) -> dict:
