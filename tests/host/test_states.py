@@ -77,7 +77,8 @@ def test_runs_do_not_grow_the_host(host) -> None:
     sizes = [once(0.3 + 0.1 * i) for i in range(6)]
     # A leaked model would add 0.5 GB each time, 2.5 GB in all; what the allocator keeps varies by up to 0.2 GB.
     assert min(sizes[-2:]) - min(sizes[:2]) < 250e6, sizes
-    assert host.check("packed_weights_alive", {}) == 0
+    # torch.compile keeps a layer or two of another test; a model has 217.
+    assert host.check("packed_weights_alive", {}) < 10
 
 
 def test_changed_file_is_noticed(host, base) -> None:
