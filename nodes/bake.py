@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import comfy.lora
 import comfy.model_management
 import torch
+from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ..nfq_core import NFQError, NFTensor, Settings
@@ -20,8 +22,13 @@ from .host import MADE, Made, NodeProgress
 from .ops import NFOps, wrap
 from .patcher import NFModelPatcher, adopt, packed_layers
 
+log = logging.getLogger("nfq")
+
 UNET = "diffusion_model."
 """What precedes a UNet's parameters in the host's model."""
+
+BYPASS_LORA = "bypass_lora"
+"""The name under which the host's LoraLoaderBypass puts adapters into a MODEL's layers, instead of into its patches."""
 
 _LAYERS = {torch.nn.Linear: NFOps.Linear, torch.nn.Conv2d: NFOps.Conv2d}
 
@@ -36,12 +43,19 @@ def quantize_model(model: Any, settings: Settings, device: torch.device | None, 
         source: the file it came from, for the record.
 
     Raises:
-        NFQError: the MODEL is quantised already, or nothing of it can be quantised.
+        NFQError: the MODEL is quantised or compiled already, nothing of it can be quantised, or a LoRA of it cannot be
+            baked in.
     """
     if any(True for _ in packed_layers(model.model)):
         raise NFQError("this MODEL is quantised already; connect the fp16 model's loader to NFQuantizeUNet instead")
+    if model.get_injections(BYPASS_LORA):
+        raise NFQError("LoraLoaderBypass works behind NFQuantizeUNet only; load a LoRA before it with LoraLoader")
+    if TORCH_COMPILE_KWARGS in model.model_options:
+        raise NFQError("this MODEL is compiled already; put TorchCompileModel behind NFQuantizeUNet")
     if any(isinstance(parameter, QuantizedTensor) for parameter in model.model.parameters()):
         raise NFQError("this MODEL is quantised already, in another format; load its fp16 or bf16 file instead")
+    if any(parameter.dtype.itemsize == 1 for parameter in model.model.parameters()):
+        log.warning("this MODEL's weights are fp8; quantising it from fp16 or bf16 keeps more of the picture")
     if getattr(model, "is_dynamic", bool)():
         model = model.clone(disable_dynamic=True)
     comfy.model_management.unload_all_models()

@@ -157,7 +157,10 @@ def _for_host(tensors: Mapping[str, NFTensor | torch.Tensor]) -> dict[str, torch
 
 def build_model(tensors: StateDict, file: NFQFile) -> NFModelPatcher:
     """A MODEL from a UNet's tensors under their LDM names, and markers; `file` is where they come from."""
-    options = {"custom_operations": NFOps}
+    options: dict[str, Any] = {"custom_operations": NFOps}
+    if comfy.model_management.unet_dtype(weight_dtype=torch.float16).itemsize == 1:
+        # The host's fp8 flags are for dense models: here they would round what is not quantised, and save nothing.
+        options["dtype"] = torch.float16
     load_state_dict = comfy.sd.load_diffusion_model_state_dict
     static = {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(load_state_dict).parameters else {}
     patcher = load_state_dict(_for_host(tensors), model_options=options, **static)

@@ -71,8 +71,9 @@ register_layout_class(LAYOUT, NFLayout)
 
 
 def wrap(packed: NFTensor, dtype: torch.dtype | None = None) -> QuantizedTensor:
-    """A packed weight as the host's tensor type, showing `dtype` (by default the one it had)."""
-    params = NFParams(None, dtype or packed.dtype, tuple(packed.shape), packed.format, packed.dtype)
+    """A packed weight as the host's tensor type, showing `dtype` (by default, and instead of fp8, the one it had)."""
+    shown = packed.dtype if dtype is None or dtype.itemsize == 1 else dtype
+    params = NFParams(None, shown, tuple(packed.shape), packed.format, packed.dtype)
     return QuantizedTensor(packed.data, LAYOUT, params)
 
 

@@ -6,7 +6,8 @@ forward to the weight that was just dequantised. Everything else is left to the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import UserDict
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -65,6 +66,18 @@ def dense_weight(layer: PackedLayer, patches: list | None = None, key: str = "")
 
 def _patches(function: WeightPatch | comfy.model_patcher.LowVramPatch) -> list:
     return function.patches if isinstance(function, WeightPatch) else function.patches[function.key]
+
+
+class _DenseOnDemand(UserDict):
+    """A model's state dict in which a packed weight is made dense, with its patches, when it is asked for."""
+
+    def __init__(self, state_dict: Mapping[str, torch.Tensor], layers: Mapping[str, PackedLayer]) -> None:
+        super().__init__(state_dict)
+        self._layers = layers
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        layer = self._layers.get(key)
+        return super().__getitem__(key) if layer is None else dense_weight(layer, key=key)
 
 
 class NFModelPatcher(comfy.model_patcher.ModelPatcher):
@@ -141,6 +154,10 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
                 self._attach_to(key, layer)
         self.model.nf_hooked = set()
         return super().unpatch_hooks(*args, **kwargs)
+
+    def model_state_dict(self, filter_prefix: str | None = None) -> Mapping[str, torch.Tensor]:
+        """The model's state dict by name, packed weights dense where one is asked for, as nodes that extract them do."""
+        return _DenseOnDemand(super().model_state_dict(filter_prefix), dict(packed_layers(self.model)))
 
     def model_state_dict_for_saving(self, model: torch.nn.Module | None = None, prefix: str = "") -> dict:
         """The state dict that stock nodes save: packed weights dense, with their patches."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import comfy.cli_args
+import comfy.latent_formats
 import comfy.model_management
 import comfy.model_sampling
 import folder_paths
@@ -14,7 +15,7 @@ import torch
 
 from ..nfq_core import NFQError, NFTensor, save
 from ..nfq_core.unet_keys import CHECKPOINT_PREFIX
-from .bake import UNET
+from .bake import BYPASS_LORA, UNET
 from .host import CHECKPOINTS, SUFFIX, UNETS, NodeProgress, made
 from .ops import is_packed, unwrap
 
@@ -42,7 +43,7 @@ def save_model(
     facts = made(model)
     if facts is None:
         raise NFQError("this MODEL is not quantised; put NFQuantizeUNet between its loader and NFSaveCheckpoint")
-    if model.patches:
+    if model.patches or model.weight_wrapper_patches or model.get_injections(BYPASS_LORA):
         raise NFQError("a LoRA or merge was added after quantising; apply it before NFQuantizeUNet to save it")
     if (clip is None) != (vae is None):
         raise NFQError("a whole checkpoint needs both CLIP and VAE; connect both, or neither to save the UNet alone")
@@ -92,6 +93,9 @@ def _unet_tensors(model: Any, prefix: str) -> dict[str, NFTensor | torch.Tensor]
 
 def _markers(model: Any) -> dict[str, torch.Tensor]:
     """The tensors by which the host recognises, on loading, how a model predicts."""
+    latents = model.get_model_object("latent_format")
+    if isinstance(latents, comfy.latent_formats.SDXL_Playground_2_5):
+        return {"edm_mean": latents.latents_mean.clone(), "edm_std": latents.latents_std.clone()}
     sampling = model.get_model_object("model_sampling")
     if not isinstance(sampling, comfy.model_sampling.V_PREDICTION):
         return {}

@@ -9,14 +9,25 @@ import pytest
 import torch
 from driver import Host, HostError
 from graphs import DENSE, ORIGINAL, OURS, loader, lora, sample
+from models import write_unet
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import nfq_core
 from nfq_core.examine import file_info, verify_file
+from nfq_core.unet_keys import KOALA_700M
 
 MODEL = ["model", 0]
 NODES = ("NFQuantizedUNetLoader", "NFQuantizeUNet", "NFSaveCheckpoint", "NFQuantizedCheckpointLoader", "NFInspect")
+MARKERS = {
+    "v-prediction": {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])},
+    "EDM v-prediction": {"edm_vpred.sigma_max": torch.tensor(100.0), "edm_vpred.sigma_min": torch.tensor(0.5)},
+    "Playground": {
+        "edm_mean": torch.tensor([-1.6574, 1.886, -1.383, 2.5155]).view(1, 4, 1, 1),
+        "edm_std": torch.tensor([8.4927, 5.9022, 6.5498, 5.2299]).view(1, 4, 1, 1),
+    },
+}
+"""Tensors beside a UNet that tell how it predicts; the last are those of Playground 2.5, which the host knows."""
 WORKFLOW = {"nodes": [], "links": [], "version": 0.4, "extra": {"note": "from the page"}}
 
 
@@ -124,6 +135,63 @@ def test_stock_save_exports_dense_weights(host) -> None:
         path.unlink()
 
 
+def test_extracted_lora(host) -> None:
+    """LoraSave on the difference of a packed MODEL and another writes what it writes for the dense MODEL."""
+
+    def extract(model: dict, name: str) -> dict[str, torch.Tensor]:
+        graph = {"model": model, "lora": lora("locon", 1.0, MODEL), "original": ORIGINAL}
+        difference = {"model1": ["lora", 0], "model2": ["original", 0], "multiplier": 1.0}
+        graph["difference"] = {"class_type": "ModelMergeSubtract", "inputs": difference}
+        settings = {"rank": 8, "lora_type": "full_diff", "bias_diff": True, "model_diff": ["difference", 0]}
+        graph["save"] = {"class_type": "LoraSave", "inputs": {"filename_prefix": name, **settings}}
+        host.run(graph)
+        path = host.output / f"{name}_00001_.safetensors"
+        tensors = load_file(path)
+        path.unlink()
+        return tensors
+
+    ours, dense = extract(OURS, "ours"), extract(DENSE, "dense")
+    assert ours.keys() == dense.keys() and len(ours) > 217
+    for key, wanted in dense.items():
+        assert (ours[key] - wanted).abs().max() <= 1e-3 * wanted.abs().max() + 1e-6, key
+    assert any(key.endswith("attn2_to_k.diff") or "attn2.to_k" in key for key in dense)
+
+
+@pytest.mark.parametrize("markers", MARKERS.values(), ids=MARKERS)
+def test_kinds_of_prediction_are_saved(host, base, markers: dict[str, torch.Tensor]) -> None:
+    """How a model predicts is told by tensors beside its UNet; they are in the file that NFSaveCheckpoint writes."""
+    original = base / "models" / "diffusion_models" / "kind.safetensors"
+    write_unet(original, KOALA_700M, **markers)
+    nodes = {"model": loader(original.name), "packed": quantize(MODEL), "save": save(["packed", 0], "kind")}
+    first = host.latent(sample(nodes, ["packed", 0], steps=1))
+    path = host.output / "diffusion_models" / "kind.nfq.safetensors"
+    saved = nfq_core.load(path)
+    again = host.latent(sample({"model": loader("kind.nfq.safetensors")}, MODEL, steps=1))
+    original.unlink()
+    path.unlink()
+    # The host computes its least and greatest sigma, so that what is saved is a rounding away from what was given.
+    assert (again - first).abs().max() <= 2e-4 * first.abs().max()
+    assert {key for key in saved if "." not in key or key.startswith("edm")} == markers.keys()
+    for key, marker in markers.items():
+        assert torch.allclose(saved[key].float(), marker), key
+
+
+def test_quantising_what_others_made(host) -> None:
+    """Weights that a stock loader cast to fp8, and a merge that has a packed MODEL in it."""
+    fp8 = {"class_type": "UNETLoader", "inputs": {"unet_name": "vega.safetensors", "weight_dtype": "fp8_e4m3fn"}}
+    ratio = {"model1": ["original", 0], "model2": ["ours", 0], "ratio": 0.5}
+    nodes = {"model": fp8, "original": ORIGINAL, "ours": OURS}
+    nodes["merge"] = {"class_type": "ModelMergeSimple", "inputs": ratio}
+    for number, source in enumerate((MODEL, ["merge", 0])):
+        graph = {**nodes, "packed": quantize(source, levels=32), "save": save(["packed", 0], f"made{number}")}
+        packed, dense = host.latent(sample(graph, ["packed", 0])), host.latent(sample(nodes, source))
+        path = host.output / "diffusion_models" / f"made{number}.nfq.safetensors"
+        again = host.latent(sample({"model": loader(path.name)}, MODEL))
+        path.unlink()
+        assert torch.equal(packed, again)
+        assert torch.corrcoef(torch.stack([packed.flatten(), dense.flatten()]))[0, 1] > 0.9
+
+
 def test_inspect(host) -> None:
     nodes = {"model": ORIGINAL, "packed": quantize(MODEL), "ours": OURS}
     nodes["made"] = {"class_type": "NFInspect", "inputs": {"model": ["packed", 0]}}
@@ -205,15 +273,28 @@ def test_whole_checkpoint(host) -> None:
         ({"save": save(["ours", 0], "../../x")}, "leads out of the output folder"),
         ({"save": save(["ours", 0], "x", clip=["companions", 0])}, "needs both CLIP and VAE"),
         ({"again": quantize(["ours", 0]), "look": save(["again", 0], "x")}, "quantised already"),
+        ({"again": quantize(["compiled", 0]), "look": save(["again", 0], "x")}, "compiled already"),
     ],
-    ids=["dense", "lora", "outside", "clip alone", "twice"],
+    ids=["dense", "lora", "outside", "clip alone", "twice", "compiled"],
 )
 def test_refused_graphs(host, graph: dict, message: str) -> None:
     nodes = {"ours": OURS, "original": ORIGINAL, "lora": lora("lora", 1.0, ["ours", 0])}
     nodes["companions"] = {"class_type": "NFQTestCompanions", "inputs": {}}
+    nodes["compiled"] = {"class_type": "TorchCompileModel", "inputs": {"model": ["original", 0], "backend": "inductor"}}
     with pytest.raises(HostError, match=message):
         host.run(nodes | graph)
     assert not (host.output / "diffusion_models" / "x.nfq.safetensors").exists()
+
+
+def test_bypassed_adapters_are_never_lost(host) -> None:
+    """LoraLoaderBypass leaves no patch: neither baking nor saving may drop it silently."""
+    if "LoraLoaderBypassModelOnly" not in host.get("/object_info"):
+        pytest.skip("this host has no LoraLoaderBypassModelOnly")
+    bypass = lora("lora", 1.0, MODEL) | {"class_type": "LoraLoaderBypassModelOnly"}
+    with pytest.raises(HostError, match="behind NFQuantizeUNet only"):
+        host.run({"model": ORIGINAL, "lora": bypass, "packed": quantize(["lora", 0]), "save": save(["packed", 0], "x")})
+    with pytest.raises(HostError, match="apply it before NFQuantizeUNet"):
+        host.run({"model": OURS, "lora": bypass, "save": save(["lora", 0], "x")})
 
 
 def damaged(data: bytes, kind: str) -> bytes:
@@ -244,6 +325,8 @@ def test_damaged_files(host, base, kind: str, message: str) -> None:
         host.run(sample({"model": loader(bad.name)}, MODEL))
     assert "\n" not in str(told.value)
     bad.unlink()
+    host.free()
+    assert host.check("packed_weights_alive", {}) == 0
     host.run({"model": OURS, "look": {"class_type": "NFInspect", "inputs": {"model": MODEL}}})
 
 
@@ -305,6 +388,8 @@ def test_interrupt(host, stage: str) -> None:
         host.wait(queued)
     assert not leftovers(host)
     assert not (host.output / "diffusion_models" / "stopped.nfq.safetensors").exists()
+    host.free()
+    assert host.check("packed_weights_alive", {}) == 0
     host.run({"model": OURS, "look": {"class_type": "NFInspect", "inputs": {"model": MODEL}}})
 
 
@@ -319,6 +404,17 @@ def test_full_disk(base) -> None:
         host.run({"model": OURS, "look": {"class_type": "NFInspect", "inputs": {"model": MODEL}}})
     finally:
         host.close()
+
+
+def test_flags_for_dense_models(host, base) -> None:
+    """`--fp8_e4m3fn-unet` is meant for dense models; ours, and what it keeps, stays as it is."""
+    graph = sample({"model": OURS}, MODEL)
+    flagged = Host(base, "--fp8_e4m3fn-unet")
+    try:
+        latent = flagged.latent(graph)
+    finally:
+        flagged.close()
+    assert torch.equal(latent, host.latent(graph))
 
 
 def test_restart_and_load_again(host, base) -> None:

@@ -62,6 +62,20 @@ def test_adapter_kinds(host, kind: str) -> None:
     assert (ours - without).abs().max() > 1e-3 * dense.abs().max(), "the adapter had no effect"
 
 
+def test_bypassed_adapter(host) -> None:
+    """LoraLoaderBypass, which adds to a layer's output instead of its weight."""
+    if "LoraLoaderBypassModelOnly" not in host.get("/object_info"):
+        pytest.skip("this host has no LoraLoaderBypassModelOnly")
+
+    def build(nodes: dict) -> dict:
+        bypass = lora("locon", 0.7, MODEL) | {"class_type": "LoraLoaderBypassModelOnly"}
+        return sample(nodes | {"lora": bypass}, ["lora", 0])
+
+    ours, dense = both(host, build)
+    assert torch.equal(ours, dense)
+    assert not torch.equal(ours, host.latent(sample({"model": OURS}, MODEL)))
+
+
 def test_several_adapters_and_changing_strengths(host) -> None:
     """Each run equals the dense one; after the last adapter is gone, the model is what it was."""
 
@@ -118,10 +132,13 @@ def test_scheduled_hooks(host) -> None:
     assert torch.equal(again, ours), "a hook was left behind"
 
 
-def test_controlnet(host) -> None:
+@pytest.mark.parametrize("kind", ["NFQTestControlNet", "NFQTestControlLora"])
+def test_controlnet(host, kind: str) -> None:
+    """Also a Control-LoRA, which borrows the UNet's weights."""
+
     def build(nodes: dict) -> dict:
         nodes = nodes | {
-            "control": {"class_type": "NFQTestControlNet", "inputs": {"model": MODEL}},
+            "control": {"class_type": kind, "inputs": {"model": MODEL}},
             "image": {"class_type": "NFQTestImage", "inputs": {"number": 3}},
             "controlled": {
                 "class_type": "ControlNetApplyAdvanced",

@@ -54,6 +54,17 @@ def test_copies_and_compiled_layers(host) -> None:
     assert facts["half_dtype"] == "torch.bfloat16" and facts["half"] < 0.02
 
 
+def test_copies_in_the_hosts_buffers(host) -> None:
+    """Where weights are offloaded, the host copies them into buffers of its own, and to other devices from the file."""
+    facts = host.check("host_copies", {"model": OURS, "lora": lora("lora", 1.0, MODEL)}, model=["lora", 0])
+    if not facts["supported"]:
+        pytest.skip("this host has no such buffers")
+    assert facts["gathered"] == 0
+    # The host aligns weight and bias to 1,024 bytes each.
+    assert facts["layer_bytes"] <= facts["buffer_bytes"] < facts["layer_bytes"] + 2 * 1024
+    assert facts["other_device"] == 0 and not facts["other_shares"]
+
+
 def test_never_the_dynamic_patcher(host) -> None:
     """On hosts with DynamicVRAM, ours stays static. This goes through the code only: a CPU has no VRAM."""
     facts = host.check("dynamic_vram", {"model": OURS}, model=MODEL)

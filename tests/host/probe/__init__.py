@@ -45,6 +45,15 @@ class Image:
         return (_random(number, 1, 64, 64, 3).sigmoid(),)
 
 
+def _control_network(model) -> torch.nn.Module:
+    """A network that fits a MODEL as its ControlNet."""
+    config = dict(model.model.model_config.unet_config)
+    for name in ("out_channels", "disable_unet_model_creation", "transformer_depth_output"):
+        config.pop(name, None)
+    config |= {"hint_channels": 3, "dtype": torch.float32, "operations": comfy.ops.manual_cast}
+    return comfy.cldm.cldm.ControlNet(**config)
+
+
 class ControlNet:
     """A ControlNet of random weights that fits a MODEL."""
 
@@ -55,16 +64,36 @@ class ControlNet:
         return {"required": {"model": ("MODEL",)}}
 
     def make(self, model):
-        config = dict(model.model.model_config.unet_config)
-        for name in ("out_channels", "disable_unet_model_creation", "transformer_depth_output"):
-            config.pop(name, None)
-        config |= {"hint_channels": 3, "dtype": torch.float32, "operations": comfy.ops.manual_cast}
-        network = comfy.cldm.cldm.ControlNet(**config)
+        network = _control_network(model)
         generator = torch.Generator().manual_seed(5)
         for parameter in network.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02
         device = comfy.model_management.get_torch_device()
         return (comfy.controlnet.ControlNet(network, load_device=device, manual_cast_dtype=torch.float32),)
+
+
+class ControlLora:
+    """A Control-LoRA of random weights: what a ControlNet adds to the UNet, and low-rank changes to what they share."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "nfq test", "make", ("CONTROL_NET",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def make(self, model):
+        shared = model.model.diffusion_model.state_dict().keys()
+        generator = torch.Generator().manual_seed(6)
+        weights = {"lora_controlnet": torch.tensor([])}
+        for name, parameter in _control_network(model).named_parameters():
+            if name not in shared:
+                weights[name] = torch.randn(parameter.shape, generator=generator) * 0.02
+            elif name.endswith(".weight") and parameter.dim() > 1:
+                layer, rows = name.removesuffix("weight"), parameter.shape[0]
+                columns = parameter.numel() // rows
+                weights[f"{layer}up"] = torch.randn(rows, 4, generator=generator) * 0.1
+                weights[f"{layer}down"] = torch.randn(4, columns, generator=generator) / columns**0.5
+        return (comfy.controlnet.ControlLora(weights),)
 
 
 class Companions:
@@ -142,6 +171,7 @@ NODE_CLASS_MAPPINGS = {
     "NFQTestConditioning": Conditioning,
     "NFQTestImage": Image,
     "NFQTestControlNet": ControlNet,
+    "NFQTestControlLora": ControlLora,
     "NFQTestCompanions": Companions,
     "NFQTestTimer": Timer,
     "NFQTestCheck": Check,

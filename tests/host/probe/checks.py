@@ -152,6 +152,33 @@ def copies(package: str, model, other) -> dict:
     }
 
 
+def host_copies(package: str, model, other) -> dict:
+    """A layer through the buffer of asynchronous offloading, and a model made anew for a second device."""
+    memory = getattr(comfy, "memory_management", None)
+    if memory is None or not hasattr(model, "deepclone_multigpu"):
+        return {"supported": False}
+    _, layer = next(_module(package, "patcher").packed_layers(model.model))
+    buffer = torch.zeros(memory.vram_aligned_size([layer.weight, layer.bias]), dtype=torch.uint8)
+    weight, _ = memory.interpret_gathered_like([layer.weight, layer.bias], buffer)
+    comfy.model_management.cast_to(layer.weight, None, torch.device("meta"), r=weight)
+    second = model.deepclone_multigpu(comfy.model_management.get_torch_device())
+    device = comfy.model_management.get_torch_device()
+    model.patch_model(device)
+    wanted = _forward(model)
+    model.detach()
+    second.patch_model(device)
+    difference = _difference(_forward(second), wanted)
+    second.detach()
+    return {
+        "supported": True,
+        "gathered": _difference(weight.dequantize(), layer.weight.dequantize()),
+        "buffer_bytes": buffer.numel(),
+        "layer_bytes": layer.weight.nbytes + (0 if layer.bias is None else layer.bias.nbytes),
+        "other_device": difference,
+        "other_shares": second.model is model.model,
+    }
+
+
 def dynamic_vram(package: str, model, other) -> dict:
     """Which patcher our loaders give where the host's default is the dynamic one (`model` only names the file)."""
     dynamic = getattr(comfy.model_patcher, "ModelPatcherDynamic", None)
