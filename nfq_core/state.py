@@ -188,14 +188,19 @@ def load(path: str | os.PathLike, keys: Iterable[str] | None = None, *, progress
         KeyError: a wanted tensor is not in the file.
     """
     with NFQFile(path) as file:
-        wanted = list(file.keys() if keys is None else keys)
-        result: StateDict = {}
-        done, total = 0, sum(map(file.stored_bytes, wanted))
-        for key, tensor in zip(wanted, ordered_map(file.load, wanted, size=file.stored_bytes), strict=True):
-            result[key] = tensor
-            done += file.stored_bytes(key)
-            progress(done, total, key)
-        return result
+        return load_tensors(file, keys, progress=progress)
+
+
+def load_tensors(file: NFQFile, keys: Iterable[str] | None = None, *, progress: Progress = no_progress) -> StateDict:
+    """`load` from a file that is open already."""
+    wanted = list(file.keys() if keys is None else keys)
+    result: StateDict = {}
+    done, total = 0, sum(map(file.stored_bytes, wanted))
+    for key, tensor in zip(wanted, ordered_map(file.load, wanted, size=file.stored_bytes), strict=True):
+        result[key] = tensor
+        done += file.stored_bytes(key)
+        progress(done, total, key)
+    return result
 
 
 def describe(state_dict: Mapping[str, NFTensor | torch.Tensor]) -> dict[str, Entry]:

@@ -15,12 +15,13 @@ from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ..nfq_core import NFQError, NFTensor, Settings
-from ..nfq_core.container import Source
+from ..nfq_core.policy import plan_tensors
 from ..nfq_core.safefile import DTYPE_NAMES, Entry
 from ..nfq_core.state import StateDict, quantize_tensors
 from .host import MADE, Made, NodeProgress
 from .ops import NFOps, wrap
 from .patcher import NFModelPatcher, adopt, packed_layers
+from .recipe import Origin
 
 log = logging.getLogger("nfq")
 
@@ -33,49 +34,69 @@ BYPASS_LORA = "bypass_lora"
 _LAYERS = {torch.nn.Linear: NFOps.Linear, torch.nn.Conv2d: NFOps.Conv2d}
 
 
-def quantize_model(model: Any, settings: Settings, device: torch.device | None, source: Source) -> NFModelPatcher:
+def quantize_model(model: Any, settings: Settings, device: torch.device | None, origin: Origin) -> NFModelPatcher:
     """Quantise a MODEL's UNet, its patches (LoRA, merges) baked in, into a new MODEL; the old one stays as it is.
 
     Args:
         model: from any stock loader.
         settings: levels and effort.
         device: where to quantise; None: on the CPU.
-        source: the file it came from, for the record.
+        origin: what it came from, for the record.
 
     Raises:
-        NFQError: the MODEL is quantised or compiled already, nothing of it can be quantised, or a LoRA of it cannot be
+        NFQError: the MODEL is no UNet of the SDXL family, is quantised or compiled already, or a LoRA of it cannot be
             baked in.
     """
-    if any(True for _ in packed_layers(model.model)):
-        raise NFQError("this MODEL is quantised already; connect the fp16 model's loader to NFQuantizeUNet instead")
-    if model.get_injections(BYPASS_LORA):
-        raise NFQError("LoraLoaderBypass works behind NFQuantizeUNet only; load a LoRA before it with LoraLoader")
-    if TORCH_COMPILE_KWARGS in model.model_options:
-        raise NFQError("this MODEL is compiled already; put TorchCompileModel behind NFQuantizeUNet")
-    if any(isinstance(parameter, QuantizedTensor) for parameter in model.model.parameters()):
-        raise NFQError("this MODEL is quantised already, in another format; load its fp16 or bf16 file instead")
-    if any(parameter.dtype.itemsize == 1 for parameter in model.model.parameters()):
-        log.warning("this MODEL's weights are fp8; quantising it from fp16 or bf16 keeps more of the picture")
+    _refuse_unfit(model)
     if getattr(model, "is_dynamic", bool)():
-        model = model.clone(disable_dynamic=True)
+        model = _without_dynamic_vram(model)
     comfy.model_management.unload_all_models()
+    source = origin.hashing()
     sqnr: dict[str, float] = {}
     with model.use_ejected():
         patches = model.get_key_patches(UNET)
         layers = _quantizable_layers(model.model.diffusion_model)
+        entries = {key: _entry(key, chain[0][0], layers) for key, chain in _without_prefix(patches).items()}
+        info, plans = plan_tensors(entries, settings)
+        if info is None or any(plan.format and key not in layers for key, plan in plans.items()):
+            raise NFQError("this MODEL is no UNet of the SDXL family, which is what NFQuantizeUNet takes")
         tensors = quantize_tensors(
-            {key: _entry(key, chain[0][0], layers) for key, chain in _without_prefix(patches).items()},
+            entries,
             _baker(patches, device or torch.device("cpu")),
             settings,
             device=device or "cpu",
             progress=NodeProgress(),
             sqnr=sqnr,
         )
-        if not any(isinstance(value, NFTensor) for value in tensors.values()):
-            raise NFQError("nothing of this MODEL can be quantised; NFQuantizeUNet takes UNets of the SDXL family")
         packed = _packed_twin(model, tensors)
-    packed.set_attachments(MADE, Made(settings.as_dict(), source, sqnr=sqnr))
+    recorded = settings.as_dict() | ({"baked": list(origin.baked)} if origin.baked else {})
+    packed.set_attachments(MADE, Made(recorded, source(), sqnr=sqnr))
     return packed
+
+
+def _refuse_unfit(model: Any) -> None:
+    if any(True for _ in packed_layers(model.model)):
+        raise NFQError("this MODEL is quantised already; connect the fp16 model's loader to NFQuantizeUNet instead")
+    if model.get_injections(BYPASS_LORA):
+        raise NFQError("LoraLoaderBypass works behind NFQuantizeUNet only; load a LoRA before it with LoraLoader")
+    if TORCH_COMPILE_KWARGS in model.model_options:
+        raise NFQError("this MODEL is compiled already; put TorchCompileModel behind NFQuantizeUNet")
+    parameters = list(model.model.parameters())
+    if any(isinstance(weight, QuantizedTensor) or not weight.dtype.is_floating_point for weight in parameters):
+        raise NFQError("this MODEL is quantised already, in another format; load its fp16 or bf16 file instead")
+    if any(weight.dtype.itemsize == 1 for weight in parameters):
+        log.warning("this MODEL's weights are fp8; quantising it from fp16 or bf16 keeps more of the picture")
+
+
+def _without_dynamic_vram(model: Any) -> Any:
+    """The same MODEL on the host's static patcher: the weights of the dynamic one need not be in memory."""
+    try:
+        return model.clone(disable_dynamic=True)
+    except RuntimeError:
+        raise NFQError(
+            "this MODEL's loader cannot load it without DynamicVRAM; load it with a stock loader, or start ComfyUI "
+            "with --disable-dynamic-vram"
+        ) from None
 
 
 def _without_prefix(patches: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,6 +151,8 @@ def _packed_twin(model: Any, tensors: StateDict) -> NFModelPatcher:
     packed.model = twin
     # What a clone shares with its original belongs to the original's model.
     packed.patches, packed.backup, packed.backup_buffers, packed.object_patches_backup = {}, {}, {}, {}
+    packed.hook_backup, packed.current_hooks = {}, None
+    packed.additional_models.pop("multigpu", None)
     packed.pinned, packed.parent, packed.cached_patcher_init, packed.size = set(), None, None, 0
     packed.patches_uuid, packed.clone_base_uuid = uuid.uuid4(), uuid.uuid4()
     return adopt(packed)

@@ -10,7 +10,8 @@ from comfy_api.latest import io
 
 from ..nfq_core import NFQError, Settings
 from ..nfq_core.formats import LEVELS
-from . import bake, host, report, save
+from . import bake, host, load, report, save
+from .recipe import missing_file, origin_in_graph
 
 CATEGORY = "NFQ"
 
@@ -55,7 +56,7 @@ class NFQuantizedUNetLoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, unet_name: str, recipe: str = "") -> bool | str:
         """A missing file is answered with what to quantise, and how."""
-        return report.missing_file(host.UNETS, unet_name, recipe) or True
+        return missing_file(host.UNETS, unet_name, recipe) or True
 
     @classmethod
     def fingerprint_inputs(cls, unet_name: str, **_: Any) -> str:
@@ -65,7 +66,7 @@ class NFQuantizedUNetLoader(io.ComfyNode):
     @classmethod
     def execute(cls, unet_name: str, recipe: str = "") -> io.NodeOutput:
         """Load."""
-        return io.NodeOutput(host.load_unet(host.file_path(host.UNETS, unet_name)))
+        return io.NodeOutput(load.load_unet(host.file_path(host.UNETS, unet_name)))
 
 
 class NFQuantizedCheckpointLoader(io.ComfyNode):
@@ -86,7 +87,7 @@ class NFQuantizedCheckpointLoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, ckpt_name: str, recipe: str = "") -> bool | str:
         """A missing file is answered with what to quantise, and how."""
-        return report.missing_file(host.CHECKPOINTS, ckpt_name, recipe) or True
+        return missing_file(host.CHECKPOINTS, ckpt_name, recipe) or True
 
     @classmethod
     def fingerprint_inputs(cls, ckpt_name: str, **_: Any) -> str:
@@ -96,7 +97,7 @@ class NFQuantizedCheckpointLoader(io.ComfyNode):
     @classmethod
     def execute(cls, ckpt_name: str, recipe: str = "") -> io.NodeOutput:
         """Load."""
-        return io.NodeOutput(*host.load_checkpoint(host.file_path(host.CHECKPOINTS, ckpt_name)))
+        return io.NodeOutput(*load.load_checkpoint(host.file_path(host.CHECKPOINTS, ckpt_name)))
 
 
 class NFQuantizeUNet(io.ComfyNode):
@@ -166,8 +167,8 @@ class NFQuantizeUNet(io.ComfyNode):
         """Quantise."""
         settings = Settings(int(levels), int(conv_levels), effort, quantize_first_last)
         where = comfy.model_management.get_torch_device() if device == "gpu" else None
-        source = report.source_in_graph(cls.hidden.prompt, cls.hidden.unique_id)
-        return io.NodeOutput(bake.quantize_model(model, settings, where, source))
+        origin = origin_in_graph(cls.hidden.prompt, cls.hidden.unique_id)
+        return io.NodeOutput(bake.quantize_model(model, settings, where, origin))
 
 
 class NFSaveCheckpoint(io.ComfyNode):
@@ -197,6 +198,7 @@ class NFSaveCheckpoint(io.ComfyNode):
                 ),
             ],
             outputs=[],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 

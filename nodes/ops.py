@@ -20,8 +20,8 @@ from comfy_kitchen.tensor.base import BaseLayoutParams
 from ..nfq_core import NFTensor
 from ..nfq_core.formats import BlockFormat
 
-LAYOUT = "NFQLayout"
-"""The name under which comfy-kitchen knows `NFLayout`."""
+LAYOUT = f"{__name__}.NFLayout"
+"""The name under which comfy-kitchen knows `NFLayout`: each copy of the plugin in a host has its own."""
 
 
 @dataclass(frozen=True)

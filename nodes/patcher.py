@@ -48,7 +48,7 @@ def _attach(layer: PackedLayer, patch: WeightPatch | None) -> None:
 
 
 def dense_weight(layer: PackedLayer, patches: list | None = None, key: str = "") -> torch.Tensor:
-    """A packed weight with its patches, rounded once to the dtype it had before it was quantised, on the CPU.
+    """A packed weight with its patches, rounded once to the dtype it had before it was quantised, where it lies.
 
     Args:
         layer: the layer.
@@ -61,7 +61,7 @@ def dense_weight(layer: PackedLayer, patches: list | None = None, key: str = "")
     weight = packed.dequantize(torch.float32 if patches else packed.dtype)
     if patches:
         weight = comfy.lora.calculate_weight(patches, weight, key)
-    return weight.to("cpu", packed.dtype)
+    return weight.to(packed.dtype)
 
 
 def _patches(function: WeightPatch | comfy.model_patcher.LowVramPatch) -> list:
@@ -156,14 +156,14 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
         return super().unpatch_hooks(*args, **kwargs)
 
     def model_state_dict(self, filter_prefix: str | None = None) -> Mapping[str, torch.Tensor]:
-        """The model's state dict by name, packed weights dense where one is asked for, as nodes that extract them do."""
+        """The model's state dict; a packed weight is made dense when it is asked for, as LoraSave does."""
         return _DenseOnDemand(super().model_state_dict(filter_prefix), dict(packed_layers(self.model)))
 
     def model_state_dict_for_saving(self, model: torch.nn.Module | None = None, prefix: str = "") -> dict:
         """The state dict that stock nodes save: packed weights dense, with their patches."""
         saved = super().model_state_dict_for_saving(model, prefix)
         for key, layer in packed_layers(self.model if model is None else model):
-            saved[key] = dense_weight(layer, self.patches.get(prefix + key, []), prefix + key)
+            saved[key] = dense_weight(layer, self.patches.get(prefix + key, []), prefix + key).cpu()
         return saved
 
 
@@ -174,7 +174,7 @@ class _SavesDense:
         """The host's state dict for saving, packed weights dense, with the patches attached to them."""
         unet = self.diffusion_model
         saved = super().state_dict_for_saving(*args, **kwargs)
-        dense = {key: dense_weight(layer, key=key) for key, layer in packed_layers(unet)}
+        dense = {key: dense_weight(layer, key=key).cpu() for key, layer in packed_layers(unet)}
         return saved | self.model_config.process_unet_state_dict_for_saving(dense)
 
 

@@ -8,8 +8,10 @@ from aiohttp import web
 from server import PromptServer
 
 from ..nfq_core import NFQError
-from . import report
 from .host import CHECKPOINTS, UNETS
+from .recipe import recipe
+
+RECIPE = "/nfq/recipe"
 
 
 async def _recipe(request: web.Request) -> web.Response:
@@ -17,13 +19,13 @@ async def _recipe(request: web.Request) -> web.Response:
     if folder not in (UNETS, CHECKPOINTS):
         return web.json_response({"error": f"folder must be {UNETS} or {CHECKPOINTS}"}, status=400)
     try:
-        return web.json_response(await asyncio.to_thread(report.recipe, folder, name))
+        return web.json_response(await asyncio.to_thread(recipe, folder, name))
     except NFQError as error:
         return web.json_response({"error": str(error)}, status=404)
 
 
 def register() -> None:
-    """Add `GET /nfq/recipe?folder=…&name=…` to the host's server, where there is one."""
+    """Add `GET /nfq/recipe?folder=…&name=…` to the host's server, where there is one that has none yet."""
     server = getattr(PromptServer, "instance", None)
-    if server is not None:
-        server.routes.get("/nfq/recipe")(_recipe)
+    if server is not None and not any(getattr(route, "path", "") == RECIPE for route in server.routes):
+        server.routes.get(RECIPE)(_recipe)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import comfy.cli_args
 import comfy.latent_formats
+import comfy.model_base
 import comfy.model_management
 import comfy.model_sampling
 import folder_paths
@@ -18,6 +21,11 @@ from ..nfq_core.unet_keys import CHECKPOINT_PREFIX
 from .bake import BYPASS_LORA, UNET
 from .host import CHECKPOINTS, SUFFIX, UNETS, NodeProgress, made
 from .ops import is_packed, unwrap
+
+log = logging.getLogger("nfq")
+
+MAX_WORKFLOW_CHARACTERS = 2 << 20
+"""Longer ones are left out: the page reads no more than the first 4 MiB of a file, and its header holds more."""
 
 
 def save_model(
@@ -47,13 +55,17 @@ def save_model(
         raise NFQError("a LoRA or merge was added after quantising; apply it before NFQuantizeUNet to save it")
     if (clip is None) != (vae is None):
         raise NFQError("a whole checkpoint needs both CLIP and VAE; connect both, or neither to save the UNet alone")
-    path = _target(filename_prefix, CHECKPOINTS if clip else UNETS)
+    alone = clip is None
+    path = _target(filename_prefix, UNETS if alone else CHECKPOINTS)
     if os.path.exists(path) and not overwrite:
         raise NFQError(f"{path} exists; choose another filename_prefix, or switch overwrite on")
-    tensors = _unet_tensors(model, CHECKPOINT_PREFIX if clip else "") | _markers(model)
-    if clip:
+    tensors = _unet_tensors(model, "" if alone else CHECKPOINT_PREFIX) | _markers(model)
+    if not alone:
         tensors |= _companions(model, clip, vae)
     if comfy.cli_args.args.disable_metadata:
+        workflow = prompt = None
+    elif len(json.dumps([workflow, prompt])) > MAX_WORKFLOW_CHARACTERS:
+        log.warning("the workflow is too long for a file's header; %s is saved without it", path)
         workflow = prompt = None
     save(
         tensors,
@@ -69,17 +81,25 @@ def save_model(
 
 
 def _target(filename_prefix: str, folder: str) -> str:
+    """The path for a prefix, below an output folder that the loaders list; folders on the way are made."""
     prefix = filename_prefix.replace("\\", "/").removesuffix(SUFFIX)
-    if prefix.split("/")[0] != folder:
+    if not prefix.startswith(f"{folder}/"):
         prefix = f"{folder}/{prefix}"
-    if prefix.endswith("/"):
+    if not prefix.rpartition("/")[2].strip(". "):
         raise NFQError(f"filename_prefix {filename_prefix!r} names no file; give it a name, such as 'my-model-NF16'")
+    output = folder_paths.get_output_directory()
+    listed = os.path.join(os.path.abspath(output), folder)
+    # The host replaces what stands in %…% of a prefix, so that it has to be asked where it leads.
     try:
-        directory, name, *_ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+        directory, name, *_ = folder_paths.get_save_image_path(prefix, output)
     except OSError as error:
-        raise NFQError(f"cannot write into the output folder: {error}") from None
-    except Exception:
-        raise NFQError(f"filename_prefix {filename_prefix!r} leads out of the output folder; remove the '..'") from None
+        raise NFQError(f"cannot write into {listed}: {error.strerror}") from None
+    except Exception as error:
+        if "outside the output folder" not in str(error):
+            raise
+        directory, name = output, ""
+    if os.path.commonpath([listed, os.path.abspath(directory)]) != listed:
+        raise NFQError(f"filename_prefix {filename_prefix!r} leads out of {listed}; remove the '..'")
     return os.path.join(directory, name + SUFFIX)
 
 
@@ -97,21 +117,30 @@ def _markers(model: Any) -> dict[str, torch.Tensor]:
     if isinstance(latents, comfy.latent_formats.SDXL_Playground_2_5):
         return {"edm_mean": latents.latents_mean.clone(), "edm_std": latents.latents_std.clone()}
     sampling = model.get_model_object("model_sampling")
-    if not isinstance(sampling, comfy.model_sampling.V_PREDICTION):
-        return {}
-    if isinstance(sampling, comfy.model_sampling.ModelSamplingContinuousEDM):
+    predicts_v = isinstance(sampling, comfy.model_sampling.V_PREDICTION) and not isinstance(
+        sampling, comfy.model_sampling.EDM
+    )
+    if predicts_v and isinstance(sampling, comfy.model_sampling.ModelSamplingContinuousEDM):
         return {
             "edm_vpred.sigma_max": torch.tensor(float(sampling.sigma_max)),
             "edm_vpred.sigma_min": torch.tensor(float(sampling.sigma_min)),
         }
-    return {"v_pred": torch.tensor([])} | ({"ztsnr": torch.tensor([])} if getattr(sampling, "zsnr", False) else {})
+    if predicts_v or model.model.model_type == comfy.model_base.ModelType.V_PREDICTION:
+        return {"v_pred": torch.tensor([])} | ({"ztsnr": torch.tensor([])} if getattr(sampling, "zsnr", False) else {})
+    return {}
 
 
 def _companions(model: Any, clip: Any, vae: Any) -> dict[str, torch.Tensor]:
     """CLIP and VAE under the names that stock checkpoints give them."""
-    comfy.model_management.load_models_gpu([clip.load_model()], force_patch_weights=True)
+    patched_when_saved = hasattr(clip, "state_dict_for_saving")
+    patcher = clip.load_model()
+    if patched_when_saved:
+        comfy.model_management.load_models_gpu([patcher])
+        text = clip.state_dict_for_saving()
+    else:
+        comfy.model_management.load_models_gpu([patcher], force_patch_weights=True)
+        text = clip.get_sd()
     config = model.model.model_config
-    text = clip.state_dict_for_saving() if hasattr(clip, "state_dict_for_saving") else clip.get_sd()
     text = {key: value.to("cpu") for key, value in text.items()}
     return _compacted(config.process_clip_state_dict_for_saving(text)) | _compacted(
         config.process_vae_state_dict_for_saving(vae.get_sd())

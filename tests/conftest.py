@@ -7,9 +7,13 @@ that stands in this file itself is not asked about folders above it, so it is re
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import stub_host
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,6 +22,19 @@ class PlainRoot:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
         return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The plugin in a stub of the host whose model folders lie in `tmp_path / "models"`."""
+    known = set(sys.modules)
+    for folder in ("diffusion_models", "checkpoints"):
+        (tmp_path / "models" / folder).mkdir(parents=True)
+    stub_host.install(monkeypatch, tmp_path / "models")
+    yield stub_host.import_plugin(tmp_path / "ComfyUI-NFQ")
+    for name in set(sys.modules) - known:
+        if name.startswith(str(tmp_path).replace(".", "_x_")):
+            del sys.modules[name]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
+from stub_host import import_plugin
 
 from nfq_core.version import __version__
 
@@ -52,7 +55,45 @@ def test_newer_hosts_are_told_what_is_missing(tmp_path: Path, version: str) -> N
     assert told == "ImportError: ComfyUI-NFQ needs comfy-kitchen, run: python -m pip install comfy-kitchen"
 
 
-def relative_only(path: Path) -> set[str]:
+INPUTS = {
+    "NFQuantizedUNetLoader": (["unet_name"], ["recipe"]),
+    "NFQuantizedCheckpointLoader": (["ckpt_name"], ["recipe"]),
+    "NFQuantizeUNet": (["model"], ["levels", "conv_levels", "device", "effort", "quantize_first_last"]),
+    "NFSaveCheckpoint": (["model"], ["clip", "vae", "filename_prefix", "overwrite"]),
+    "NFInspect": ([], ["model", "original", "file_name"]),
+}
+"""What saved workflows depend on: inputs that a node needs, and those it may have, in their order."""
+
+SOCKETS = {"model", "original", "clip", "vae"}
+
+
+def test_the_plugin_gives_the_nodes_of_the_contract(plugin: ModuleType) -> None:
+    extension = asyncio.run(plugin.comfy_entrypoint())
+    nodes = {schema.node_id: schema for schema in map(schema_of, asyncio.run(extension.get_node_list()))}
+    assert nodes.keys() == INPUTS.keys()
+    for name, (needed, optional) in INPUTS.items():
+        inputs = nodes[name].inputs
+        assert [item.id for item in inputs if not item.optional] == needed
+        assert [item.id for item in inputs if item.optional] == optional
+        assert nodes[name].category == "NFQ" and nodes[name].description
+        for item in inputs:
+            assert item.options["tooltip"].strip()
+            assert not item.optional or item.id in SOCKETS or "default" in item.options
+    assert (ROOT / plugin.WEB_DIRECTORY).is_dir()
+
+
+def schema_of(node: type) -> SimpleNamespace:
+    return node.define_schema()
+
+
+def test_two_copies_of_the_plugin(plugin: ModuleType, tmp_path: Path) -> None:
+    """Each has its own layout, so that neither takes the other's packed weights for its own."""
+    copy = import_plugin(tmp_path / "ComfyUI-NFQ-copy")
+    layouts = [sys.modules[f"{module.__name__}.nodes.ops"].LAYOUT for module in (plugin, copy)]
+    assert layouts[0] != layouts[1]
+
+
+def absolute_imports(path: Path) -> set[str]:
     """Top names of a module's absolute imports."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -67,7 +108,7 @@ def relative_only(path: Path) -> set[str]:
 def test_nodes_import_their_own_relatively(path: Path) -> None:
     """The host's own top-level module is called `nodes`; ours are reached by their place."""
     allowed = {"torch", "aiohttp", "comfy", "comfy_api", "comfy_kitchen", "folder_paths", "server"}
-    assert relative_only(path) <= allowed | set(sys.stdlib_module_names)
+    assert absolute_imports(path) <= allowed | set(sys.stdlib_module_names)
 
 
 def project_facts() -> dict:

@@ -8,13 +8,39 @@ const LOADERS = {
   NFQuantizedCheckpointLoader: { folder: "checkpoints", input: "ckpt_name" },
 };
 
+function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return null;
+  }
+}
+
+function warn(detail) {
+  const toast = app.extensionManager?.toast;
+  if (toast) toast.add({ severity: "warn", summary: "NFQ", detail, life: 20000 });
+  else console.warn("NFQ:", detail);
+}
+
 // A file that is not here keeps the recipe that came with the workflow.
 async function fillRecipe(folder, nameWidget, recipeWidget) {
   const name = nameWidget.value;
   if (!name) return;
   const query = new URLSearchParams({ folder, name });
   const answer = await api.fetchApi(`/nfq/recipe?${query}`);
-  if (answer.ok && nameWidget.value === name) recipeWidget.value = JSON.stringify(await answer.json());
+  if (!answer.ok) return;
+  const recipe = await answer.json();
+  if (nameWidget.value !== name) return;
+  const before = parsed(recipeWidget.value);
+  recipeWidget.value = JSON.stringify(recipe);
+  return before && { before, recipe };
+}
+
+// A workflow's own recipe against the file of that name here.
+function compare(name, found) {
+  if (!found || found.before.header_sha256 === found.recipe.header_sha256) return;
+  const made = ({ source, settings }) => `${source || "an unrecorded model"}, ${JSON.stringify(settings)}`;
+  warn(`${name} is not the file this workflow was saved with. Then: ${made(found.before)}. Now: ${made(found.recipe)}.`);
 }
 
 app.registerExtension({
@@ -34,6 +60,6 @@ app.registerExtension({
       return result;
     };
     // A node that belongs to a workflow gets its values after this hook.
-    setTimeout(fill, 0);
+    setTimeout(async () => compare(nameWidget.value, await fill()), 0);
   },
 });

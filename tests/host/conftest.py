@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
-from driver import Host, make_base
+from driver import Host, host_python, make_base
 from models import KINDS, random_adapter, write_unet
 from safetensors.torch import save_file
 
@@ -17,15 +18,25 @@ from nfq_core.unet_keys import SEGMIND_VEGA
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a host, or where the whole suite is run, these tests are skipped: they take a quarter of an hour."""
+    here = Path(__file__).parent
+    ours = [item for item in items if here in item.path.parents]
+    if not ours:
+        return
     if not os.environ.get("COMFYUI_PATH"):
-        skip = pytest.mark.skip(reason="COMFYUI_PATH does not name a ComfyUI")
-    elif not any("host" in argument for argument in config.args):
-        skip = pytest.mark.skip(reason="`python -m pytest tests/host` runs the tests in a real host")
+        reason = "COMFYUI_PATH does not name a ComfyUI"
+    elif not any(here in (path, *path.parents) for path in asked_for(config)):
+        reason = "`python -m pytest tests/host` runs the tests in a real host"
+    elif subprocess.run([host_python(), "-c", "import aiohttp, comfy_kitchen"], capture_output=True).returncode:
+        reason = f"{host_python()} lacks what a ComfyUI needs; name the host's own Python in COMFYUI_PYTHON"
     else:
         return
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(skip)
+    for item in ours:
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def asked_for(config: pytest.Config) -> list[Path]:
+    """The files and folders named on the command line."""
+    return [(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args]
 
 
 @pytest.fixture(scope="session")

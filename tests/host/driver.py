@@ -1,4 +1,4 @@
-"""A real ComfyUI as a process: the one found through COMFYUI_PATH, run by COMFYUI_PYTHON (default: this Python)."""
+"""A real ComfyUI as a process: the one found through COMFYUI_PATH, run by COMFYUI_PYTHON."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ RUN_SECONDS = 600
 _runs = itertools.count()
 
 
+def host_python() -> str:
+    """The Python that runs the host: COMFYUI_PYTHON, that of a virtual environment in its folder, or this one."""
+    named = os.environ.get("COMFYUI_PYTHON")
+    own = (Path(os.environ["COMFYUI_PATH"]) / place for place in (".venv/bin/python", "venv/bin/python"))
+    return named or next((str(python) for python in own if python.exists()), sys.executable)
+
+
 class HostError(Exception):
     """A prompt failed; the text is what the page would show."""
 
@@ -48,7 +55,7 @@ class Host:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         path = Path(os.environ["COMFYUI_PATH"])
-        command = [os.environ.get("COMFYUI_PYTHON", sys.executable), "main.py", "--cpu", "--listen", "127.0.0.1"]
+        command = [host_python(), "main.py", "--cpu", "--listen", "127.0.0.1"]
         command += ["--port", str(self.port), "--base-directory", str(base)]
         command += ["--disable-auto-launch", "--database-url", "sqlite:///:memory:", *flags]
         with self.log.open("wb") as log:
@@ -126,7 +133,7 @@ class Host:
                     if kind == "execution_error":
                         raise HostError(f"{message['exception_type']}: {message['exception_message'].strip()}")
                     if kind == "execution_interrupted":
-                        raise HostError("interrupted")
+                        raise HostError(f"interrupted in {message['node_type']}")
                 return history["outputs"]
             time.sleep(0.1)
         raise AssertionError("the prompt took too long")
@@ -142,15 +149,19 @@ class Host:
         path.unlink()
         return latent
 
-    def check(self, name: str, prompt: dict, **links: list) -> dict:
+    def check(self, name: str, prompt: dict, **inputs: list | str) -> dict:
         """Run a function of the probe's `checks` in the host's process."""
-        node = {"class_type": "NFQTestCheck", "inputs": {"check": name, "run": next(_runs), **links}}
+        node = {"class_type": "NFQTestCheck", "inputs": {"check": name, "run": next(_runs), **inputs}}
         return json.loads(self.run(prompt | {"check": node})["check"]["text"][0])
 
     def options(self, node: str, name: str) -> list:
         inputs = self.get(f"/object_info/{node}")[node]["input"]
         kind, *rest = {**inputs.get("required", {}), **inputs.get("optional", {})}[name]
         return kind if isinstance(kind, list) else rest[0]["options"]
+
+    def leftovers(self) -> list[Path]:
+        """Temporary files below the output folder."""
+        return [path for path in self.output.rglob("*.tmp") if path.is_file()]
 
     def resident_bytes(self) -> int:
         """Memory of its own; files that it maps do not count."""

@@ -21,6 +21,14 @@ def lora(name: str, strength: float, model: list) -> dict:
     }
 
 
+def quantize(model: list, **settings) -> dict:
+    return {"class_type": "NFQuantizeUNet", "inputs": {"model": model, **settings}}
+
+
+def save(model: list, prefix: str, **inputs) -> dict:
+    return {"class_type": "NFSaveCheckpoint", "inputs": {"model": model, "filename_prefix": prefix, **inputs}}
+
+
 def sample(
     nodes: dict,
     model: list,

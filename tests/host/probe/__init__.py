@@ -10,6 +10,7 @@ import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.ldm.models.autoencoder
 import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import comfy.sdxl_clip
@@ -128,6 +129,22 @@ def _fill(network: torch.nn.Module) -> None:
         parameter.data = weight.half().to(parameter.dtype)
 
 
+class OtherModel:
+    """A MODEL that is no UNet, small."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "nfq test", "make", ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        network = torch.nn.Module()
+        network.diffusion_model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Conv3d(8, 8, 3))
+        device = comfy.model_management.get_torch_device()
+        return (comfy.model_patcher.ModelPatcher(network, load_device=device, offload_device=device),)
+
+
 class Timer:
     """Notes when each call of the UNet begins and ends; `checks.step_times` tells."""
 
@@ -158,12 +175,12 @@ class Check:
     def INPUT_TYPES(cls):
         return {
             "required": {"check": ("STRING", {}), "run": ("INT", {"default": 0})},
-            "optional": {"model": ("MODEL",), "other": ("MODEL",)},
+            "optional": {"model": ("MODEL",), "other": ("MODEL",), "argument": ("STRING", {})},
         }
 
-    def run(self, check, run, model=None, other=None):
+    def run(self, check, run, model=None, other=None, **argument):
         package = next(name for name in sys.modules if name.endswith("ComfyUI-NFQ.nodes"))
-        result = getattr(checks, check)(package, model, other)
+        result = getattr(checks, check)(package, model, other, **argument)
         return {"ui": {"text": [json.dumps(result)]}}
 
 
@@ -173,6 +190,7 @@ NODE_CLASS_MAPPINGS = {
     "NFQTestControlNet": ControlNet,
     "NFQTestControlLora": ControlLora,
     "NFQTestCompanions": Companions,
+    "NFQTestOtherModel": OtherModel,
     "NFQTestTimer": Timer,
     "NFQTestCheck": Check,
 }

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import sys
+from contextlib import contextmanager
+from typing import ClassVar
 
 import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
@@ -179,22 +182,92 @@ def host_copies(package: str, model, other) -> dict:
     }
 
 
-def dynamic_vram(package: str, model, other) -> dict:
-    """Which patcher our loaders give where the host's default is the dynamic one (`model` only names the file)."""
-    dynamic = getattr(comfy.model_patcher, "ModelPatcherDynamic", None)
-    if dynamic is None:
-        return {"supported": False}
+class _Dynamic(comfy.model_patcher.ModelPatcher):
+    """Stands for the host's dynamic patcher, which no CPU gets: says that it is one, and refuses the same."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.model.dynamic_pins = {self.load_device: {"active": False}}
+        self.made.append(self.model)
+
+    def is_dynamic(self) -> bool:
+        return True
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        assert not force_patch_weights
+        return super().partially_load(device_to, extra_memory)
+
+
+@contextmanager
+def _dynamic_by_default():
+    """Have the host's loaders use `_Dynamic`, as they use its own where there is a GPU."""
     before = comfy.model_patcher.CoreModelPatcher
-    comfy.model_patcher.CoreModelPatcher = dynamic
+    comfy.model_patcher.CoreModelPatcher = _Dynamic
     try:
-        load, arguments = model.cached_patcher_init
-        loaded = load(*arguments, disable_dynamic=True)
-        again = load(*arguments)
+        yield
     finally:
         comfy.model_patcher.CoreModelPatcher = before
+        _Dynamic.made.clear()
+
+
+def dynamic_vram(package: str, model, other) -> dict:
+    """Loading and quantising where the host's default is a dynamic patcher; `model` was quantised at the defaults."""
+    if not hasattr(comfy.model_patcher, "CoreModelPatcher"):
+        return {"supported": False}
+    bake, recipe = _module(package, "bake"), _module(package, "recipe")
+    with _dynamic_by_default():
+        load, arguments = model.cached_patcher_init
+        loaded = [load(*arguments, disable_dynamic=True), load(*arguments)]
+        made_by_us = len(_Dynamic.made)
+        stock = comfy.sd.load_diffusion_model(folder_paths.get_full_path("diffusion_models", "vega.safetensors"))
+        quantised = bake.quantize_model(stock, bake.Settings(), None, recipe.Origin())
+        stock.cached_patcher_init = None
+        try:
+            bake.quantize_model(stock, bake.Settings(), None, recipe.Origin())
+            told = ""
+        except bake.NFQError as error:
+            told = str(error)
+    wanted = _forward(model)
     return {
         "supported": True,
-        "classes": [type(loaded).__name__, type(again).__name__, type(loaded.clone()).__name__],
-        "dynamic": [loaded.is_dynamic(), again.is_dynamic()],
-        "difference": _difference(_forward(loaded), _forward(model)),
+        "stock": stock.is_dynamic(),
+        "made by us": made_by_us,
+        "classes": [type(patcher).__name__ for patcher in (*loaded, loaded[0].clone(), quantised)],
+        "dynamic": [patcher.is_dynamic() for patcher in (*loaded, quantised)],
+        "differences": [_difference(_forward(patcher), wanted) for patcher in (*loaded, quantised)],
+        "told": told,
+    }
+
+
+def dynamic_companions(package: str, model, other, argument: str) -> dict:
+    """CLIP and VAE of the checkpoint file `argument` where the host's default is a dynamic patcher."""
+    if not hasattr(comfy.model_patcher, "CoreModelPatcher"):
+        return {"supported": False}
+    path = folder_paths.get_full_path("checkpoints", argument)
+    with _dynamic_by_default():
+        loaded, clip, vae = _module(package, "load").load_checkpoint(path)
+        reload_vae, arguments = vae.patcher.cached_patcher_init
+        return {
+            "supported": True,
+            "dynamic": {
+                "clip": clip.patcher.is_dynamic(),
+                "vae": vae.patcher.is_dynamic(),
+                "clip for hooks": clip.clone(disable_dynamic=True).patcher.is_dynamic(),
+                "vae reloaded": reload_vae(*arguments).is_dynamic(),
+            },
+            "saved": len(_module(package, "save")._companions(loaded, clip, vae)),
+        }
+
+
+def prediction(package: str, model, other) -> dict:
+    """How a MODEL predicts."""
+    sampling = model.get_model_object("model_sampling")
+    return {
+        "type": model.model.model_type.name,
+        # Four digits: a sigma is stored as what the host computes from it.
+        "sigma_max": float(f"{float(sampling.sigma_max):.4g}"),
+        "sigma_min": float(f"{float(sampling.sigma_min):.4g}"),
+        "latents": type(model.get_model_object("latent_format")).__name__,
     }

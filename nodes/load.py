@@ -1,0 +1,144 @@
+"""A MODEL, CLIP and VAE from one of our files."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import folder_paths
+import torch
+
+from ..nfq_core import NFQError, NFQFile, NFTensor, UnsupportedFileError
+from ..nfq_core.state import StateDict, load_tensors
+from ..nfq_core.unet import detect, ldm_names, what_is_missing
+from ..nfq_core.unet_keys import CHECKPOINT_PREFIX
+from .host import MADE, UNETS, Made, NodeProgress
+from .ops import NFOps, wrap
+from .patcher import NFModelPatcher, adopt
+
+MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+"""Tensors beside the UNet by which the host tells how a model predicts."""
+
+
+def load_unet(path: str, disable_dynamic: bool = True, progress: NodeProgress | None = None) -> NFModelPatcher:
+    """A MODEL from the UNet of one of our files, its weights packed.
+
+    Args:
+        path: the file: a UNet alone or a whole checkpoint, of which only the UNet is read.
+        disable_dynamic: for the host, which may ask for a model without DynamicVRAM; ours never has it.
+        progress: see `NodeProgress`.
+
+    Raises:
+        NFQError: the file is missing, damaged, foreign or newer, or its UNet is incomplete or unknown to the host.
+    """
+    with NFQFile(path) as file:
+        names, wanted = _unet_names(file)
+        tensors = load_tensors(file, wanted, progress=progress or NodeProgress())
+        return build_model({names.get(key, key): tensors[key] for key in wanted}, file)
+
+
+def load_checkpoint(path: str, progress: NodeProgress | None = None) -> tuple[NFModelPatcher, Any, Any]:
+    """MODEL, CLIP and VAE from one of our files that holds a whole checkpoint.
+
+    As from a stock loader, what the file lacks of CLIP and VAE fails where it is used.
+
+    Raises:
+        NFQError: as `load_unet`, or there is neither CLIP nor VAE in the file.
+    """
+    with NFQFile(path) as file:
+        names, wanted = _unet_names(file)
+        tensors = load_tensors(file, progress=progress or NodeProgress())
+        model = build_model({names.get(key, key): tensors[key] for key in wanted}, file)
+    clip, vae = _clip_and_vae(names, tensors)
+    if clip is None and getattr(vae, "first_stage_model", None) is None:
+        raise NFQError(f"{path} holds no CLIP and VAE; move it to models/{UNETS} and use NFQuantizedUNetLoader")
+    for part, reload in ((clip, load_clip_patcher), (vae, load_vae_patcher)):
+        if getattr(part, "patcher", None) is not None:
+            part.patcher.cached_patcher_init = (reload, (path,))
+    return model, clip, vae
+
+
+def load_clip_patcher(path: str, disable_dynamic: bool = False) -> Any:
+    """The patcher of a file's CLIP, for hosts that ask for one without DynamicVRAM, or for a second device."""
+    return _companions_of(path, disable_dynamic)[0].patcher
+
+
+def load_vae_patcher(path: str, disable_dynamic: bool = False) -> Any:
+    """As `load_clip_patcher`, of its VAE."""
+    return _companions_of(path, disable_dynamic)[1].patcher
+
+
+def _companions_of(path: str, disable_dynamic: bool) -> tuple[Any, Any]:
+    with NFQFile(path) as file:
+        names, _ = _unet_names(file)
+        shapes = {key: torch.empty(entry.shape, device="meta") for key, entry in file.quantized.items()}
+        kept = [key for key in file.keys() if key not in shapes]  # noqa: SIM118
+        return _clip_and_vae(names, shapes | load_tensors(file, kept), disable_dynamic)
+
+
+def _clip_and_vae(names: Mapping[str, str], tensors: StateDict, disable_dynamic: bool = False) -> tuple[Any, Any]:
+    """CLIP and VAE from a checkpoint's tensors; `names` are the UNet's, of which the host looks at shapes only."""
+    unet = {
+        CHECKPOINT_PREFIX + name: torch.empty(tensors[key].shape, dtype=tensors[key].dtype, device="meta")
+        for key, name in names.items()
+    }
+    others = {key: value for key, value in tensors.items() if key not in names}
+    load_parts = comfy.sd.load_state_dict_guess_config
+    result = load_parts(
+        unet | others,
+        output_model=False,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        **(_static(load_parts) if disable_dynamic else {}),
+    )
+    return result[1:3] if result else (None, None)
+
+
+def _static(load: Callable) -> dict[str, bool]:
+    """What makes the host's loaders return a patcher without DynamicVRAM, on hosts that have it."""
+    return {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(load).parameters else {}
+
+
+def _unet_names(file: NFQFile) -> tuple[dict[str, str], list[str]]:
+    """The LDM name of every UNet tensor in a file, and all tensors that the host needs for a UNet."""
+    shapes = {key: tuple(entry.shape) for key, entry in file.quantized.items()}
+    shapes |= {key: tuple(file.entries[key].shape) for key in file.kept}
+    info = detect(shapes)
+    if info is None:
+        raise UnsupportedFileError(f"{file.path} holds no UNet of the SDXL family; choose a quantised SDXL-type model")
+    if info.architecture is None:
+        missing = what_is_missing(info, shapes)
+        if missing or info.layout == "diffusers":
+            reason = missing or "its UNet is not of the SDXL family"
+            raise UnsupportedFileError(f"{file.path} cannot be used: {reason}; quantise the original again")
+    names = ldm_names(info, shapes)
+    return names, [*names, *(key for key in MARKERS if key in shapes)]
+
+
+def build_model(tensors: StateDict, file: NFQFile) -> NFModelPatcher:
+    """A MODEL from a UNet's tensors under their LDM names, and markers; `file` is where they come from."""
+    options: dict[str, Any] = {"custom_operations": NFOps}
+    if comfy.model_management.unet_dtype(weight_dtype=torch.float16).itemsize == 1:
+        # The host's fp8 flags are for dense models: here they would round what is not quantised, and save nothing.
+        options["dtype"] = torch.float16
+    wrapped = {key: wrap(value) if isinstance(value, NFTensor) else value for key, value in tensors.items()}
+    load_state_dict = comfy.sd.load_diffusion_model_state_dict
+    try:
+        patcher = load_state_dict(wrapped, model_options=options, **_static(load_state_dict))
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        mismatch = str(error).partition("size mismatch")[2].partition("\n")[0]
+        raise UnsupportedFileError(f"{file.path} has a tensor of a wrong shape{mismatch} Quantise it again") from None
+    if patcher is None:
+        raise UnsupportedFileError(f"{file.path}: this ComfyUI does not know its architecture; update ComfyUI")
+    missing = sorted(patcher.model.diffusion_model.state_dict().keys() - tensors.keys())
+    if missing:
+        raise UnsupportedFileError(f"{file.path} lacks tensor {missing[0]!r}; quantise the original again")
+    model = adopt(patcher)
+    model.set_attachments(MADE, Made(file.facts.settings, file.facts.source, os.path.basename(file.path)))
+    model.cached_patcher_init = (load_unet, (str(file.path),))
+    return model

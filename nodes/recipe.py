@@ -1,0 +1,170 @@
+"""What packed weights were made from, and how: read off the graph, kept in files and workflows, explained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import folder_paths
+
+from ..nfq_core import NFQFile
+from ..nfq_core.container import Source
+from .host import CHECKPOINTS, SUFFIX, UNETS, file_path, listed_name
+
+LOADER_INPUTS = {"unet_name": UNETS, "ckpt_name": CHECKPOINTS, "model_name": "", "model_path": ""}
+"""Inputs by which loaders, stock ones and others, name their file, and the host's folder it lies in, where known."""
+
+_CHUNK = 16 << 20
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the MODEL of a node came from, as its graph tells."""
+
+    name: str = ""
+    """The file of its weights; for a merge, of its first model."""
+    path: str = ""
+    """Where that file lies; empty where it is not known."""
+    baked: tuple[str, ...] = ()
+    """What was applied to the weights before they were quantised: LoRAs with their strengths, models merged in."""
+
+    def hashing(self) -> Callable[[], Source]:
+        """Begin to hash the file on a thread of its own; the result waits for it and tells name, size and hash."""
+        if not self.path:
+            return lambda: Source(self.name)
+        worker = ThreadPoolExecutor(1)
+        digest = worker.submit(_file_sha256, self.path, *_version(self.path))
+        worker.shutdown(wait=False)
+        return lambda: Source(self.name, *digest.result())
+
+
+def _version(path: str) -> tuple[int, int]:
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return 0, 0
+    return facts.st_mtime_ns, facts.st_size
+
+
+@lru_cache(64)
+def _file_sha256(path: str, mtime_ns: int, size: int) -> tuple[int, str]:
+    """Size and SHA-256 of a file as it is now; nothing where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError:
+        return 0, ""
+    return size, digest.hexdigest()
+
+
+def origin_in_graph(prompt: Mapping[str, Any] | None, node_id: str | None) -> Origin:
+    """What the MODEL that enters a node came from, found by following the inputs for models up the graph.
+
+    Args:
+        prompt: the graph as it runs, in the host's API format.
+        node_id: the node.
+    """
+    files: list[tuple[str, str]] = []
+    baked: list[str] = []
+    for node in _upstream(prompt or {}, str(node_id)):
+        inputs = node.get("inputs", {})
+        loaded = next((name for name in LOADER_INPUTS if isinstance(inputs.get(name), str)), None)
+        if loaded:
+            files.append((inputs[loaded], LOADER_INPUTS[loaded]))
+        elif isinstance(inputs.get("lora_name"), str):
+            strength = inputs.get("strength_model")
+            at = f" at {strength:g}" if isinstance(strength, (int, float)) else ""
+            baked.append(f"LoRA {_base_name(inputs['lora_name'])}{at}")
+    if not files:
+        return Origin(baked=tuple(baked))
+    (first, folder), *others = files
+    path = folder_paths.get_full_path(folder, first) if folder else None
+    merged = (f"model {_base_name(name)}" for name, _ in others)
+    return Origin(_base_name(first), path or "", (*baked, *merged))
+
+
+def _upstream(prompt: Mapping[str, Any], node_id: str) -> Iterator[Mapping[str, Any]]:
+    """The nodes that a node's MODEL passed through, the nearest first, a merge's first model before its second."""
+    seen: set[str] = set()
+    waiting = deque([node_id])
+    while waiting:
+        current = waiting.popleft()
+        node = prompt.get(current)
+        if node is None or current in seen:
+            continue
+        seen.add(current)
+        yield node
+        links = sorted((name, value) for name, value in node.get("inputs", {}).items() if name.startswith("model"))
+        waiting.extend(str(value[0]) for _, value in links if isinstance(value, list) and len(value) == 2)
+
+
+def _base_name(name: str) -> str:
+    return name.replace("\\", "/").rpartition("/")[2]
+
+
+def recipe(folder: str, name: str) -> dict[str, Any]:
+    """What a listed file was made from and how, short enough for a workflow.
+
+    Raises:
+        NFQError: the file is missing, damaged, foreign or newer.
+    """
+    with NFQFile(file_path(folder, name)) as file:
+        source = file.facts.source
+        return {
+            "architecture": file.facts.architecture,
+            "settings": file.facts.settings,
+            "source": source.name,
+            "source_sha256": source.sha256,
+            "header_sha256": file.header_sha256,
+            "file_bytes": file.file_bytes,
+        }
+
+
+def missing_file(folder: str, name: object, recipe_text: str) -> str:
+    """What to do about a file that a workflow wants and that is not there; empty where it is.
+
+    Args:
+        folder: the host's folder.
+        name: the file; None where another node will give the name.
+        recipe_text: JSON of `recipe`, from the workflow; anything else is taken for none.
+    """
+    if name is None or (isinstance(name, str) and listed_name(folder, name)):
+        return ""
+    there = f"{name!r} is not in models/{folder}"
+    if not isinstance(name, str) or not name.lower().endswith(SUFFIX):
+        return f"{there}, or is no {SUFFIX} file, which the stock loader takes; choose an {SUFFIX} file"
+    told = _told(recipe_text)
+    if told is None:
+        return f"{there}; put it there, or choose another file"
+    source, digest, settings, baked = told
+    known = f" (SHA-256 {digest})" if digest else ""
+    made_from = f"{source!r}{known}" if source else "a model whose name is not recorded"
+    changed = f", after {', '.join(baked)}" if baked else ""
+    flags = " ".join(f"{key}={value}" for key, value in settings.items())
+    with_settings = f" with {flags}" if flags else ""
+    save_as = name[: -len(SUFFIX)]
+    return (
+        f"{there}. It was made from {made_from}{changed}{with_settings}: load that with the stock loader, connect "
+        f"NFQuantizeUNet with these settings, and NFSaveCheckpoint with filename_prefix {save_as!r}"
+        + ("" if baked else "; or run `nfq quantize`")
+    )
+
+
+def _told(recipe_text: str) -> tuple[str, str, dict[str, Any], list[str]] | None:
+    """Source, its hash, settings, and what was baked in, as a recipe tells; None for what is no recipe."""
+    try:
+        told = json.loads(recipe_text)
+        settings = {key: value for key, value in told["settings"].items() if isinstance(value, (int, str))}
+        baked = [str(item) for item in told["settings"].get("baked", ())]
+        return str(told["source"]), str(told["source_sha256"]), settings, baked
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None

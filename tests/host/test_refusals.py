@@ -1,0 +1,180 @@
+"""What is refused, interrupted or cut short: one sentence, nothing left behind, and the host goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from driver import Host, HostError
+from graphs import ORIGINAL, OURS, loader, lora, quantize, sample, save
+
+import nfq_core
+
+MODEL = ["model", 0]
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        ({"save": save(["original", 0], "x")}, "not quantised; put NFQuantizeUNet between"),
+        ({"save": save(["lora", 0], "x")}, "apply it before NFQuantizeUNet"),
+        ({"save": save(["ours", 0], "../../x")}, "leads out of .*diffusion_models"),
+        ({"save": save(["ours", 0], "../checkpoints/x")}, "leads out of .*diffusion_models"),
+        ({"save": save(["ours", 0], "x/..")}, "names no file"),
+        ({"save": save(["ours", 0], "x", clip=["companions", 0])}, "needs both CLIP and VAE"),
+        ({"again": quantize(["ours", 0]), "look": save(["again", 0], "x")}, "quantised already"),
+        ({"again": quantize(["other", 0]), "look": save(["again", 0], "x")}, "no UNet of the SDXL family"),
+        ({"again": quantize(["compiled", 0]), "look": save(["again", 0], "x")}, "compiled already"),
+    ],
+    ids=["dense", "lora", "outside", "elsewhere", "nameless", "clip alone", "twice", "other model", "compiled"],
+)
+def test_refused_graphs(host, graph: dict, message: str) -> None:
+    nodes = {"ours": OURS, "original": ORIGINAL, "lora": lora("lora", 1.0, ["ours", 0])}
+    nodes["companions"] = {"class_type": "NFQTestCompanions", "inputs": {}}
+    nodes["other"] = {"class_type": "NFQTestOtherModel", "inputs": {}}
+    nodes["compiled"] = {"class_type": "TorchCompileModel", "inputs": {"model": ["original", 0], "backend": "inductor"}}
+    with pytest.raises(HostError, match=message):
+        host.run(nodes | graph)
+    assert not (host.output / "diffusion_models" / "x.nfq.safetensors").exists()
+
+
+def test_bypassed_adapters_are_never_lost(host) -> None:
+    """LoraLoaderBypass leaves no patch: neither baking nor saving may drop it silently."""
+    if "LoraLoaderBypassModelOnly" not in host.get("/object_info"):
+        pytest.skip("this host has no LoraLoaderBypassModelOnly")
+    bypass = lora("lora", 1.0, MODEL) | {"class_type": "LoraLoaderBypassModelOnly"}
+    with pytest.raises(HostError, match="behind NFQuantizeUNet only"):
+        host.run({"model": ORIGINAL, "lora": bypass, "packed": quantize(["lora", 0]), "save": save(["packed", 0], "x")})
+    with pytest.raises(HostError, match="apply it before NFQuantizeUNet"):
+        host.run({"model": OURS, "lora": bypass, "save": save(["lora", 0], "x")})
+
+
+def damaged(data: bytes, kind: str) -> bytes:
+    if kind == "truncated":
+        return data[: len(data) // 2]
+    if kind == "corrupted":
+        return data[:-100_000] + bytes(100_000)
+    if kind == "newer":
+        assert data.count(b'container_version\\":1') == 1
+        return data.replace(b'container_version\\":1', b'container_version\\":9')
+    return b"not a safetensors file at all"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("truncated", "cut short"),
+        ("corrupted", "damaged"),
+        ("newer", "update the plugin"),
+        ("foreign", "safetensors"),
+    ],
+)
+def test_damaged_files(host, base, kind: str, message: str) -> None:
+    unets = base / "models" / "diffusion_models"
+    bad = unets / "bad.nfq.safetensors"
+    look = {"look": {"class_type": "NFInspect", "inputs": {"model": ["all", 0]}}}
+    bad.write_bytes(damaged((unets / "vega.nfq.safetensors").read_bytes(), kind))
+    with pytest.raises(HostError, match=message) as told:
+        host.run(sample({"model": loader(bad.name)}, MODEL))
+    assert "\n" not in str(told.value)
+    checkpoint = base / "models" / "checkpoints" / bad.name
+    bad.rename(checkpoint)
+    with pytest.raises(HostError, match=message):
+        host.run({"all": {"class_type": "NFQuantizedCheckpointLoader", "inputs": {"ckpt_name": bad.name}}, **look})
+    checkpoint.unlink()
+    host.free()
+    assert host.check("packed_weights_alive", {}) == 0
+    host.run({"model": OURS, "look": {"class_type": "NFInspect", "inputs": {"model": MODEL}}})
+
+
+def test_incomplete_and_unknown_models(host, base) -> None:
+    unets = base / "models" / "diffusion_models"
+    bad = unets / "bad.nfq.safetensors"
+    tensors = nfq_core.load(unets / "vega.nfq.safetensors")
+    lost = "output_blocks.4.1.transformer_blocks.0.attn2.to_v.weight"
+    nfq_core.save({key: value for key, value in tensors.items() if key != lost}, bad)
+    with pytest.raises(HostError, match=f"tensor '{lost}' of Segmind Vega's UNet is missing"):
+        host.run(sample({"model": loader(bad.name)}, MODEL))
+    wide = torch.randn(tensors[lost].shape[0], tensors[lost].shape[1] + 64)
+    nfq_core.save(tensors | {lost: nfq_core.quantize(wide)}, bad, overwrite=True)
+    with pytest.raises(HostError, match=f"tensor '{lost}' of Segmind Vega's UNet has another shape"):
+        host.run(sample({"model": loader(bad.name)}, MODEL))
+    nfq_core.save(nfq_core.quantize_state_dict({"layer.weight": torch.randn(64, 64)}), bad, overwrite=True)
+    with pytest.raises(HostError, match="holds no UNet of the SDXL family"):
+        host.run(sample({"model": loader(bad.name)}, MODEL))
+    (base / "models" / "checkpoints" / "unet.nfq.safetensors").symlink_to(unets / "vega.nfq.safetensors")
+    only = {"class_type": "NFQuantizedCheckpointLoader", "inputs": {"ckpt_name": "unet.nfq.safetensors"}}
+    with pytest.raises(HostError, match="use NFQuantizedUNetLoader"):
+        host.run(sample({"model": only}, MODEL))
+    (base / "models" / "checkpoints" / "unet.nfq.safetensors").unlink()
+    bad.unlink()
+
+
+def test_missing_file_is_explained(host) -> None:
+    """The recipe that the page wrote into the workflow tells what to quantise, and how."""
+    recipe = host.get("/nfq/recipe?folder=diffusion_models&name=vega.nfq.safetensors")
+    assert recipe["source"] == "vega.safetensors" and len(recipe["source_sha256"]) == 64
+    inputs = {"unet_name": "gone.nfq.safetensors", "recipe": json.dumps(recipe)}
+    model = {"class_type": "NFQuantizedUNetLoader", "inputs": inputs}
+    with pytest.raises(HostError) as told:
+        host.run(sample({"model": model}, MODEL))
+    for part in ("vega.safetensors", recipe["source_sha256"], "levels=16 conv_levels=32", "filename_prefix 'gone'"):
+        assert part in str(told.value)
+    recipe["settings"]["baked"] = ["LoRA style.safetensors at 0.8"]
+    inputs["recipe"] = json.dumps(recipe)
+    with pytest.raises(HostError, match=r"after LoRA style\.safetensors at 0\.8 with levels=16"):
+        host.run(sample({"model": model}, MODEL))
+    with pytest.raises(HostError, match="put it there, or choose another"):
+        host.run(sample({"model": loader("gone.nfq.safetensors")}, MODEL))
+    for name in ("vega.safetensors", 5):
+        inputs["unet_name"] = name
+        with pytest.raises(HostError, match="which the stock loader takes"):
+            host.run(sample({"model": model}, MODEL))
+
+
+@pytest.mark.parametrize("query", ["folder=loras&name=lora.safetensors", "folder=diffusion_models&name=../x", ""])
+def test_route_takes_listed_names_only(host, query: str) -> None:
+    with pytest.raises(OSError, match=r"40[04]"):
+        host.get(f"/nfq/recipe?{query}")
+
+
+@pytest.mark.parametrize("stage", ["quantising", "saving"])
+def test_interrupt(host, stage: str) -> None:
+    """Stopped half-way, nothing partial is left, and the host goes on."""
+    nodes = {"model": ORIGINAL, "packed": quantize(MODEL, effort="best" if stage == "quantising" else "fast")}
+    if stage == "saving":
+        nodes = {"packed": OURS}
+        host.run({"packed": OURS, "look": {"class_type": "NFInspect", "inputs": {"model": ["packed", 0]}}})
+    else:
+        host.latent(sample({"model": ORIGINAL}, MODEL, steps=1))
+    queued = host.queue(nodes | {"save": save(["packed", 0], "stopped")})
+    if stage == "saving":
+        deadline = time.monotonic() + 60
+        while not host.leftovers() and time.monotonic() < deadline:
+            time.sleep(0.02)
+    else:
+        time.sleep(6)
+    host.post("/interrupt", {})
+    node = "NFQuantizeUNet" if stage == "quantising" else "NFSaveCheckpoint"
+    with pytest.raises(HostError, match=f"interrupted in {node}"):
+        host.wait(queued)
+    assert not host.leftovers()
+    assert not (host.output / "diffusion_models" / "stopped.nfq.safetensors").exists()
+    host.free()
+    assert host.check("packed_weights_alive", {}) == 0
+    host.run({"model": OURS, "look": {"class_type": "NFInspect", "inputs": {"model": MODEL}}})
+
+
+def test_full_disk(base) -> None:
+    """A save that the disk has no room for fails with a sentence and leaves nothing; the host goes on."""
+    host = Host(base, file_limit=100_000_000)
+    try:
+        with pytest.raises(HostError, match="could not be written: File too large; nothing was changed"):
+            host.run({"model": OURS, "save": save(MODEL, "too-large")})
+        assert not host.leftovers()
+        assert not (host.output / "diffusion_models" / "too-large.nfq.safetensors").exists()
+        host.run({"model": OURS, "look": {"class_type": "NFInspect", "inputs": {"model": MODEL}}})
+    finally:
+        host.close()

@@ -1,0 +1,96 @@
+"""What a graph tells of a MODEL's origin, and what a workflow tells of a file that is not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+UNETS = "diffusion_models"
+
+
+@pytest.fixture
+def recipe(plugin: ModuleType) -> ModuleType:
+    return sys.modules[f"{plugin.__name__}.nodes.recipe"]
+
+
+def loader(name: str) -> dict:
+    return {"class_type": "UNETLoader", "inputs": {"unet_name": name}}
+
+
+def lora(model: str, strength: object = 0.8) -> dict:
+    inputs = {"lora_name": "styles\\ink.safetensors", "strength_model": strength, "model": [model, 0]}
+    return {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
+
+
+def merge(first: str, second: str) -> dict:
+    return {"class_type": "ModelMergeSimple", "inputs": {"model2": [second, 0], "model1": [first, 0], "ratio": 0.5}}
+
+
+def quantise(model: str) -> dict:
+    return {"class_type": "NFQuantizeUNet", "inputs": {"model": [model, 0], "levels": 16}}
+
+
+def test_origin_of_a_loaded_model(recipe: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "models" / UNETS / "deep" / "a.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"weights")
+    origin = recipe.origin_in_graph({"a": loader("deep/a.safetensors"), "q": quantise("a")}, "q")
+    assert origin == recipe.Origin("a.safetensors", str(file), ())
+    source = origin.hashing()()
+    assert (source.name, source.bytes) == ("a.safetensors", 7)
+    assert source.sha256 == hashlib.sha256(b"weights").hexdigest()
+
+
+def test_origin_of_loras_and_merges(recipe: ModuleType) -> None:
+    graph = {"a": loader("a.safetensors"), "b": loader("b.safetensors"), "l": lora("b"), "m": merge("a", "l")}
+    graph |= {"late": lora("m", ["number", 0]), "q": quantise("late")}
+    origin = recipe.origin_in_graph(graph, "q")
+    assert origin.name == "a.safetensors"
+    assert origin.baked == ("LoRA ink.safetensors", "LoRA ink.safetensors at 0.8", "model b.safetensors")
+    assert origin.hashing()().sha256 == ""
+
+
+@pytest.mark.parametrize("prompt", [None, {}, {"q": quantise("q")}, {"q": quantise("gone")}], ids=str)
+def test_origin_that_is_not_known(recipe: ModuleType, prompt: dict | None) -> None:
+    assert recipe.origin_in_graph(prompt, "q") == recipe.Origin()
+    assert recipe.origin_in_graph(prompt, None).hashing()().name == ""
+
+
+def told(**changes: object) -> str:
+    settings = {"levels": 12, "conv_levels": 32, "effort": "fast", "quantize_first_last": False}
+    return json.dumps({"settings": settings, "source": "a.safetensors", "source_sha256": "ab" * 32} | changes)
+
+
+def test_a_missing_file_is_explained(recipe: ModuleType) -> None:
+    text = recipe.missing_file(UNETS, "deep/x.nfq.safetensors", told())
+    assert text == (
+        "'deep/x.nfq.safetensors' is not in models/diffusion_models. It was made from 'a.safetensors' (SHA-256 "
+        + "ab" * 32
+        + ") with levels=12 conv_levels=32 effort=fast quantize_first_last=False: load that with the stock loader, "
+        "connect NFQuantizeUNet with these settings, and NFSaveCheckpoint with filename_prefix 'deep/x'; or run "
+        "`nfq quantize`"
+    )
+    text = recipe.missing_file(UNETS, "x.nfq.safetensors", told(settings={"baked": ["LoRA b at 1"]}, source=""))
+    assert "made from a model whose name is not recorded, after LoRA b at 1: load that" in text
+    assert "nfq quantize" not in text
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"settings": 3}', '{"settings": {}}'])
+def test_what_is_no_recipe_explains_nothing(recipe: ModuleType, text: str) -> None:
+    wanted = "'x.nfq.safetensors' is not in models/diffusion_models; put it there, or choose another file"
+    assert recipe.missing_file(UNETS, "x.nfq.safetensors", text) == wanted
+
+
+def test_names_of_files_that_are_there(recipe: ModuleType, tmp_path: Path) -> None:
+    folder = tmp_path / "models" / UNETS / "deep"
+    folder.mkdir()
+    (folder / "x.nfq.safetensors").touch()
+    for name in (None, "deep/x.nfq.safetensors", "deep\\x.nfq.safetensors"):
+        assert recipe.missing_file(UNETS, name, "") == ""
+    for name in ("x.safetensors", 5, ["x"]):
+        assert "which the stock loader takes" in recipe.missing_file(UNETS, name, told())
