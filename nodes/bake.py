@@ -90,13 +90,12 @@ def _refuse_unfit(model: Any) -> None:
 
 def _without_dynamic_vram(model: Any) -> Any:
     """The same MODEL on the host's static patcher: the weights of the dynamic one need not be in memory."""
-    try:
-        return model.clone(disable_dynamic=True)
-    except RuntimeError:
+    if model.cached_patcher_init is None:
         raise NFQError(
             "this MODEL's loader cannot load it without DynamicVRAM; load it with a stock loader, or start ComfyUI "
             "with --disable-dynamic-vram"
-        ) from None
+        )
+    return model.clone(disable_dynamic=True)
 
 
 def _without_prefix(patches: Mapping[str, Any]) -> dict[str, Any]:

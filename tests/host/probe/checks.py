@@ -199,6 +199,9 @@ class _Dynamic(comfy.model_patcher.ModelPatcher):
         assert not force_patch_weights
         return super().partially_load(device_to, extra_memory)
 
+    def partially_unload_ram(self, ram_to_unload, subsets=()):
+        return 0
+
 
 @contextmanager
 def _dynamic_by_default():
