@@ -7,6 +7,7 @@ import gc
 import sys
 from contextlib import contextmanager
 from typing import ClassVar
+from unittest.mock import patch
 
 import comfy.hooks
 import comfy.model_management
@@ -183,8 +184,9 @@ def host_copies(package: str, model, other) -> dict:
 
 
 class _Dynamic(comfy.model_patcher.ModelPatcher):
-    """Stands for the host's dynamic patcher, which no CPU gets: says that it is one, and refuses the same."""
+    """Stands, while `active`, for the host's dynamic patcher, which no CPU gets: says it is one, refuses the same."""
 
+    active: ClassVar[bool] = False
     made: ClassVar[list] = []
 
     def __init__(self, *args, **kwargs) -> None:
@@ -193,7 +195,7 @@ class _Dynamic(comfy.model_patcher.ModelPatcher):
         self.made.append(self.model)
 
     def is_dynamic(self) -> bool:
-        return True
+        return _Dynamic.active
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         assert not force_patch_weights
@@ -206,13 +208,16 @@ class _Dynamic(comfy.model_patcher.ModelPatcher):
 @contextmanager
 def _dynamic_by_default():
     """Have the host's loaders use `_Dynamic`, as they use its own where there is a GPU."""
-    before = comfy.model_patcher.CoreModelPatcher
-    comfy.model_patcher.CoreModelPatcher = _Dynamic
-    try:
-        yield
-    finally:
-        comfy.model_patcher.CoreModelPatcher = before
-        _Dynamic.made.clear()
+    with (
+        patch.object(comfy.model_patcher, "CoreModelPatcher", _Dynamic),
+        patch.object(_Dynamic, "active", True),
+        # Gives pinned buffers to dynamic patchers, through a library that wants a GPU.
+        patch.object(comfy.model_management, "reset_cast_buffers", lambda: None),
+    ):
+        try:
+            yield
+        finally:
+            _Dynamic.made.clear()
 
 
 def dynamic_vram(package: str, model, other) -> dict:
@@ -232,16 +237,16 @@ def dynamic_vram(package: str, model, other) -> dict:
             told = ""
         except bake.NFQError as error:
             told = str(error)
-    wanted = _forward(model)
-    return {
-        "supported": True,
-        "stock": stock.is_dynamic(),
-        "made by us": made_by_us,
-        "classes": [type(patcher).__name__ for patcher in (*loaded, loaded[0].clone(), quantised)],
-        "dynamic": [patcher.is_dynamic() for patcher in (*loaded, quantised)],
-        "differences": [_difference(_forward(patcher), wanted) for patcher in (*loaded, quantised)],
-        "told": told,
-    }
+        wanted = _forward(model)
+        return {
+            "supported": True,
+            "stock": stock.is_dynamic(),
+            "made by us": made_by_us,
+            "classes": [type(patcher).__name__ for patcher in (*loaded, loaded[0].clone(), quantised)],
+            "dynamic": [patcher.is_dynamic() for patcher in (*loaded, quantised)],
+            "differences": [_difference(_forward(patcher), wanted) for patcher in (*loaded, quantised)],
+            "told": told,
+        }
 
 
 def dynamic_companions(package: str, model, other, argument: str) -> dict:
