@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -222,7 +223,7 @@ def dtype_bytes(dtype: str) -> int:
 
 def parse_json(text: str) -> Any:
     """JSON that holds only what can be written again; ValueError or RecursionError for anything else."""
-    value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
     if "\\u" in text:
         # Half of a surrogate pair is a legal escape, but no text.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -231,6 +232,13 @@ def parse_json(text: str) -> Any:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits} is beyond all floats")
+    return value
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

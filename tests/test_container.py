@@ -417,7 +417,7 @@ LIES = {
     "a fraction in the shape": (quantized(shape=[16.0, 64]), "no count"),
     "text in the shape": (quantized(shape=["16", 64]), "no count"),
     "a shape that is a number": (quantized(shape=1024), "damaged"),
-    "infinity": (lambda header, facts: json.dumps(facts).replace("[16, 64]", "[1e999, 64]"), "no count"),
+    "infinity": (lambda header, facts: json.dumps(facts).replace("[16, 64]", "[1e999, 64]"), "damaged"),
     "another format of the same planes": (quantized(format="nf32_b64"), "needs"),
     "a format that is a list": (quantized(format=["nf16_b64"]), "damaged"),
     "an integer dtype": (quantized(dtype="I64"), "impossible shape or dtype"),

@@ -73,15 +73,6 @@ def test_an_unknown_word_is_refused():
         tokenise(["a violet circle"])
 
 
-def test_psnr_by_hand():
-    reference = np.zeros((1, 2, 2, 3), np.uint8)
-    # One channel value of twelve is off by 51 = 255 / 5: the mean squared error is 255² / 300.
-    pictures = reference.copy()
-    pictures[0, 0, 0, 0] = 51
-    assert run.psnr_db(reference, pictures) == pytest.approx(10 * np.log10(300))
-    assert run.psnr_db(reference, reference) is None
-
-
 def test_the_demo_writes_pictures_report_and_sound_files(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "CAPTIONS", CAPTIONS)
     monkeypatch.setattr(run, "STEPS", 4)

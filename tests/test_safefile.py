@@ -180,6 +180,10 @@ DAMAGED = {
         raw('{"a":{"dtype":"F16","shape":[Infinity],"data_offsets":[0,2]}}'),
         "Infinity is no JSON number",
     ),
+    "a size beyond all floats": (
+        raw('{"a":{"dtype":"F16","shape":[1e999],"data_offsets":[0,2]}}'),
+        "1e999 is beyond all floats",
+    ),
     "a size beyond 63 bits": (raw(field(shape=[1 << 63, 0], data_offsets=[0, 0])), "impossible sizes"),
     "a size of many digits": (
         raw('{"a":{"dtype":"F16","shape":[' + "9" * 5000 + '],"data_offsets":[0,2]}}'),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from io import BytesIO
 from pathlib import Path
 from time import perf_counter
 
@@ -15,13 +16,14 @@ from ..convert import quantize_file
 from ..errors import NFQError, TargetExistsError
 from ..examine import compare_files, file_info
 from ..formats import LEVELS
+from ..metrics import psnr_db
 from ..parallel import Progress, no_progress
 from ..policy import Settings
+from ..sheet import check_pillow, comparison_sheet
 from ..state import load
 from ..tensor import NFTensor
 from .model import TinyPipeline, build_pipeline, bundled_weights_path, import_diffusers, load_weights, sample
 from .shapes import CAPTIONS
-from .sheet import check_pillow, comparison_sheet
 
 SEED = 0
 STEPS = 20
@@ -64,20 +66,23 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: Progress 
         target = folder / f"demo-nf{levels}.nfq.safetensors"
         quantize_file(original, target, Settings(levels), overwrite=overwrite)
         pictures = _draw(build_pipeline(_dense(target)))
+        psnr = psnr_db(torch.from_numpy(reference), torch.from_numpy(pictures), 255)
         info = file_info(target)
         row = {
             "levels": levels,
             "bits_per_weight": info["bits_per_weight"],
             "file_bytes": info["file_bytes"],
             "sqnr_db": compare_files(original, target)["sqnr_db"],
-            "psnr_db": psnr_db(reference, pictures),
+            "psnr_db": psnr,
         }
         rows.append(row)
         label = f"{levels} levels, {row['bits_per_weight']:.2f} bits|{row['file_bytes'] / 1e6:.1f} MB, "
-        columns.append((f"{label}{row['psnr_db'] or math.inf:.1f} dB", pictures))
+        columns.append((f"{label}{psnr or math.inf:.1f} dB", pictures))
         progress(count, 1 + len(LEVELS), f"{levels} levels")
     comparison = folder / "comparison.png"
-    _write(comparison, comparison_sheet(CAPTIONS, columns), overwrite)
+    png = BytesIO()
+    comparison_sheet(CAPTIONS, columns).save(png, "PNG", optimize=True)
+    _write(comparison, png.getvalue(), overwrite)
     report = {
         "levels": rows,
         "comparison": str(comparison),
@@ -90,12 +95,6 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: Progress 
     }
     _write(folder / "report.json", json.dumps(report, indent=2).encode(), overwrite)
     return report
-
-
-def psnr_db(reference: np.ndarray, pictures: np.ndarray) -> float | None:
-    """Peak signal to noise in dB over all uint8 pictures together; None when they are equal."""
-    error = np.square(reference.astype(np.float64) - pictures).mean()
-    return 10 * math.log10(255**2 / error) if error else None
 
 
 def _prepare(folder: Path, overwrite: bool) -> None:

@@ -1,0 +1,60 @@
+"""How far pictures are from a reference: PSNR and SSIM."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+WINDOW = 11
+"""Side of SSIM's Gaussian window, odd."""
+
+WINDOW_SIGMA = 1.5
+
+
+def psnr_db(reference: torch.Tensor, other: torch.Tensor, peak: float) -> float | None:
+    """Peak signal-to-noise ratio, ``10 * log10(peak**2 / mse)`` in dB; None where both are equal.
+
+    Args:
+        reference: any shape and dtype.
+        other: of the same shape.
+        peak: the largest value a signal of this kind can have.
+    """
+    error = (reference.double() - other.double()).square().mean().item()
+    return 10 * math.log10(peak**2 / error) if error else None
+
+
+def ssim(reference: torch.Tensor, other: torch.Tensor, peak: float) -> float:
+    """Mean structural similarity, 1 for equal pictures.
+
+    Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment: from error visibility to structural similarity" (2004):
+    an 11 × 11 Gaussian window of sigma 1.5 wherever it fits whole, K1 = 0.01, K2 = 0.03, population moments; every
+    channel by itself. Pictures smaller than the window are seen through the largest odd one that fits.
+
+    Args:
+        reference: shape (count, channels, height, width), any floating dtype.
+        other: of the same shape.
+        peak: the range of values.
+    """
+    window = _gaussian(min(WINDOW, *(side - 1 + side % 2 for side in reference.shape[2:])))
+    x, y = (picture.double().flatten(0, 1).unsqueeze(1) for picture in (reference, other))
+    mean_x, mean_y = _blurred(x, window), _blurred(y, window)
+    variance_x = _blurred(x * x, window) - mean_x * mean_x
+    variance_y = _blurred(y * y, window) - mean_y * mean_y
+    covariance = _blurred(x * y, window) - mean_x * mean_y
+    c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
+    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    return (luminance * structure).mean().item()
+
+
+def _gaussian(side: int) -> torch.Tensor:
+    distance = torch.arange(side, dtype=torch.float64) - side // 2
+    weights = torch.exp(-distance.square() / (2 * WINDOW_SIGMA**2))
+    return weights / weights.sum()
+
+
+def _blurred(picture: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+    """Weighted means over every window that fits; `picture` has shape (count, 1, height, width)."""
+    return F.conv2d(F.conv2d(picture, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
