@@ -18,7 +18,7 @@ from ..nfq_core import NFQError, NFTensor, Settings
 from ..nfq_core.policy import plan_tensors
 from ..nfq_core.safefile import DTYPE_NAMES, Entry
 from ..nfq_core.state import StateDict, quantize_tensors
-from .host import MADE, Made, NodeProgress
+from .host import MADE, LayerProgress, Made, finite
 from .ops import NFOps, wrap
 from .patcher import NFModelPatcher, adopt, packed_layers
 from .recipe import Origin
@@ -34,7 +34,9 @@ BYPASS_LORA = "bypass_lora"
 _LAYERS = {torch.nn.Linear: NFOps.Linear, torch.nn.Conv2d: NFOps.Conv2d}
 
 
-def quantize_model(model: Any, settings: Settings, device: torch.device | None, origin: Origin) -> NFModelPatcher:
+def quantize_model(
+    model: Any, settings: Settings, device: torch.device | None, origin: Origin, node_id: str | None = None
+) -> NFModelPatcher:
     """Quantise a MODEL's UNet, its patches (LoRA, merges) baked in, into a new MODEL; the old one stays as it is.
 
     Args:
@@ -42,6 +44,7 @@ def quantize_model(model: Any, settings: Settings, device: torch.device | None, 
         settings: levels and effort.
         device: where to quantise; None: on the CPU.
         origin: what it came from, for the record.
+        node_id: the node to whose place on the page progress belongs.
 
     Raises:
         NFQError: the MODEL is no UNet of the SDXL family, is quantised or compiled already, or a LoRA of it cannot be
@@ -60,12 +63,16 @@ def quantize_model(model: Any, settings: Settings, device: torch.device | None, 
         info, plans = plan_tensors(entries, settings)
         if info is None or any(plan.format and key not in layers for key, plan in plans.items()):
             raise NFQError("this MODEL is no UNet of the SDXL family, which is what NFQuantizeUNet takes")
+
+        def told(key: str) -> dict[str, Any] | None:
+            return {"format": plans[key].format.id, "sqnr_db": finite(sqnr[key])} if key in sqnr else None
+
         tensors = quantize_tensors(
             entries,
             _baker(patches, device or torch.device("cpu")),
             settings,
             device=device or "cpu",
-            progress=NodeProgress(),
+            progress=LayerProgress(node_id, told),
             sqnr=sqnr,
         )
         packed = _packed_twin(model, tensors)

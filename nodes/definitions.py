@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+import secrets
 from typing import Any
 
 import comfy.model_management
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..nfq_core import NFQError, Settings
 from ..nfq_core.formats import LEVELS
-from . import bake, host, load, report, save
+from . import bake, compare, host, load, report, save
 from .recipe import missing_file, origin_in_graph
 
 CATEGORY = "NFQ"
 
+COMPARED = 8
+"""The most that NFCompare takes."""
+
 NOTHING = "(none)"
 """The choice of no file."""
+
+
+def _schema(*, search_aliases: list[str], **arguments: Any) -> io.Schema:
+    """A node's schema; hosts before 0.22 know no search aliases, and do not repeat what a cached node showed."""
+    newer = {"search_aliases": search_aliases, "has_intermediate_output": True}
+    known = {name: value for name, value in newer.items() if name in io.Schema.__dataclass_fields__}
+    return io.Schema(category=CATEGORY, **known, **arguments)
 
 
 def _file_input(name: str, folder: str) -> io.Combo.Input:
@@ -44,10 +55,16 @@ class NFQuantizedUNetLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """The node's inputs and outputs."""
-        return io.Schema(
+        return _schema(
             node_id="NFQuantizedUNetLoader",
+            search_aliases=[
+                "nfq loader",
+                "load quantized unet",
+                "unet loader nf4",
+                "gguf alternative",
+                "low vram sdxl",
+            ],
             display_name="Load NFQ Diffusion Model",
-            category=CATEGORY,
             description="Loads a quantised UNet, which stays packed in memory. LoRA, samplers and CFG work as ever.",
             inputs=[_file_input("unet_name", host.UNETS), _recipe_input()],
             outputs=[io.Model.Output()],
@@ -75,10 +92,10 @@ class NFQuantizedCheckpointLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """The node's inputs and outputs."""
-        return io.Schema(
+        return _schema(
             node_id="NFQuantizedCheckpointLoader",
+            search_aliases=["nfq checkpoint", "load quantized checkpoint", "low vram checkpoint"],
             display_name="Load NFQ Checkpoint",
-            category=CATEGORY,
             description="Loads a whole checkpoint whose UNet is quantised; CLIP and VAE are as they were.",
             inputs=[_file_input("ckpt_name", host.CHECKPOINTS), _recipe_input()],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
@@ -107,10 +124,10 @@ class NFQuantizeUNet(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         """The node's inputs and outputs."""
         levels = sorted(LEVELS, reverse=True)
-        return io.Schema(
+        return _schema(
             node_id="NFQuantizeUNet",
+            search_aliases=["quantise", "quantize model", "compress unet", "normalfloat", "nf4", "shrink sdxl"],
             display_name="NFQ Quantize UNet",
-            category=CATEGORY,
             description="Quantises a MODEL now. LoRAs and merges before this node are baked in; put others behind it.",
             inputs=[
                 io.Model.Input("model", tooltip="From any loader of fp16, bf16 or fp32 weights. It stays as it is."),
@@ -134,7 +151,7 @@ class NFQuantizeUNet(io.ComfyNode):
                     options=["auto", "cpu", "gpu"],
                     default="auto",
                     optional=True,
-                    tooltip="Where to quantise. auto is the CPU, which takes under a minute for SDXL.",
+                    tooltip="Where to quantise. auto is the CPU, which takes about a minute for SDXL.",
                 ),
                 io.Combo.Input(
                     "effort",
@@ -168,7 +185,8 @@ class NFQuantizeUNet(io.ComfyNode):
         settings = Settings(int(levels), int(conv_levels), effort, quantize_first_last)
         where = comfy.model_management.get_torch_device() if device == "gpu" else None
         origin = origin_in_graph(cls.hidden.prompt, cls.hidden.unique_id)
-        return io.NodeOutput(bake.quantize_model(model, settings, where, origin))
+        packed = bake.quantize_model(model, settings, where, origin, cls.hidden.unique_id)
+        return io.NodeOutput(packed, ui={"nfq": (report.model_facts(packed),)})
 
 
 class NFSaveCheckpoint(io.ComfyNode):
@@ -177,10 +195,10 @@ class NFSaveCheckpoint(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """The node's inputs and outputs."""
-        return io.Schema(
+        return _schema(
             node_id="NFSaveCheckpoint",
+            search_aliases=["save nfq", "save quantized model", "export nfq"],
             display_name="Save NFQ Checkpoint",
-            category=CATEGORY,
             description="Writes a quantised MODEL, alone or with CLIP and VAE, where the NFQ loaders list it.",
             inputs=[
                 io.Model.Input("model", tooltip="From NFQuantizeUNet or an NFQ loader, without a LoRA behind it."),
@@ -214,7 +232,7 @@ class NFSaveCheckpoint(io.ComfyNode):
         """Save."""
         workflow = (cls.hidden.extra_pnginfo or {}).get("workflow")
         path = save.save_model(model, clip, vae, filename_prefix, overwrite, workflow, cls.hidden.prompt)
-        return io.NodeOutput(ui={"text": (f"saved {path}",)})
+        return io.NodeOutput(ui={"text": (f"saved {host.output_name(path)}",)})
 
 
 class NFInspect(io.ComfyNode):
@@ -224,10 +242,10 @@ class NFInspect(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         """The node's inputs and outputs."""
         names = [f"{folder}/{name}" for folder in (host.UNETS, host.CHECKPOINTS) for name in host.file_names(folder)]
-        return io.Schema(
+        return _schema(
             node_id="NFInspect",
+            search_aliases=["nfq info", "bits per weight", "model size", "quantisation error"],
             display_name="NFQ Inspect",
-            category=CATEGORY,
             description="Tells bits per weight, size, and each layer's format and error, of a MODEL or of a file.",
             inputs=[
                 io.Model.Input("model", optional=True, tooltip="A quantised MODEL."),
@@ -262,7 +280,83 @@ class NFInspect(io.ComfyNode):
         else:
             raise NFQError("connect a MODEL to NFInspect, or choose a file")
         text = report.as_text(facts)
-        return io.NodeOutput(text, json.dumps(facts), ui={"text": (text,)})
+        return io.NodeOutput(text, json.dumps(facts), ui={"text": (text,), "nfq": (facts,)})
 
 
-NODES = [NFQuantizedUNetLoader, NFQuantizeUNet, NFSaveCheckpoint, NFQuantizedCheckpointLoader, NFInspect]
+class NFCompare(io.ComfyNode):
+    """Images or latents side by side, with PSNR and SSIM against the first."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        kinds = [io.Image, io.Latent]
+        others = [
+            io.MultiType.Input(
+                f"image_{number}",
+                types=kinds,
+                optional=number > 2,
+                tooltip="An image or a latent of the same size, sampled with the same seed.",
+            )
+            for number in range(2, COMPARED + 1)
+        ]
+        return _schema(
+            node_id="NFCompare",
+            search_aliases=["psnr", "ssim", "compare images", "side by side", "image difference", "xy plot"],
+            display_name="NFQ Compare",
+            description="Shows images or latents side by side, with PSNR and SSIM of each against the first.",
+            inputs=[
+                io.MultiType.Input(
+                    "image_1", types=kinds, tooltip="The reference, such as what the fp16 model draws: image or latent."
+                ),
+                *others,
+                io.Vae.Input("vae", optional=True, tooltip="Decodes latents, so that pictures are compared."),
+                io.String.Input(
+                    "labels",
+                    default="fp16\n16 levels",
+                    multiline=True,
+                    optional=True,
+                    tooltip="A label on each line, in the order of the inputs.",
+                ),
+                io.Int.Input(
+                    "side",
+                    default=512,
+                    min=64,
+                    max=2048,
+                    step=64,
+                    optional=True,
+                    tooltip="The longer side that each picture gets on the sheet, in pixels.",
+                ),
+            ],
+            outputs=[io.Image.Output("sheet", display_name="sheet"), io.String.Output("report", display_name="report")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, image_1: Any, vae: Any = None, labels: str = "", side: int = 512, **others: Any) -> io.NodeOutput:
+        """Compare."""
+        numbered = (f"image_{number}" for number in range(2, COMPARED + 1))
+        inputs = {"image_1": image_1} | {name: others[name] for name in numbered if others.get(name) is not None}
+        compared = compare.compare(inputs, labels, vae)
+        # As the host's own previews: a page that is still open must not find another picture under an old name.
+        prefix = f"nfq-compare-{secrets.token_hex(4)}"
+        shown = [
+            {
+                "label": one.label,
+                "psnr_db": one.psnr_db,
+                "ssim": one.ssim,
+                "pictures": ui.ImageSaveHelper.save_images(one.pictures, prefix, io.FolderType.temp, None, 1),
+            }
+            for one in compared
+        ]
+        text = compare.as_text(compared)
+        return io.NodeOutput(compare.sheet(compared, side), text, ui={"text": (text,), "nfq_compare": shown})
+
+
+NODES = [
+    NFQuantizedUNetLoader,
+    NFQuantizeUNet,
+    NFSaveCheckpoint,
+    NFQuantizedCheckpointLoader,
+    NFInspect,
+    NFCompare,
+]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
 import folder_paths
+from server import PromptServer
 
 from ..nfq_core import NFQError
 from ..nfq_core.container import Source
@@ -71,6 +74,12 @@ def file_path(folder: str, name: str) -> str:
     return path
 
 
+def output_name(path: str) -> str:
+    """A file that was written, as people name it: from the output folder on, with its size."""
+    name = os.path.relpath(path, folder_paths.get_output_directory())
+    return f"output/{_slashes(name)} ({os.path.getsize(path) / 1e6:,.0f} MB)"
+
+
 def fingerprint(folder: str, name: object) -> str:
     """Changes when the file does; empty for a file that is not there, or whose name another node will give."""
     known = listed_name(folder, name) if isinstance(name, str) else None
@@ -79,6 +88,11 @@ def fingerprint(folder: str, name: object) -> str:
         return ""
     facts = os.stat(path)
     return f"{path}|{facts.st_mtime_ns}|{facts.st_size}"
+
+
+def finite(decibels: float | None) -> float | None:
+    """A ratio for JSON, to a thousandth: None where it is infinite, or was not measured."""
+    return round(decibels, 3) if decibels is not None and math.isfinite(decibels) else None
 
 
 class NodeProgress:
@@ -93,3 +107,31 @@ class NodeProgress:
         if self._bar is None:
             self._bar = comfy.utils.ProgressBar(total)
         self._bar.update_absolute(done, total)
+
+
+class LayerProgress(NodeProgress):
+    """`NodeProgress` that also tells the page each layer as it is quantised, as often as one can read it."""
+
+    EVENT = "nfq.layer"
+    SECONDS = 0.1
+    """Least time between two events."""
+
+    def __init__(self, node_id: str | None, describe: Callable[[str], Mapping[str, Any] | None]) -> None:
+        """`describe` gives what the page is told of a tensor beside its name; None for one that is not worth it."""
+        super().__init__()
+        self._node_id, self._describe = node_id, describe
+        self._started, self._told = time.monotonic(), 0.0
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        """See `parallel.Progress`."""
+        super().__call__(done, total, name)
+        facts, now = self._describe(name), time.monotonic()
+        server = getattr(PromptServer, "instance", None)
+        # Without a client the host would tell every page, and none of them how the run ended.
+        client = getattr(server, "client_id", None)
+        if facts is None or client is None or now - self._told < self.SECONDS:
+            return
+        self._told = now
+        left = (now - self._started) * (total - done) / done
+        event = {"node": self._node_id, "done": done, "total": total, "name": name, "seconds_left": left, **facts}
+        server.send_sync(self.EVENT, event, client)

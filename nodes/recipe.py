@@ -21,6 +21,9 @@ from .host import CHECKPOINTS, SUFFIX, UNETS, file_path, listed_name
 LOADER_INPUTS = {"unet_name": UNETS, "ckpt_name": CHECKPOINTS, "model_name": "", "model_path": ""}
 """Inputs by which loaders, stock ones and others, name their file, and the host's folder it lies in, where known."""
 
+IMPORTED = "imported"
+"""The setting of files that were not quantised here, but converted from another format."""
+
 _CHUNK = 16 << 20
 
 
@@ -151,10 +154,13 @@ def missing_file(folder: str, name: object, recipe_text: str) -> str:
     changed = f", after {', '.join(baked)}" if baked else ""
     flags = " ".join(f"{key}={value}" for key, value in settings.items())
     with_settings = f" with {flags}" if flags else ""
+    if IMPORTED in settings:
+        return f"{there}. It was imported from {made_from}: run `nfq import-article` on that again"
     save_as = name[: -len(SUFFIX)]
+    companions = ", its CLIP and VAE connected too" if folder == CHECKPOINTS else ""
     return (
         f"{there}. It was made from {made_from}{changed}{with_settings}: load that with the stock loader, connect "
-        f"NFQuantizeUNet with these settings, and NFSaveCheckpoint with filename_prefix {save_as!r}"
+        f"NFQuantizeUNet with these settings, and NFSaveCheckpoint with filename_prefix {save_as!r}{companions}"
         + ("" if baked else "; or run `nfq quantize`")
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,23 +12,44 @@ import torch
 
 from ..nfq_core import NFQError
 from ..nfq_core.examine import file_info, sqnr_db
+from ..nfq_core.formats import format_by_id
 from .bake import UNET
-from .host import file_path, made
+from .host import file_path, finite, made
 from .ops import unwrap
 from .patcher import packed_layers
 
 
 def file_facts(folder: str, name: str) -> dict[str, Any]:
-    """`file_info` of a listed file, its name before it."""
-    return {"name": name, **file_info(file_path(folder, name))}
+    """`file_info` of a listed file, its name before it, and `fp16_bytes`: its size with quantised weights as fp16."""
+    info = file_info(file_path(folder, name))
+    stored = round(info["bits_per_weight"] * info["weights"] / 8)
+    return {"name": name, "fp16_bytes": info["file_bytes"] - stored + 2 * info["weights"], **info}
+
+
+def file_summary(folder: str, name: str) -> dict[str, Any]:
+    """`file_facts` in short: instead of `layers` there is `formats`, the weights in each, the most frequent first."""
+    facts = file_facts(folder, name)
+    weights: Counter[str] = Counter()
+    for layer in facts.pop("layers"):
+        weights[layer["format"]] += math.prod(layer["shape"])
+    formats = [
+        {"format": id, "levels": format_by_id(id).levels, "weights": count} for id, count in weights.most_common()
+    ]
+    return {**facts, "formats": formats}
 
 
 def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
-    """What a packed MODEL is: `settings`, `source`, `weights`, `packed_bits_per_weight`, `model_bytes` and `layers`.
+    """What a packed MODEL is, as JSON-ready objects.
 
     Args:
         model: a MODEL from one of our nodes.
         original: the MODEL that it was made from, to measure each layer's error against.
+
+    Returns:
+        `name` (of its file; empty where it was quantised in this graph), `settings`, `source`, `weights` (count of
+        quantised weights), `packed_bits_per_weight`, `model_bytes` (in memory), `fp16_bytes` (the same with its
+        quantised weights as fp16), `sqnr_db` (weight-count mean over layers, None where no error was measured) and
+        `layers` (each `name`, `format`, `shape`, `bits_per_weight`, `sqnr_db`).
 
     Raises:
         NFQError: the MODEL is not packed, or the original has other layers.
@@ -53,21 +75,30 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
                 "name": name,
                 "format": packed.format.id,
                 "shape": list(packed.shape),
-                "bits_per_weight": packed.bits_per_weight,
-                "sqnr_db": sqnr if sqnr is not None and math.isfinite(sqnr) else None,
+                "bits_per_weight": round(packed.bits_per_weight, 4),
+                "sqnr_db": finite(sqnr),
             }
         )
-    weights = sum(math.prod(layer["shape"]) for layer in layers)
-    bits = sum(math.prod(layer["shape"]) * layer["bits_per_weight"] for layer in layers)
+    counts = [math.prod(layer["shape"]) for layer in layers]
+    weights = sum(counts)
+    bits = sum(count * layer["bits_per_weight"] for count, layer in zip(counts, layers, strict=True))
     return {
-        "name": facts.file_name or "quantised in this graph",
+        "name": facts.file_name,
         "settings": dict(facts.settings),
         "source": {"name": facts.source.name, "sha256": facts.source.sha256},
         "weights": weights,
-        "packed_bits_per_weight": bits / weights,
+        "packed_bits_per_weight": bits / weights if weights else 0.0,
         "model_bytes": model.model_size(),
+        "fp16_bytes": model.model_size() + 2 * weights - int(bits / 8),
+        "sqnr_db": _mean_sqnr(layers),
         "layers": layers,
     }
+
+
+def _mean_sqnr(layers: list[dict[str, Any]]) -> float | None:
+    """Weight-count mean over the layers whose error is known, in dB."""
+    known = [(math.prod(layer["shape"]), layer["sqnr_db"]) for layer in layers if layer.get("sqnr_db") is not None]
+    return sum(weights * sqnr for weights, sqnr in known) / sum(weights for weights, _ in known) if known else None
 
 
 def as_text(facts: Mapping[str, Any]) -> str:
@@ -75,19 +106,16 @@ def as_text(facts: Mapping[str, Any]) -> str:
     values = {name: ", ".join(value) if isinstance(value, list) else value for name, value in facts["settings"].items()}
     settings = ", ".join(f"{name} {value}" for name, value in values.items())
     lines = [
-        facts["name"],
+        facts["name"] or "quantised in this graph",
         f"from {facts['source']['name'] or 'a model that is not recorded'}: {settings or 'settings not recorded'}",
         f"{facts['weights'] / 1e6:,.1f} million quantised weights at {facts['packed_bits_per_weight']:.3f} packed bits",
     ]
     if "file_bytes" in facts:
-        original = facts["original_bytes"]
-        lines.append(f"{facts['file_bytes'] / 1e9:,.3f} GB" + (f" of {original / 1e9:,.3f} GB" if original else ""))
+        lines.append(f"{facts['file_bytes'] / 1e9:,.3f} GB of {facts['fp16_bytes'] / 1e9:,.3f} GB as fp16")
     else:
         lines.append(f"{facts['model_bytes'] / 1e9:,.3f} GB in memory")
-    measured = [layer for layer in facts["layers"] if layer.get("sqnr_db") is not None]
-    if measured:
-        weights = [math.prod(layer["shape"]) for layer in measured]
-        mean = sum(w * layer["sqnr_db"] for w, layer in zip(weights, measured, strict=True)) / sum(weights)
+    mean = _mean_sqnr(facts["layers"])
+    if mean is not None:
         lines.append(f"{mean:.2f} dB mean signal-to-quantisation-noise ratio, more is better")
     for layer in facts["layers"]:
         error = f"  {layer['sqnr_db']:6.2f} dB" if layer.get("sqnr_db") is not None else ""

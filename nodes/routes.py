@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from aiohttp import web
 from server import PromptServer
 
 from ..nfq_core import NFQError
-from .host import CHECKPOINTS, UNETS
+from .host import CHECKPOINTS, SUFFIX, UNETS, file_path, listed_name
 from .recipe import recipe
+from .report import file_summary
 
-RECIPE = "/nfq/recipe"
+FILE = "/nfq/file"
 
 
-async def _recipe(request: web.Request) -> web.Response:
-    folder, name = request.query.get("folder", ""), request.query.get("name", "")
+async def _file(request: web.Request) -> web.Response:
+    status, told = await asyncio.to_thread(_about, request.query.get("folder", ""), request.query.get("name", ""))
+    return web.json_response(told, status=status)
+
+
+def _about(folder: str, name: str) -> tuple[int, dict[str, Any]]:
+    """An HTTP status, and what the page is told of a file: its recipe for the workflow, and facts for the reader."""
     if folder not in (UNETS, CHECKPOINTS):
-        return web.json_response({"error": f"folder must be {UNETS} or {CHECKPOINTS}"}, status=400)
+        return 400, {"error": f"folder must be {UNETS} or {CHECKPOINTS}"}
+    if listed_name(folder, name) is None:
+        return 404, {"error": f"{name!r} is no {SUFFIX} file in models/{folder}"}
     try:
-        return web.json_response(await asyncio.to_thread(recipe, folder, name))
+        return 200, {"recipe": recipe(folder, name), "facts": file_summary(folder, name)}
     except NFQError as error:
-        return web.json_response({"error": str(error)}, status=404)
+        # The page need not know where on this machine the file lies.
+        return 422, {"error": str(error).replace(file_path(folder, name), name)}
 
 
 def register() -> None:
-    """Add `GET /nfq/recipe?folder=…&name=…` to the host's server, where there is one that has none yet."""
+    """Add `GET /nfq/file?folder=…&name=…` to the host's server, where there is one that has none yet."""
     server = getattr(PromptServer, "instance", None)
-    if server is not None and not any(getattr(route, "path", "") == RECIPE for route in server.routes):
-        server.routes.get(RECIPE)(_recipe)
+    if server is not None and not any(getattr(route, "path", "") == FILE for route in server.routes):
+        server.routes.get(FILE)(_file)

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import MagicMock
 
 import pytest
@@ -39,6 +39,12 @@ class _Kind:
         return SimpleNamespace(**options)
 
 
+class _Schema(SimpleNamespace):
+    """`io.Schema`, as hosts have it that know search aliases."""
+
+    __dataclass_fields__: ClassVar = {"search_aliases": None}
+
+
 class _Casting:
     """`comfy.ops.manual_cast`."""
 
@@ -63,10 +69,11 @@ def _module(name: str, **members: Any) -> ModuleType:
 
 def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
     """Put the stub's modules in place of the host's; `models` holds its model folders."""
-    kinds = {name: _Kind for name in ("Boolean", "Clip", "Combo", "Model", "String", "Vae")}
-    schema = SimpleNamespace(**kinds, Hidden=MagicMock(), Schema=SimpleNamespace, ComfyNode=object)
+    names = ("Boolean", "Clip", "Combo", "Image", "Int", "Latent", "Model", "MultiType", "String", "Vae")
+    kinds = {name: _Kind for name in names}
+    schema = SimpleNamespace(**kinds, Hidden=MagicMock(), Schema=_Schema, ComfyNode=object)
 
-    def names(folder: str) -> list[str]:
+    def file_names(folder: str) -> list[str]:
         return sorted(path.relative_to(models / folder).as_posix() for path in (models / folder).rglob("*.safetensors"))
 
     def full_path(folder: str, name: str) -> str | None:
@@ -75,7 +82,7 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
 
     modules = [
         _module("comfyui_version", __version__="0.22.0"),
-        _module("folder_paths", get_filename_list=names, get_full_path=full_path),
+        _module("folder_paths", get_filename_list=file_names, get_full_path=full_path),
         _module("server", PromptServer=SimpleNamespace()),
         _module("aiohttp"),
         _module("comfy_api"),

@@ -61,10 +61,11 @@ INPUTS = {
     "NFQuantizeUNet": (["model"], ["levels", "conv_levels", "device", "effort", "quantize_first_last"]),
     "NFSaveCheckpoint": (["model"], ["clip", "vae", "filename_prefix", "overwrite"]),
     "NFInspect": ([], ["model", "original", "file_name"]),
+    "NFCompare": (["image_1", "image_2"], [*(f"image_{n}" for n in range(3, 9)), "vae", "labels", "side"]),
 }
 """What saved workflows depend on: inputs that a node needs, and those it may have, in their order."""
 
-SOCKETS = {"model", "original", "clip", "vae"}
+SOCKETS = {"model", "original", "clip", "vae", *(f"image_{number}" for number in range(1, 9))}
 
 
 def test_the_plugin_gives_the_nodes_of_the_contract(plugin: ModuleType) -> None:
@@ -75,7 +76,7 @@ def test_the_plugin_gives_the_nodes_of_the_contract(plugin: ModuleType) -> None:
         inputs = nodes[name].inputs
         assert [item.id for item in inputs if not item.optional] == needed
         assert [item.id for item in inputs if item.optional] == optional
-        assert nodes[name].category == "NFQ" and nodes[name].description
+        assert nodes[name].category == "NFQ" and nodes[name].description and len(nodes[name].search_aliases) > 2
         for item in inputs:
             assert item.options["tooltip"].strip()
             assert not item.optional or item.id in SOCKETS or "default" in item.options

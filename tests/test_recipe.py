@@ -78,6 +78,10 @@ def test_a_missing_file_is_explained(recipe: ModuleType) -> None:
     text = recipe.missing_file(UNETS, "x.nfq.safetensors", told(settings={"baked": ["LoRA b at 1"]}, source=""))
     assert "made from a model whose name is not recorded, after LoRA b at 1: load that" in text
     assert "nfq quantize" not in text
+    text = recipe.missing_file("checkpoints", "x.nfq.safetensors", told())
+    assert "with filename_prefix 'x', its CLIP and VAE connected too" in text
+    text = recipe.missing_file(UNETS, "x.nfq.safetensors", told(settings={"imported": "article"}))
+    assert "imported from 'a.safetensors'" in text and text.endswith("run `nfq import-article` on that again")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"settings": 3}', '{"settings": {}}'])

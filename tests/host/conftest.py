@@ -17,7 +17,7 @@ from nfq_core.unet_keys import SEGMIND_VEGA
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a host, or where the whole suite is run, these tests are skipped: they take a quarter of an hour."""
+    """Without a host, or where the whole suite is run, these tests are skipped: they take twenty minutes."""
     here = Path(__file__).parent
     ours = [item for item in items if here in item.path.parents]
     if not ours:

@@ -91,8 +91,11 @@ class Host:
                 self.process.wait()
 
     def get(self, path: str):
+        return json.loads(self.get_text(path))
+
+    def get_text(self, path: str) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
-            return json.load(answer)
+            return answer.read().decode()
 
     def post(self, path: str, body: dict) -> dict:
         request = urllib.request.Request(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import urllib.error
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def test_incomplete_and_unknown_models(host, base) -> None:
 
 def test_missing_file_is_explained(host) -> None:
     """The recipe that the page wrote into the workflow tells what to quantise, and how."""
-    recipe = host.get("/nfq/recipe?folder=diffusion_models&name=vega.nfq.safetensors")
+    recipe = host.get("/nfq/file?folder=diffusion_models&name=vega.nfq.safetensors")["recipe"]
     assert recipe["source"] == "vega.safetensors" and len(recipe["source_sha256"]) == 64
     inputs = {"unet_name": "gone.nfq.safetensors", "recipe": json.dumps(recipe)}
     model = {"class_type": "NFQuantizedUNetLoader", "inputs": inputs}
@@ -134,10 +135,38 @@ def test_missing_file_is_explained(host) -> None:
             host.run(sample({"model": model}, MODEL))
 
 
-@pytest.mark.parametrize("query", ["folder=loras&name=lora.safetensors", "folder=diffusion_models&name=../x", ""])
-def test_route_takes_listed_names_only(host, query: str) -> None:
-    with pytest.raises(OSError, match=r"40[04]"):
-        host.get(f"/nfq/recipe?{query}")
+@pytest.mark.parametrize(
+    ("query", "status"),
+    [
+        ("folder=loras&name=lora.safetensors", 400),
+        ("folder=diffusion_models&name=../diffusion_models/vega.nfq.safetensors", 404),
+        ("folder=diffusion_models&name=vega.safetensors", 404),
+        ("folder=checkpoints&name=vega.nfq.safetensors", 404),
+        ("", 400),
+    ],
+)
+def test_route_takes_listed_names_only(host, query: str, status: int) -> None:
+    with pytest.raises(urllib.error.HTTPError) as told:
+        host.get(f"/nfq/file?{query}")
+    assert told.value.code == status and json.load(told.value)["error"]
+
+
+def test_route_only_reads(host) -> None:
+    with pytest.raises(urllib.error.HTTPError) as told:
+        host.post("/nfq/file?folder=diffusion_models&name=vega.nfq.safetensors", {})
+    assert told.value.code == 405
+
+
+def test_route_tells_of_a_damaged_file(host, base) -> None:
+    bad = base / "models" / "diffusion_models" / "cut.nfq.safetensors"
+    bad.write_bytes((bad.parent / "vega.nfq.safetensors").read_bytes()[:1000])
+    try:
+        with pytest.raises(urllib.error.HTTPError) as told:
+            host.get(f"/nfq/file?folder=diffusion_models&name={bad.name}")
+        error = json.load(told.value)["error"]
+        assert told.value.code == 422 and error.startswith(f"{bad.name}: ") and str(base) not in error
+    finally:
+        bad.unlink()
 
 
 @pytest.mark.parametrize("stage", ["quantising", "saving"])

@@ -36,14 +36,17 @@ class Conditioning:
 
 
 class Image:
+    """A picture of noise; of NaN for a negative number."""
+
     CATEGORY, FUNCTION, RETURN_TYPES = "nfq test", "make", ("IMAGE",)
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"number": ("INT", {"default": 0})}}
+        return {"required": {"number": ("INT", {"default": 0, "min": -1})}}
 
     def make(self, number):
-        return (_random(number, 1, 64, 64, 3).sigmoid(),)
+        picture = _random(abs(number), 1, 64, 64, 3).sigmoid()
+        return (picture if number >= 0 else torch.full_like(picture, torch.nan),)
 
 
 def _control_network(model) -> torch.nn.Module:
