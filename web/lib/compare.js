@@ -1,0 +1,40 @@
+// NFCompare: the pictures side by side, each with its figures; hold one to see the reference in its place.
+
+import { api } from "../../../scripts/api.js";
+import { addPanel, element, onOutput } from "./dom.js";
+import { text } from "./text.js";
+
+const address = (picture) => api.apiURL(`/view?${new URLSearchParams(picture)}`);
+
+function figure(entry, reference) {
+  const pictures = entry.pictures.map((picture, index) => {
+    const own = address(picture);
+    const image = element("img", { src: own, alt: entry.label, draggable: false });
+    if (entry !== reference) {
+      image.title = text("hold");
+      image.addEventListener("pointerdown", () => (image.src = address(reference.pictures[index])));
+      for (const end of ["pointerup", "pointerleave", "pointercancel"]) image.addEventListener(end, () => (image.src = own));
+    }
+    return image;
+  });
+  const figures =
+    entry.ssim == null
+      ? text("reference")
+      : `${entry.psnr_db == null ? text("equal") : `${entry.psnr_db.toFixed(2)} dB`} · SSIM ${entry.ssim.toFixed(4)}`;
+  const caption = element(
+    "figcaption",
+    {},
+    element("p", { className: "nfq-strong" }, entry.label),
+    element("p", { className: "nfq-faint" }, figures),
+  );
+  return element("figure", {}, ...pictures, caption);
+}
+
+export function addFigures(node) {
+  const panel = addPanel(node, "compare");
+  onOutput(node, ({ nfq_compare: entries }) => {
+    if (!entries?.length) return;
+    const grid = element("div", { className: "nfq-figures" }, ...entries.map((entry) => figure(entry, entries[0])));
+    panel.replaceChildren(grid);
+  });
+}

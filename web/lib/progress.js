@@ -1,0 +1,58 @@
+// NFQuantizeUNet: what its settings are good for, and what it does while it works.
+
+import { api } from "../../../scripts/api.js";
+import { addPanel, after, element, findNode, whenPlaced } from "./dom.js";
+import { decibels, duration, text } from "./text.js";
+
+// What to call with each layer of a node, and with the word for its end.
+const reporters = new WeakMap();
+const running = new Set();
+
+export function listen() {
+  api.addEventListener("nfq.layer", ({ detail }) => {
+    reporters.get(findNode(detail.node))?.layer(detail);
+  });
+  for (const [event, word] of [
+    ["execution_interrupted", "interrupted"],
+    ["execution_error", "failed"],
+  ])
+    api.addEventListener(event, () => {
+      for (const reporter of running) reporter.end(word);
+      running.clear();
+    });
+}
+
+export function addProgress(node) {
+  const panel = addPanel(node, "progress");
+  const setting = (name) => node.widgets.find((widget) => widget.name === name);
+  const advice = () =>
+    panel.replaceChildren(
+      element("p", {}, text(`goodFor.${setting("levels").value}`)),
+      element("p", { className: "nfq-faint" }, text(`takes.${setting("effort").value}`)),
+    );
+  for (const name of ["levels", "effort"]) after(setting(name), "callback", advice);
+
+  const fill = element("div");
+  const name = element("p", { className: "nfq-layer" });
+  const facts = element("p", { className: "nfq-faint" });
+  const bar = [element("div", { className: "nfq-track" }, fill), name, facts];
+  const reporter = {
+    layer(detail) {
+      if (!running.has(reporter)) panel.replaceChildren(...bar);
+      running.add(reporter);
+      fill.style.width = `${(100 * detail.done) / detail.total}%`;
+      name.textContent = detail.name;
+      const left = text("left", { time: duration(detail.seconds_left) });
+      facts.textContent = `${detail.format} · ${decibels(detail.sqnr_db)} · ${left}`;
+    },
+    end(word) {
+      panel.replaceChildren(element("p", { className: "nfq-warning" }, text(word)));
+    },
+  };
+  reporters.set(node, reporter);
+  after(node, "onExecuted", () => {
+    running.delete(reporter);
+    advice();
+  });
+  whenPlaced(node, advice);
+}

@@ -1,0 +1,38 @@
+// Words in the user's language, from locales/*/main.json; numbers as people read them.
+
+import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
+
+const FALLBACK = "en";
+let languages = {};
+
+export async function loadText() {
+  const answer = await api.fetchApi("/i18n");
+  const all = answer.ok ? await answer.json() : {};
+  languages = Object.fromEntries(Object.entries(all).map(([language, words]) => [language, words.nfq ?? {}]));
+}
+
+// The words named `key`, each {name} in them replaced by values.name.
+export function text(key, values = {}) {
+  const locale = app.ui.settings.getSettingValue("Comfy.Locale") ?? FALLBACK;
+  const words = languages[locale]?.[key] ?? languages[FALLBACK]?.[key] ?? key;
+  return words.replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
+}
+
+export function size(bytes) {
+  const [unit, name] = bytes >= 1e9 ? [1e9, "GB"] : bytes >= 1e6 ? [1e6, "MB"] : [1e3, "kB"];
+  return `${(bytes / unit).toFixed(2)} ${name}`;
+}
+
+export function decibels(value) {
+  return value == null ? "–" : `${value.toFixed(2)} dB`;
+}
+
+export function percent(part, whole) {
+  return `${Math.round((100 * part) / whole)} %`;
+}
+
+export function duration(seconds) {
+  const whole = Math.ceil(seconds);
+  return whole < 60 ? `${whole} s` : `${Math.floor(whole / 60)} min ${String(whole % 60).padStart(2, "0")} s`;
+}
