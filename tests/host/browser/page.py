@@ -1,0 +1,151 @@
+"""The host's page in a headless browser, driven as a user does where that is possible, through its graph otherwise."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from driver import Host
+from playwright.sync_api import Browser, Locator, expect
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+OPEN_MS = 180_000
+SHOW_MS = 60_000
+
+HOSTILE = '<img src=x onerror="window.hacked=1">'
+"""What must never become an element."""
+
+APP = "const app = window.app ?? window.comfyAPI.app.app;"
+READY = """() => {
+  const app = window.app ?? window.comfyAPI?.app?.app;
+  return app?.graph && window.LiteGraph?.registered_node_types.NFQuantizeUNet;
+}"""
+
+BUILD = """
+app.graph.clear();
+app.nodeOutputs = {};
+// Nodes 2.0 takes a node of the same number in the same frame for the old one.
+await new Promise((next) => setTimeout(next, 200));
+const made = {};
+for (const [name, spec] of Object.entries(argument)) {
+  const node = LiteGraph.createNode(spec.type);
+  if (!node) throw new Error(`the page knows no ${spec.type}`);
+  node.pos = spec.at;
+  for (const [widget, value] of Object.entries(spec.values ?? {}))
+    node.widgets.find((each) => each.name === widget).value = value;
+  app.graph.add(node);
+  made[name] = node;
+}
+for (const [name, spec] of Object.entries(argument))
+  for (const [input, [from, output]] of Object.entries(spec.links ?? {})) {
+    const slot = made[name].inputs.findIndex((each) => each.name === input);
+    if (slot < 0) throw new Error(`${spec.type} has no input ${input}`);
+    made[from].connect(output, made[name], slot);
+  }
+app.canvas.ds.offset = [60, 60];
+app.canvas.ds.scale = 0.8;
+app.canvas.setDirty(true, true);
+"""
+
+DROP = """
+const bytes = Uint8Array.from(atob(argument.data), (letter) => letter.charCodeAt(0));
+const transfer = new DataTransfer();
+transfer.items.add(new File([bytes], argument.name));
+const at = { clientX: 700, clientY: 600, bubbles: true, cancelable: true, dataTransfer: transfer };
+document.querySelector("#graph-canvas").dispatchEvent(new DragEvent("drop", at));
+"""
+
+
+class Page:
+    """A page of a running host, in the classic canvas or in Nodes 2.0."""
+
+    def __init__(self, browser: Browser, host: Host, *, nodes2: bool = False, locale: str = "en") -> None:
+        self.host, self.name = host, "nodes2" if nodes2 else "classic"
+        self.tab = browser.new_page(viewport={"width": 1600, "height": 1000}, accept_downloads=True)
+        self.errors: list[str] = []
+        self.tab.on("pageerror", lambda error: self.errors.append(error.stack or str(error)))
+        # The host catches what an extension throws, and tells the console.
+        self.tab.on("console", lambda line: line.type == "error" and self.errors.append(line.text))
+        settings = {
+            "Comfy.VueNodes.Enabled": nodes2,
+            "Comfy.TutorialCompleted": True,
+            "Comfy.Locale": locale,
+            # A toast of the host's own would cover what is looked at.
+            "Comfy.Workflow.ShowMissingModelsWarning": False,
+        }
+        host.post("/settings", settings)
+        self.tab.goto(f"http://127.0.0.1:{host.port}/", timeout=OPEN_MS)
+        self.tab.wait_for_function(READY, timeout=OPEN_MS)
+        self.tab.wait_for_load_state("networkidle")
+        self.tab.keyboard.press("Escape")
+
+    def close(self) -> None:
+        self.tab.close()
+
+    def script(self, body: str, argument: Any = None) -> Any:
+        """Run JavaScript with the host's `app`, and `argument`."""
+        return self.tab.evaluate(f"async (argument) => {{ {APP} {body} }}", argument)
+
+    def build(self, **nodes: dict) -> None:
+        """Replace the graph: `type`, `at`, and where wanted `values` by widget, `links` by input, of each node."""
+        self.script(BUILD, nodes)
+
+    def set(self, type: str, widget: str, value: Any) -> None:
+        """Change a widget of the first node of a type, as its control does."""
+        self.script(
+            """const node = app.graph._nodes.find((each) => each.type === argument[0]);
+            const widget = node.widgets.find((each) => each.name === argument[1]);
+            widget.value = argument[2];
+            widget.callback?.(argument[2], app.canvas, node);""",
+            [type, widget, value],
+        )
+
+    def open(self, workflow: dict) -> None:
+        self.script("await app.loadGraphData(argument);", workflow)
+
+    def workflow(self) -> dict:
+        return json.loads(self.script("return JSON.stringify(app.graph.serialize());"))
+
+    def types(self) -> list[str]:
+        return sorted(node["type"] for node in self.workflow()["nodes"])
+
+    def queue(self) -> str:
+        """Press the page's button; returns the prompt's id."""
+        with self.tab.expect_response(lambda answer: answer.url.endswith("/api/prompt")) as got:
+            self.tab.get_by_test_id("queue-button").first.click()
+        return got.value.json()["prompt_id"]
+
+    def run(self) -> dict:
+        return self.host.wait(self.queue())
+
+    def drop(self, path: Path, bytes_read: int = 4 << 20) -> None:
+        """Drop a file on the canvas; the page reads no more than its first four mebibytes."""
+        with path.open("rb") as file:
+            data = base64.b64encode(file.read(bytes_read)).decode()
+        self.script(DROP, {"name": path.name, "data": data})
+
+    def panel(self, name: str) -> Locator:
+        """What we add to a node: `facts`, `progress`, `chart`, `compare`."""
+        return self.tab.locator(f".nfq-{name} .nfq-content")
+
+    def shows(self, panel: str, *words: str) -> None:
+        for word in words:
+            expect(self.panel(panel)).to_contain_text(word, timeout=SHOW_MS)
+
+    def shot(self, name: str) -> None:
+        """Keep a picture of the page in NFQ_SCREENSHOTS, where that names a folder."""
+        folder = os.environ.get("NFQ_SCREENSHOTS")
+        if folder:
+            self.tab.wait_for_timeout(500)
+            self.tab.screenshot(path=Path(folder) / f"{self.name}-{name}.png")

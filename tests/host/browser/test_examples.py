@@ -1,0 +1,155 @@
+"""The example workflows: each opens in both canvases, and runs on random weights of Segmind Vega's size."""
+
+from __future__ import annotations
+
+import json
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from graphs import ORIGINAL
+from page import Page
+from PIL import Image
+from playwright.sync_api import expect
+
+from nfq_core.convert import quantize_file
+
+EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "example_workflows").glob("*.json"))
+
+SMALLER = {"width": 64, "height": 64, "steps": 1, "side": 64}
+"""Widgets that are set so that a run takes seconds."""
+
+FILES = """
+for (const node of app.graph._nodes) for (const widget of node.widgets ?? []) {
+  const value = argument[`${node.type}.${widget.name}`] ?? argument[widget.name];
+  if (value !== undefined) {
+    widget.value = value;
+    widget.callback?.(value, app.canvas, node);
+  }
+}
+"""
+
+
+def test_there_are_five() -> None:
+    assert len(EXAMPLES) == 5
+
+
+@pytest.fixture(scope="module")
+def files(host, base) -> dict:
+    """Stock and packed files of one random model, by the widgets that name them."""
+    made = {"model": ORIGINAL, "companions": {"class_type": "NFQTestCompanions", "inputs": {}}}
+    both = {"clip": ["companions", 0], "vae": ["companions", 1]}
+    for kind, inputs, prefix in (
+        ("CheckpointSave", {"model": ["model", 0], **both}, "checkpoints/example"),
+        ("CLIPSave", {"clip": both["clip"]}, "clip/example"),
+        ("VAESave", {"vae": both["vae"]}, "vae/example"),
+    ):
+        made[kind] = {"class_type": kind, "inputs": {**inputs, "filename_prefix": prefix}}
+    host.run(made)
+    host.free()
+    checkpoint = host.output / "checkpoints" / "example_00001_.safetensors"
+    quantize_file(checkpoint, base / "models" / "checkpoints" / "example.nfq.safetensors")
+    clips = [name for name in host.options("DualCLIPLoader", "clip_name1") if name.startswith("example")]
+    return {
+        **SMALLER,
+        "ckpt_name": checkpoint.name,
+        "NFQuantizedCheckpointLoader.ckpt_name": "example.nfq.safetensors",
+        "unet_name": "vega.nfq.safetensors",
+        "lora_name": "lora.safetensors",
+        "clip_name1": next(name for name in clips if "clip_l" in name),
+        "clip_name2": next(name for name in clips if "clip_g" in name),
+        "vae_name": next(name for name in host.options("VAELoader", "vae_name") if name.startswith("example")),
+    }
+
+
+def opened(page: Page, example: Path) -> None:
+    """Open an example as the host's list of templates serves it."""
+    served = page.host.get(f"/api/workflow_templates/ComfyUI-NFQ/{urllib.parse.quote(example.name)}")
+    assert served == json.loads(example.read_text("utf-8"))
+    page.open(served)
+    page.tab.wait_for_timeout(500)
+    assert page.types() == sorted(node["type"] for node in served["nodes"])
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem.partition(" ")[0])
+def test_an_example_opens_without_missing_nodes(page: Page, example: Path) -> None:
+    assert example.stem in page.host.get("/workflow_templates")["ComfyUI-NFQ"]
+    opened(page, example)
+    unknown = page.script(
+        "return app.graph._nodes.map((node) => node.type)"
+        ".filter((type) => !LiteGraph.registered_node_types[type] && type !== 'MarkdownNote');"
+    )
+    assert unknown == []
+    expect(page.tab.get_by_text("Missing Node", exact=False)).to_have_count(0)
+    page.shot(f"example{example.stem[0]}")
+
+
+def example_number(number: int) -> Path:
+    return next(path for path in EXAMPLES if path.stem.startswith(str(number)))
+
+
+def run_example(page: Page, files: dict, number: int, **also) -> dict:
+    """Run an example with the files at hand; returns the outputs by node type."""
+    opened(page, example_number(number))
+    page.script(FILES, files | also)
+    outputs = page.run()
+    types = {str(node["id"]): node["type"] for node in page.workflow()["nodes"]}
+    page.shot(f"ran{number}")
+    return {types[node]: output for node, output in outputs.items()}
+
+
+def picture(page: Page, outputs: dict) -> Image.Image:
+    saved = outputs["SaveImage"]["images"][0]
+    return Image.open(page.host.output / saved["subfolder"] / saved["filename"])
+
+
+@pytest.fixture(scope="module")
+def classic(browser, host) -> Iterator[Page]:
+    """What runs is the same in both canvases."""
+    page = Page(browser, host)
+    yield page
+    page.close()
+
+
+def test_quantise_and_save(classic: Page, files: dict) -> None:
+    outputs = run_example(classic, files, 1, filename_prefix="examples/one")
+    assert "dB mean" in outputs["NFInspect"]["text"][0]
+    assert (classic.host.output / "diffusion_models" / "examples" / "one.nfq.safetensors").exists()
+    classic.host.free()
+
+
+def test_load_and_sample(classic: Page, files: dict) -> None:
+    assert picture(classic, run_example(classic, files, 2)).size == (64, 64)
+    classic.host.free()
+
+
+def test_whole_checkpoint(classic: Page, files: dict) -> None:
+    run_example(classic, files, 3, filename_prefix="examples/three")
+    assert (classic.host.output / "checkpoints" / "examples" / "three.nfq.safetensors").exists()
+    # As its note says: choose the new file, un-mute the lower part.
+    classic.script("for (const node of app.graph._nodes) node.mode = 0;")
+    classic.set("NFQuantizedCheckpointLoader", "ckpt_name", "examples/three.nfq.safetensors")
+    classic.set("NFSaveCheckpoint", "overwrite", True)
+    classic.set("SaveImage", "filename_prefix", "three")
+    classic.run()
+    assert list(classic.host.output.glob("three*.png"))
+    classic.host.free()
+
+
+def test_lora(classic: Page, files: dict) -> None:
+    with_lora = picture(classic, run_example(classic, files, 4)).tobytes()
+    without = picture(classic, run_example(classic, files, 4, strength_model=0.0, strength_clip=0.0)).tobytes()
+    assert with_lora != without
+    classic.host.free()
+
+
+def test_five_levels_side_by_side(classic: Page, files: dict) -> None:
+    outputs = run_example(classic, files, 5)
+    figures = outputs["NFCompare"]["nfq_compare"]
+    assert [each["label"] for each in figures] == ["fp16", *(f"{n} levels" for n in (32, 24, 16, 12, 7))]
+    assert figures[0]["ssim"] is None
+    ratios = [each["psnr_db"] for each in figures[1:]]
+    assert ratios == sorted(ratios, reverse=True), ratios
+    assert picture(classic, outputs).width > 6 * 64
+    classic.host.free()
