@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from . import convert, examine
+from . import backends, convert, examine
 from .article_import import import_article
 from .codebook import EFFORTS
 from .errors import NFQError
@@ -84,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("info", _info, "tell what an .nfq.safetensors file is")
     sub.add_argument("file", metavar="F", help=CONTAINER)
+
+    command("backends", _backends, "tell which code decodes on each device of this machine, and why")
 
     sub = command("verify", _verify, "check every checksum and bound of an .nfq.safetensors file")
     sub.add_argument("file", metavar="F", help=CONTAINER)
@@ -159,6 +161,13 @@ def _info(options: argparse.Namespace) -> int:
         f"workflow      {'embedded' if info['has_workflow'] else 'none'}",
     ]
     return _show(options, info, "\n".join(lines))
+
+
+def _backends(options: argparse.Namespace) -> int:
+    found = backends.available()
+    facts = {device: {"backend": backend.name, "reason": backend.reason} for device, backend in found.items()}
+    lines = [f"{device:<8} {backend.name:<7} {backend.reason}" for device, backend in found.items()]
+    return _show(options, facts, "\n".join(lines))
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ A format is geometry only. The levels themselves travel in every packed buffer, 
 
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import torch
@@ -147,8 +147,9 @@ def check_scale_parameters(exponent: int, stride: int) -> None:
         raise ValueError(f"scale exponents {exponent} … {top} leave the normal fp16 range")
 
 
+@lru_cache(256)
 def scale_table(exponent: int, stride: int) -> torch.Tensor:
-    """All 256 scales that a scale code can name, as fp16, shape (256,).
+    """All 256 scales that a scale code can name, as fp16, shape (256,); shared, not to be written to.
 
     Code 0 and 128 are zero. Code c in 1 … 127 is ``2**exponent * 2**((c - 1) * stride / 16)`` in the rounding of
     SCALE_MANTISSAS; bit 7 negates it.
@@ -157,9 +158,20 @@ def scale_table(exponent: int, stride: int) -> torch.Tensor:
         ValueError: the table would leave the normal fp16 range, or the stride is not one of SCALE_STRIDES.
     """
     check_scale_parameters(exponent, stride)
-    steps = torch.arange(SCALE_MAGNITUDES, dtype=torch.int32) * stride
-    mantissas = torch.tensor(SCALE_MANTISSAS, dtype=torch.int32)
+    return unchecked_scale_table(torch.tensor(exponent), torch.tensor(stride))
+
+
+def unchecked_scale_table(exponent: torch.Tensor, stride: torch.Tensor) -> torch.Tensor:
+    """`scale_table` where the parameters lie, integers of shape (), without waiting for their device."""
+    steps = torch.arange(SCALE_MAGNITUDES, dtype=torch.int32, device=exponent.device) * stride
+    mantissas = scale_mantissas(exponent.device)
     bits = (exponent + 15 + steps // SCALE_STEPS_PER_OCTAVE) * 1024 + mantissas[steps % SCALE_STEPS_PER_OCTAVE]
-    zero = torch.zeros(1, dtype=torch.int32)
+    zero = bits.new_zeros(1)
     both_signs = torch.cat([zero, bits, zero, bits - 0x8000])
     return both_signs.to(torch.int16).view(torch.float16)
+
+
+@lru_cache(64)
+def scale_mantissas(device: torch.device) -> torch.Tensor:
+    """SCALE_MANTISSAS as int32 of shape (16,); shared, not to be written to."""
+    return torch.tensor(SCALE_MANTISSAS, dtype=torch.int32, device=device)

@@ -1,15 +1,24 @@
 """The decode, defined exactly: ``fp16(fp32(level) * fp32(scale))``.
 
-With fp16 scales the product is exact in fp32, so there is one rounding. This module is the reference in torch, for any
+With fp16 scales the product is exact in fp32, so there is one rounding. This module decodes in plain torch, on any
 device; other back-ends must return the same bits.
+
+A chunk goes through three steps: codes, four at a time in the bytes of int32 words; pairs of neighbouring codes through
+a table of pairs of levels; one multiplication by the scales of the blocks.
 """
+
+from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 
-from .formats import BLOCK, SUPERBLOCK, BlockFormat, Scales, scale_table
+from .formats import BLOCK, SUPERBLOCK, BlockFormat, Scales, scale_table, unchecked_scale_table
 
-CHUNK_GROUPS = 1024
-"""Groups decoded at once: few enough for the temporaries to stay in cache, enough to hide the cost of calls."""
+CHUNK_WEIGHTS = {"cpu": 1 << 17}
+"""Weights decoded at once by type of device: few enough for the temporaries to stay in a CPU's cache."""
+
+CHUNK_WEIGHTS_ELSEWHERE = 1 << 24
 
 
 def head_levels(data: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
@@ -27,12 +36,17 @@ def block_scales(data: torch.Tensor, fmt: BlockFormat, weights: int) -> torch.Te
     """The scale of each block of a packed buffer, shape (blocks,): fp16, or fp32 for the article's formats.
 
     Raises:
-        ValueError: the head's scale parameters are out of bounds.
+        ValueError: the head's scale parameters are out of bounds. Only a CPU's are looked at: another device would have
+            to be waited for.
     """
     sections = fmt.sections(weights)
     codes = data[sections.block_scales : sections.end]
     if fmt.scales is Scales.LOGARITHMIC:
-        return scale_table(*scale_parameters(data, fmt)).to(data.device).index_select(0, codes.int())
+        if data.device.type == "cpu":
+            table = scale_table(*scale_parameters(data, fmt))
+        else:
+            table = unchecked_scale_table(*data[2 * fmt.levels : 2 * fmt.levels + 2].view(torch.int8).int())
+        return table.index_select(0, codes.int())
     largest = data[sections.superblock_scales : sections.block_scales].view(torch.float32)
     per_block = largest.repeat_interleave(SUPERBLOCK)[: len(codes)]
     return per_block * codes.float().clamp(min=1e-12) / 255.0
@@ -50,68 +64,110 @@ def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> 
     weights = out.numel()
     flat = out.view(-1)
     sections = fmt.sections(weights)
-    scales = block_scales(data, fmt, weights)
-    coarse = data[sections.coarse : sections.fine].view(-1, BLOCK)
-    fine = data[sections.fine : sections.superblock_scales].view(-1, BLOCK)
-    tables = _level_tables(head_levels(data, fmt), fmt)
-    chunk = fmt.blocks_per_group * CHUNK_GROUPS
+    scales = block_scales(data, fmt, weights).unsqueeze(1)
+    coarse = _words(data[sections.coarse : sections.fine])
+    fine = _words(data[sections.fine : sections.superblock_scales])
+    levels = head_levels(data, fmt)
+    pairs = levels.index_select(0, _pair_codes(fmt, data.device)).view(torch.int32)
+    group = fmt.blocks_per_group
+    chunk = max(1, CHUNK_WEIGHTS.get(data.device.type, CHUNK_WEIGHTS_ELSEWHERE) // BLOCK // group) * group
+    buffers = _Buffers(min(chunk, -(-len(scales) // group) * group), fmt, data.device)
     for first in range(0, len(scales), chunk):
         blocks = min(chunk, len(scales) - first)
-        values = _decode_blocks(coarse, fine, scales, tables, fmt, first, blocks)
+        values = buffers.decode(coarse, fine, pairs, first, blocks)
         start = first * BLOCK
-        flat[start : start + blocks * BLOCK].copy_(values.view(-1)[: weights - start])
+        part = flat[start : start + blocks * BLOCK]
+        if out.dtype == torch.float16 and len(part) == blocks * BLOCK:
+            torch.mul(values, scales[first : first + blocks], out=part.view(blocks, BLOCK))
+        else:
+            scaled = torch.mul(values, scales[first : first + blocks], out=torch.empty_like(values))
+            part.copy_(scaled.view(-1)[: len(part)])
 
 
-def _level_tables(levels: torch.Tensor, fmt: BlockFormat) -> list[torch.Tensor]:
-    """For each digit of a coarse byte, the level named by index ``byte + 256 * fine``, fp16.
+def _words(plane: torch.Tensor) -> torch.Tensor:
+    """A plane's groups as rows of sixteen int32 words."""
+    return plane.view(torch.int32).view(-1, BLOCK // 4)
 
-    Bytes and codes that no writer makes name some level too: a damaged buffer decodes to wrong weights, never beyond
-    the table.
+
+@lru_cache(16)
+def _pair_codes(fmt: BlockFormat, device: torch.device) -> torch.Tensor:
+    """For every pair of code bytes (see `_Buffers.decode`), read as one number, the two codes: int32, flat.
+
+    Bytes that no writer makes name some level too: a damaged buffer decodes to wrong weights, never beyond the table.
     """
-    index = torch.arange(256 << fmt.fine_bits, device=levels.device)
-    byte, fine = index & 255, index >> 8
-    tables = []
-    for place in range(fmt.coarse_digits):
-        digit = byte // fmt.coarse_radix**place % fmt.coarse_radix
-        code = (digit << fmt.fine_bits) | fine
-        tables.append(levels.index_select(0, code.clamp(max=fmt.levels - 1)))
-    return tables
+    span = _coarse_span(fmt)
+    largest = (span << fmt.fine_bits) - 1
+    number = torch.arange((largest << 8) + largest + 1, dtype=torch.int32, device=device)
+    byte = torch.stack([number & 255, number >> 8], dim=1)
+    code = (byte % span << fmt.fine_bits) | (byte // span)
+    return code.clamp_(max=fmt.levels - 1).view(-1)
 
 
-def _decode_blocks(
-    coarse: torch.Tensor,
-    fine: torch.Tensor,
-    scales: torch.Tensor,
-    tables: list[torch.Tensor],
-    fmt: BlockFormat,
-    first: int,
-    blocks: int,
-) -> torch.Tensor:
-    """Decode `blocks` blocks from block `first`, a multiple of `fmt.blocks_per_group`; fp16 of shape (blocks, 64)."""
-    digits = fmt.coarse_digits
+def _coarse_span(fmt: BlockFormat) -> int:
+    """One more than the largest coarse digit that `_Buffers` can read from any byte: a power of two."""
+    return 1 << (fmt.coarse_radix - 1).bit_length()
+
+
+@lru_cache(64)
+def _shifts(step: int, count: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(0, step * count, step, dtype=torch.int32, device=device).unsqueeze(1)
+
+
+class _Buffers:
+    """Temporaries of a call, used again for every chunk."""
+
+    def __init__(self, blocks: int, fmt: BlockFormat, device: torch.device) -> None:
+        self._format = fmt
+        words = BLOCK // 4
+        self._codes = torch.empty(blocks, words, dtype=torch.int32, device=device)
+        self._fine = torch.empty(blocks if fmt.fine_bits else 0, words, dtype=torch.int32, device=device)
+        self._index = torch.empty(blocks * BLOCK // 2, dtype=torch.int32, device=device)
+        self._pairs = torch.empty(blocks * BLOCK // 2, dtype=torch.int32, device=device)
+
+    def decode(
+        self, coarse: torch.Tensor, fine: torch.Tensor, pairs: torch.Tensor, first: int, blocks: int
+    ) -> torch.Tensor:
+        """Levels of `blocks` blocks from block `first`, the first of a group; fp16 of shape (blocks, 64).
+
+        A code byte is ``coarse + span * fine``: one operation, where shifting would take two.
+        """
+        fmt = self._format
+        _split(coarse, fmt.coarse_radix, fmt.coarse_digits, first, blocks, self._codes)
+        codes = self._codes[:blocks]
+        if fmt.fine_bits:
+            _split(fine, 1 << fmt.fine_bits, fmt.fine_digits, first, blocks, self._fine)
+            codes.add_(self._fine[:blocks], alpha=_coarse_span(fmt))
+        index = self._index[: blocks * BLOCK // 2]
+        index.copy_(codes.view(torch.int16).view(-1))
+        values = torch.index_select(pairs, 0, index, out=self._pairs[: blocks * BLOCK // 2])
+        return values.view(torch.float16).view(blocks, BLOCK)
+
+
+def _split(plane: torch.Tensor, radix: int, digits: int, first: int, blocks: int, out: torch.Tensor) -> None:
+    """Split the bytes of a plane's groups, four in each int32 word, into digits, a row of `out` for each block.
+
+    Args:
+        plane: int32 of shape (groups, 16).
+        radix: 6, or a power of two.
+        digits: digits in a byte.
+        first: a block that begins a group.
+        blocks: how many.
+        out: int32 of shape (at least the blocks of whole groups, 16).
+    """
     groups = -(-blocks // digits)
-    index = coarse[first // digits : first // digits + groups].int()[:, None, :]
-    if fmt.fine_bits:
-        index = index + (_fine_bits(fine, fmt, first, groups * digits).int() << 8)
-    padded_scales = scales.new_zeros(groups * digits)
-    padded_scales[:blocks] = scales[first : first + blocks]
-    padded_scales = padded_scales.view(groups, digits, 1)
-    values = torch.empty(groups, digits, BLOCK, dtype=torch.float16, device=coarse.device)
-    for place, table in enumerate(tables):
-        rows = index[:, place if fmt.fine_bits else 0]
-        level = table.index_select(0, rows.reshape(-1)).view(groups, BLOCK)
-        torch.mul(level, padded_scales[:, place], out=values[:, place])
-    return values.view(-1, BLOCK)
-
-
-def _fine_bits(fine: torch.Tensor, fmt: BlockFormat, first: int, blocks: int) -> torch.Tensor:
-    """The fine digits of `blocks` blocks from block `first`, uint8 of shape (groups, coarse_digits, 64)."""
-    per_byte = fmt.fine_digits
-    groups = -(-blocks // per_byte)
-    rows = fine[first // per_byte : first // per_byte + groups]
-    shifts = torch.arange(0, 8, fmt.fine_bits, dtype=torch.uint8, device=fine.device)
-    digits = (rows[:, None, :] >> shifts[:, None]) & ((1 << fmt.fine_bits) - 1)
-    digits = digits.view(-1, BLOCK)
-    if len(digits) < blocks:
-        digits = torch.nn.functional.pad(digits, (0, 0, 0, blocks - len(digits)))
-    return digits[:blocks].view(-1, fmt.coarse_digits, BLOCK)
+    words = plane[first // digits : first // digits + groups].unsqueeze(1)
+    rows = out[: groups * digits].view(groups, digits, -1)
+    if radix != 6:
+        bits = radix.bit_length() - 1
+        torch.bitwise_right_shift(words, _shifts(bits, digits, plane.device), out=rows)
+        rows.bitwise_and_((radix - 1) * 0x01010101)
+        return
+    # Even and odd bytes apart, so that each has sixteen bits to be multiplied in.
+    rest = torch.bitwise_right_shift(words, _shifts(8, 2, plane.device)).bitwise_and_(0x00FF00FF)
+    for place in range(digits):
+        digit, rest = rest, rest
+        if place < digits - 1:
+            # A sixth, rounded down: 171 / 1024 is exact enough below 256.
+            rest = (digit * 171).bitwise_right_shift_(10).bitwise_and_(0x003F003F)
+            digit = digit.sub_(rest, alpha=6)
+        torch.add(digit[:, 0], digit[:, 1], alpha=256, out=rows[:, place])

@@ -7,9 +7,10 @@ from math import prod
 
 import torch
 
+from .backends import dequantize_into
 from .errors import CorruptFileError
 from .formats import BLOCK, BlockFormat, Scales, check_scale_parameters
-from .kernels import dequantize_into, head_levels, scale_parameters
+from .kernels import head_levels, scale_parameters
 from .packing import unpack_codes
 
 QUANTIZABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from reference import pack_plane, parse
 
+from nfq_core.formats import format_by_id
 from nfq_core.unet_keys import UNetArchitecture
 
 TINY = UNetArchitecture(
@@ -30,3 +33,25 @@ SMALL_MODEL = {
     "conv.weight": random_half(16, 16, 3, 3, seed=1),
     "norm.bias": random_half(7, seed=2),
 }
+
+
+def random_buffer(format_id: str, weights: int, seed: int = 0) -> torch.Tensor:
+    """A packed buffer of the format with random levels, codes and scales, every scale code among them."""
+    rng = np.random.default_rng(seed)
+    fmt = format_by_id(format_id)
+    article, levels = parse(format_id)
+    sections, blocks = fmt.sections(weights), -(-weights // 64)
+    codes = rng.integers(0, levels, (blocks, 64))
+    data = np.zeros(sections.end, dtype=np.uint8)
+    data[: 2 * levels].view(np.float16)[:] = rng.uniform(-1, 1, levels)
+    data[sections.coarse : sections.fine] = pack_plane(codes >> fmt.fine_bits, fmt.coarse_radix, fmt.coarse_digits)
+    if fmt.fine_bits:
+        fine = pack_plane(codes % 2**fmt.fine_bits, 2**fmt.fine_bits, fmt.fine_digits)
+        data[sections.fine : sections.superblock_scales] = fine
+    if article:
+        maxima = rng.uniform(0.001, 3, -(-blocks // 256)).astype(np.float32)
+        data[sections.superblock_scales : sections.block_scales] = maxima.view(np.uint8)
+    else:
+        data[2 * levels : 2 * levels + 2] = [256 - 12, rng.integers(1, 4)]
+    data[sections.block_scales :] = rng.permutation(np.arange(blocks) % 256)
+    return torch.from_numpy(data)

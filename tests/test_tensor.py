@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from reference import FORMAT_IDS, decode, pack_plane, parse, sqnr_db
+from reference import FORMAT_IDS, decode, sqnr_db
+from samples import random_buffer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,28 +29,6 @@ def bits(values: torch.Tensor) -> torch.Tensor:
     return values.view(torch.int16)
 
 
-def random_buffer(format_id: str, weights: int, seed: int = 0) -> torch.Tensor:
-    """A packed buffer of the format with random levels, codes and scales, every scale code among them."""
-    rng = np.random.default_rng(seed)
-    fmt = format_by_id(format_id)
-    article, levels = parse(format_id)
-    sections, blocks = fmt.sections(weights), -(-weights // 64)
-    codes = rng.integers(0, levels, (blocks, 64))
-    data = np.zeros(sections.end, dtype=np.uint8)
-    data[: 2 * levels].view(np.float16)[:] = rng.uniform(-1, 1, levels)
-    data[sections.coarse : sections.fine] = pack_plane(codes >> fmt.fine_bits, fmt.coarse_radix, fmt.coarse_digits)
-    if fmt.fine_bits:
-        fine = pack_plane(codes % 2**fmt.fine_bits, 2**fmt.fine_bits, fmt.fine_digits)
-        data[sections.fine : sections.superblock_scales] = fine
-    if article:
-        maxima = rng.uniform(0.001, 3, -(-blocks // 256)).astype(np.float32)
-        data[sections.superblock_scales : sections.block_scales] = maxima.view(np.uint8)
-    else:
-        data[2 * levels : 2 * levels + 2] = [256 - 12, rng.integers(1, 4)]
-    data[sections.block_scales :] = rng.permutation(np.arange(blocks) % 256)
-    return torch.from_numpy(data)
-
-
 # The decode
 
 
@@ -64,7 +43,7 @@ def test_decode_equals_the_reference_bit_for_bit(format_id, weights):
 @pytest.mark.parametrize("format_id", FORMAT_IDS)
 @pytest.mark.parametrize("extra", [-1, 0, 1, 65])
 def test_chunks_of_the_decode_meet_without_a_seam(format_id, extra, monkeypatch):
-    monkeypatch.setattr(kernels, "CHUNK_GROUPS", 3)
+    monkeypatch.setitem(kernels.CHUNK_WEIGHTS, "cpu", 64 * format_by_id(format_id).blocks_per_group * 3)
     fmt = format_by_id(format_id)
     weights = 64 * fmt.blocks_per_group * 3 * 2 + extra
     data = random_buffer(format_id, weights)
@@ -384,7 +363,7 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_out_is_written_and_nothing_of_its_size_is_allocated(levels, dtype, monkeypatch):
-    monkeypatch.setattr(kernels, "CHUNK_GROUPS", 16)
+    monkeypatch.setitem(kernels.CHUNK_WEIGHTS, "cpu", 64 * 24 * 16)
     weights = 64 * 24 * 16 * 8
     format_id = f"nf{levels}_b64"
     tensor = NFTensor(random_buffer(format_id, weights), format_by_id(format_id), (96, 2048), torch.float16)

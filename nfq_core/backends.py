@@ -1,0 +1,82 @@
+"""Which code decodes: chosen before the call, with a reason that can be shown."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+
+from . import kernels
+from .formats import BlockFormat
+
+log = logging.getLogger("nfq")
+
+TRITON_DEVICES = ("cuda", "xpu")
+"""Types of device that Triton compiles for; ROCm's are called cuda too."""
+
+MIN_CAPABILITY = (7, 0)
+"""The oldest CUDA devices that Triton supports."""
+
+MAX_WEIGHTS = 2**31 - 2**20
+"""Weights of one tensor that the Triton kernel, which counts in 32 bits, can name."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What decodes on a device, and why."""
+
+    name: str
+    reason: str
+    dequantize_into: Callable[[torch.Tensor, torch.Tensor, BlockFormat], None]
+    """See `kernels.dequantize_into`; every back-end gives the same bits."""
+
+
+def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> None:
+    """Decode a whole packed buffer into `out` with the back-end of its device; see `kernels.dequantize_into`."""
+    backend = choose(data.device)
+    decode = backend.dequantize_into if out.numel() <= MAX_WEIGHTS else kernels.dequantize_into
+    decode(out, data, fmt)
+
+
+@lru_cache(32)
+def choose(device: torch.device) -> Backend:
+    """The back-end for a device; what keeps a GPU from the fast one is logged once."""
+    obstacle = _without_triton(device)
+    if not obstacle:
+        from . import triton_kernels
+
+        return Backend("triton", "one launch per weight", triton_kernels.dequantize_into)
+    if device.type in TRITON_DEVICES:
+        log.warning("weights on %s are decoded in plain torch, some percent slower: %s", device, obstacle)
+    return Backend("torch", obstacle, kernels.dequantize_into)
+
+
+def _without_triton(device: torch.device) -> str:
+    """Why Triton is not used on a device; empty where it is."""
+    if device.type not in TRITON_DEVICES:
+        return f"plain torch serves {device.type} devices"
+    if os.environ.get("NFQ_BACKEND") == "torch":
+        return "NFQ_BACKEND=torch asks for it"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MIN_CAPABILITY:
+            return "Triton needs compute capability {}.{}, this device has {}.{}".format(*MIN_CAPABILITY, *capability)
+    return ""
+
+
+def available() -> dict[str, Backend]:
+    """The back-end of every device that torch sees, by the device's name."""
+    names = ["cpu"]
+    names += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if hasattr(torch, "xpu"):
+        names += [f"xpu:{number}" for number in range(torch.xpu.device_count())]
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    return {name: choose(torch.device(name)) for name in names}

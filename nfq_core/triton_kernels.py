@@ -1,0 +1,116 @@
+"""The decode as one Triton kernel per weight: what `kernels` computes, the same bits.
+
+Importing this module needs Triton. With ``TRITON_INTERPRET=1`` set before that, the kernel runs on a CPU, slowly.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .formats import BLOCK, SUPERBLOCK, BlockFormat, Scales, scale_mantissas
+
+BLOCKS_PER_PROGRAM = 32
+"""Blocks that one program decodes, about; a power of two of coarse groups."""
+
+WARPS = 4
+
+
+def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> None:
+    """Decode a whole packed buffer into `out` in one launch, without waiting for the device.
+
+    Scale parameters out of bounds are not noticed: `NFTensor.validate` looks for them when a file is read.
+
+    Args:
+        out: contiguous, any floating dtype (the fp16 value is cast), on the device of `data`; its number of elements is
+            the number of weights.
+        data: the packed buffer, 1-D uint8.
+        fmt: its format.
+    """
+    weights = out.numel()
+    sections = fmt.sections(weights)
+    groups = (sections.fine - sections.coarse) // BLOCK
+    groups_per_program = BLOCKS_PER_PROGRAM // (2 if fmt.coarse_digits < 4 else 4)
+    _decode[(triton.cdiv(groups, groups_per_program),)](
+        data,
+        scale_mantissas(data.device),
+        out.view(-1),
+        weights,
+        groups,
+        sections.coarse,
+        sections.fine,
+        sections.superblock_scales,
+        sections.block_scales,
+        LEVELS=fmt.levels,
+        RADIX=fmt.coarse_radix,
+        DIGITS=fmt.coarse_digits,
+        FINE_BITS=fmt.fine_bits,
+        ARTICLE=fmt.scales is Scales.ARTICLE,
+        BLOCK=BLOCK,
+        SUPERBLOCK=SUPERBLOCK,
+        GROUPS=groups_per_program,
+        num_warps=WARPS,
+    )
+
+
+@triton.jit
+def _decode(
+    data,
+    mantissas,
+    out,
+    weights,
+    groups,
+    coarse,
+    fine,
+    superblock_scales,
+    block_scales,
+    LEVELS: tl.constexpr,
+    RADIX: tl.constexpr,
+    DIGITS: tl.constexpr,
+    FINE_BITS: tl.constexpr,
+    ARTICLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SUPERBLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    halves = data.to(tl.pointer_type(tl.float16))
+    group = (tl.program_id(0) * GROUPS + tl.arange(0, GROUPS))[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    rest = tl.load(data + coarse + group * BLOCK + column, mask=group < groups, other=0).to(tl.int32)
+    if not ARTICLE:
+        parameters = tl.load(halves + LEVELS).to(tl.int16, bitcast=True).to(tl.int32)
+        exponent = (parameters << 24) >> 24
+        stride = (parameters >> 8) & 255
+    for place in tl.static_range(DIGITS):
+        block = group * DIGITS + place
+        inside = block * BLOCK < weights
+        if RADIX == 6:
+            # Exact below 256.
+            sixth = (rest * 171) >> 10
+            code = rest - 6 * sixth
+            rest = sixth
+        else:
+            code = rest & (RADIX - 1)
+            rest = rest // RADIX
+        if FINE_BITS > 0:
+            per_byte: tl.constexpr = 8 // FINE_BITS
+            byte = tl.load(data + fine + block // per_byte * BLOCK + column, mask=inside, other=0).to(tl.int32)
+            digit = (byte >> (block % per_byte * FINE_BITS)) & ((1 << FINE_BITS) - 1)
+            code = (code << FINE_BITS) | digit
+        level = tl.load(halves + tl.minimum(code, LEVELS - 1)).to(tl.float32)
+        named = tl.load(data + block_scales + block, mask=inside, other=0)
+        if ARTICLE:
+            maxima = (data + superblock_scales).to(tl.pointer_type(tl.float32))
+            largest = tl.load(maxima + block // SUPERBLOCK, mask=inside, other=0)
+            scale = tl.div_rn(largest * tl.maximum(named.to(tl.float32), 1e-12), 255.0)
+        else:
+            magnitude = (named & 127).to(tl.int32)
+            step = (magnitude - 1) * stride
+            fraction = tl.load(mantissas + (step & 15))
+            bits = ((exponent + 15 + (step >> 4)) << 10) + fraction
+            bits = tl.where(magnitude == 0, 0, bits | ((named & 128).to(tl.int32) << 8))
+            scale = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        value = (level * scale).to(tl.float16)
+        position = block * BLOCK + column
+        tl.store(out + position, value.to(out.dtype.element_ty), mask=position < weights)
