@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 
-from . import fullsize, host, quality
+from . import decode, fullsize, host, quality
 from .report import RESULTS, ROOT
+
+BY_NAME = {"quality": quality.table, "fullsize": fullsize.table, "host": host.table, "decode": decode.table}
 
 
 def put_tables() -> None:
     """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->` in the README by the tables of the results."""
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for name, table in (("quality", quality.table), ("fullsize", fullsize.table), ("host", host.table)):
+    for name, table in BY_NAME.items():
         path = RESULTS / f"{name}.json"
         if path.exists():
             results = json.loads(path.read_text(encoding="utf-8"))

@@ -15,10 +15,11 @@ import torch
 
 from .formats import BLOCK, SUPERBLOCK, BlockFormat, Scales, scale_table, unchecked_scale_table
 
-CHUNK_WEIGHTS = {"cpu": 1 << 17}
-"""Weights decoded at once by type of device: few enough for the temporaries to stay in a CPU's cache."""
+CPU_CHUNK_WEIGHTS = 1 << 17
+"""Weights that a thread of a CPU decodes at once: few enough for the temporaries to stay in its cache."""
 
-CHUNK_WEIGHTS_ELSEWHERE = 1 << 24
+CHUNK_WEIGHTS = 1 << 24
+"""Weights decoded at once elsewhere: temporaries take eight bytes for each."""
 
 
 def head_levels(data: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
@@ -70,7 +71,8 @@ def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> 
     levels = head_levels(data, fmt)
     pairs = levels.index_select(0, _pair_codes(fmt, data.device)).view(torch.int32)
     group = fmt.blocks_per_group
-    chunk = max(1, CHUNK_WEIGHTS.get(data.device.type, CHUNK_WEIGHTS_ELSEWHERE) // BLOCK // group) * group
+    at_once = CPU_CHUNK_WEIGHTS * torch.get_num_threads() if data.device.type == "cpu" else CHUNK_WEIGHTS
+    chunk = max(1, at_once // BLOCK // group) * group
     buffers = _Buffers(min(chunk, -(-len(scales) // group) * group), fmt, data.device)
     for first in range(0, len(scales), chunk):
         blocks = min(chunk, len(scales) - first)

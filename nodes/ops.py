@@ -19,6 +19,7 @@ from comfy_kitchen.tensor.base import BaseLayoutParams
 
 from ..nfq_core import NFTensor
 from ..nfq_core.formats import BlockFormat
+from ..nfq_core.op import dequantize
 
 LAYOUT = f"{__name__}.NFLayout"
 """The name under which comfy-kitchen knows `NFLayout`: each copy of the plugin in a host has its own."""
@@ -54,7 +55,7 @@ class NFLayout(QuantizedLayout):
     @classmethod
     def dequantize(cls, qdata: torch.Tensor, params: NFParams) -> torch.Tensor:
         """The weights, of `params.orig_dtype` and `params.orig_shape`."""
-        return NFTensor(qdata, params.format, params.orig_shape, params.source_dtype).dequantize(params.orig_dtype)
+        return dequantize(qdata, params.format.id, params.orig_shape, params.orig_dtype)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:

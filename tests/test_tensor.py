@@ -43,7 +43,8 @@ def test_decode_equals_the_reference_bit_for_bit(format_id, weights):
 @pytest.mark.parametrize("format_id", FORMAT_IDS)
 @pytest.mark.parametrize("extra", [-1, 0, 1, 65])
 def test_chunks_of_the_decode_meet_without_a_seam(format_id, extra, monkeypatch):
-    monkeypatch.setitem(kernels.CHUNK_WEIGHTS, "cpu", 64 * format_by_id(format_id).blocks_per_group * 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(kernels, "CPU_CHUNK_WEIGHTS", 64 * format_by_id(format_id).blocks_per_group * 3)
     fmt = format_by_id(format_id)
     weights = 64 * fmt.blocks_per_group * 3 * 2 + extra
     data = random_buffer(format_id, weights)
@@ -363,7 +364,8 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_out_is_written_and_nothing_of_its_size_is_allocated(levels, dtype, monkeypatch):
-    monkeypatch.setitem(kernels.CHUNK_WEIGHTS, "cpu", 64 * 24 * 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(kernels, "CPU_CHUNK_WEIGHTS", 64 * 24 * 16)
     weights = 64 * 24 * 16 * 8
     format_id = f"nf{levels}_b64"
     tensor = NFTensor(random_buffer(format_id, weights), format_by_id(format_id), (96, 2048), torch.float16)

@@ -1,0 +1,103 @@
+"""How fast a CPU decodes, beside what one would pick instead: `python -m benchmarks.decode`.
+
+One hundred million weights into a buffer that is used again, on one thread and on all. Beside it, in turns in the same
+process: a plain copy of the result; bitsandbytes' NF4, which makes a new tensor; gguf-py's Q4_0 and Q4_K, which make
+new fp32 arrays in numpy on one thread and get a tenth of the weights. They need `pip install gguf bitsandbytes`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from nfq_core import quantize
+from nfq_core.formats import LEVELS
+
+from .report import machine, markdown_table, summary, timed, write_results
+from .synthetic import gaussian
+
+SHAPE = (10240, 10240)
+PART = 10
+"""What is too slow for all weights gets one part in so many."""
+
+
+def copied() -> tuple[Callable[[], object], int]:
+    """Copy the result from one warm buffer to another; the work, and its number of weights."""
+    source, target = torch.zeros(SHAPE, dtype=torch.float16), torch.zeros(SHAPE, dtype=torch.float16)
+    return lambda: target.copy_(source), source.numel()
+
+
+def ours(levels: int) -> tuple[Callable[[], object], int]:
+    """Decode an NFTensor into a warm buffer."""
+    tensor = quantize(gaussian(SHAPE, 1), levels)
+    out = torch.zeros(SHAPE, dtype=torch.float16)
+    return lambda: tensor.dequantize(out=out), tensor.numel()
+
+
+def bitsandbytes_nf4() -> tuple[Callable[[], object], int]:
+    """bitsandbytes' NF4 on the CPU, blocks of 64; it takes no buffer there."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(gaussian(SHAPE, 1), blocksize=64, quant_type="nf4")
+    return lambda: dequantize_4bit(packed, state), SHAPE[0] * SHAPE[1]
+
+
+def ggml(name: str) -> tuple[Callable[[], object], int]:
+    """gguf-py's decode of random bytes, whose speed does not depend on what they say."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    kind = GGMLQuantizationType[name]
+    block, size = GGML_QUANT_SIZES[kind]
+    blocks = SHAPE[0] * SHAPE[1] // PART // block
+    data = np.random.default_rng(0).integers(0, 60, (blocks, size), dtype=np.uint8)
+    return lambda: dequantize(data, kind), blocks * block
+
+
+def run(rounds: int) -> dict:
+    """Measure everything in turns; nanoseconds per weight, on one thread and on all that there are."""
+    makers = {"copy": copied, **{f"nf{levels}": lambda levels=levels: ours(levels) for levels in LEVELS}}
+    makers |= {"bitsandbytes NF4": bitsandbytes_nf4, "gguf-py Q4_0": lambda: ggml("Q4_0")}
+    makers |= {"gguf-py Q4_K": lambda: ggml("Q4_K")}
+    contestants = {name: make() for name, make in makers.items()}
+    threads = torch.get_num_threads()
+    results = {}
+    for count in sorted({1, threads}):
+        torch.set_num_threads(count)
+        samples: dict[str, list[float]] = {name: [] for name in contestants}
+        for number in range(rounds + 1):
+            for name, (work, weights) in contestants.items():
+                seconds = timed(work)
+                # The first round warms up.
+                if number:
+                    samples[name].append(seconds * 1e9 / weights)
+        results[str(count)] = {name: summary(values) for name, values in samples.items()}
+    torch.set_num_threads(threads)
+    return {"weights": SHAPE[0] * SHAPE[1], "nanoseconds_per_weight": results}
+
+
+def table(results: dict) -> str:
+    """The README's table: billions of weights a second, and the time beside that of a plain copy."""
+    by_threads = results["nanoseconds_per_weight"]
+    rows = []
+    for name in next(iter(by_threads.values())):
+        row = [name]
+        for found in by_threads.values():
+            own, copy = found[name], found["copy"]
+            rates = " – ".join(f"{1 / own[which]:.2f}" for which in ("max", "min"))
+            row.append(f"{1 / own['median']:.2f} ({rates}) = {own['median'] / copy['median']:.1f} × a copy's time")
+        rows.append(row)
+    facts = results["machine"]
+    header = ["10⁹ weights a second", *(f"{count} thread{'s' * (count != '1')}" for count in by_threads)]
+    return f"{markdown_table(header, rows)}\n\n{facts['processor']}, torch {facts['torch']}, {facts['date']}."
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    results = run(parser.parse_args().rounds)
+    write_results("decode", "python -m benchmarks.decode", results)
+    print(table({"machine": machine(), **results}))
