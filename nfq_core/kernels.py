@@ -15,8 +15,8 @@ import torch
 
 from .formats import BLOCK, SUPERBLOCK, BlockFormat, Scales, scale_table, unchecked_scale_table
 
-CPU_CHUNK_WEIGHTS = 1 << 17
-"""Weights that a thread of a CPU decodes at once: few enough for the temporaries to stay in its cache."""
+CPU_CHUNK_WEIGHTS = 1 << 19
+"""Weights that a thread of a CPU decodes at once: enough to hide the cost of calls, few enough for its caches."""
 
 CHUNK_WEIGHTS = 1 << 24
 """Weights decoded at once elsewhere: temporaries take eight bytes for each."""
