@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 
 from . import kernels
-from .formats import BlockFormat
+from .formats import BlockFormat, nf_format
 
 log = logging.getLogger("nfq")
 
@@ -20,7 +20,10 @@ TRITON_DEVICES = ("cuda", "xpu")
 """Types of device that Triton compiles for; ROCm's are called cuda too."""
 
 MIN_CAPABILITY = (7, 0)
-"""The oldest CUDA devices that Triton supports."""
+"""The oldest CUDA devices that the kernel is compiled for in the tests."""
+
+PROBE_WEIGHTS = 64 * 300
+"""Weights that are decoded to see whether Triton works."""
 
 MAX_WEIGHTS = 2**31 - 2**20
 """Weights of one tensor that the Triton kernel, which counts in 32 bits, can name."""
@@ -52,7 +55,7 @@ def choose(device: torch.device) -> Backend:
 
         return Backend("triton", "one launch per weight", triton_kernels.dequantize_into)
     if device.type in TRITON_DEVICES:
-        log.warning("weights on %s are decoded in plain torch, some percent slower: %s", device, obstacle)
+        log.warning("weights on %s are decoded in plain torch, which is slower: %s", device, obstacle)
     return Backend("torch", obstacle, kernels.dequantize_into)
 
 
@@ -68,7 +71,24 @@ def _without_triton(device: torch.device) -> str:
         capability = torch.cuda.get_device_capability(device)
         if capability < MIN_CAPABILITY:
             return "Triton needs compute capability {}.{}, this device has {}.{}".format(*MIN_CAPABILITY, *capability)
-    return ""
+    return _fails(device)
+
+
+def _fails(device: torch.device) -> str:
+    """Try Triton on a small buffer: it may lack a C compiler, or a driver. What went wrong; empty where nothing did."""
+    from . import triton_kernels
+
+    fmt = nf_format(16)
+    data = torch.arange(fmt.packed_bytes(PROBE_WEIGHTS), dtype=torch.int32).to(torch.uint8)
+    data[: 2 * fmt.levels + 2] = torch.cat([torch.arange(16).half().view(torch.uint8), torch.tensor([0, 1])])
+    data = data.to(device)
+    wanted, found = (torch.empty(PROBE_WEIGHTS, dtype=torch.float16, device=device) for _ in range(2))
+    kernels.dequantize_into(wanted, data, fmt)
+    try:
+        triton_kernels.dequantize_into(found, data, fmt)
+    except Exception as error:
+        return f"Triton fails here ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+    return "" if torch.equal(wanted, found) else "Triton computes other weights here"
 
 
 def available() -> dict[str, Backend]:

@@ -4,9 +4,10 @@ A format is geometry only. The levels themselves travel in every packed buffer, 
 `docs/FORMAT.md` is the specification; a released format id never changes its bytes.
 """
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property, lru_cache
+from functools import cached_property, wraps
 from itertools import pairwise
 
 import torch
@@ -138,6 +139,26 @@ def format_by_id(format_id: str) -> BlockFormat:
     return FORMATS[format_id]
 
 
+def kept_tensor(build: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Have a function's tensors made once for each set of arguments.
+
+    A function that makes them for a device makes them on the CPU and moves them: that waits until they are there, so
+    that other threads and streams find them whole. Tensors of a mode's own kind, such as fakes, are not kept.
+    """
+    kept: dict[tuple, torch.Tensor] = {}
+
+    @wraps(build)
+    def get(*arguments: Hashable) -> torch.Tensor:
+        if arguments not in kept:
+            made = build(*arguments)
+            if type(made) is not torch.Tensor:
+                return made
+            kept[arguments] = made
+        return kept[arguments]
+
+    return get
+
+
 def check_scale_parameters(exponent: int, stride: int) -> None:
     """ValueError when `scale_table` has no table for these."""
     if stride not in SCALE_STRIDES:
@@ -147,7 +168,7 @@ def check_scale_parameters(exponent: int, stride: int) -> None:
         raise ValueError(f"scale exponents {exponent} … {top} leave the normal fp16 range")
 
 
-@lru_cache(256)
+@kept_tensor
 def scale_table(exponent: int, stride: int) -> torch.Tensor:
     """All 256 scales that a scale code can name, as fp16, shape (256,); shared, not to be written to.
 
@@ -158,7 +179,7 @@ def scale_table(exponent: int, stride: int) -> torch.Tensor:
         ValueError: the table would leave the normal fp16 range, or the stride is not one of SCALE_STRIDES.
     """
     check_scale_parameters(exponent, stride)
-    return unchecked_scale_table(torch.tensor(exponent), torch.tensor(stride))
+    return unchecked_scale_table(torch.tensor(exponent, device="cpu"), torch.tensor(stride, device="cpu"))
 
 
 def unchecked_scale_table(exponent: torch.Tensor, stride: torch.Tensor) -> torch.Tensor:
@@ -171,7 +192,7 @@ def unchecked_scale_table(exponent: torch.Tensor, stride: torch.Tensor) -> torch
     return both_signs.to(torch.int16).view(torch.float16)
 
 
-@lru_cache(64)
+@kept_tensor
 def scale_mantissas(device: torch.device) -> torch.Tensor:
     """SCALE_MANTISSAS as int32 of shape (16,); shared, not to be written to."""
-    return torch.tensor(SCALE_MANTISSAS, dtype=torch.int32, device=device)
+    return torch.tensor(SCALE_MANTISSAS, dtype=torch.int32, device="cpu").to(device)

@@ -9,17 +9,18 @@ a table of pairs of levels; one multiplication by the scales of the blocks.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
-from .formats import BLOCK, SUPERBLOCK, BlockFormat, Scales, scale_table, unchecked_scale_table
+from .formats import BLOCK, SUPERBLOCK, BlockFormat, Scales, kept_tensor, scale_table, unchecked_scale_table
 
-CPU_CHUNK_WEIGHTS = 1 << 19
+THREAD_WEIGHTS = 1 << 19
 """Weights that a thread of a CPU decodes at once: enough to hide the cost of calls, few enough for its caches."""
 
-CHUNK_WEIGHTS = 1 << 24
-"""Weights decoded at once elsewhere: temporaries take eight bytes for each."""
+CHUNK_WEIGHTS = 1 << 22
+"""The most that are decoded at once, on any device."""
+
+TEMPORARY_BYTES = 10
+"""What the temporaries take for each of them, at most."""
 
 
 def head_levels(data: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
@@ -50,15 +51,16 @@ def block_scales(data: torch.Tensor, fmt: BlockFormat, weights: int) -> torch.Te
         return table.index_select(0, codes.int())
     largest = data[sections.superblock_scales : sections.block_scales].view(torch.float32)
     per_block = largest.repeat_interleave(SUPERBLOCK)[: len(codes)]
-    return per_block * codes.float().clamp(min=1e-12) / 255.0
+    # Some devices multiply by the reciprocal of a number, which rounds otherwise; by a tensor they divide.
+    return per_block * codes.float().clamp(min=1e-12) / torch.full((), 255.0, device=data.device)
 
 
 def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> None:
-    """Decode a whole packed buffer into `out`.
+    """Decode a whole packed buffer into `out`, with at most CHUNK_WEIGHTS · TEMPORARY_BYTES of temporaries.
 
     Args:
-        out: contiguous, any floating dtype (the fp16 value is cast), on the device of `data`; its number of elements is
-            the number of weights.
+        out: contiguous, of one of `tensor.QUANTIZABLE_DTYPES` (the fp16 value is cast), on the device of `data`; its
+            number of elements is the number of weights.
         data: the packed buffer, 1-D uint8.
         fmt: its format.
     """
@@ -71,8 +73,8 @@ def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> 
     levels = head_levels(data, fmt)
     pairs = levels.index_select(0, _pair_codes(fmt, data.device)).view(torch.int32)
     group = fmt.blocks_per_group
-    at_once = CPU_CHUNK_WEIGHTS * torch.get_num_threads() if data.device.type == "cpu" else CHUNK_WEIGHTS
-    chunk = max(1, at_once // BLOCK // group) * group
+    wanted = THREAD_WEIGHTS * torch.get_num_threads() if data.device.type == "cpu" else CHUNK_WEIGHTS
+    chunk = max(1, min(wanted, CHUNK_WEIGHTS) // BLOCK // group) * group
     buffers = _Buffers(min(chunk, -(-len(scales) // group) * group), fmt, data.device)
     for first in range(0, len(scales), chunk):
         blocks = min(chunk, len(scales) - first)
@@ -91,7 +93,7 @@ def _words(plane: torch.Tensor) -> torch.Tensor:
     return plane.view(torch.int32).view(-1, BLOCK // 4)
 
 
-@lru_cache(16)
+@kept_tensor
 def _pair_codes(fmt: BlockFormat, device: torch.device) -> torch.Tensor:
     """For every pair of code bytes (see `_Buffers.decode`), read as one number, the two codes: int32, flat.
 
@@ -99,10 +101,10 @@ def _pair_codes(fmt: BlockFormat, device: torch.device) -> torch.Tensor:
     """
     span = _coarse_span(fmt)
     largest = (span << fmt.fine_bits) - 1
-    number = torch.arange((largest << 8) + largest + 1, dtype=torch.int32, device=device)
+    number = torch.arange((largest << 8) + largest + 1, dtype=torch.int32, device="cpu")
     byte = torch.stack([number & 255, number >> 8], dim=1)
     code = (byte % span << fmt.fine_bits) | (byte // span)
-    return code.clamp_(max=fmt.levels - 1).view(-1)
+    return code.clamp_(max=fmt.levels - 1).view(-1).to(device)
 
 
 def _coarse_span(fmt: BlockFormat) -> int:
@@ -110,9 +112,9 @@ def _coarse_span(fmt: BlockFormat) -> int:
     return 1 << (fmt.coarse_radix - 1).bit_length()
 
 
-@lru_cache(64)
+@kept_tensor
 def _shifts(step: int, count: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(0, step * count, step, dtype=torch.int32, device=device).unsqueeze(1)
+    return torch.arange(0, step * count, step, dtype=torch.int32, device="cpu").unsqueeze(1).to(device)
 
 
 class _Buffers:

@@ -1,4 +1,7 @@
-"""The decode as one opaque operation of torch, so that torch.compile keeps one graph."""
+"""The decode as one opaque operation of torch, so that torch.compile keeps one graph.
+
+The module cannot be reloaded: torch takes an operation once.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,19 @@ from collections.abc import Sequence
 
 import torch
 
-from .backends import dequantize_into
 from .formats import format_by_id
+from .tensor import NFTensor
 
 NAMESPACE = f"nfq_{hashlib.sha256(__name__.encode()).hexdigest()[:12]}"
 """Where torch knows the operation: each copy of this package in a process, installed or in a plugin, has its own."""
 
 
 def _dequantize(data: torch.Tensor, format_id: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    out = torch.empty(shape, dtype=dtype, device=data.device)
-    dequantize_into(out, data, format_by_id(format_id))
-    return out
+    return NFTensor(data, format_by_id(format_id), shape, dtype).dequantize(dtype)
 
 
 def _dequantize_fake(data: torch.Tensor, format_id: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    NFTensor(data, format_by_id(format_id), shape, dtype)
     return data.new_empty(shape, dtype=dtype)
 
 

@@ -14,7 +14,7 @@ from .kernels import head_levels, scale_parameters
 from .packing import unpack_codes
 
 QUANTIZABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Dtypes that a quantised weight can have had."""
+"""Dtypes that a quantised weight can have had, and can be dequantised to."""
 
 
 class NFTensor:
@@ -40,6 +40,10 @@ class NFTensor:
             raise CorruptFileError(
                 f"a packed {fmt.id} weight of shape {tuple(shape)} is a 1-D uint8 buffer of {wanted:,} bytes, "
                 f"got {data.dtype} of shape {tuple(data.shape)}"
+            )
+        if not data.is_contiguous() or data.storage_offset() % 4:
+            raise CorruptFileError(
+                "a packed buffer is contiguous and begins at a multiple of four bytes of its storage; clone it"
             )
 
     @property
@@ -74,16 +78,16 @@ class NFTensor:
         """The weights ``fp16(level * scale)``, cast to `dtype`.
 
         Args:
-            dtype: floating dtype of the result; ignored when `out` is given.
-            out: where to write them; contiguous, floating, of this shape, on this device. Nothing of the result's size
-                is then allocated.
+            dtype: one of QUANTIZABLE_DTYPES; ignored when `out` is given.
+            out: where to write them; contiguous, of this shape, on this device. Nothing but temporaries is then
+                allocated, see `kernels.dequantize_into`.
 
         Raises:
-            ValueError: `out` has another shape or device, or is not contiguous, or a dtype is not floating.
+            ValueError: `out` has another shape or device, or is not contiguous, or a dtype is another.
         """
         result_dtype = dtype if out is None else out.dtype
-        if not result_dtype.is_floating_point:
-            raise ValueError(f"weights are dequantised to floating dtypes, got {result_dtype}")
+        if result_dtype not in QUANTIZABLE_DTYPES:
+            raise ValueError(f"weights are dequantised to fp16, bf16, fp32 or fp64, got {result_dtype}")
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=self.device)
         elif out.shape != self.shape or out.device != self.device or not out.is_contiguous():

@@ -5,6 +5,8 @@ Importing this module needs Triton. With ``TRITON_INTERPRET=1`` set before that,
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -23,35 +25,53 @@ def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> 
     Scale parameters out of bounds are not noticed: `NFTensor.validate` looks for them when a file is read.
 
     Args:
-        out: contiguous, any floating dtype (the fp16 value is cast), on the device of `data`; its number of elements is
-            the number of weights.
+        out: contiguous, of one of `tensor.QUANTIZABLE_DTYPES` (the fp16 value is cast), on the device of `data`; its
+            number of elements is the number of weights.
         data: the packed buffer, 1-D uint8.
         fmt: its format.
     """
     weights = out.numel()
     sections = fmt.sections(weights)
     groups = (sections.fine - sections.coarse) // BLOCK
-    groups_per_program = BLOCKS_PER_PROGRAM // (2 if fmt.coarse_digits < 4 else 4)
-    _decode[(triton.cdiv(groups, groups_per_program),)](
-        data,
-        scale_mantissas(data.device),
-        out.view(-1),
-        weights,
-        groups,
-        sections.coarse,
-        sections.fine,
-        sections.superblock_scales,
-        sections.block_scales,
-        LEVELS=fmt.levels,
-        RADIX=fmt.coarse_radix,
-        DIGITS=fmt.coarse_digits,
-        FINE_BITS=fmt.fine_bits,
-        ARTICLE=fmt.scales is Scales.ARTICLE,
-        BLOCK=BLOCK,
-        SUPERBLOCK=SUPERBLOCK,
-        GROUPS=groups_per_program,
-        num_warps=WARPS,
-    )
+    programs = triton.cdiv(groups, groups_per_program(fmt))
+    with _current(data.device):
+        _decode[(programs,)](
+            data,
+            scale_mantissas(data.device),
+            out.view(-1),
+            weights,
+            groups,
+            sections.coarse,
+            sections.fine,
+            sections.superblock_scales,
+            sections.block_scales,
+            **constants(fmt),
+            num_warps=WARPS,
+        )
+
+
+def groups_per_program(fmt: BlockFormat) -> int:
+    """Groups of the coarse plane that one program decodes: a power of two."""
+    return BLOCKS_PER_PROGRAM // (2 if fmt.coarse_digits < 4 else 4)
+
+
+def constants(fmt: BlockFormat) -> dict[str, int | bool]:
+    """What the kernel is compiled for."""
+    return {
+        "LEVELS": fmt.levels,
+        "RADIX": fmt.coarse_radix,
+        "DIGITS": fmt.coarse_digits,
+        "FINE_BITS": fmt.fine_bits,
+        "ARTICLE": fmt.scales is Scales.ARTICLE,
+        "BLOCK": BLOCK,
+        "SUPERBLOCK": SUPERBLOCK,
+        "GROUPS": groups_per_program(fmt),
+    }
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be that of the data."""
+    return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
 
 
 @triton.jit
@@ -94,7 +114,7 @@ def _decode(
             code = rest & (RADIX - 1)
             rest = rest // RADIX
         if FINE_BITS > 0:
-            per_byte: tl.constexpr = 8 // FINE_BITS
+            per_byte = 8 // FINE_BITS
             byte = tl.load(data + fine + block // per_byte * BLOCK + column, mask=inside, other=0).to(tl.int32)
             digit = (byte >> (block % per_byte * FINE_BITS)) & ((1 << FINE_BITS) - 1)
             code = (code << FINE_BITS) | digit

@@ -12,62 +12,103 @@ import pytest
 import torch
 
 from nfq_core import backends, cli, kernels
-from nfq_core.formats import FORMATS, format_by_id, scale_table
+from nfq_core.formats import FORMATS, Scales, format_by_id, scale_table
 from nfq_core.quantizer import quantize
 
 TESTS = Path(__file__).resolve().parent
 
 INTERPRETED = """
 import sys
-import numpy as np
 import torch
 from nfq_core import triton_kernels
 from nfq_core.formats import format_by_id
 from reference import FORMAT_IDS, decode
 from samples import random_buffer
 
-dtypes = {torch.float16: np.uint16, torch.float32: np.uint32}
+# The interpreter, unlike the compiler, does not round to bf16.
+bits = {torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 checked = 0
 for format_id in FORMAT_IDS:
     fmt = format_by_id(format_id)
     for weights in (1, 63, 64, 65, 1000, 64 * 24 + 1, 64 * 32 * 3, 64 * 300 + 17):
         data = random_buffer(format_id, weights, seed=weights)
-        wanted = decode(data.numpy(), format_id, weights)
-        for dtype, bits in dtypes.items():
+        wanted = torch.from_numpy(decode(data.numpy(), format_id, weights))
+        for dtype, integers in bits.items():
             out = torch.full((weights,), torch.nan, dtype=dtype)
             triton_kernels.dequantize_into(out, data, fmt)
-            expected = torch.from_numpy(wanted).to(dtype).numpy()
-            assert (out.numpy().view(bits) == expected.view(bits)).all(), (format_id, weights, dtype)
+            assert torch.equal(out.view(integers), wanted.to(dtype).view(integers)), (format_id, weights, dtype)
             checked += 1
-    damaged = torch.full((fmt.packed_bytes(1000),), 255, dtype=torch.uint8)
-    triton_kernels.dequantize_into(torch.empty(1000, dtype=torch.float16), damaged, fmt)
 print(checked)
 """
 
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from nfq_core import triton_kernels
+from nfq_core.formats import FORMATS
+
+POINTERS = {"data": "*u8", "mantissas": "*i32"}
+NUMBERS = ("weights", "groups", "coarse", "fine", "superblock_scales", "block_scales")
+
+def compiled(fmt, out, capability):
+    constants = triton_kernels.constants(fmt)
+    signature = {**POINTERS, "out": out, **dict.fromkeys(NUMBERS, "i32"), **dict.fromkeys(constants, "constexpr")}
+    target = GPUTarget("cuda", capability, 32)
+    made = triton.compile(ASTSource(triton_kernels._decode, signature, constants), target=target)
+    assert made.asm["cubin"]
+
+for fmt in FORMATS.values():
+    compiled(fmt, "*fp16", 80)
+for out in ("*bf16", "*fp32", "*fp64"):
+    compiled(FORMATS["nf24_b64"], out, 80)
+for capability in (70, 75, 89, 90):
+    compiled(FORMATS["nf32_b64"], "*fp16", capability)
+print("compiled")
+"""
+
+
+def run_apart(code: str, **environment: str) -> str:
+    """What code prints in a Python of its own: whether Triton interprets is settled when it is imported."""
+    pytest.importorskip("triton", reason="Triton is not installed; it is for Linux only")
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
 
 def test_triton_equals_the_reference_bit_for_bit() -> None:
-    """In Triton's interpreter, which has to be chosen before Triton is imported."""
-    pytest.importorskip("triton", reason="Triton is not installed; it is for Linux only")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) == len(FORMATS) * 8 * 2
+    assert int(run_apart(INTERPRETED, TRITON_INTERPRET="1")) == len(FORMATS) * 8 * 3
+
+
+def test_triton_compiles_for_gpus(tmp_path: Path) -> None:
+    """Without a GPU: the interpreter takes what the compiler refuses."""
+    assert run_apart(COMPILED, TRITON_CACHE_DIR=str(tmp_path)) == "compiled"
 
 
 @pytest.mark.parametrize("format_id", FORMATS)
 def test_a_damaged_buffer_decodes_to_something(format_id: str) -> None:
-    """To wrong weights, never from beyond the table of levels."""
+    """To wrong weights, never from beyond the table of levels, where the head's next bytes stand."""
     fmt = format_by_id(format_id)
     data = torch.full((fmt.packed_bytes(1000),), 255, dtype=torch.uint8)
     levels = torch.arange(1, fmt.levels + 1).half()
     data[: 2 * fmt.levels] = levels.view(torch.uint8)
-    if format_id.startswith("nf"):
-        # Exponent 0, stride 1; the last scale code names about -2 ** (126 / 16).
+    scale = torch.tensor(1.0)
+    if fmt.scales is Scales.ARTICLE:
+        sections = fmt.sections(1000)
+        data[sections.superblock_scales : sections.block_scales] = scale.view(1).view(torch.uint8)
+    else:
+        # Exponent 0, stride 1.
         data[2 * fmt.levels : 2 * fmt.levels + 2] = torch.tensor([0, 1], dtype=torch.uint8)
-        out = torch.empty(1000, dtype=torch.float16)
-        kernels.dequantize_into(out, data, fmt)
         scale = scale_table(0, 1)[255]
-        assert set((out / scale).round().tolist()) <= set(levels.tolist())
+    out = torch.empty(1000, dtype=torch.float16)
+    kernels.dequantize_into(out, data, fmt)
+    assert set(out.tolist()) <= set((levels.float() * scale.float()).half().tolist())
 
 
 @pytest.fixture
@@ -81,23 +122,33 @@ CUDA = torch.device("cuda:0")
 
 
 @pytest.mark.parametrize(
-    ("missing", "capability", "asks", "name", "reason"),
+    ("missing", "capability", "asks", "fails", "name", "reason"),
     [
-        (False, (7, 5), "", "triton", "one launch"),
-        (False, (6, 1), "", "torch", "Triton needs compute capability 7.0, this device has 6.1"),
-        (True, (9, 0), "", "torch", "Triton is not installed"),
-        (False, (9, 0), "torch", "torch", "NFQ_BACKEND=torch asks for it"),
+        (False, (7, 5), "", "", "triton", "one launch"),
+        (False, (6, 1), "", "", "torch", "Triton needs compute capability 7.0, this device has 6.1"),
+        (True, (9, 0), "", "", "torch", "Triton is not installed"),
+        (False, (9, 0), "torch", "", "torch", "NFQ_BACKEND=torch asks for it"),
+        (False, (9, 0), "", "no compiler", "torch", "no compiler"),
     ],
 )
-def test_what_is_taken_on_a_gpu(asked, monkeypatch, caplog, missing, capability, asks, name, reason) -> None:
+def test_what_is_taken_on_a_gpu(asked, monkeypatch, caplog, missing, capability, asks, fails, name, reason) -> None:
     triton = pytest.importorskip("triton", reason="Triton is not installed; it is for Linux only")
     monkeypatch.setattr(backends, "find_spec", lambda _: None if missing else triton.__spec__)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(backends, "_fails", lambda _: fails)
     monkeypatch.setenv("NFQ_BACKEND", asks)
     backend = backends.choose(CUDA)
     assert backend.name == name and reason in backend.reason
     backends.choose(CUDA)
     assert [reason in record.message for record in caplog.records] == [True] * (name == "torch")
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_triton_is_tried_before_it_is_taken(works: bool) -> None:
+    """In the interpreter; and without it, for then Triton has no driver for a CPU."""
+    code = "import torch\nfrom nfq_core import backends\nprint(backends._fails(torch.device('cpu')))"
+    told = run_apart(code, TRITON_INTERPRET=str(int(works)))
+    assert (told == "") if works else told.startswith("Triton fails here (")
 
 
 def test_cpus_are_served_by_torch_and_nothing_is_logged(asked, caplog) -> None:

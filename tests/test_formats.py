@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from reference import FORMAT_IDS, GEOMETRY, scale
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from nfq_core.errors import UnsupportedFileError
 from nfq_core.formats import (
@@ -18,6 +19,7 @@ from nfq_core.formats import (
     Scales,
     article_format,
     format_by_id,
+    kept_tensor,
     nf_format,
     scale_table,
 )
@@ -117,3 +119,17 @@ def test_scale_table_is_powers_of_two_rounded_to_fp16(stride):
 def test_other_strides_are_refused(stride):
     with pytest.raises(ValueError, match=f"stride must be one of .*, got {stride}"):
         scale_table(-14, stride)
+
+
+def test_a_kept_tensor_is_made_once_and_fakes_are_not_kept():
+    made = []
+
+    @kept_tensor
+    def build(count: int) -> torch.Tensor:
+        made.append(count)
+        return torch.zeros(count)
+
+    with FakeTensorMode():
+        assert isinstance(build(3), FakeTensor)
+    assert type(build(3)) is torch.Tensor and build(3) is build(3)
+    assert made == [3, 3]

@@ -25,6 +25,23 @@ def test_the_operation_is_sound(levels: int, dtype: torch.dtype) -> None:
     assert torch.equal(op.dequantize(*arguments), tensor.dequantize(dtype))
 
 
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"shape": [640]}, "is a 1-D uint8 buffer of"),
+        ({"format_id": "nf7_b64"}, "is a 1-D uint8 buffer of"),
+        ({"format_id": "nf5_b64"}, "format id 'nf5_b64' is unknown"),
+        ({"dtype": torch.int32}, "dequantised to fp16, bf16, fp32 or fp64, got torch.int32"),
+        ({"dtype": torch.float8_e4m3fn}, "dequantised to fp16, bf16, fp32 or fp64, got torch.float8_e4m3fn"),
+    ],
+)
+def test_the_operation_looks_at_what_it_is_given(change: dict, error: str) -> None:
+    tensor = quantize(random_weight(10, 100))
+    given = {"data": tensor.data, "format_id": tensor.format.id, "shape": [1000], "dtype": torch.float16} | change
+    with pytest.raises(Exception, match=error):
+        op.dequantize(*given.values())
+
+
 def test_a_compiled_layer_is_one_graph() -> None:
     tensor = quantize(random_weight(32, 64))
     graphs = []

@@ -44,7 +44,7 @@ def test_decode_equals_the_reference_bit_for_bit(format_id, weights):
 @pytest.mark.parametrize("extra", [-1, 0, 1, 65])
 def test_chunks_of_the_decode_meet_without_a_seam(format_id, extra, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(kernels, "CPU_CHUNK_WEIGHTS", 64 * format_by_id(format_id).blocks_per_group * 3)
+    monkeypatch.setattr(kernels, "THREAD_WEIGHTS", 64 * format_by_id(format_id).blocks_per_group * 3)
     fmt = format_by_id(format_id)
     weights = 64 * fmt.blocks_per_group * 3 * 2 + extra
     data = random_buffer(format_id, weights)
@@ -365,7 +365,7 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_out_is_written_and_nothing_of_its_size_is_allocated(levels, dtype, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(kernels, "CPU_CHUNK_WEIGHTS", 64 * 24 * 16)
+    monkeypatch.setattr(kernels, "THREAD_WEIGHTS", 64 * 24 * 16)
     weights = 64 * 24 * 16 * 8
     format_id = f"nf{levels}_b64"
     tensor = NFTensor(random_buffer(format_id, weights), format_by_id(format_id), (96, 2048), torch.float16)
@@ -377,6 +377,34 @@ def test_out_is_written_and_nothing_of_its_size_is_allocated(levels, dtype, monk
     assert torch.equal(out, plain)
     assert max(without_out.sizes) == out.nbytes
     assert max(with_out.sizes) <= out.nbytes / 2
+
+
+@pytest.mark.parametrize("threads", [1, 64])
+def test_temporaries_are_bounded(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    weights = kernels.CHUNK_WEIGHTS + 2 * kernels.THREAD_WEIGHTS
+    tensor = NFTensor(random_buffer("nf24_b64", weights), nf_format(24), (weights,), torch.float16)
+    out = torch.empty(weights, dtype=torch.float32)
+    with Allocations(out, tensor.data) as found:
+        tensor.dequantize(out=out)
+    at_once = min(kernels.THREAD_WEIGHTS * threads, kernels.CHUNK_WEIGHTS)
+    assert max(found.sizes) <= 2.1 * at_once < out.nbytes
+
+
+def test_a_default_device_does_not_spoil_what_is_kept():
+    tensor = quantize(gaussian(7, 100), 12)
+    with torch.device("meta"):
+        tensor.dequantize(out=(out := torch.empty(7, 100, device="cpu")))
+    assert torch.equal(out, tensor.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda data: torch.stack([data, data], 1)[:, 0], lambda data: torch.cat([data[:2], data])[2:]]
+)
+def test_a_buffer_that_kernels_cannot_read_is_refused(make):
+    tensor = quantize(gaussian(7, 100))
+    with pytest.raises(CorruptFileError, match="contiguous and begins at a multiple of four bytes"):
+        NFTensor(make(tensor.data), tensor.format, tensor.shape, tensor.dtype)
 
 
 @pytest.mark.parametrize(
@@ -398,9 +426,9 @@ def test_an_out_on_another_device_is_refused():
 
 def test_an_integer_out_or_dtype_is_refused():
     tensor = quantize(gaussian(5, 100))
-    with pytest.raises(ValueError, match=r"floating.*torch\.int8"):
+    with pytest.raises(ValueError, match=r"fp16, bf16, fp32 or fp64, got torch\.int8"):
         tensor.dequantize(out=torch.zeros(5, 100, dtype=torch.int8))
-    with pytest.raises(ValueError, match=r"floating.*torch\.int8"):
+    with pytest.raises(ValueError, match=r"fp16, bf16, fp32 or fp64, got torch\.int8"):
         tensor.dequantize(torch.int8)
 
 
