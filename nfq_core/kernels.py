@@ -84,7 +84,7 @@ def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> 
         if out.dtype == torch.float16 and len(part) == blocks * BLOCK:
             torch.mul(values, scales[first : first + blocks], out=part.view(blocks, BLOCK))
         else:
-            scaled = torch.mul(values, scales[first : first + blocks], out=torch.empty_like(values))
+            scaled = torch.mul(values, scales[first : first + blocks], out=values)
             part.copy_(scaled.view(-1)[: len(part)])
 
 

@@ -20,15 +20,9 @@ WARPS = 4
 
 
 def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> None:
-    """Decode a whole packed buffer into `out` in one launch, without waiting for the device.
+    """`kernels.dequantize_into` in one launch, without waiting for the device.
 
     Scale parameters out of bounds are not noticed: `NFTensor.validate` looks for them when a file is read.
-
-    Args:
-        out: contiguous, of one of `tensor.QUANTIZABLE_DTYPES` (the fp16 value is cast), on the device of `data`; its
-            number of elements is the number of weights.
-        data: the packed buffer, 1-D uint8.
-        fmt: its format.
     """
     weights = out.numel()
     sections = fmt.sections(weights)
