@@ -14,7 +14,17 @@ from .safefile import SafetensorsFile
 
 
 def file_info(path: str | os.PathLike) -> dict:
-    """What a container's header says, as `nfq info --json` prints it; no tensor is read.
+    """What a container's header says, as `nfq info --json` prints it; no tensor is read. See `container_info`.
+
+    Raises:
+        NFQError: the file is missing, damaged, foreign or newer.
+    """
+    with NFQFile(path) as file:
+        return container_info(file)
+
+
+def container_info(file: NFQFile) -> dict:
+    """What the header of an open container says.
 
     Returns:
         `container_version`, `writer`, `architecture`, `layout`, `source`, `settings`, `weights` (count of quantised
@@ -22,40 +32,36 @@ def file_info(path: str | os.PathLike) -> dict:
         `packed_bits_per_weight` (the same for the packed buffers), `file_bytes`, `original_bytes` (size of the source
         file), `kept` and `kept_bytes` (number and size of the tensors kept), `has_workflow`, and `layers` (each `name`,
         `format`, `shape`, `bits_per_weight`).
-
-    Raises:
-        NFQError: the file is missing, damaged, foreign or newer.
     """
-    with NFQFile(path) as file:
-        weights = sum(entry.weights for entry in file.quantized.values())
-        stored = sum(file.stored_bytes(key) for key in file.quantized)
-        packed = sum(entry.format.packed_bytes(entry.weights) for entry in file.quantized.values())
-        source = file.facts.source
-        return {
-            "container_version": file.container_version,
-            "writer": file.writer,
-            "architecture": file.facts.architecture,
-            "layout": file.facts.layout,
-            "source": {"name": source.name, "sha256": source.sha256},
-            "settings": file.facts.settings,
-            "weights": weights,
-            "bits_per_weight": stored * 8 / weights if weights else 0.0,
-            "packed_bits_per_weight": packed * 8 / weights if weights else 0.0,
-            "file_bytes": file.file_bytes,
-            "original_bytes": source.bytes,
-            "kept": len(file.kept),
-            "kept_bytes": sum(file.stored_bytes(key) for key in file.kept),
-            "has_workflow": "workflow" in file.metadata,
-            "layers": [
-                {
-                    "name": key,
-                    "format": entry.format.id,
-                    "shape": list(entry.shape),
-                    "bits_per_weight": file.stored_bytes(key) * 8 / entry.weights,
-                }
-                for key, entry in file.quantized.items()
-            ],
-        }
+    weights = sum(entry.weights for entry in file.quantized.values())
+    stored = sum(file.stored_bytes(key) for key in file.quantized)
+    packed = sum(entry.format.packed_bytes(entry.weights) for entry in file.quantized.values())
+    source = file.facts.source
+    return {
+        "container_version": file.container_version,
+        "writer": file.writer,
+        "architecture": file.facts.architecture,
+        "layout": file.facts.layout,
+        "source": {"name": source.name, "sha256": source.sha256},
+        "settings": file.facts.settings,
+        "weights": weights,
+        "bits_per_weight": stored * 8 / weights if weights else 0.0,
+        "packed_bits_per_weight": packed * 8 / weights if weights else 0.0,
+        "file_bytes": file.file_bytes,
+        "original_bytes": source.bytes,
+        "kept": len(file.kept),
+        "kept_bytes": sum(file.stored_bytes(key) for key in file.kept),
+        "has_workflow": "workflow" in file.metadata,
+        "layers": [
+            {
+                "name": key,
+                "format": entry.format.id,
+                "shape": list(entry.shape),
+                "bits_per_weight": file.stored_bytes(key) * 8 / entry.weights,
+            }
+            for key, entry in file.quantized.items()
+        ],
+    }
 
 
 def verify_file(path: str | os.PathLike, *, progress: Progress = no_progress) -> dict:

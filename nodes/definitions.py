@@ -9,7 +9,7 @@ from typing import Any
 import comfy.model_management
 from comfy_api.latest import io, ui
 
-from ..nfq_core import NFQError, Settings
+from ..nfq_core import NFQError, NFQFile, Settings
 from ..nfq_core.formats import LEVELS
 from . import bake, compare, host, load, report, save
 from .recipe import missing_file, origin_in_graph
@@ -276,7 +276,9 @@ class NFInspect(io.ComfyNode):
         if model is not None:
             facts = report.model_facts(model, original)
         elif file_name != NOTHING:
-            facts = report.file_facts(*file_name.split("/", 1))
+            folder, _, name = file_name.partition("/")
+            with NFQFile(host.file_path(folder, name)) as file:
+                facts = report.file_facts(file, name)
         else:
             raise NFQError("connect a MODEL to NFInspect, or choose a file")
         text = report.as_text(facts)

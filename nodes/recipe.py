@@ -16,7 +16,7 @@ import folder_paths
 
 from ..nfq_core import NFQFile
 from ..nfq_core.container import Source
-from .host import CHECKPOINTS, SUFFIX, UNETS, file_path, listed_name
+from .host import CHECKPOINTS, SUFFIX, UNETS, listed_name
 
 LOADER_INPUTS = {"unet_name": UNETS, "ckpt_name": CHECKPOINTS, "model_name": "", "model_path": ""}
 """Inputs by which loaders, stock ones and others, name their file, and the host's folder it lies in, where known."""
@@ -114,22 +114,17 @@ def _base_name(name: str) -> str:
     return name.replace("\\", "/").rpartition("/")[2]
 
 
-def recipe(folder: str, name: str) -> dict[str, Any]:
-    """What a listed file was made from and how, short enough for a workflow.
-
-    Raises:
-        NFQError: the file is missing, damaged, foreign or newer.
-    """
-    with NFQFile(file_path(folder, name)) as file:
-        source = file.facts.source
-        return {
-            "architecture": file.facts.architecture,
-            "settings": file.facts.settings,
-            "source": source.name,
-            "source_sha256": source.sha256,
-            "header_sha256": file.header_sha256,
-            "file_bytes": file.file_bytes,
-        }
+def recipe(file: NFQFile) -> dict[str, Any]:
+    """What an open file was made from and how, short enough for a workflow."""
+    source = file.facts.source
+    return {
+        "architecture": file.facts.architecture,
+        "settings": file.facts.settings,
+        "source": source.name,
+        "source_sha256": source.sha256,
+        "header_sha256": file.header_sha256,
+        "file_bytes": file.file_bytes,
+    }
 
 
 def missing_file(folder: str, name: object, recipe_text: str) -> str:

@@ -10,25 +10,25 @@ from typing import Any
 import comfy.lora
 import torch
 
-from ..nfq_core import NFQError
-from ..nfq_core.examine import file_info, sqnr_db
+from ..nfq_core import NFQError, NFQFile
+from ..nfq_core.examine import container_info, sqnr_db
 from ..nfq_core.formats import format_by_id
 from .bake import UNET
-from .host import file_path, finite, made
+from .host import finite, made
 from .ops import unwrap
 from .patcher import packed_layers
 
 
-def file_facts(folder: str, name: str) -> dict[str, Any]:
-    """`file_info` of a listed file, its name before it, and `fp16_bytes`: its size with quantised weights as fp16."""
-    info = file_info(file_path(folder, name))
-    stored = round(info["bits_per_weight"] * info["weights"] / 8)
+def file_facts(file: NFQFile, name: str) -> dict[str, Any]:
+    """`container_info` of a file, its name before it, and `fp16_bytes`: its size with quantised weights as fp16."""
+    info = container_info(file)
+    stored = sum(map(file.stored_bytes, file.quantized))
     return {"name": name, "fp16_bytes": info["file_bytes"] - stored + 2 * info["weights"], **info}
 
 
-def file_summary(folder: str, name: str) -> dict[str, Any]:
+def file_summary(file: NFQFile, name: str) -> dict[str, Any]:
     """`file_facts` in short: instead of `layers` there is `formats`, the weights in each, the most frequent first."""
-    facts = file_facts(folder, name)
+    facts = file_facts(file, name)
     weights: Counter[str] = Counter()
     for layer in facts.pop("layers"):
         weights[layer["format"]] += math.prod(layer["shape"])
@@ -58,7 +58,7 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
     if facts is None:
         raise NFQError("this MODEL is not quantised; connect one from NFQuantizeUNet or an NFQ loader")
     before = original.get_key_patches(UNET) if original is not None else {}
-    layers = []
+    layers, weights, packed_bytes = [], 0, 0
     for key, layer in packed_layers(model.model):
         packed, name = unwrap(layer.weight), key.removeprefix(UNET)
         sqnr = facts.sqnr.get(name)
@@ -70,6 +70,8 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
             if patches:
                 dense = comfy.lora.calculate_weight(patches, dense.clone(), key)
             sqnr = sqnr_db(dense, packed.to("cpu").dequantize(torch.float32))
+        weights += packed.numel()
+        packed_bytes += packed.nbytes
         layers.append(
             {
                 "name": name,
@@ -79,17 +81,14 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
                 "sqnr_db": finite(sqnr),
             }
         )
-    counts = [math.prod(layer["shape"]) for layer in layers]
-    weights = sum(counts)
-    bits = sum(count * layer["bits_per_weight"] for count, layer in zip(counts, layers, strict=True))
     return {
         "name": facts.file_name,
         "settings": dict(facts.settings),
         "source": {"name": facts.source.name, "sha256": facts.source.sha256},
         "weights": weights,
-        "packed_bits_per_weight": bits / weights if weights else 0.0,
+        "packed_bits_per_weight": packed_bytes * 8 / weights if weights else 0.0,
         "model_bytes": model.model_size(),
-        "fp16_bytes": model.model_size() + 2 * weights - int(bits / 8),
+        "fp16_bytes": model.model_size() - packed_bytes + 2 * weights,
         "sqnr_db": _mean_sqnr(layers),
         "layers": layers,
     }
@@ -97,7 +96,7 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
 
 def _mean_sqnr(layers: list[dict[str, Any]]) -> float | None:
     """Weight-count mean over the layers whose error is known, in dB."""
-    known = [(math.prod(layer["shape"]), layer["sqnr_db"]) for layer in layers if layer.get("sqnr_db") is not None]
+    known = [(math.prod(layer["shape"]), layer["sqnr_db"]) for layer in layers if layer["sqnr_db"] is not None]
     return sum(weights * sqnr for weights, sqnr in known) / sum(weights for weights, _ in known) if known else None
 
 
@@ -114,9 +113,8 @@ def as_text(facts: Mapping[str, Any]) -> str:
         lines.append(f"{facts['file_bytes'] / 1e9:,.3f} GB of {facts['fp16_bytes'] / 1e9:,.3f} GB as fp16")
     else:
         lines.append(f"{facts['model_bytes'] / 1e9:,.3f} GB in memory")
-    mean = _mean_sqnr(facts["layers"])
-    if mean is not None:
-        lines.append(f"{mean:.2f} dB mean signal-to-quantisation-noise ratio, more is better")
+    if facts.get("sqnr_db") is not None:
+        lines.append(f"{facts['sqnr_db']:.2f} dB mean signal-to-quantisation-noise ratio, more is better")
     for layer in facts["layers"]:
         error = f"  {layer['sqnr_db']:6.2f} dB" if layer.get("sqnr_db") is not None else ""
         lines.append(f"{layer['format']:>9}  {layer['bits_per_weight']:.3f} bits{error}  {layer['name']}")

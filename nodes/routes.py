@@ -8,8 +8,8 @@ from typing import Any
 from aiohttp import web
 from server import PromptServer
 
-from ..nfq_core import NFQError
-from .host import CHECKPOINTS, SUFFIX, UNETS, file_path, listed_name
+from ..nfq_core import NFQError, NFQFile
+from .host import CHECKPOINTS, UNETS, file_path
 from .recipe import recipe
 from .report import file_summary
 
@@ -25,13 +25,16 @@ def _about(folder: str, name: str) -> tuple[int, dict[str, Any]]:
     """An HTTP status, and what the page is told of a file: its recipe for the workflow, and facts for the reader."""
     if folder not in (UNETS, CHECKPOINTS):
         return 400, {"error": f"folder must be {UNETS} or {CHECKPOINTS}"}
-    if listed_name(folder, name) is None:
-        return 404, {"error": f"{name!r} is no {SUFFIX} file in models/{folder}"}
     try:
-        return 200, {"recipe": recipe(folder, name), "facts": file_summary(folder, name)}
+        path = file_path(folder, name)
+    except NFQError as error:
+        return 404, {"error": str(error)}
+    try:
+        with NFQFile(path) as file:
+            return 200, {"recipe": recipe(file), "facts": file_summary(file, name)}
     except NFQError as error:
         # The page need not know where on this machine the file lies.
-        return 422, {"error": str(error).replace(file_path(folder, name), name)}
+        return 422, {"error": str(error).replace(path, name)}
 
 
 def register() -> None:

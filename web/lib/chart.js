@@ -33,7 +33,7 @@ function places(width, height, measured) {
   return { left, right: width - 4, top: 16, split, bottom: height - 4, gap: measured ? 18 : 0 };
 }
 
-// `about`: whether sizes are those in a file, and a title.
+// Draws the chart; `inFile` tells that sizes are those in a file.
 function draw(context, width, height, layers, colours, { inFile, title = "" }) {
   const measured = layers.filter((layer) => layer.sqnr_db != null);
   const place = places(width, height, measured.length > 0);
@@ -172,7 +172,7 @@ function described(layer) {
 }
 
 // Fills a panel with the chart of what the server told of a MODEL or file.
-export function showChart(panel, facts) {
+function showChart(panel, facts) {
   const original = withBytes(facts.layers);
   if (!original.length) return panel.replaceChildren(element("p", {}, text("nothingQuantised")));
   let layers = original;
