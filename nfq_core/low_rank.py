@@ -34,8 +34,8 @@ class LowRank:
         digits in fp16.
 
         Args:
-            parts: up of shape (rows, rank, …), down of shape (rank, …), and what their product is multiplied by. Further
-                dimensions, as convolutions have them, are flattened.
+            parts: up of shape (rows, rank, …), down of shape (rank, …), and what their product is multiplied by.
+                Further dimensions, as convolutions have them, are flattened.
             device: where the factors are to lie; they are prepared there.
             dtype: of the factors, that of the weights they will be added to.
         """

@@ -44,7 +44,7 @@ def test_convolution_factors_of_four_dimensions():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_small_numbers_keep_their_digits(dtype):
-    """A factor of 1e-7, below what fp16 resolves, beside one of 10: balanced, the product keeps a factor's precision."""
+    """A factor of 1e-7, below what fp16 resolves, beside one of 10: balanced, none loses precision."""
     up, down = factors(64, (64,), 8, 3, 1.0)
     up, down = up * 1e-7, down * 10
     change = LowRank.sum([(up, down, 1.0)], device="cpu", dtype=dtype)
