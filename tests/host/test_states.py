@@ -39,6 +39,19 @@ def test_load_states(host) -> None:
     assert 0 < states["partial"]["loaded"] < states["more"]["loaded"] < states["full"]["loaded"]
 
 
+def test_lora_factors_stay_with_their_layers(host) -> None:
+    """All LoRAs of a layer are one pair of factors, on the device while the layer is, and counted as loaded."""
+    prompt = {"model": OURS, "lora": lora("lora", 0.8, MODEL), "other": lora("locon", 0.5, ["lora", 0])}
+    facts = host.check("lora_factors", prompt, model=["other", 0])
+    full, half = facts["full"], facts["half"]
+    assert full["kept"] == full["patched"] > 0
+    assert full["loaded"] == facts["packed"] + full["bytes"]
+    assert 0 < half["kept"] < full["kept"]
+    assert half["patched"] == full["patched"]
+    assert half["loaded"] == full["loaded"] - facts["freed"]
+    assert facts["after"] == 0
+
+
 def test_hooks_outlive_a_partial_unload(host) -> None:
     facts = host.check("hooks_and_unloading", {"model": OURS}, model=MODEL)
     assert facts["hook"] > 1e-3

@@ -103,6 +103,33 @@ def memory_states(package: str, model, other) -> dict:
     return result
 
 
+def lora_factors(package: str, model, other) -> dict:
+    """Where the factors of a model's LoRAs are, loaded wholly, then in half, and what the host counts for them."""
+    device = comfy.model_management.get_torch_device()
+    comfy.model_management.unload_all_models()
+    patcher = _module(package, "patcher")
+    result = {"packed": model.model_size()}
+
+    def look(state: str) -> None:
+        _forward(model)
+        patches = [patcher._attached(layer) for _, layer in patcher.packed_layers(model.model)]
+        kept = [step for patch in patches if patch for step in patch._ready]
+        result[state] = {
+            "loaded": model.loaded_size(),
+            "patched": sum(patch is not None for patch in patches),
+            "kept": len(kept),
+            "bytes": sum(step.nbytes for step in kept),
+        }
+
+    model.patch_model(device)
+    look("full")
+    result["freed"] = model.partially_unload(torch.device("cpu"), model.model_size() // 2)
+    look("half")
+    model.detach()
+    result["after"] = model.loaded_size()
+    return result
+
+
 def packed_weights_alive(package: str, model, other) -> int:
     """How many packed weights this process holds."""
     return sum(_module(package, "ops").is_packed(thing) for thing in gc.get_objects())
