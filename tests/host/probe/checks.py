@@ -256,6 +256,7 @@ def dynamic_vram(package: str, model, other) -> dict:
         load, arguments = model.cached_patcher_init
         loaded = [load(*arguments, disable_dynamic=True), load(*arguments)]
         made_by_us = len(_Dynamic.made)
+        resident = [load(arguments[0], "resident", disable_dynamic=disable) for disable in (False, True)]
         stock = comfy.sd.load_diffusion_model(folder_paths.get_full_path("diffusion_models", "vega.safetensors"))
         quantised = bake.quantize_model(stock, bake.Settings(), None, recipe.Origin())
         stock.cached_patcher_init = None
@@ -269,6 +270,7 @@ def dynamic_vram(package: str, model, other) -> dict:
             "supported": True,
             "stock": stock.is_dynamic(),
             "made by us": made_by_us,
+            "resident": [patcher.is_dynamic() for patcher in resident],
             "classes": [type(patcher).__name__ for patcher in (*loaded, loaded[0].clone(), quantised)],
             "dynamic": [patcher.is_dynamic() for patcher in (*loaded, quantised)],
             "differences": [_difference(_forward(patcher), wanted) for patcher in (*loaded, quantised)],
