@@ -24,6 +24,10 @@ PRICE_STEPS = 5
 """Bisections of the price per bit."""
 
 
+LEAST_ERROR = 1e-12
+"""Errors below this, in the units of `Codebook.error`, are rounding."""
+
+
 @dataclass(frozen=True)
 class Effort:
     """How much work fitting may take.
@@ -138,7 +142,7 @@ def _lloyd(
         totals = torch.bincount(codes, squares, minlength=count).cpu()
         exact = levels.double()
         error = energy - 2 * (exact @ sums) + exact.square() @ totals
-        book = Codebook(levels, prices, uses, float(error) / unit)
+        book = Codebook(levels, prices, uses, max(float(error) / unit, LEAST_ERROR))
         if best is None or price or book.error < best.error:
             settled = best is not None and not price and book.error > best.error * 0.9998
             best = book
