@@ -80,10 +80,7 @@ def _largest_magnitudes(flat: torch.Tensor) -> torch.Tensor:
     dtype = flat.dtype if flat.element_size() == 2 else torch.float32
     chunk = chunk_blocks(flat.device)
     largest = torch.cat(
-        [
-            largest_magnitudes(_blocks(flat, first, chunk, dtype))
-            for first in range(0, -(-flat.numel() // BLOCK), chunk)
-        ]
+        [largest_magnitudes(_blocks(flat, first, chunk, dtype)) for first in range(0, -(-flat.numel() // BLOCK), chunk)]
     )
     if not torch.isfinite(largest).all():
         raise CannotQuantizeError("it holds NaN or Inf")
