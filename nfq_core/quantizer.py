@@ -33,7 +33,9 @@ def quantize(
         weight: fp16, bf16, fp32 or fp64, any shape, any strides.
         levels: size of the codebook: 32, 24, 16, 12 or 7.
         effort: "fast" or "best": how long the codebook is fitted.
-        device: where to work; by default where `weight` is. The result stays there.
+        device: where to work; by default where `weight` is. The result stays there. Its bytes are the same for the same
+            device, and close to another's: devices add up errors and fitted levels in an order of their own, which
+            turns a few choices between almost equal scales or levels.
 
     Returns:
         The packed weight; zero blocks come back as exact zeros.

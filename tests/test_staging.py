@@ -1,4 +1,4 @@
-"""Staging buffers: few, used again, free when what they held has arrived. CUDA is stood in for, but for the last test."""
+"""Staging buffers: few, used again, free when what they held has arrived. But for the last test CUDA is stood in for."""
 
 from __future__ import annotations
 
