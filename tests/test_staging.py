@@ -1,4 +1,4 @@
-"""Staging buffers: few, used again, free when what they held has arrived. But for the last test CUDA is stood in for."""
+"""Staging buffers: few, used again, free when what they held has arrived. Only the last test needs CUDA itself."""
 
 from __future__ import annotations
 
