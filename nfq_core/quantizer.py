@@ -12,7 +12,10 @@ from .search import BlockQuantizer, ScaleGrid, largest_magnitudes
 from .tensor import QUANTIZABLE_DTYPES, NFTensor
 
 CHUNK_BLOCKS = 12 * 1024
-"""Blocks quantised at once: temporaries of 3 MB, and a multiple of every format's blocks_per_group."""
+"""Blocks quantised at once on a CPU: temporaries of 3 MB, and a multiple of every format's blocks_per_group."""
+
+DEVICE_CHUNK_BLOCKS = 12 * CHUNK_BLOCKS
+"""The same on other devices, where fewer launches count for more: temporaries of 38 MB, six at once at most."""
 
 FINE_SCALES_FROM = 16
 """Codebooks of fewer levels gain under 0.1 dB from 16 scales per octave, which cost 0.016 bits; they get 8."""
@@ -30,7 +33,9 @@ def quantize(
         weight: fp16, bf16, fp32 or fp64, any shape, any strides.
         levels: size of the codebook: 32, 24, 16, 12 or 7.
         effort: "fast" or "best": how long the codebook is fitted.
-        device: where to work; by default where `weight` is. The result stays there.
+        device: where to work; by default where `weight` is. The result stays there. Its bytes are the same for the same
+            device, and close to another's: devices add up errors and fitted levels in an order of their own, which
+            turns a few choices between almost equal scales or levels.
 
     Returns:
         The packed weight; zero blocks come back as exact zeros.
@@ -52,14 +57,20 @@ def quantize(
     if largest.amax() > grid.magnitudes[-1]:
         # fp16 numbers beyond the largest scale: half the weights, twice the levels, and no product beyond fp16.
         flat, gain = flat.float() / 2, 2.0
-        grid = ScaleGrid.for_blocks(largest / 2, finest_stride, torch.finfo(torch.float16).max / 2)
+        largest = largest / 2
+        grid = ScaleGrid.for_blocks(largest, finest_stride, torch.finfo(torch.float16).max / 2)
     book = fit_codebook(_sample(flat, work.sample_blocks), grid, fmt, work, flat.numel())
-    return NFTensor(_encode(flat, fmt, grid, book, gain), fmt, weight.shape, weight.dtype)
+    return NFTensor(_encode(flat, largest, fmt, grid, book, gain), fmt, weight.shape, weight.dtype)
 
 
-def _blocks(flat: torch.Tensor, first: int, count: int) -> torch.Tensor:
-    """Blocks `first` … of a flat weight as fp32 of shape (up to `count`, 64), the last one filled up with zeros."""
-    part = flat[first * BLOCK : (first + count) * BLOCK].float()
+def chunk_blocks(device: torch.device) -> int:
+    """How many blocks are quantised at once on a device."""
+    return CHUNK_BLOCKS if device.type == "cpu" else DEVICE_CHUNK_BLOCKS
+
+
+def _blocks(flat: torch.Tensor, first: int, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Blocks `first` … of a flat weight in `dtype`, shape (up to `count`, 64), the last one filled up with zeros."""
+    part = flat[first * BLOCK : (first + count) * BLOCK].to(dtype)
     missing = -part.numel() % BLOCK
     if missing:
         part = torch.nn.functional.pad(part, (0, missing))
@@ -68,11 +79,10 @@ def _blocks(flat: torch.Tensor, first: int, count: int) -> torch.Tensor:
 
 def _largest_magnitudes(flat: torch.Tensor) -> torch.Tensor:
     """The largest magnitude of each block, fp32 of shape (blocks,); CannotQuantizeError where fp16 does not do."""
+    dtype = flat.dtype if flat.element_size() == 2 else torch.float32
+    chunk = chunk_blocks(flat.device)
     largest = torch.cat(
-        [
-            largest_magnitudes(_blocks(flat, first, CHUNK_BLOCKS))
-            for first in range(0, -(-flat.numel() // BLOCK), CHUNK_BLOCKS)
-        ]
+        [largest_magnitudes(_blocks(flat, first, chunk, dtype)) for first in range(0, -(-flat.numel() // BLOCK), chunk)]
     )
     if not torch.isfinite(largest).all():
         raise CannotQuantizeError("it holds NaN or Inf")
@@ -92,29 +102,30 @@ def _sample(flat: torch.Tensor, count: int) -> torch.Tensor:
     return whole.index_select(0, chosen).float()
 
 
-def _encode(flat: torch.Tensor, fmt: BlockFormat, grid: ScaleGrid, book: Codebook, gain: float) -> torch.Tensor:
-    """The packed buffer of `gain` times a flat weight, on its device.
+def _encode(
+    flat: torch.Tensor, largest: torch.Tensor, fmt: BlockFormat, grid: ScaleGrid, book: Codebook, gain: float
+) -> torch.Tensor:
+    """The packed buffer of `gain` times a flat weight, on its device, given the largest magnitude of each block.
 
     Levels are numbered from the most used to the least: levels that share a coarse digit are then about equally
     frequent, so that the fine bits, which entropy coding cannot shorten, carry no information that it could.
     """
     weights = flat.numel()
     sections = fmt.sections(weights)
-    quantizer = BlockQuantizer(book.levels, grid, flat.device, book.prices)
     data = torch.zeros(sections.end, dtype=torch.uint8, device=flat.device)
     order = book.uses.argsort(descending=True, stable=True)
     number_of_level = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).to(torch.uint8)
+    quantizer = BlockQuantizer(book.levels, grid, flat.device, book.prices, number_of_level)
     data[: 2 * fmt.levels].view(torch.float16).copy_(book.levels[order] * gain)
     data[2 * fmt.levels] = grid.exponent % 256
     data[2 * fmt.levels + 1] = grid.stride
-    renumber = number_of_level.to(flat.device)
-    for first in range(0, -(-weights // BLOCK), CHUNK_BLOCKS):
-        blocks = _blocks(flat, first, CHUNK_BLOCKS)
-        scale_codes = quantizer.scale_codes(blocks, largest_magnitudes(blocks))
+    chunk = chunk_blocks(flat.device)
+    for first in range(0, len(largest), chunk):
+        blocks = _blocks(flat, first, chunk)
+        scale_codes = quantizer.scale_codes(blocks, largest[first : first + chunk])
         start = sections.block_scales + first
         data[start : start + len(blocks)] = scale_codes
-        codes = quantizer.codes(blocks, quantizer.scales(scale_codes))
-        coarse, fine = pack_codes(renumber.index_select(0, codes.view(-1).int()).view(-1, BLOCK), fmt)
+        coarse, fine = pack_codes(quantizer.codes(blocks, quantizer.scales(scale_codes)), fmt)
         start = sections.coarse + first // fmt.coarse_digits * BLOCK
         data[start : start + len(coarse)] = coarse
         if fmt.fine_bits:
