@@ -156,10 +156,11 @@ class BlockQuantizer:
         """Error and price of a weight at each grid cell under each candidate scale, fp32 (SEARCH_BINS, candidates)."""
         centres = (torch.arange(SEARCH_BINS) + 0.5) * (2 * self._range / SEARCH_BINS) - self._range
         ratios = 2.0 ** (self._offsets.double() * self.grid.stride / SCALE_STEPS_PER_OCTAVE)
-        ratios = torch.cat([ratios, -ratios])
         scaled = (centres.double()[:, None] / ratios).float()
         codes = torch.bucketize(scaled, self._boundaries())
-        return ((scaled - self.levels[codes]).square() * ratios.square().float() + self.prices[codes]).contiguous()
+        errors = (scaled - self.levels[codes]).square() * ratios.square().float() + self.prices[codes]
+        # The grid is symmetric: under a negative scale a weight errs as its negative does under the positive one.
+        return torch.cat([errors, errors.flip(0)], dim=1)
 
     def _off_grid_errors(self) -> torch.Tensor:
         """Infinite where a candidate's scale is not in the grid, else 0: fp32 of shape (magnitudes, candidates)."""

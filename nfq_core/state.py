@@ -199,7 +199,7 @@ def load(
         complete for all that the caller does next, on a CUDA device on its current stream.
 
     Raises:
-        NFQError: the file is missing, damaged, foreign or newer, or there is not enough memory.
+        NFQError: the file is missing, damaged, foreign or newer, the device is not there, or memory not enough.
         KeyError: a wanted tensor is not in the file.
         ValueError: `memory` is none of those listed.
     """
@@ -218,6 +218,8 @@ def load_tensors(
     """`load` from a file that is open already."""
     wanted = list(file.keys() if keys is None else keys)
     device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise NFQError(f"{file.path}: cannot load to {device}: torch sees no CUDA device here")
     sizes = needed_bytes(file, wanted)
     mode, reason = choose(memory, *sizes, free_bytes(device) if memory == "auto" else None)
     if memory == "auto":

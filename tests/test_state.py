@@ -20,6 +20,7 @@ from nfq_core.container import Source
 from nfq_core.convert import quantize_file
 from nfq_core.errors import NFQError, TargetExistsError
 from nfq_core.examine import sqnr_db
+from nfq_core.memory import MODES
 from nfq_core.policy import DEFAULTS
 from nfq_core.safefile import tensor_bytes
 from nfq_core.staging import PlainTransfer
@@ -155,6 +156,14 @@ def test_loading_to_another_device(model, tmp_path):
     assert {key: tuple(value.shape) for key, value in loaded.items()} == {
         key: tuple(value.shape) for key, value in model.items()
     }
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_a_device_that_is_not_there_is_told_in_one_line(model, tmp_path, monkeypatch, memory):
+    nfq_core.save(model, tmp_path / "a")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(NFQError, match=r"a: cannot load to cuda:0: torch sees no CUDA device here$"):
+        nfq_core.load(tmp_path / "a", device="cuda:0", memory=memory)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
