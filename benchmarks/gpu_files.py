@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nfq_core
-from nfq_core import NFTensor
 from nfq_core.policy import DEFAULTS
+from nfq_core.state import StateDict
 
 from .gpu_bench import Part, fan_in_std, layer_formats, measure
 
@@ -27,9 +27,12 @@ WRITE_SECONDS = 90
 def files(part: Part) -> None:
     """Quantise SDXL's layers on the device, write both files, load each."""
     weights = _random_weights(part)
-    part.attempt("quantise", lambda: _quantise(part, weights))
+    packed = part.attempt("quantise", lambda: _quantise(part, weights))
+    if packed is None:
+        part.skip("load", "nothing was quantised")
+        return
     with tempfile.TemporaryDirectory() as folder:
-        part.attempt("load", lambda: _load(part, weights, Path(folder)))
+        part.attempt("load", lambda: _load(part, weights, packed, Path(folder)))
 
 
 def _random_weights(part: Part) -> dict[str, torch.Tensor]:
@@ -41,13 +44,19 @@ def _random_weights(part: Part) -> dict[str, torch.Tensor]:
     return made
 
 
-def _quantise(part: Part, weights: dict[str, torch.Tensor]) -> None:
-    found = measure(part, {"quantise": lambda: nfq_core.quantize_state_dict(weights)}, QUANTISE_ROUNDS)["quantise"]
+def _quantise(part: Part, weights: dict[str, torch.Tensor]) -> StateDict:
+    packed: StateDict = {}
+
+    def work() -> None:
+        packed.update(nfq_core.quantize_state_dict(weights))
+
+    found = measure(part, {"quantise": work}, QUANTISE_ROUNDS)["quantise"]
     part.note(quantise=found)
     part.target("all layers quantised on the device", found["ms"]["median"] / 1e3, 5, "s")
+    return packed
 
 
-def _load(part: Part, weights: dict[str, torch.Tensor], folder: Path) -> None:
+def _load(part: Part, weights: dict[str, torch.Tensor], packed: StateDict, folder: Path) -> None:
     needed = 1.4 * sum(weight.nbytes for weight in weights.values())
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -57,14 +66,15 @@ def _load(part: Part, weights: dict[str, torch.Tensor], folder: Path) -> None:
         part.skip("load", f"{part.left():.0f} s are left, making the files may take {WRITE_SECONDS}")
         return
     packed_file, dense_file = folder / "unet.nfq.safetensors", folder / "unet.safetensors"
-    nfq_core.save(nfq_core.quantize_state_dict(weights), packed_file, settings=DEFAULTS.as_dict())
+    nfq_core.save(packed, packed_file, settings=DEFAULTS.as_dict())
     save_file({name: weight.cpu() for name, weight in weights.items()}, dense_file)
     weights.clear()
+    packed.clear()
     gc.collect()
     part.note(file_bytes={"NFQ": packed_file.stat().st_size, "fp16": dense_file.stat().st_size})
     takes_device = "device" in inspect.signature(nfq_core.load).parameters
 
-    def ours() -> dict[str, NFTensor | torch.Tensor]:
+    def ours() -> StateDict:
         if takes_device:
             return nfq_core.load(packed_file, device=part.device)
         return {name: tensor.to(part.device) for name, tensor in nfq_core.load(packed_file).items()}

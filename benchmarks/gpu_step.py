@@ -66,8 +66,8 @@ FULL_COMPILE_SECONDS = 150
 State = Mapping[str, NFTensor | torch.Tensor]
 
 
-def make_unet(architecture: UNetArchitecture, state: State) -> nn.Module:
-    """diffusers' UNet over the tensors of `state`, which it shares; packed weights in packed layers."""
+def empty_unet(architecture: UNetArchitecture) -> nn.Module:
+    """diffusers' UNet without memory; AssertionError where its tensors are others than `unet_keys` says."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -75,6 +75,12 @@ def make_unet(architecture: UNetArchitecture, state: State) -> nn.Module:
     shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
     if shapes != tensor_shapes(architecture, "diffusers"):
         raise AssertionError("diffusers' UNet has other tensors than unet_keys says")
+    return unet
+
+
+def make_unet(architecture: UNetArchitecture, state: State) -> nn.Module:
+    """diffusers' UNet over the tensors of `state`, which it shares; packed weights in packed layers."""
+    unet = empty_unet(architecture)
     pack_layers(unet, {name: tensor for name, tensor in state.items() if isinstance(tensor, NFTensor)})
     tensors = {name: tensor.data if isinstance(tensor, NFTensor) else tensor for name, tensor in state.items()}
     unet.load_state_dict(tensors, assign=True)
@@ -126,8 +132,9 @@ def step_of(part: Part, unet: nn.Module) -> Callable[[], torch.Tensor]:
 
 
 def own_bytes(unet: nn.Module) -> int:
-    """Bytes of a model's tensors."""
-    return sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers()))
+    """Bytes of a model's tensors, those of bitsandbytes' scales included, which lie beside its parameters."""
+    states = [state for tensor in unet.parameters() if (state := getattr(tensor, "quant_state", None)) is not None]
+    return sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers(), *(state.absmax for state in states)))
 
 
 def without_diffusers(part: Part) -> bool:
@@ -155,7 +162,11 @@ def step(part: Part) -> None:
         part.note(contestants=contestants)
     if not part.on_gpu:
         part.skip("peak memory", "counted on GPUs only")
-    part.attempt("difference", lambda: part.note(difference=_differences(steps)))
+    difference = part.attempt("difference", lambda: _differences(steps))
+    if difference:
+        part.note(difference=difference)
+    if difference and "packed" in difference:
+        part.target("packed: the largest difference from the resident model's result", difference["packed"], 0, "")
     for name, reading in measure(part, steps, 2 if part.small else ROUNDS).items():
         contestants[name] |= reading
     part.note(contestants=contestants)
