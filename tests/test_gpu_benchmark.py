@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_bench, gpu_step
+from benchmarks import gpu, gpu_bench, gpu_decode, gpu_step
+from nfq_core import backends, kernels
 from nfq_core.formats import FORMATS
 from nfq_core.unet_keys import SDXL_BASE
 
@@ -67,8 +69,10 @@ def test_the_table(results: dict) -> None:
     assert told.startswith("Failed: correctness, all; decode, all")
 
 
-def test_diffusers_has_the_same_tensors_for_sdxl() -> None:
+def test_diffusers_has_the_same_tensors_for_sdxl(monkeypatch) -> None:
     """`empty_unet` compares every name and shape."""
+    for name in gpu.UNNEEDED:
+        monkeypatch.setitem(sys.modules, name, None)
     assert len(gpu_step.empty_unet(SDXL_BASE).state_dict()) == 1680
     assert sum(fmt is not None for _, fmt in gpu_bench.layer_formats(SDXL_BASE).values()) == 771
 
@@ -88,6 +92,56 @@ def test_random_weights_have_the_spread_asked_for() -> None:
 
 def small_part(path: Path) -> gpu_bench.Part:
     return gpu_bench.Part(CPU, True, float("inf"), path)
+
+
+@pytest.fixture
+def one_thread():
+    """With tiny shapes, several threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class GpuPart(gpu_bench.Part):
+    """A part that takes the CPU for a GPU."""
+
+    on_gpu = True
+
+
+@pytest.mark.parametrize(
+    ("work", "results"),
+    [
+        (gpu_decode.correctness, {"backend", "backend_reason", "checked", "wrong", "quantise"}),
+        (gpu_decode.decode, {"layers", "weights", "packed_bytes", "bytes_moved", "graph", "eager"}),
+        (gpu_decode.tuning, {"settings"}),
+        (gpu_step.step, {"contestants", "difference", "graphs"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_only_a_gpu_does(tmp_path: Path, monkeypatch, one_thread, work: Callable, results: set[str]) -> None:
+    """Graphs, memory and Triton have stand-ins."""
+    if work is gpu_decode.tuning:
+        pytest.importorskip("triton", reason="Triton is not installed; it is for Linux only")
+    if work is gpu_step.step:
+        for name in gpu.UNNEEDED:
+            monkeypatch.setitem(sys.modules, name, None)
+    for module in (gpu_decode, gpu_step):
+        monkeypatch.setattr(module, "graphed", lambda device, work, pool=None: work)
+        monkeypatch.setattr(module, "without_bitsandbytes", lambda: "it is left out")
+    monkeypatch.setattr(gpu_step, "added_bytes", lambda device, work: 1)
+    monkeypatch.setattr(gpu_decode, "LARGE_SIZES", ())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    triton = backends.Backend("triton", "a stand-in", kernels.dequantize_into)
+    monkeypatch.setattr(backends, "choose", lambda device: triton)
+    part = GpuPart(CPU, True, float("inf"), tmp_path / "part.json")
+    work(part)
+    assert not part.failures and part.results.keys() == results
+    if work is gpu_decode.correctness:
+        assert part.results["checked"] == 2 * len(FORMATS) * 6 * 3
+    if work is gpu_step.step:
+        assert part.results["graphs"].keys() == {"fp16", *gpu_step.AT_MOST}
 
 
 def test_what_fails_is_noted_and_leaves_the_rest(tmp_path: Path) -> None:
