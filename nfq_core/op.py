@@ -16,6 +16,9 @@ from .tensor import NFTensor
 
 _local = threading.local()
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Not what stands in for tensors, such as fakes."""
+
 NAMESPACE = f"nfq_{hashlib.sha256(__name__.encode()).hexdigest()[:12]}"
 """Where torch knows the operation: each copy of this package in a process, installed or in a plugin, has its own."""
 
