@@ -32,12 +32,10 @@ def target_path(folder: str, name: str) -> str:
         NFQError: the name is empty or leads out of the folder.
     """
     name = name.strip().replace("\\", "/").removesuffix(".safetensors").removesuffix(".nfq")
-    path = os.path.abspath(os.path.join(folder, name + SUFFIX))
-    if not name.rpartition("/")[2].strip(". ") or os.path.commonpath([path, os.path.abspath(folder)]) != os.path.abspath(
-        folder
-    ):
+    path = Path(os.path.abspath(os.path.join(folder, name + SUFFIX)))
+    if not name.rpartition("/")[2].strip(". ") or not path.is_relative_to(os.path.abspath(folder)):
         raise NFQError(f"{name!r} is no name for a file in {folder}; give it one such as 'my-model-NF16'")
-    return path
+    return str(path)
 
 
 class Making:
@@ -69,8 +67,6 @@ class Making:
             self._stop.clear()
             yield from self._run(source, target, settings, overwrite)
         finally:
-            # A page that was closed ends the lines, and with them the work.
-            self._stop.set()
             self._busy.release()
 
     def _run(self, source: str, target: str, settings: Settings, overwrite: bool) -> Iterator[str]:
@@ -97,6 +93,7 @@ class Making:
                 yield line
                 thread.join(SECONDS)
         finally:
+            # Whoever asks for no more lines, such as a page that was closed, ends the work.
             self._stop.set()
             thread.join()
         yield _told(outcome[0], target)

@@ -45,7 +45,7 @@ def facts(path: str) -> str:
 def _add_settings(sd_models: ModuleType, shared: ModuleType, forge: bool) -> None:
     ours = [info for info in sd_models.checkpoints_list.values() if is_ours(info.filename)]
     listed = "".join(f"<h4>{html.escape(info.name)}</h4>{facts(info.filename)}" for info in ours)
-    options = {"nfq_facts": OptionHTML(listed or "None of the checkpoints is quantised with NFQ: the NFQ tab makes one.")}
+    options = {"nfq_facts": OptionHTML(listed or "No checkpoint is quantised with NFQ yet: the NFQ tab makes one.")}
     if forge:
         label = "Keep weights of Linear layers packed in memory (applies when a checkpoint is loaded)"
         options["nfq_keep_packed"] = OptionInfo(True, label)

@@ -76,7 +76,9 @@ def install(monkeypatch: pytest.MonkeyPatch, *, forge: bool) -> Program:
         on_ui_tabs=program.tabs.append,
         on_ui_settings=program.settings.append,
     )
-    module("modules.options", OptionHTML=MagicMock(), OptionInfo=MagicMock(), options_section=lambda _, options: options)
+    module(
+        "modules.options", OptionHTML=MagicMock(), OptionInfo=MagicMock(), options_section=lambda _, options: options
+    )
     module("modules.devices", get_optimal_device_name=lambda: "cpu")
     opts = SimpleNamespace(add_option=program.options.__setitem__, sd_model_checkpoint="")
     module("modules.shared", weight_load_location=None, opts=opts)
@@ -85,8 +87,10 @@ def install(monkeypatch: pytest.MonkeyPatch, *, forge: bool) -> Program:
 
     def change(*args: Any, **kwargs: Any) -> str:
         program.read.append((args, kwargs))
-        path = kwargs["info"].filename if "info" in kwargs else data.forge_loading_parameters["checkpoint_info"].filename
-        return (program.modules["backend.loader"].load_torch_file if forge else models.read_state_dict)(path)
+        if forge:
+            info = data.forge_loading_parameters["checkpoint_info"]
+            return program.modules["backend.loader"].load_torch_file(info.filename)
+        return models.read_state_dict(kwargs["info"].filename)
 
     if forge:
         module("modules.processing", forge_model_reload=change)

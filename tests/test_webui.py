@@ -37,7 +37,9 @@ def program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     shapes = tensor_shapes(TINY, "diffusers")
-    unet = quantize_state_dict({name: random_half(*shape, seed=n) / 16 for n, (name, shape) in enumerate(shapes.items())})
+    unet = quantize_state_dict(
+        {name: random_half(*shape, seed=n) / 16 for n, (name, shape) in enumerate(shapes.items())}
+    )
     save(unet | COMPANIONS, folder / "whole.nfq.safetensors", settings={"levels": 16})
     save(unet, folder / "unet.nfq.safetensors")
     shutil.copy(folder / "whole.nfq.safetensors", folder / "renamed.safetensors")
@@ -148,7 +150,7 @@ def test_forge_keeps_linear_weights_packed(files: Path, monkeypatch: pytest.Monk
 
 def test_install_adds_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "launch.py").write_text("def run_pip(command, what): print(command)\n")
-    blocked = "import sys; sys.modules['zstandard'] = None; import importlib.util as u; u.find_spec = lambda name: None\n"
+    blocked = "import importlib.util; importlib.util.find_spec = lambda name: None\n"
     run = blocked + f"exec(open({str(ROOT / 'install.py')!r}).read())"
     for folder, told in ((tmp_path, 'install "zstandard>=0.22"\n'), (ROOT / "docs", "")):
         result = subprocess.run([sys.executable, "-c", run], cwd=folder, capture_output=True, text=True, check=True)

@@ -1,6 +1,7 @@
-"""Runs in the Python of Automatic1111's web UI or of Forge: imports its own modules, loads the extension, answers tests.
+"""Runs in the Python of a program: imports its own modules, loads the extension, and answers one test.
 
-Usage: driver.py CHECK FOLDER, in a folder made by `conftest.py`; PROGRAM in the environment says where the program is. The last line printed is the answer, as JSON.
+Usage: driver.py CHECK FOLDER, with a folder made by `conftest.py`; PROGRAM in the environment says where Automatic1111's
+web UI or Forge is. The last line printed is the answer, as JSON.
 """
 
 from __future__ import annotations
@@ -112,10 +113,11 @@ def check_read() -> dict[str, Any]:
     info = sd_models.get_closet_checkpoint_match("tiny.nfq")
     ours = sd_models.get_checkpoint_state_dict(info, Timer())
     stock = read(path_of("dequantised.safetensors"))
+    unet = {key: value for key, value in stock.items() if key.startswith("model.")}
     return {
         "same": same(ours, stock),
         "renamed": same(read(path_of("renamed.safetensors")), stock),
-        "prefixed": same(read(path_of("unet.nfq.safetensors")), {k: v for k, v in stock.items() if k.startswith("model.")}),
+        "prefixed": same(read(path_of("unet.nfq.safetensors")), unet),
         "damaged": raised(read, path_of("damaged.nfq.safetensors")),
         "newer": raised(read, path_of("newer.nfq.safetensors")),
         "foreign": raised(read, path_of("foreign.nfq.safetensors")),
@@ -123,7 +125,7 @@ def check_read() -> dict[str, Any]:
 
 
 def check_page() -> dict[str, Any]:
-    """The tab and the settings, built with the program's gradio; quantising, stopping, refusing through its functions."""
+    """The tab and the settings, built with the program's gradio; what the tab's buttons do."""
     import gradio as gr
     from modules import script_callbacks, shared
 

@@ -59,7 +59,7 @@ class Engine:
         patches = {}
         for key in LORA_KEYS:
             rows, columns = state[key].shape[0], state[key].shape[1:].numel()
-            up, down = torch.randn(rows, 4) / 30, torch.randn(4, columns) / 30
+            up, down = torch.randn(rows, 4) / 3, torch.randn(4, columns) / 3
             patches[key] = ("lora", (up, down, None, None, None, None))
         plain, self.unet = self.unet, self.unet.clone()
         assert self.unet.add_patches(filename="lora", patches=patches, online_mode=online) == set(LORA_KEYS)
@@ -100,13 +100,18 @@ def change(path_of: Callable[[str], str], raised: Callable[..., str]) -> dict[st
     packed = kept.packed_layers()
     saved = utils.get_state_dict_after_quant(kept.unet.model.diffusion_model)
     reference = utils.get_state_dict_after_quant(stock.unet.model.diffusion_model)
+
+    def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+        # fp16 holds the merged weights, to 2**-11 of each; the sums of a tiny UNet's layers vary no more than this.
+        return float((one - other).abs().amax()) <= 2e-3 * float(other.abs().amax())
+
     outputs = {
         "plain": torch.equal(kept.output(), plain),
-        "lora moves it": not torch.allclose(merged, plain, atol=1e-3),
-        "merged": torch.allclose(kept.with_lora(False), merged, atol=2e-3),
+        "lora moves it": not close(merged, plain),
+        "merged": close(kept.with_lora(False), merged),
         "merged, dense": kept.packed_layers() == packed - 1,
         "lora gone": torch.equal(kept.output(), plain) and kept.packed_layers() == packed,
-        "online": torch.allclose(kept.with_lora(True), online, atol=2e-3),
+        "online": close(kept.with_lora(True), online),
         "saved": all(torch.equal(saved[key].float(), reference[key].float()) for key in reference),
     }
     answer: dict[str, Any] = {"loaded": isinstance(kept, Engine) and packed > 20, "outputs": outputs}

@@ -50,6 +50,7 @@ model:
       params: {emb_models: []}
     first_stage_config:
       target: torch.nn.Identity
+      params: {ddconfig: {}}
 """
 """SDXL's configuration with the numbers of the tests' UNet."""
 
@@ -90,8 +91,8 @@ def change(path_of: Callable[[str], str], raised: Callable[..., str]) -> dict[st
     for name in ("damaged", "newer", "foreign", "unet"):
         answer[name] = raised(load, f"{name}.nfq.safetensors")
         model = sd_models.model_data.sd_model
-        hijacked = sd_hijack.model_hijack.circular_enabled is not None and model in sd_models.model_data.loaded_sd_models
-        states.append(model is ours and hijacked and model.sd_checkpoint_info.name == loaded)
+        listed = model in sd_models.model_data.loaded_sd_models
+        states.append(model is ours and listed and model.sd_checkpoint_info.name == loaded)
     # As the page does it: the option goes back to what it was.
     shared.opts.onchange("sd_model_checkpoint", lambda: sd_models.reload_model_weights(), call=False)
     before = shared.opts.sd_model_checkpoint
