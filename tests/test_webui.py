@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import stub_webui
 import torch
+from safetensors.torch import save_file
 from samples import TINY, random_half
 from stub_webui import ROOT, Program
 
@@ -22,15 +23,19 @@ from nfq_core.unet_keys import tensor_shapes
 COMPANIONS = {"conditioner.x": random_half(8, 8), "first_stage_model.y": random_half(8)}
 
 
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """Each test loads the extension anew: it holds on to the modules of the program that it met."""
+    yield
+    for name in [name for name in sys.modules if name.startswith("nfq_extension_")]:
+        del sys.modules[name]
+
+
 @pytest.fixture(params=["automatic", "forge"])
-def program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Program]:
-    known = set(sys.modules)
+def program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Program:
     made = stub_webui.install(monkeypatch, forge=request.param == "forge")
     made.load_extension()
-    yield made
-    for name in set(sys.modules) - known:
-        if name.startswith("nfq_extension_"):
-            del sys.modules[name]
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +175,44 @@ def test_its_modules_import_their_own_relatively(path: Path) -> None:
     allowed = {"forge.py": {"backend", "modules", "torch"}, "packed.py": {"torch"}, "loading.py": {"torch"}}
     others = {"gradio", "modules", "torch"} if path.name != "making.py" else set()
     assert found <= allowed.get(path.name, others) | set(sys.stdlib_module_names)
+
+
+@pytest.fixture
+def making(monkeypatch: pytest.MonkeyPatch):
+    program = stub_webui.install(monkeypatch, forge=False)
+    program.load_extension()
+    return sys.modules[f"{reader(program).__module__.partition('.')[0]}.nfq_webui.making"]
+
+
+def test_where_a_new_checkpoint_goes(making, tmp_path: Path) -> None:
+    assert making.default_name("/models/some model.v2.safetensors", 12) == "some model.v2-NF12"
+    for name in ("new", "new.nfq.safetensors", "new.safetensors", " new "):
+        assert making.target_path(str(tmp_path), name) == str(tmp_path / "new.nfq.safetensors")
+    assert making.target_path(str(tmp_path), "sub\\new") == str(tmp_path / "sub" / "new.nfq.safetensors")
+    for name in ("", " ", ".", "..", "../new", "sub/../../new", "/elsewhere/new", "sub/"):
+        with pytest.raises(Exception, match="is no name for a file in"):
+            making.target_path(str(tmp_path), name)
+
+
+def test_one_checkpoint_is_made_at_a_time_and_can_be_stopped(making, tmp_path: Path) -> None:
+    source, target = tmp_path / "source.safetensors", tmp_path / "sub" / "new.nfq.safetensors"
+    save_file({"weight": random_half(512, 512), "other": random_half(512, 512, seed=1)}, source)
+    maker, settings = making.Making(), making.Settings(effort="best")
+    lines = maker.run(str(source), str(target), settings)
+    assert next(lines) == "reading"
+    with pytest.raises(Exception, match="another checkpoint is being quantised"):
+        next(maker.run(str(source), str(target), settings))
+    maker.stop()
+    assert list(lines)[-1] == "stopped; nothing was written" and list(target.parent.iterdir()) == []
+    lines = maker.run(str(source), str(target), settings)
+    next(lines)
+    lines.close()
+    assert list(target.parent.iterdir()) == [], "a page that was closed ends the work"
+    assert list(maker.run(str(source), str(target), settings))[-1].startswith(f"{target}: 0.00 GB → 0.00 GB in")
+    assert load(target).keys() == {"weight", "other"}
+    for path, overwrite, told in (
+        (source, False, "tick Overwrite"),
+        (tmp_path / "none.safetensors", True, "no such file"),
+    ):
+        with pytest.raises(Exception, match=told):
+            list(maker.run(str(path), str(target), settings, overwrite))

@@ -1,7 +1,7 @@
 """Runs in the Python of a program: imports its own modules, loads the extension, and answers one test.
 
-Usage: driver.py CHECK FOLDER, with a folder made by `conftest.py`; PROGRAM in the environment says where Automatic1111's
-web UI or Forge is. The last line printed is the answer, as JSON.
+Usage: driver.py CHECK FOLDER, with a folder made by `conftest.py`; PROGRAM in the environment says where the program,
+Automatic1111's web UI or Forge, is. The last line printed is the answer, as JSON.
 """
 
 from __future__ import annotations
