@@ -24,7 +24,7 @@ def install(loading: NFQLoading) -> None:
                 return previous(checkpoint_file, *args, **kwargs)
             location = argument(1, "map_location", args, kwargs)
             device = location or shared.weight_load_location or devices.get_optimal_device_name()
-            return loading.take_dense(checkpoint_file, device)
+            return loading.take_dense(checkpoint_file, device, REMEDY)
 
         return read_state_dict
 

@@ -64,16 +64,19 @@ class NFQLoading:
         """Give up what was read ahead."""
         self._ahead = None
 
-    def take(self, path: str) -> StateDict:
-        """All tensors of a file under the names of a whole LDM checkpoint, weights packed; read ahead, or read now."""
+    def take(self, path: str, remedy: str = "") -> StateDict:
+        """All tensors of a file under the names of a whole LDM checkpoint, weights packed.
+
+        They are those read ahead, or read now; arguments and errors as of `read_ahead`.
+        """
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == _fingerprint(path):
             return ahead[1]
-        return _read(path, "")
+        return _read(path, remedy)
 
-    def take_dense(self, path: str, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    def take_dense(self, path: str, device: torch.device | str, remedy: str = "") -> dict[str, torch.Tensor]:
         """`take`, with every weight dequantised to fp16."""
-        return dense(self.take(path), device=device)
+        return dense(self.take(path, remedy), device=device)
 
 
 def _fingerprint(path: str) -> Sequence:
