@@ -11,14 +11,11 @@ from backend.args import dynamic_args
 from modules import processing, sd_models, shared
 
 from ..nfq_core import NFQError
-from .loading import NFQLoading, is_ours
+from .loading import KEEP_PACKED, NFQLoading, is_ours
 from .packed import keep_packed
 from .patching import argument, tell, wrap
 
 REMEDY = "choose what is missing under 'VAE / Text Encoder', or a file of a whole checkpoint"
-
-KEEP_PACKED = "nfq_keep_packed"
-"""The name of the setting."""
 
 
 def install(loading: NFQLoading) -> None:

@@ -14,6 +14,9 @@ from ..nfq_core.state import StateDict, load_tensors
 
 SUFFIX = ".nfq.safetensors"
 
+KEEP_PACKED = "nfq_keep_packed"
+"""The name of the setting that has weights stay packed, where the program can."""
+
 MARK_BYTES = 256
 """Our writer puts HASH_KEY first in a header: it stands in so many bytes of a file, whatever the file is called."""
 

@@ -17,7 +17,7 @@ from ..nfq_core.codebook import EFFORTS
 from ..nfq_core.examine import file_info, info_lines
 from ..nfq_core.formats import LEVELS
 from ..nfq_core.policy import DEFAULTS
-from .loading import is_ours
+from .loading import KEEP_PACKED, is_ours
 from .making import Making, default_name, target_path
 
 SECTION = ("nfq", "NFQ")
@@ -38,8 +38,13 @@ def facts(path: str) -> str:
             return "<p>Not quantised with NFQ.</p>"
         rows = info_lines(os.path.basename(path), file_info(path))
     except NFQError as error:
-        return f"<p class='error'>{html.escape(str(error))}</p>"
-    return "<table>" + "".join(f"<tr><td>{n}</td><td>{html.escape(text)}</td></tr>" for n, text in rows) + "</table>"
+        return _refusal(error)
+    lines = (f"<tr><td>{name}</td><td>{html.escape(text)}</td></tr>" for name, text in rows)
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _refusal(error: NFQError) -> str:
+    return f"<p class='error'>{html.escape(str(error))}</p>"
 
 
 def _add_settings(sd_models: ModuleType, shared: ModuleType, forge: bool) -> None:
@@ -48,7 +53,7 @@ def _add_settings(sd_models: ModuleType, shared: ModuleType, forge: bool) -> Non
     options = {"nfq_facts": OptionHTML(listed or "No checkpoint is quantised with NFQ yet: the NFQ tab makes one.")}
     if forge:
         label = "Keep weights of Linear layers packed in memory (applies when a checkpoint is loaded)"
-        options["nfq_keep_packed"] = OptionInfo(True, label)
+        options[KEEP_PACKED] = OptionInfo(True, label)
     for name, option in options_section(SECTION, options).items():
         shared.opts.add_option(name, option)
 
@@ -71,7 +76,7 @@ def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
         try:
             return facts(path_of(title))
         except NFQError as error:
-            return f"<p class='error'>{html.escape(str(error))}</p>"
+            return _refusal(error)
 
     def refresh() -> tuple[Any, str]:
         sd_models.list_models()
