@@ -144,23 +144,7 @@ def _dequantize(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     info = examine.file_info(options.file)
-    formats: dict[str, int] = {}
-    for layer in info["layers"]:
-        formats[layer["format"]] = formats.get(layer["format"], 0) + 1
-    share = f", {info['file_bytes'] / info['original_bytes']:.0%} of the original" if info["original_bytes"] else ""
-    lines = [
-        f"file          {options.file}, {info['file_bytes']:,} bytes{share}",
-        f"written by    {info['writer']}, container version {info['container_version']}",
-        f"model         {info['architecture']}, {info['layout']} keys",
-        f"source        {info['source']['name'] or 'not recorded'} {info['source']['sha256'][:10]}",
-        f"settings      {', '.join(f'{name} {value}' for name, value in info['settings'].items()) or 'not recorded'}",
-        f"quantised     {len(info['layers'])} layers, {info['weights']:,} weights"
-        + "".join(f", {count} {name}" for name, count in sorted(formats.items())),
-        f"bits/weight   {info['bits_per_weight']:.3f} in the file, {info['packed_bits_per_weight']:.3f} packed",
-        f"kept          {info['kept']} tensors, {info['kept_bytes']:,} bytes",
-        f"workflow      {'embedded' if info['has_workflow'] else 'none'}",
-    ]
-    return _show(options, info, "\n".join(lines))
+    return _show(options, info, "\n".join(f"{name:14}{text}" for name, text in examine.info_lines(options.file, info)))
 
 
 def _backends(options: argparse.Namespace) -> int:

@@ -38,11 +38,10 @@ TORCH_DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
     "C64": torch.complex64,
 }
+# torch has these from 2.3 on; hosts with an older one still read the files that hold none of them.
+TORCH_DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (64, 32, 16) if hasattr(torch, f"uint{bits}")}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 

@@ -15,9 +15,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..nfq_core import NFQError, NFQFile, NFTensor, UnsupportedFileError
+from ..nfq_core.checkpoint import unet_names
 from ..nfq_core.memory import choose, needed_bytes
 from ..nfq_core.state import StateDict, load_tensors
-from ..nfq_core.unet import detect, ldm_names, what_is_missing
 from ..nfq_core.unet_keys import CHECKPOINT_PREFIX
 from .host import MADE, UNETS, Made, NodeProgress
 from .ops import NFOps, wrap
@@ -116,18 +116,8 @@ def _static(load: Callable) -> dict[str, bool]:
 
 def _unet_names(file: NFQFile) -> tuple[dict[str, str], list[str]]:
     """The LDM name of every UNet tensor in a file, and all tensors that the host needs for a UNet."""
-    shapes = {key: tuple(entry.shape) for key, entry in file.quantized.items()}
-    shapes |= {key: tuple(file.entries[key].shape) for key in file.kept}
-    info = detect(shapes)
-    if info is None:
-        raise UnsupportedFileError(f"{file.path} holds no UNet of the SDXL family; choose a quantised SDXL-type model")
-    if info.architecture is None:
-        missing = what_is_missing(info, shapes)
-        if missing or info.layout == "diffusers":
-            reason = missing or "its UNet is not of the SDXL family"
-            raise UnsupportedFileError(f"{file.path} cannot be used: {reason}; quantise the original again")
-    names = ldm_names(info, shapes)
-    return names, [*names, *(key for key in MARKERS if key in shapes)]
+    names = unet_names(file)
+    return names, [*names, *(key for key in MARKERS if key in file.kept)]
 
 
 def _memory_mode(memory: str, file: NFQFile) -> str:
