@@ -148,6 +148,13 @@ def nf_format(levels: int) -> BlockFormat:
     return _by_levels("nf", levels)
 
 
+def writable_format(format_id: str) -> BlockFormat:
+    """The format named `format_id`, one of WRITABLE_IDS; ValueError for any other."""
+    if format_id not in WRITABLE_IDS:
+        raise ValueError(f"format must be one of {', '.join(WRITABLE_IDS)}, got {format_id!r}")
+    return FORMATS[format_id]
+
+
 def article_format(levels: int) -> BlockFormat:
     """The format that holds an article file's tensor of `levels` levels bit for bit; ValueError for other numbers."""
     return _by_levels("article", levels)
