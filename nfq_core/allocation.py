@@ -15,37 +15,32 @@ from math import prod
 from .errors import NFQError
 from .formats import FORMATS, BlockFormat
 
-EXPECTED_SQNR_DB = {
-    "t2w8_b64": 11.2,
-    "t3w8_b64": 17.1,
-    "t4w8_b64": 22.9,
-    "t5w9_b64": 28.7,
-}
-"""Formats to choose from, the smallest first, and the signal-to-quantisation-noise ratio of Gaussian weights in them (`benchmarks.trellis`).
+EXPECTED_SQNR_DB = {"t2w8_b64": 11.2, "t3w8_b64": 17.1, "t4w8_b64": 22.9, "t5w9_b64": 28.7}
+"""Formats to choose from, the smallest first, with the signal-to-quantisation-noise ratio of Gaussian weights in them.
 
-Heavier tails lose about as much in one as in another, which does not change the choice.
+From `benchmarks.trellis`. Heavier tails lose about as much in one as in another, which does not change the choice.
 """
 
 PRESETS = {"best": 4.9, "balanced": 4.1, "small": 3.4, "tiny": 2.8}
 """Packed bits per weight."""
 
 ROLES = (
-    (("skip_connection", "conv_shortcut"), 23.0),
-    (("proj_in", "proj_out"), 7.5),
-    (("attn1.to_v", "attn1.to_out"), 3.0),
-    (("attn2.to_v", "attn2.to_out"), 2.0),
-    (("ff.net.0",), 1.3),
-    (("ff.net.2",), 0.75),
+    (("skip_connection", "conv_shortcut"), 500.0),
+    (("proj_in", "proj_out"), 56.0),
+    (("attn1.to_v", "attn1.to_out"), 9.0),
+    (("attn2.to_v", "attn2.to_out"), 4.0),
+    (("ff.net.0",), 1.7),
+    (("ff.net.2",), 0.6),
+    (("attn2.to_k",), 2.0),
     (("to_q", "to_k"), 1.0),
 )
 """Sensitivities per weight of a UNet's linear layers and shortcuts by what stands in their names.
 
-Measured on the demo model (`benchmarks.sensitivity`): the square roots of what was found, for another model need not be
-as uneven. Keys are raised to the level of queries, for published work finds those of cross-attention sensitive in SDXL
-(MixDQ, arXiv 2405.17873).
+Measured on the demo model, those of a role together. Keys of cross-attention are raised above what was found there, for
+published work finds them sensitive in SDXL (MixDQ, arXiv 2405.17873).
 """
 
-CONVOLUTION = 4.0
+CONVOLUTION = 16.0
 """Likewise of its other convolutions."""
 
 OTHER = 1.0

@@ -181,7 +181,7 @@ def dequantize_file(
 
         def work(key: str) -> tuple[str, memoryview]:
             if key in file.kept:
-                return key, memoryview(file.load_kept(key))
+                return key, file.load_kept(key)
             tensor = file.load(key)
             return key, tensor_bytes(tensor.dequantize(dtype or tensor.dtype))
 

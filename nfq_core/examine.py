@@ -35,7 +35,7 @@ def container_info(file: NFQFile) -> dict:
     """
     weights = sum(entry.weights for entry in file.quantized.values())
     stored = sum(file.stored_bytes(key) for key in file.quantized)
-    packed = sum(entry.format.packed_bytes(entry.weights) for entry in file.quantized.values())
+    packed = sum(entry.packed_bytes for entry in file.quantized.values())
     source = file.facts.source
     return {
         "container_version": file.container_version,

@@ -7,7 +7,7 @@ A format is geometry only. The levels themselves travel in every packed buffer, 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property, wraps
+from functools import cached_property, lru_cache, wraps
 from itertools import pairwise
 
 import torch
@@ -103,20 +103,30 @@ class BlockFormat:
             blocks += self.coarse_digits
         return blocks
 
+    def __hash__(self) -> int:
+        # Ids are unique; hashing every field would cost as much as what is looked up by a format.
+        return hash(self.id)
+
     def sections(self, weights: int) -> Sections:
         """Where the sections of the packed buffer of `weights` weights lie, in bytes."""
-        blocks = -(-weights // BLOCK)
-        article = self.scales is Scales.ARTICLE
-        head_bytes = 2 * self.levels + (0 if article else 2)
-        coarse = -(-head_bytes // HEAD_ALIGNMENT) * HEAD_ALIGNMENT
-        fine = coarse + -(-blocks // self.coarse_digits) * BLOCK
-        superblock_scales = fine + (-(-blocks // self.fine_digits) * BLOCK if self.fine_bits else 0)
-        block_scales = superblock_scales + (-(-blocks // SUPERBLOCK) * 4 if article else 0)
-        return Sections(0, coarse, fine, superblock_scales, block_scales, block_scales + blocks)
+        return _sections(self, weights)
 
     def packed_bytes(self, weights: int) -> int:
         """Length of the packed buffer of `weights` weights, in bytes."""
         return self.sections(weights).end
+
+
+@lru_cache(1024)
+def _sections(fmt: BlockFormat, weights: int) -> Sections:
+    """`BlockFormat.sections`: looked up twice whenever a layer runs, and a model has few different sizes of layers."""
+    blocks = -(-weights // BLOCK)
+    article = fmt.scales is Scales.ARTICLE
+    head_bytes = 2 * fmt.levels + (0 if article else 2)
+    coarse = -(-head_bytes // HEAD_ALIGNMENT) * HEAD_ALIGNMENT
+    fine = coarse + -(-blocks // fmt.coarse_digits) * BLOCK
+    superblock_scales = fine + (-(-blocks // fmt.fine_digits) * BLOCK if fmt.fine_bits else 0)
+    block_scales = superblock_scales + (-(-blocks // SUPERBLOCK) * 4 if article else 0)
+    return Sections(0, coarse, fine, superblock_scales, block_scales, block_scales + blocks)
 
 
 LEVELS = (32, 24, 16, 12, 7)

@@ -15,7 +15,10 @@ from .tensor import QUANTIZABLE_DTYPES, NFTensor
 from .trellis_fit import TRELLIS_EFFORTS, TrellisQuantizer, fit_trellis
 
 CHUNK_BLOCKS = 12 * 1024
-"""Blocks quantised at once: temporaries of 3 MB, and a multiple of every format's blocks_per_group."""
+"""Blocks quantised at once on a CPU: temporaries of 3 MB, and a multiple of every format's blocks_per_group."""
+
+DEVICE_CHUNK_BLOCKS = 12 * CHUNK_BLOCKS
+"""The same on other devices, where fewer launches count for more: temporaries of 38 MB, six at once at most."""
 
 FINE_SCALES_FROM = 16
 """Codebooks of fewer levels gain under 0.1 dB from 16 scales per octave, which cost 0.016 bits; they get 8."""
@@ -24,8 +27,11 @@ MIN_LARGEST = 2.0**-12
 """Below this largest magnitude, the smallest scale (2**-14) is too coarse for a weight."""
 
 
-ChooseCodes = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Takes blocks, fp32 of shape (blocks, 64); returns scale codes, shape (blocks,), and codes, (blocks, 64), uint8."""
+ChooseCodes = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Takes blocks, fp32 of shape (blocks, 64), and their largest magnitudes, fp32 of shape (blocks,).
+
+Returns scale codes, uint8 of shape (blocks,), and codes, uint8 of shape (blocks, 64).
+"""
 
 
 def quantize(
@@ -43,7 +49,9 @@ def quantize(
         levels: size of the codebook: 32, 24, 16, 12 or 7.
         format: one of `formats.WRITABLE_IDS`, such as "t4w8_b64"; by default the NF format of `levels` levels.
         effort: "fast" or "best": how long levels are fitted, and for trellis formats how many scales are tried.
-        device: where to work; by default where `weight` is. The result stays there.
+        device: where to work; by default where `weight` is. The result stays there. Its bytes are the same for the same
+            device, and close to another's: devices add up errors and fitted levels in an order of their own, which
+            turns a few choices between almost equal scales or levels.
 
     Returns:
         The packed weight; zero blocks come back as exact zeros.
@@ -65,7 +73,8 @@ def quantize(
     if largest.amax() > grid.magnitudes[-1]:
         # fp16 numbers beyond the largest scale: half the weights, twice the levels, and no product beyond fp16.
         flat, gain = flat.float() / 2, 2.0
-        grid = ScaleGrid.for_blocks(largest / 2, finest_stride, torch.finfo(torch.float16).max / 2)
+        largest = largest / 2
+        grid = ScaleGrid.for_blocks(largest, finest_stride, torch.finfo(torch.float16).max / 2)
     if fmt.window:
         work = TRELLIS_EFFORTS[effort]
         trellis = fit_trellis(_sample(flat, work.sample_blocks), fmt, work)
@@ -73,12 +82,17 @@ def quantize(
     else:
         book = fit_codebook(_sample(flat, work.sample_blocks), grid, fmt, work, flat.numel())
         fitted, choose = _scalar(book, grid, flat.device)
-    return NFTensor(_encode(flat, fmt, grid, fitted * gain, choose), fmt, weight.shape, weight.dtype)
+    return NFTensor(_encode(flat, largest, fmt, grid, fitted * gain, choose), fmt, weight.shape, weight.dtype)
 
 
-def _blocks(flat: torch.Tensor, first: int, count: int) -> torch.Tensor:
-    """Blocks `first` … of a flat weight as fp32 of shape (up to `count`, 64), the last one filled up with zeros."""
-    part = flat[first * BLOCK : (first + count) * BLOCK].float()
+def chunk_blocks(device: torch.device) -> int:
+    """How many blocks are quantised at once on a device."""
+    return CHUNK_BLOCKS if device.type == "cpu" else DEVICE_CHUNK_BLOCKS
+
+
+def _blocks(flat: torch.Tensor, first: int, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Blocks `first` … of a flat weight in `dtype`, shape (up to `count`, 64), the last one filled up with zeros."""
+    part = flat[first * BLOCK : (first + count) * BLOCK].to(dtype)
     missing = -part.numel() % BLOCK
     if missing:
         part = torch.nn.functional.pad(part, (0, missing))
@@ -87,11 +101,10 @@ def _blocks(flat: torch.Tensor, first: int, count: int) -> torch.Tensor:
 
 def _largest_magnitudes(flat: torch.Tensor) -> torch.Tensor:
     """The largest magnitude of each block, fp32 of shape (blocks,); CannotQuantizeError where fp16 does not do."""
+    dtype = flat.dtype if flat.element_size() == 2 else torch.float32
+    chunk = chunk_blocks(flat.device)
     largest = torch.cat(
-        [
-            largest_magnitudes(_blocks(flat, first, CHUNK_BLOCKS))
-            for first in range(0, -(-flat.numel() // BLOCK), CHUNK_BLOCKS)
-        ]
+        [largest_magnitudes(_blocks(flat, first, chunk, dtype)) for first in range(0, -(-flat.numel() // BLOCK), chunk)]
     )
     if not torch.isfinite(largest).all():
         raise CannotQuantizeError("it holds NaN or Inf")
@@ -117,32 +130,45 @@ def _scalar(book: Codebook, grid: ScaleGrid, device: torch.device) -> tuple[torc
     Levels are numbered from the most used to the least: levels that share a coarse digit are then about equally
     frequent, so that the fine bits, which entropy coding cannot shorten, carry no information that it could.
     """
-    quantizer = BlockQuantizer(book.levels, grid, device, book.prices)
     order = book.uses.argsort(descending=True, stable=True)
     number_of_level = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).to(torch.uint8)
-    renumber = number_of_level.to(device)
+    quantizer = BlockQuantizer(book.levels, grid, device, book.prices, number_of_level)
 
-    def choose(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scale_codes = quantizer.scale_codes(blocks, largest_magnitudes(blocks))
-        codes = quantizer.codes(blocks, quantizer.scales(scale_codes))
-        return scale_codes, renumber.index_select(0, codes.view(-1).int()).view(-1, BLOCK)
+    def choose(blocks: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale_codes = quantizer.scale_codes(blocks, largest)
+        return scale_codes, quantizer.codes(blocks, quantizer.scales(scale_codes))
 
     return book.levels[order], choose
 
 
 def _encode(
-    flat: torch.Tensor, fmt: BlockFormat, grid: ScaleGrid, levels: torch.Tensor, choose: ChooseCodes
+    flat: torch.Tensor,
+    largest: torch.Tensor,
+    fmt: BlockFormat,
+    grid: ScaleGrid,
+    levels: torch.Tensor,
+    choose: ChooseCodes,
 ) -> torch.Tensor:
-    """The packed buffer of a flat weight, on its device; `levels` go into its head as they are."""
+    """The packed buffer of a flat weight, on its device.
+
+    Args:
+        flat: the weight.
+        largest: the largest magnitude of each block.
+        fmt: the format.
+        grid: the scales that may be used.
+        levels: stand in the head as they are.
+        choose: chooses scales and codes.
+    """
     weights = flat.numel()
     sections = fmt.sections(weights)
     data = torch.zeros(sections.end, dtype=torch.uint8, device=flat.device)
     data[: 2 * fmt.levels].view(torch.float16).copy_(levels)
     data[2 * fmt.levels] = grid.exponent % 256
     data[2 * fmt.levels + 1] = grid.stride
-    for first in range(0, -(-weights // BLOCK), CHUNK_BLOCKS):
-        blocks = _blocks(flat, first, CHUNK_BLOCKS)
-        scale_codes, codes = choose(blocks)
+    chunk = chunk_blocks(flat.device)
+    for first in range(0, len(largest), chunk):
+        blocks = _blocks(flat, first, chunk)
+        scale_codes, codes = choose(blocks, largest[first : first + chunk])
         start = sections.block_scales + first
         data[start : start + len(blocks)] = scale_codes
         coarse, fine = pack_codes(codes, fmt)

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +16,12 @@ from .codec import encode
 from .container import UNRECORDED, Facts, NFQFile, Source
 from .errors import CannotQuantizeError, NFQError
 from .examine import sqnr_db
-from .parallel import Progress, no_progress, ordered_map
+from .memory import choose, free_bytes, is_out_of_memory, needed_bytes
+from .parallel import Progress, default_threads, no_progress, ordered_map
 from .policy import Settings, plan_tensors
 from .quantizer import quantize
 from .safefile import DTYPE_NAMES, TORCH_DTYPES, Entry, tensor_bytes
+from .staging import transfer_to
 from .tensor import NFTensor
 from .unet import detect
 from .writer import ContainerWriter, Plan
@@ -176,35 +180,94 @@ def save(
         return writer.finish()
 
 
-def load(path: str | os.PathLike, keys: Iterable[str] | None = None, *, progress: Progress = no_progress) -> StateDict:
-    """Read an `.nfq.safetensors` file into memory of its own, packed weights staying packed.
+def load(
+    path: str | os.PathLike,
+    keys: Iterable[str] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    memory: str = "packed",
+    progress: Progress = no_progress,
+) -> StateDict:
+    """Read an `.nfq.safetensors` file into memory of its own.
 
     Args:
         path: the file.
         keys: original names of the tensors wanted; by default all.
+        device: where they go.
+        memory: "packed", "resident" (quantised weights are dequantised once, in the dtype they had) or "auto"
+            (resident where the device has room for it, see `memory.choose`; the log says why).
         progress: see `parallel.Progress`; an error raised in it ends the work.
 
     Returns:
-        An NFTensor for each quantised weight, a tensor for each kept one, by original name, on the CPU.
+        An NFTensor (resident: a tensor) for each quantised weight, a tensor for each kept one, by original name,
+        complete for all that the caller does next, on a CUDA device on its current stream.
 
     Raises:
-        NFQError: the file is missing, damaged, foreign or newer.
+        NFQError: the file is missing, damaged, foreign or newer, the device is not there, or memory not enough.
         KeyError: a wanted tensor is not in the file.
+        ValueError: `memory` is none of those listed.
     """
     with NFQFile(path) as file:
-        return load_tensors(file, keys, progress=progress)
+        return load_tensors(file, keys, device=device, memory=memory, progress=progress)
 
 
-def load_tensors(file: NFQFile, keys: Iterable[str] | None = None, *, progress: Progress = no_progress) -> StateDict:
+def load_tensors(
+    file: NFQFile,
+    keys: Iterable[str] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    memory: str = "packed",
+    progress: Progress = no_progress,
+) -> StateDict:
     """`load` from a file that is open already."""
     wanted = list(file.keys() if keys is None else keys)
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise NFQError(f"{file.path}: cannot load to {device}: torch sees no CUDA device here")
+    sizes = needed_bytes(file, wanted)
+    mode, reason = choose(memory, *sizes, free_bytes(device) if memory == "auto" else None)
+    if memory == "auto":
+        log.info("%s: weights are held %s on %s: %s", file.path, mode, device, reason)
     result: StateDict = {}
+    try:
+        _load_into(result, file, wanted, device, mode == "resident", progress)
+        return result
+    except BaseException as error:
+        # Whoever catches the error holds this frame, but not the tensors.
+        result.clear()
+        if not is_out_of_memory(error):
+            raise
+    # Out here the allocator's own error is gone, and with it the frames of the threads that it passed through.
+    raise NFQError(_without_memory(file, device, mode, *sizes))
+
+
+def _load_into(
+    result: StateDict, file: NFQFile, wanted: list[str], device: torch.device, resident: bool, progress: Progress
+) -> None:
+    """Fill `result` with the tensors wanted, in their order."""
+    threads = default_threads()
+    transfer = transfer_to(device, resident, max(map(file.packed_bytes, wanted), default=0), threads)
+
+    def work(key: str) -> NFTensor | torch.Tensor:
+        return transfer.bring(partial(file.load, key), file.packed_bytes(key))
+
     done, total = 0, sum(map(file.stored_bytes, wanted))
-    for key, tensor in zip(wanted, ordered_map(file.load, wanted, size=file.stored_bytes), strict=True):
-        result[key] = tensor
-        done += file.stored_bytes(key)
-        progress(done, total, key)
-    return result
+    try:
+        with closing(ordered_map(work, wanted, size=file.stored_bytes, threads=threads)) as tensors:
+            for key, tensor in zip(wanted, tensors, strict=True):
+                result[key] = tensor
+                done += file.stored_bytes(key)
+                progress(done, total, key)
+    finally:
+        transfer.finish()
+
+
+def _without_memory(file: NFQFile, device: torch.device, mode: str, dense_bytes: int, packed_bytes: int) -> str:
+    """What to tell where the tensors of a file do not fit on a device."""
+    needed, advice = packed_bytes, "free some, or take a file of fewer levels"
+    if mode == "resident":
+        needed, advice = dense_bytes, f'free some, or load with memory="packed", which needs {packed_bytes:,}'
+    return f"{file.path}: there is not enough memory on {device}: {mode} weights need {needed:,} bytes; {advice}"
 
 
 def describe(state_dict: Mapping[str, NFTensor | torch.Tensor]) -> dict[str, Entry]:

@@ -82,7 +82,7 @@ class TrellisQuantizer:
         self._magnitudes = grid.magnitudes.to(device)
         self._steps = tuple(dict.fromkeys(round(step / grid.stride) for step in scale_steps))
 
-    def encode(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, blocks: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The scale codes, uint8 of shape (blocks,), 0 for a zero block, and codes, uint8 of shape (blocks, 64).
 
         Every block is coded with each scale that is tried for it; the least squared error counts.
@@ -106,7 +106,7 @@ class TrellisQuantizer:
                 best_scales = torch.where(better, scale_codes, best_scales)
                 least = torch.minimum(errors, least)
         # As far below the smallest scale as this, zero is the nearest.
-        return best_scales.masked_fill_(largest_magnitudes(blocks) < self._magnitudes[0] / 8, 0), best_codes
+        return best_scales.masked_fill_(largest < self._magnitudes[0] / 8, 0), best_codes
 
 
 def usual_scales(blocks: torch.Tensor, ratio: float) -> torch.Tensor:

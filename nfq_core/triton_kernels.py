@@ -6,6 +6,7 @@ Importing this module needs Triton. With ``TRITON_INTERPRET=1`` set before that,
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 import triton
@@ -27,7 +28,7 @@ def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> 
     weights = out.numel()
     sections = fmt.sections(weights)
     groups = (sections.fine - sections.coarse) // BLOCK
-    programs = triton.cdiv(groups, groups_per_program(fmt))
+    programs = -(-groups // groups_per_program(fmt))
     with _current(data.device):
         _decode[(programs,)](
             data,
@@ -49,8 +50,9 @@ def groups_per_program(fmt: BlockFormat) -> int:
     return BLOCKS_PER_PROGRAM // (2 if fmt.coarse_digits < 4 else 4)
 
 
+@lru_cache(32)
 def constants(fmt: BlockFormat) -> dict[str, int | bool]:
-    """What the kernel is compiled for."""
+    """What the kernel is compiled for; shared, not to be written to."""
     return {
         "LEVELS": fmt.levels,
         "RADIX": fmt.coarse_radix,
@@ -66,7 +68,9 @@ def constants(fmt: BlockFormat) -> dict[str, int | bool]:
 
 def _current(device: torch.device) -> AbstractContextManager:
     """Triton launches on the current device, which need not be that of the data."""
-    return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
+    if device.type == "cpu" or device.index == (devices := getattr(torch, device.type)).current_device():
+        return nullcontext()
+    return devices.device(device)
 
 
 @triton.jit

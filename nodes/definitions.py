@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..nfq_core import NFQError, NFQFile, Settings
 from ..nfq_core.formats import LEVELS
+from ..nfq_core.memory import MODES
 from . import bake, compare, host, load, report, save
 from .recipe import missing_file, origin_in_graph
 
@@ -49,6 +50,17 @@ def _recipe_input() -> io.String.Input:
     )
 
 
+def _memory_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "memory",
+        options=list(MODES),
+        default="packed",
+        optional=True,
+        tooltip="packed: weights stay packed, and each layer dequantises its own at every step. resident: all are "
+        "dequantised once, for as much memory and speed as fp16. auto: resident where twice that is free, else packed.",
+    )
+
+
 class NFQuantizedUNetLoader(io.ComfyNode):
     """`.nfq.safetensors` → MODEL."""
 
@@ -66,12 +78,12 @@ class NFQuantizedUNetLoader(io.ComfyNode):
             ],
             display_name="Load NFQ Diffusion Model",
             description="Loads a quantised UNet, which stays packed in memory. LoRA, samplers and CFG work as ever.",
-            inputs=[_file_input("unet_name", host.UNETS), _recipe_input()],
+            inputs=[_file_input("unet_name", host.UNETS), _recipe_input(), _memory_input()],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def validate_inputs(cls, unet_name: str, recipe: str = "") -> bool | str:
+    def validate_inputs(cls, unet_name: str, recipe: str = "", **_: Any) -> bool | str:
         """A missing file is answered with what to quantise, and how."""
         return missing_file(host.UNETS, unet_name, recipe) or True
 
@@ -81,9 +93,9 @@ class NFQuantizedUNetLoader(io.ComfyNode):
         return host.fingerprint(host.UNETS, unet_name)
 
     @classmethod
-    def execute(cls, unet_name: str, recipe: str = "") -> io.NodeOutput:
+    def execute(cls, unet_name: str, recipe: str = "", memory: str = "packed") -> io.NodeOutput:
         """Load."""
-        return io.NodeOutput(load.load_unet(host.file_path(host.UNETS, unet_name)))
+        return io.NodeOutput(load.load_unet(host.file_path(host.UNETS, unet_name), memory))
 
 
 class NFQuantizedCheckpointLoader(io.ComfyNode):
@@ -97,12 +109,12 @@ class NFQuantizedCheckpointLoader(io.ComfyNode):
             search_aliases=["nfq checkpoint", "load quantized checkpoint", "low vram checkpoint"],
             display_name="Load NFQ Checkpoint",
             description="Loads a whole checkpoint whose UNet is quantised; CLIP and VAE are as they were.",
-            inputs=[_file_input("ckpt_name", host.CHECKPOINTS), _recipe_input()],
+            inputs=[_file_input("ckpt_name", host.CHECKPOINTS), _recipe_input(), _memory_input()],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )
 
     @classmethod
-    def validate_inputs(cls, ckpt_name: str, recipe: str = "") -> bool | str:
+    def validate_inputs(cls, ckpt_name: str, recipe: str = "", **_: Any) -> bool | str:
         """A missing file is answered with what to quantise, and how."""
         return missing_file(host.CHECKPOINTS, ckpt_name, recipe) or True
 
@@ -112,9 +124,9 @@ class NFQuantizedCheckpointLoader(io.ComfyNode):
         return host.fingerprint(host.CHECKPOINTS, ckpt_name)
 
     @classmethod
-    def execute(cls, ckpt_name: str, recipe: str = "") -> io.NodeOutput:
+    def execute(cls, ckpt_name: str, recipe: str = "", memory: str = "packed") -> io.NodeOutput:
         """Load."""
-        return io.NodeOutput(*load.load_checkpoint(host.file_path(host.CHECKPOINTS, ckpt_name)))
+        return io.NodeOutput(*load.load_checkpoint(host.file_path(host.CHECKPOINTS, ckpt_name), memory))
 
 
 class NFQuantizeUNet(io.ComfyNode):

@@ -7,11 +7,10 @@ block formats: the packed buffer, its scales included, is the tensor's only data
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.lora
 import comfy.ops
 import torch
 from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layout_class
@@ -19,7 +18,7 @@ from comfy_kitchen.tensor.base import BaseLayoutParams
 
 from ..nfq_core import NFTensor
 from ..nfq_core.formats import BlockFormat
-from ..nfq_core.op import dequantize
+from ..nfq_core.op import dequantize, dequantize_for_one_use
 
 LAYOUT = f"{__name__}.NFLayout"
 """The name under which comfy-kitchen knows `NFLayout`: each copy of the plugin in a host has its own."""
@@ -89,21 +88,6 @@ def unwrap(weight: QuantizedTensor) -> NFTensor:
     return NFTensor(weight._qdata, params.format, params.orig_shape, params.source_dtype)
 
 
-class WeightPatch:
-    """Applies all of a layer's patches (LoRA and the like) in one pass to the weight that was just dequantised."""
-
-    def __init__(self, key: str, patches: list, original_weights: Mapping[str, Any] | None = None) -> None:
-        self.key = key
-        self.patches = patches
-        self.original_weights = original_weights
-
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        """The patched weight; `weight` itself may be overwritten."""
-        return comfy.lora.calculate_weight(
-            self.patches, weight, self.key, intermediate_dtype=weight.dtype, original_weights=self.original_weights
-        )
-
-
 class PackedLayer:
     """What Linear and Conv2d share when their weight may be packed.
 
@@ -153,12 +137,37 @@ class PackedLayer:
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Dequantise, patch, and do what the stock layer does."""
         comfy.ops.run_every_op()
+        if self._is_at_hand(x):
+            return self.compute(x, *self._dense(x.dtype))
         weight, bias, offloaded = comfy.ops.cast_bias_weight(self, x, offloadable=True)
         if isinstance(weight, QuantizedTensor):
             weight = weight.dequantize()
         result = self.compute(x, weight, bias)
         comfy.ops.uncast_bias_weight(self, weight, bias, offloaded)
         return result
+
+    def _is_at_hand(self, x: torch.Tensor) -> bool:
+        """Whether the packed weight lies where `x` does, so that the host has nothing to move."""
+        bias = self.bias
+        return (
+            is_packed(self.weight)
+            and self.weight._qdata.device == x.device
+            and (bias is None or bias.device == x.device)
+            and not isinstance(x, QuantizedTensor)
+        )
+
+    def _dense(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias for one use, patched."""
+        params = self.weight._params
+        weight = dequantize_for_one_use(self.weight._qdata, params.format.id, params.orig_shape, dtype)
+        for function in self.weight_function:
+            weight = function(weight)
+        bias = self.bias
+        if bias is not None:
+            bias = bias.to(dtype=dtype, copy=bool(self.bias_function))
+            for function in self.bias_function:
+                bias = function(bias)
+        return weight, bias
 
 
 def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:

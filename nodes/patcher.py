@@ -7,7 +7,7 @@ forward to the weight that was just dequantised. Everything else is left to the 
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -18,7 +18,8 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 
-from .ops import PackedLayer, WeightPatch, is_packed, unwrap
+from .lora import WeightPatch
+from .ops import PackedLayer, is_packed, unwrap
 
 
 def packed_layers(model: torch.nn.Module) -> Iterator[tuple[str, PackedLayer]]:
@@ -45,6 +46,15 @@ def _attach(layer: PackedLayer, patch: WeightPatch | None) -> None:
     """Make `patch` the layer's only patch, before other weight functions; the host's own would apply it twice."""
     others = [function for function in layer.weight_function if not _is_patch(function)]
     layer.weight_function = [patch, *others] if patch else others
+
+
+def _attached(layer: PackedLayer) -> WeightPatch | None:
+    return next((function for function in layer.weight_function if isinstance(function, WeightPatch)), None)
+
+
+def _is_loaded(layer: PackedLayer) -> bool:
+    """Whether the host put the layer on the device that computes, and did not leave it to be copied each time."""
+    return getattr(layer, "comfy_patched_weights", False)
 
 
 def dense_weight(layer: PackedLayer, patches: list | None = None, key: str = "") -> torch.Tensor:
@@ -86,28 +96,47 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
     The dynamic one (`DynamicVRAM`) would quantise patched weights again, and lose the patch by it.
     """
 
-    def load(self, *args: Any, **kwargs: Any) -> Any:
-        """Load as the host does, then attach the patches of packed weights to their layers."""
-        result = super().load(*args, **kwargs)
-        self._attach_patches()
+    def load(
+        self, device_to: torch.device | None = None, lowvram_model_memory: float = 0, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load as the host does, then attach the patches of packed weights to their layers.
+
+        Factors that stay on the device with their layers come out of the bytes that the host allows the model there,
+        and count as loaded.
+        """
+        if lowvram_model_memory:
+            patches = (self._patch(key, layer, resident=True) for key, layer in packed_layers(self.model))
+            # No bytes at all would stand for as many as there are.
+            lowvram_model_memory = max(0.1, lowvram_model_memory - self._resident_bytes(patches))
+        result = super().load(device_to, lowvram_model_memory, *args, **kwargs)
+        for key, layer in packed_layers(self.model):
+            self._attach_to(key, layer)
+        self.model.model_loaded_weight_memory += self._resident_bytes(map(_attached, self._packed_layers()))
         return result
 
-    def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
+    def partially_unload(self, *args: Any, **kwargs: Any) -> int:
         """Unload as the host does, which puts patches of its own into the layers it unloads.
 
         Scheduled hooks are taken out before; the sampler applies them again at its next step.
         """
         if getattr(self.model, "nf_hooked", None):
             self.unpatch_hooks()
-        result = super().partially_unload(*args, **kwargs)
-        self._attach_patches()
-        return result
+        before = self._resident_bytes(map(_attached, self._packed_layers()))
+        freed = super().partially_unload(*args, **kwargs)
+        for layer in self._packed_layers():
+            patch = _attached(layer)
+            if patch and not _is_loaded(layer):
+                patch.release()
+            _attach(layer, patch)
+        factors = before - self._resident_bytes(map(_attached, self._packed_layers()))
+        self.model.model_loaded_weight_memory -= factors
+        return freed + factors
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True, **kwargs: Any) -> Any:
         """Restore as the host does, and take the patches out of the layers."""
         result = super().unpatch_model(device_to, unpatch_weights=unpatch_weights, **kwargs)
         if unpatch_weights:
-            for _, layer in packed_layers(self.model):
+            for layer in self._packed_layers():
                 _attach(layer, None)
         return result
 
@@ -122,13 +151,23 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
             return dense_weight(layer, self.patches.get(key, []), key)
         return layer.weight
 
-    def _attach_patches(self) -> None:
-        for key, layer in packed_layers(self.model):
-            self._attach_to(key, layer)
+    def _packed_layers(self) -> Iterator[PackedLayer]:
+        return (layer for _, layer in packed_layers(self.model))
 
-    def _attach_to(self, key: str, layer: PackedLayer, hook_patches: list | None = None, originals: Any = None) -> None:
-        patches = [*self.patches.get(key, []), *(hook_patches or [])]
-        _attach(layer, WeightPatch(key, patches, originals) if patches else None)
+    def _attach_to(self, key: str, layer: PackedLayer, hook_patches: Iterable = (), originals: Any = None) -> None:
+        _attach(layer, self._patch(key, layer, _is_loaded(layer), hook_patches, originals))
+
+    def _patch(
+        self, key: str, layer: PackedLayer, resident: bool, hook_patches: Iterable = (), originals: Any = None
+    ) -> WeightPatch | None:
+        patches = [*self.patches.get(key, []), *hook_patches]
+        if not patches:
+            return None
+        return WeightPatch(key, patches, layer.weight.shape, resident=resident, original_weights=originals)
+
+    def _resident_bytes(self, patches: Iterable[WeightPatch | None]) -> int:
+        dtype = self.model.manual_cast_dtype or self.model.get_dtype()
+        return sum(patch.resident_bytes(dtype) for patch in patches if patch)
 
     def patch_hooks(self, hooks: comfy.hooks.HookGroup) -> Any:
         """Apply scheduled hooks without a cache of patched weights: they would be dense."""

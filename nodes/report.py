@@ -54,9 +54,7 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
     Raises:
         NFQError: the MODEL is not packed, or the original has other layers.
     """
-    facts = made(model)
-    if facts is None:
-        raise NFQError("this MODEL is not quantised; connect one from NFQuantizeUNet or an NFQ loader")
+    facts = made(model, "this MODEL is not quantised; connect one from NFQuantizeUNet or an NFQ loader")
     before = original.get_key_patches(UNET) if original is not None else {}
     layers, weights, packed_bytes = [], 0, 0
     for key, layer in packed_layers(model.model):

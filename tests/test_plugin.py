@@ -56,8 +56,8 @@ def test_newer_hosts_are_told_what_is_missing(tmp_path: Path, version: str) -> N
 
 
 INPUTS = {
-    "NFQuantizedUNetLoader": (["unet_name"], ["recipe"]),
-    "NFQuantizedCheckpointLoader": (["ckpt_name"], ["recipe"]),
+    "NFQuantizedUNetLoader": (["unet_name"], ["recipe", "memory"]),
+    "NFQuantizedCheckpointLoader": (["ckpt_name"], ["recipe", "memory"]),
     "NFQuantizeUNet": (["model"], ["levels", "conv_levels", "device", "effort", "quantize_first_last"]),
     "NFSaveCheckpoint": (["model"], ["clip", "vae", "filename_prefix", "overwrite"]),
     "NFInspect": ([], ["model", "original", "file_name"]),

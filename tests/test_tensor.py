@@ -9,13 +9,16 @@ import pytest
 import torch
 from reference import FORMAT_IDS, decode, sqnr_db
 from samples import random_buffer
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nfq_core import CannotQuantizeError, CorruptFileError, NFTensor, kernels, quantize
 from nfq_core.article import article_dequantize, article_quantize
+from nfq_core.codebook import effort_by_name, fit_codebook
 from nfq_core.formats import LEVELS, SCALE_STEPS_PER_OCTAVE, format_by_id, nf_format
 from nfq_core.packing import unpack_codes
+from nfq_core.search import ScaleGrid, largest_magnitudes
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -197,6 +200,34 @@ def test_chunks_of_a_weight_meet_without_a_seam(levels, monkeypatch):
     whole = quantize(weight, levels)
     monkeypatch.setattr(module, "CHUNK_BLOCKS", chunk)
     assert torch.equal(quantize(weight, levels).data, whole.data)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_blocks_are_quantised_where_they_are_without_waiting(levels, dtype):
+    """Fakes refuse to mix devices, and to tell a value, for which a real device would have to be waited for."""
+    module = sys.modules["nfq_core.quantizer"]
+    fmt, sample = nf_format(levels), gaussian(300, 64)
+    grid = ScaleGrid.for_blocks(largest_magnitudes(sample))
+    book = fit_codebook(sample, grid, fmt, effort_by_name("fast"), 300 * 64)
+    blocks = 2 * module.DEVICE_CHUNK_BLOCKS + 5
+    assert module.DEVICE_CHUNK_BLOCKS % fmt.blocks_per_group == 0
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        flat = torch.empty(64 * blocks - 7, dtype=dtype, device="meta")
+        largest = torch.empty(blocks, device="meta")
+        assert largest_magnitudes(module._blocks(flat, 0, blocks, dtype)).device.type == "meta"
+        data = module._encode(flat, largest, fmt, grid, book, 1.0)
+        assert data.device.type == "meta"
+        assert len(data) == fmt.packed_bytes(len(flat))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("levels", LEVELS)
+def test_quantising_on_a_cuda_device_is_as_good(levels):
+    weight = gaussian(1000, 640).half()
+    found = [quantize(weight, levels, device=device).to("cpu").dequantize() for device in ("cpu", "cuda")]
+    errors = [(one.double() - weight.double()).square().sum().item() for one in found]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("levels", LEVELS)

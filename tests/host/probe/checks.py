@@ -103,6 +103,33 @@ def memory_states(package: str, model, other) -> dict:
     return result
 
 
+def lora_factors(package: str, model, other) -> dict:
+    """Where the factors of a model's LoRAs are, loaded wholly, then in half, and what the host counts for them."""
+    device = comfy.model_management.get_torch_device()
+    comfy.model_management.unload_all_models()
+    patcher = _module(package, "patcher")
+    result = {"packed": model.model_size()}
+
+    def look(state: str) -> None:
+        _forward(model)
+        patches = [patcher._attached(layer) for _, layer in patcher.packed_layers(model.model)]
+        kept = [step for patch in patches if patch for step in patch._ready]
+        result[state] = {
+            "loaded": model.loaded_size(),
+            "patched": sum(patch is not None for patch in patches),
+            "kept": len(kept),
+            "bytes": sum(step.nbytes for step in kept),
+        }
+
+    model.patch_model(device)
+    look("full")
+    result["freed"] = model.partially_unload(torch.device("cpu"), model.model_size() // 2)
+    look("half")
+    model.detach()
+    result["after"] = model.loaded_size()
+    return result
+
+
 def packed_weights_alive(package: str, model, other) -> int:
     """How many packed weights this process holds."""
     return sum(_module(package, "ops").is_packed(thing) for thing in gc.get_objects())
@@ -229,6 +256,7 @@ def dynamic_vram(package: str, model, other) -> dict:
         load, arguments = model.cached_patcher_init
         loaded = [load(*arguments, disable_dynamic=True), load(*arguments)]
         made_by_us = len(_Dynamic.made)
+        resident = [load(arguments[0], "resident", disable_dynamic=disable) for disable in (False, True)]
         stock = comfy.sd.load_diffusion_model(folder_paths.get_full_path("diffusion_models", "vega.safetensors"))
         quantised = bake.quantize_model(stock, bake.Settings(), None, recipe.Origin())
         stock.cached_patcher_init = None
@@ -242,6 +270,7 @@ def dynamic_vram(package: str, model, other) -> dict:
             "supported": True,
             "stock": stock.is_dynamic(),
             "made by us": made_by_us,
+            "resident": [patcher.is_dynamic() for patcher in resident],
             "classes": [type(patcher).__name__ for patcher in (*loaded, loaded[0].clone(), quantised)],
             "dynamic": [patcher.is_dynamic() for patcher in (*loaded, quantised)],
             "differences": [_difference(_forward(patcher), wanted) for patcher in (*loaded, quantised)],

@@ -1,0 +1,138 @@
+"""A layer's patches (LoRA and the like), applied to the weight that was just dequantised.
+
+All plain LoRAs of a layer are one `LowRank`, added in one operation however many there are. Where the layer's packed
+weight lies on the device that computes, so do the factors, from the first step on; else both are copied each time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import comfy.lora
+import torch
+from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
+
+from ..nfq_core.low_rank import LowRank
+
+Patch = tuple
+"""As the host has it: strength, adapter or difference, strength of the model, offset, function."""
+
+
+class WeightPatch:
+    """Applies a layer's patches in their order.
+
+    Args:
+        key: the weight's name in the model, for the host's messages.
+        patches: the patches.
+        shape: shape of the weight.
+        resident: whether factors stay on the device where they are first needed.
+        original_weights: what the host hands to patches that compare with the weights before.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        patches: Sequence[Patch],
+        shape: Sequence[int],
+        *,
+        resident: bool = False,
+        original_weights: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.key = key
+        self.patches = list(patches)
+        self._groups = _grouped(patches, (shape[0], prod(shape[1:])))
+        self._resident = resident
+        self._original_weights = original_weights
+        self._ready: list[LowRank | Patch] = []
+        self._ready_for: tuple[torch.device, torch.dtype] | None = None
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """The patched weight; `weight` itself, contiguous, may be overwritten."""
+        for step in self._steps(weight.device, weight.dtype):
+            if isinstance(step, LowRank):
+                weight = step.add_to(weight)
+            else:
+                weight = comfy.lora.calculate_weight(
+                    [step],
+                    weight,
+                    self.key,
+                    intermediate_dtype=weight.dtype,
+                    original_weights=self._original_weights,
+                )
+        return weight
+
+    def resident_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the factors that stay on a device which computes in `dtype`."""
+        if not self._resident:
+            return 0
+        plain = [patch[1].weights[:2] for group in self._groups if isinstance(group, list) for patch in group]
+        others = [group[1] for group in self._groups if not isinstance(group, list)]
+        return sum(factor.numel() * dtype.itemsize for factors in plain for factor in factors) + sum(
+            tensor.nbytes
+            for adapter in others
+            if isinstance(adapter, WeightAdapterBase)
+            for tensor in _tensors(adapter)
+        )
+
+    def release(self) -> None:
+        """Let go of factors on a device, and keep none from now on."""
+        self._resident, self._ready, self._ready_for = False, [], None
+
+    def _steps(self, device: torch.device, dtype: torch.dtype) -> list[LowRank | Patch]:
+        if self._ready_for == (device, dtype):
+            return self._ready
+        steps = [
+            _low_rank(group, device, dtype) if isinstance(group, list) else _on_device(group, device)
+            for group in self._groups
+        ]
+        if self._resident:
+            self._ready, self._ready_for = steps, (device, dtype)
+        return steps
+
+
+def _grouped(patches: Sequence[Patch], shape: tuple[int, int]) -> list[list[Patch] | Patch]:
+    """Patches in their order, neighbouring plain LoRAs of a weight of (rows, columns) in a list together."""
+    groups: list[list[Patch] | Patch] = []
+    for patch in patches:
+        if not _is_plain(patch, shape):
+            groups.append(patch)
+        elif groups and isinstance(groups[-1], list):
+            groups[-1].append(patch)
+        else:
+            groups.append([patch])
+    return groups
+
+
+def _is_plain(patch: Patch, shape: tuple[int, int]) -> bool:
+    """Whether a patch only adds the product of two factors."""
+    _, adapter, strength_model, offset, function = patch
+    if not isinstance(adapter, LoRAAdapter) or strength_model != 1.0 or offset is not None or function is not None:
+        return False
+    up, down, _, *special = adapter.weights
+    fits = up.shape[0] == shape[0] and down.numel() == down.shape[0] * shape[1] and up.numel() == shape[0] * len(down)
+    return fits and all(value is None for value in special)
+
+
+def _low_rank(patches: Sequence[Patch], device: torch.device, dtype: torch.dtype) -> LowRank:
+    parts = []
+    for strength, adapter, *_ in patches:
+        up, down, alpha, *_ = adapter.weights
+        parts.append((up, down, strength if alpha is None else strength * alpha / len(down)))
+    return LowRank.sum(parts, device=device, dtype=dtype)
+
+
+def _tensors(adapter: WeightAdapterBase) -> list[torch.Tensor]:
+    return [value for value in adapter.weights if isinstance(value, torch.Tensor)]
+
+
+def _on_device(patch: Patch, device: torch.device) -> Patch:
+    """A patch whose adapter's tensors lie on a device; differences of a whole weight's size stay where they are."""
+    strength, adapter, *rest = patch
+    if not isinstance(adapter, WeightAdapterBase) or not isinstance(adapter.weights, (tuple, list)):
+        return patch
+    moved = copy.copy(adapter)
+    moved.weights = tuple(value.to(device) if isinstance(value, torch.Tensor) else value for value in adapter.weights)
+    return (strength, moved, *rest)
