@@ -249,12 +249,12 @@ def random_packed(
 
     data = torch.zeros(sections.end, dtype=torch.uint8, device=device)
     data[: 2 * fmt.levels].view(torch.float16).copy_(torch.linspace(-1, 1, fmt.levels))
-    if fmt.coarse_radix**fmt.coarse_digits == 256 and fmt.coarse_radix << fmt.fine_bits == fmt.levels:
+    if fmt.coarse_radix**fmt.coarse_digits == 256 and fmt.coarse_radix << fmt.fine_bits == fmt.codes:
         data[sections.coarse : sections.superblock_scales] = bytes_below(
             256, sections.superblock_scales - sections.coarse
         )
     else:
-        coarse, fine = pack_codes(bytes_below(fmt.levels, blocks * BLOCK).view(blocks, BLOCK), fmt)
+        coarse, fine = pack_codes(bytes_below(fmt.codes, blocks * BLOCK).view(blocks, BLOCK), fmt)
         data[sections.coarse : sections.fine] = coarse.view(-1)
         if fmt.fine_bits:
             data[sections.fine : sections.superblock_scales] = fine.view(-1)

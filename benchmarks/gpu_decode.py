@@ -24,6 +24,7 @@ HUGE_BYTES = 14 << 30
 ROUNDS = 15
 GRAPH_REPEATS = 5
 
+TUNED = ("nf16_b64", "nf32_b64", "nf24_b64", "nf7_b64", "t4w8_b64", "t5w9_b64")
 PROGRAM_BLOCKS = (8, 16, 32, 64, 128)
 PROGRAM_WARPS = (1, 2, 4, 8)
 
@@ -192,8 +193,8 @@ def tuning(part: Part) -> None:
     generator = torch.Generator(part.device).manual_seed(0)
     layers = [one for one in layer_formats(part.architecture).values() if one[1] is not None]
     found: list[dict] = []
-    for levels in (16, 32, 24, 7):
-        fmt = next(fmt for fmt in FORMATS.values() if fmt.levels == levels)
+    for format_id in TUNED:
+        fmt = format_by_id(format_id)
         # Every eighth layer, all in one format.
         tensors = [random_packed(shape, fmt, generator, 0.03) for shape, _ in layers[::8]]
         buffer = torch.empty(max(t.numel() for t in tensors), dtype=torch.float16, device=part.device)

@@ -20,7 +20,7 @@ from . import backends, convert, examine
 from .article_import import import_article
 from .codebook import EFFORTS
 from .errors import NFQError
-from .formats import LEVELS
+from .formats import LEVELS, WRITABLE_IDS
 from .parallel import Progress
 from .policy import Settings
 from .version import __version__
@@ -75,8 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("quantize", _quantize, "convert a safetensors UNet, checkpoint or state dict to .nfq.safetensors")
     sub.add_argument("source", metavar="SRC", help="a .safetensors file")
     sub.add_argument("target", metavar="DST", help="the .nfq.safetensors file to write")
-    sub.add_argument("--levels", type=int, choices=LEVELS, default=16, help="levels of Linear weights (default: 16)")
-    sub.add_argument("--conv-levels", type=int, choices=LEVELS, default=32, help="levels of convolutions (default: 32)")
+    either = sub.add_mutually_exclusive_group()
+    either.add_argument("--levels", type=int, choices=LEVELS, default=16, help="levels of Linear weights (default: 16)")
+    either.add_argument("--format", choices=WRITABLE_IDS, metavar="ID", help=f"instead: {', '.join(WRITABLE_IDS)}")
+    either = sub.add_mutually_exclusive_group()
+    either.add_argument(
+        "--conv-levels", type=int, choices=LEVELS, default=32, help="levels of convolutions (default: 32)"
+    )
+    either.add_argument("--conv-format", choices=WRITABLE_IDS, metavar="ID", help="instead: one of the same")
     sub.add_argument("--effort", choices=tuple(EFFORTS), default="fast", help="how long to fit (default: fast)")
     sub.add_argument("--quantize-first-last", action="store_true", help="quantise a UNet's outermost convolutions too")
     sub.add_argument("--device", metavar="D", help="where to quantise, such as cuda (default: cpu)")
@@ -108,7 +114,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quantize(options: argparse.Namespace) -> int:
-    settings = Settings(options.levels, options.conv_levels, options.effort, options.quantize_first_last)
+    settings = Settings(
+        options.levels,
+        options.conv_levels,
+        options.effort,
+        options.quantize_first_last,
+        options.format,
+        options.conv_format,
+    )
     if options.device is not None:
         _check_device(options.device)
     with _progress("quantising", options) as progress:

@@ -59,7 +59,7 @@ def quantize_file(
     Args:
         source: the file to convert.
         target: the file to write.
-        settings: levels and effort.
+        settings: formats and effort.
         device: where to quantise, such as "cuda"; by default the CPU.
         overwrite: whether an existing target may be replaced.
         progress: see `Progress`.
@@ -100,7 +100,7 @@ def quantize_file(
             plan = plans[key]
             try:
                 weight = tensor_from_bytes(raw, plan.dtype, plan.shape)
-                packed = quantize(weight, plan.format.levels, effort=settings.effort, device=device)
+                packed = quantize(weight, format=plan.format.id, effort=settings.effort, device=device)
             except CannotQuantizeError as error:
                 return key, None, raw, str(error)
             return key, encode(packed.data.cpu(), plan.format.sections(weight.numel())), raw, ""

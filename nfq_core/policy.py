@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from .codebook import effort_by_name
-from .formats import nf_format
+from .formats import BlockFormat, nf_format, writable_format
 from .safefile import DTYPE_NAMES, Entry
 from .tensor import QUANTIZABLE_DTYPES
 from .unet import UNetInfo, detect, first_and_last_convolution, is_unet_key
@@ -30,6 +30,8 @@ class Settings:
         effort: "fast" or "best".
         quantize_first_last: whether a UNet's first and last convolution are quantised too. They hold 0.001 % of SDXL's
             weights, and rounding the last one tints the whole picture.
+        format: the format of 2-D weights, one of `formats.WRITABLE_IDS`; `levels` does not count then.
+        conv_format: likewise instead of `conv_levels`.
 
     Raises:
         ValueError: a value is none of those allowed.
@@ -39,15 +41,27 @@ class Settings:
     conv_levels: int = 32
     effort: str = "fast"
     quantize_first_last: bool = False
+    format: str | None = None
+    conv_format: str | None = None
 
     def __post_init__(self) -> None:
-        nf_format(self.levels)
-        nf_format(self.conv_levels)
+        self.formats()
         effort_by_name(self.effort)
 
+    def formats(self) -> tuple[BlockFormat, BlockFormat]:
+        """The formats of 2-D weights and of those with more dimensions."""
+        linear, convolution = nf_format(self.levels), nf_format(self.conv_levels)
+        return (
+            linear if self.format is None else writable_format(self.format),
+            convolution if self.conv_format is None else writable_format(self.conv_format),
+        )
+
     def as_dict(self) -> dict[str, Any]:
-        """The settings as the header records them."""
-        return asdict(self)
+        """The settings as the header records them: a format where one was asked for, or else levels."""
+        settings = asdict(self)
+        for levels, format in (("levels", "format"), ("conv_levels", "conv_format")):
+            del settings[format if settings[format] is None else levels]
+        return settings
 
 
 DEFAULTS = Settings()
@@ -66,6 +80,7 @@ def plan_tensors(entries: Mapping[str, Entry], settings: Settings) -> tuple[UNet
     """
     info = detect({key: entry.shape for key, entry in entries.items()})
     spared = first_and_last_convolution(info) if info and not settings.quantize_first_last else ()
+    linear, convolution = settings.formats()
     plans = {}
     for key, entry in entries.items():
         quantized = (
@@ -76,6 +91,6 @@ def plan_tensors(entries: Mapping[str, Entry], settings: Settings) -> tuple[UNet
             and (info is None or is_unet_key(info, key))
             and prod(entry.shape) >= MIN_WEIGHTS
         )
-        levels = settings.levels if len(entry.shape) == 2 else settings.conv_levels
-        plans[key] = Plan(entry.dtype, entry.shape, nf_format(levels) if quantized else None)
+        fmt = linear if len(entry.shape) == 2 else convolution
+        plans[key] = Plan(entry.dtype, entry.shape, fmt if quantized else None)
     return info, plans

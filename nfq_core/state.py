@@ -38,6 +38,8 @@ def quantize_state_dict(
     conv_levels: int = 32,
     effort: str = "fast",
     quantize_first_last: bool = False,
+    format: str | None = None,
+    conv_format: str | None = None,
     device: torch.device | str | None = None,
 ) -> StateDict:
     """Quantise the weights of a model in memory, by the same rules as `nfq quantize`.
@@ -48,6 +50,8 @@ def quantize_state_dict(
         conv_levels: levels of weights of three and more dimensions.
         effort: "fast" or "best".
         quantize_first_last: whether a UNet's first and last convolution are quantised too.
+        format: the format of 2-D weights instead of `levels`, one of `formats.WRITABLE_IDS`.
+        conv_format: likewise instead of `conv_levels`.
         device: where to work; by default where each tensor is.
 
     Returns:
@@ -58,7 +62,7 @@ def quantize_state_dict(
         ValueError: a setting is none of those allowed.
         NFQError: a tensor has a dtype that safetensors lacks.
     """
-    settings = Settings(levels, conv_levels, effort, quantize_first_last)
+    settings = Settings(levels, conv_levels, effort, quantize_first_last, format, conv_format)
     return quantize_tensors(describe(state_dict), state_dict.__getitem__, settings, device=device)
 
 
@@ -77,7 +81,7 @@ def quantize_tensors(
         entries: dtype and shape of every tensor by name, as `describe` gives them. They alone decide what is quantised,
             and the dtype that is recorded for it.
         read: makes the tensor of a name; called on several threads, its result may have another floating dtype.
-        settings: levels and effort.
+        settings: formats and effort.
         device: where to work; by default where each tensor is.
         progress: see `parallel.Progress`; an error raised in it ends the work.
         sqnr: is filled with the signal-to-quantisation-noise ratio in dB of each quantised weight, by name.
@@ -92,7 +96,7 @@ def quantize_tensors(
         if plan is None:
             return tensor, None
         try:
-            packed = quantize(tensor, plan.levels, effort=settings.effort, device=device)
+            packed = quantize(tensor, format=plan.id, effort=settings.effort, device=device)
         except CannotQuantizeError as error:
             log.warning("tensor %r is kept as it is: %s", key, error)
             return tensor, None

@@ -68,7 +68,13 @@ def test_levels_and_effort(model):
     assert result["conv.weight"].format.id == "nf12_b64"
 
 
-@pytest.mark.parametrize("settings", [{"levels": 20}, {"conv_levels": 0}, {"effort": "slow"}])
+def test_formats(model):
+    result = nfq_core.quantize_state_dict(model, format="t3w8_b64", conv_format="t5w9_b64")
+    assert same(result["z.weight"], quantize(model["z.weight"], format="t3w8_b64"))
+    assert result["conv.weight"].format.id == "t5w9_b64"
+
+
+@pytest.mark.parametrize("settings", [{"levels": 20}, {"conv_levels": 0}, {"effort": "slow"}, {"format": "nf5_b64"}])
 def test_settings_out_of_range(model, settings):
     with pytest.raises(ValueError, match="must be one of"):
         nfq_core.quantize_state_dict(model, **settings)

@@ -69,6 +69,20 @@ def test_decode_by_hand():
     assert weights[63:] == [0.5, -1.0, 2.0]
 
 
+def test_decode_of_a_trellis_by_hand():
+    # Level i is i / 256; element 63 has code 10, elements 0, 1 and 2 have codes 15, 3 and 0, all others code 0.
+    fmt = format_by_id("t4w8_b64")
+    data = torch.zeros(fmt.packed_bytes(64), dtype=torch.uint8)
+    data[:512].view(torch.float16)[:] = torch.arange(256) / 256
+    data[512:514] = torch.tensor([0, 1])
+    data[544:546] = torch.tensor([15, 3])
+    data[544 + 63] = 10
+    data[-1] = 1
+    numbers = [weight * 256 for weight in NFTensor(data, fmt, (64,), torch.float16).dequantize().tolist()]
+    assert numbers[:4] == [10 * 16 + 15, 15 * 16 + 3, 3 * 16, 0]
+    assert numbers[61:] == [0, 0, 10]
+
+
 @pytest.mark.parametrize("format_id", FORMAT_IDS)
 def test_other_dtypes_are_the_fp16_value_cast(format_id):
     tensor = NFTensor(random_buffer(format_id, 1000), format_by_id(format_id), (8, 125), torch.float16)
@@ -202,7 +216,8 @@ def test_blocks_are_quantised_where_they_are_without_waiting(levels, dtype):
         flat = torch.empty(64 * blocks - 7, dtype=dtype, device="meta")
         largest = torch.empty(blocks, device="meta")
         assert largest_magnitudes(module._blocks(flat, 0, blocks, dtype)).device.type == "meta"
-        data = module._encode(flat, largest, fmt, grid, book, 1.0)
+        levels, choose = module._scalar(book, grid, flat.device)
+        data = module._encode(flat, largest, fmt, grid, levels, choose)
         assert data.device.type == "meta"
         assert len(data) == fmt.packed_bytes(len(flat))
 
