@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from math import prod
 
 from .errors import NFQError
-from .formats import FORMATS, BlockFormat
+from .formats import FORMATS, BlockFormat, format_by_id
+from .writer import Plan
 
 EXPECTED_SQNR_DB = {"t2w8_b64": 11.2, "t3w8_b64": 17.1, "t4w8_b64": 22.9, "t5w9_b64": 28.7}
 """Formats to choose from, the smallest first, with the signal-to-quantisation-noise ratio of Gaussian weights in them.
@@ -39,6 +40,11 @@ ROLES = (
 Measured on the demo model, those of a role together. Keys of cross-attention are raised above what was found there, for
 published work finds them sensitive in SDXL (MixDQ, arXiv 2405.17873).
 """
+
+NEAR = 0.99
+"""How much of the size asked for a file has at least."""
+
+MAX_TRIES = 4
 
 CONVOLUTION = 16.0
 """Likewise of its other convolutions."""
@@ -67,7 +73,7 @@ def expected_sensitivity(name: str, shape: Sequence[int]) -> float:
 
 def allocate(
     shapes: Mapping[str, Sequence[int]], budget: int, sensitivities: Mapping[str, float] | None = None
-) -> dict[str, BlockFormat]:
+) -> dict[str, tuple[BlockFormat, float]]:
     """Choose a format for each layer.
 
     Args:
@@ -77,7 +83,8 @@ def allocate(
             `expected_sensitivity`.
 
     Returns:
-        The formats. More than the largest format takes is not used.
+        The format of each layer, and its sensitivity per weight in terms of the mean over all weights, to four digits.
+        More than the largest format takes is not used.
 
     Raises:
         NFQError: not even the smallest format fits.
@@ -103,7 +110,51 @@ def allocate(
         if step.nbytes <= left and chosen[step.layer] == step.number - 1:
             chosen[step.layer] = step.number
             left -= step.nbytes
-    return {name: menu[number] for name, number in chosen.items()}
+    counts = {name: prod(shape) for name, shape in shapes.items()}
+    mean = sum(weight_of.values()) / max(1, sum(counts.values())) or 1.0
+    return {
+        name: (menu[number], float(f"{weight_of[name] / counts[name] / mean:.4g}")) for name, number in chosen.items()
+    }
+
+
+class SizeSearch:
+    """Finds how many packed bytes make a file of the size asked for, by writing it: it has to be known to be kept.
+
+    Args:
+        target: bytes of the file, at most, and at least `NEAR` of that; None: any size will do.
+    """
+
+    def __init__(self, target: int | None) -> None:
+        self.packed_bytes: int | None = None
+        self.warnings: list[str] = []
+        self._target = target
+        self._tries = 0
+
+    def accepts(self, file_bytes: int, plans: Mapping[str, Plan]) -> bool:
+        """Whether a file is as asked for; if not, `packed_bytes` is what to try next.
+
+        Raises:
+            NFQError: there is no such file.
+        """
+        if self._target is None or NEAR * self._target <= file_bytes <= self._target:
+            return True
+        packed = {name: plan.format.packed_bytes(prod(plan.shape)) for name, plan in plans.items() if plan.format}
+        largest = [format_by_id(id) for id in EXPECTED_SQNR_DB][-1]
+        if file_bytes < self._target and all(plans[name].format is largest for name in packed):
+            self.warnings.append(f"every layer has {largest.id}, the most there is; the file is smaller than asked for")
+            return True
+        self._tries += 1
+        if self._tries == MAX_TRIES:
+            if file_bytes < self._target:
+                self.warnings.append(
+                    f"the file has {file_bytes:,} bytes, no better approach to {self._target:,} was found"
+                )
+                return True
+            raise NFQError(f"no file of at most {self._target:,} bytes was found; ask for more")
+        aim = (1 + NEAR) / 2 * self._target
+        before = sum(packed.values()) if self.packed_bytes is None else self.packed_bytes
+        self.packed_bytes = int(before + aim - file_bytes)
+        return False
 
 
 def _completed(shapes: Mapping[str, Sequence[int]], sensitivities: Mapping[str, float] | None) -> dict[str, float]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import backends, convert, examine
+from .allocation import PRESETS
 from .article_import import import_article
 from .codebook import EFFORTS
 from .errors import NFQError
@@ -76,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("source", metavar="SRC", help="a .safetensors file")
     sub.add_argument("target", metavar="DST", help="the .nfq.safetensors file to write")
     either = sub.add_mutually_exclusive_group()
+    either.add_argument("--preset", choices=tuple(PRESETS), help=f"instead of all formats: {_presets_in_words()}")
+    either.add_argument("--target-size", type=_size, metavar="SIZE", help="likewise: size of DST, such as 1.2GB")
+    either.add_argument("--target-bpw", type=float, metavar="X", help="likewise: packed bits per weight")
     either.add_argument("--levels", type=int, choices=LEVELS, default=16, help="levels of Linear weights (default: 16)")
     either.add_argument("--format", choices=WRITABLE_IDS, metavar="ID", help=f"instead: {', '.join(WRITABLE_IDS)}")
     either = sub.add_mutually_exclusive_group()
@@ -113,6 +117,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _presets_in_words() -> str:
+    return ", ".join(f"{name} ({bits} packed bits per weight)" for name, bits in PRESETS.items())
+
+
+def _size(text: str) -> int:
+    """A number of bytes with a unit of thousands."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = (text[:-2], text[-2:].upper()) if text[-2:].upper() in units else (text, "")
+    return int(float(number) * units.get(unit, 1))
+
+
 def _quantize(options: argparse.Namespace) -> int:
     settings = Settings(
         options.levels,
@@ -121,6 +136,8 @@ def _quantize(options: argparse.Namespace) -> int:
         options.quantize_first_last,
         options.format,
         options.conv_format,
+        PRESETS[options.preset] if options.preset else options.target_bpw,
+        options.target_size,
     )
     if options.device is not None:
         _check_device(options.device)

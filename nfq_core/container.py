@@ -80,6 +80,8 @@ class QuantizedEntry:
     dtype: str
     frames: tuple[int, ...]
     crc32: str
+    sensitivity: float | None = None
+    """See `writer.Plan`."""
 
     @property
     def weights(self) -> int:
@@ -273,6 +275,7 @@ class NFQFile(SafetensorsFile):
             item["dtype"],
             tuple(map(_count, item["frames"])),
             _text(item["crc32"]),
+            None if item.get("sensitivity") is None else float(item["sensitivity"]),
         )
         stored = self.entries[PREFIX + key]
         if entry.weights == 0 or TORCH_DTYPES.get(entry.dtype) not in QUANTIZABLE_DTYPES:

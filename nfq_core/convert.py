@@ -15,6 +15,7 @@ from time import perf_counter
 
 import torch
 
+from .allocation import SizeSearch
 from .article import is_article_file
 from .atomic import AtomicFile
 from .codec import encode
@@ -78,22 +79,22 @@ def quantize_file(
             raise UnsupportedFileError(
                 f"{file.path} was written by the article's code; `nfq import-article` converts it"
             )
-        info, plans = plan_tensors(file.entries, settings)
         metadata, extra, warnings = split_metadata(file.metadata)
-        facts = Facts.of(info, settings.as_dict(), Source(source_name(source), file.file_bytes, NO_SHA256, metadata))
         warnings += _surprising(file.entries)
         total = sum(entry.nbytes for entry in file.entries.values())
-        done = 0
 
         def jobs() -> Iterator[tuple[str, bytearray]]:
             for key in sorted(file.entries, key=lambda name: file.entries[name].start):
                 if plans[key].format is None:
-                    writer.write_kept(key, source_hash.over(file.read_chunks(key)))
+                    pieces = file.read_chunks(key)
+                    writer.write_kept(key, pieces if source_hash.complete else source_hash.over(pieces))
                     report(key)
                 else:
                     raw = file.read(key)
-                    source_hash.add(raw)
+                    if not source_hash.complete:
+                        source_hash.add(raw)
                     yield key, raw
+            source_hash.complete = True
 
         def work(job: tuple[str, bytearray]) -> tuple[str, list[bytes] | None, bytearray, str]:
             key, raw = job
@@ -110,16 +111,27 @@ def quantize_file(
             done += file.entries[key].nbytes
             progress(done, total, key)
 
-        with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
-            for key, frames, raw, reason in ordered_map(work, jobs(), size=lambda job: len(job[1])):
-                if frames is None:
-                    warnings.append(f"tensor {key!r} is kept as it is: {reason}")
-                    writer.write_kept(key, [raw])
-                else:
-                    writer.write_quantized(key, frames)
-                report(key)
-            facts = replace(facts, source=replace(facts.source, sha256=source_hash.hexdigest()))
-            file_bytes = writer.finish(facts)
+        size = SizeSearch(settings.target_bytes)
+        while True:
+            done, unfit = 0, []
+            info, plans = plan_tensors(file.entries, settings, packed_bytes=size.packed_bytes)
+            facts = Facts.of(
+                info, settings.as_dict(), Source(source_name(source), file.file_bytes, NO_SHA256, metadata)
+            )
+            with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
+                for key, frames, raw, reason in ordered_map(work, jobs(), size=lambda job: len(job[1])):
+                    if frames is None:
+                        unfit.append(f"tensor {key!r} is kept as it is: {reason}")
+                        writer.write_kept(key, [raw])
+                    else:
+                        writer.write_quantized(key, frames)
+                    report(key)
+                if not size.accepts(writer.file_bytes, plans):
+                    continue
+                facts = replace(facts, source=replace(facts.source, sha256=source_hash.hexdigest()))
+                file_bytes = writer.finish(facts)
+                break
+        warnings += unfit + size.warnings
     return conversion_result(source, facts, plans, writer, file_bytes, warnings, started)
 
 
@@ -255,6 +267,8 @@ class _SourceHash:
         self._hash = hashlib.sha256(file.raw_header)
         self._pool = ThreadPoolExecutor(1)
         self._waiting: deque[tuple[Future, int]] = deque()
+        self.complete = False
+        """Whether the whole file was taken in; set by the one who reads it."""
 
     def __enter__(self) -> _SourceHash:
         return self

@@ -34,7 +34,8 @@ def container_info(file: NFQFile) -> dict:
         weights), `bits_per_weight` (stored bytes of the quantised tensors × 8 ÷ those weights),
         `packed_bits_per_weight` (the same for the packed buffers), `file_bytes`, `original_bytes` (size of the source
         file), `kept` and `kept_bytes` (number and size of the tensors kept), `has_workflow`, and `layers` (each `name`,
-        `format`, `shape`, `bits_per_weight`).
+        `format`, `shape`, `bits_per_weight` and, where formats were chosen by size, `sensitivity`: see
+        `allocation.allocate`).
     """
     weights = sum(entry.weights for entry in file.quantized.values())
     stored = sum(file.stored_bytes(key) for key in file.quantized)
@@ -61,6 +62,7 @@ def container_info(file: NFQFile) -> dict:
                 "format": entry.format.id,
                 "shape": list(entry.shape),
                 "bits_per_weight": file.stored_bytes(key) * 8 / entry.weights,
+                **({} if entry.sensitivity is None else {"sensitivity": entry.sensitivity}),
             }
             for key, entry in file.quantized.items()
         ],
