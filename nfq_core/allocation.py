@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 
 from .errors import NFQError
-from .formats import FORMATS, BlockFormat, format_by_id
+from .formats import FORMATS, BlockFormat
 from .writer import Plan
 
 EXPECTED_SQNR_DB = {"t2w8_b64": 11.2, "t3w8_b64": 17.1, "t4w8_b64": 22.9, "t5w9_b64": 28.7}
@@ -21,6 +21,8 @@ EXPECTED_SQNR_DB = {"t2w8_b64": 11.2, "t3w8_b64": 17.1, "t4w8_b64": 22.9, "t5w9_
 
 From `benchmarks.trellis`. Heavier tails lose about as much in one as in another, which does not change the choice.
 """
+
+LARGEST = list(EXPECTED_SQNR_DB)[-1]
 
 PRESETS = {"best": 4.9, "balanced": 4.1, "small": 3.4, "tiny": 2.8}
 """Packed bits per weight."""
@@ -45,6 +47,7 @@ NEAR = 0.99
 """How much of the size asked for a file has at least."""
 
 MAX_TRIES = 4
+"""Files written in search of a size, the best of which is written again where none is near enough."""
 
 CONVOLUTION = 16.0
 """Likewise of its other convolutions."""
@@ -129,6 +132,10 @@ class SizeSearch:
         self.warnings: list[str] = []
         self._target = target
         self._tries = 0
+        self._best = 0
+        """The largest file found so far that is small enough ..."""
+        self._best_packed: int | None = None
+        """... and its packed bytes."""
 
     def accepts(self, file_bytes: int, plans: Mapping[str, Plan]) -> bool:
         """Whether a file is as asked for; if not, `packed_bytes` is what to try next.
@@ -138,22 +145,24 @@ class SizeSearch:
         """
         if self._target is None or NEAR * self._target <= file_bytes <= self._target:
             return True
-        packed = {name: plan.format.packed_bytes(prod(plan.shape)) for name, plan in plans.items() if plan.format}
-        largest = [format_by_id(id) for id in EXPECTED_SQNR_DB][-1]
-        if file_bytes < self._target and all(plans[name].format is largest for name in packed):
-            self.warnings.append(f"every layer has {largest.id}, the most there is; the file is smaller than asked for")
+        formats = {name: plan.format for name, plan in plans.items() if plan.format}
+        packed = sum(fmt.packed_bytes(prod(plans[name].shape)) for name, fmt in formats.items())
+        fits = file_bytes <= self._target
+        if fits and all(fmt.id == LARGEST for fmt in formats.values()):
+            self.warnings.append(f"every layer has {LARGEST}, the most there is; the file is smaller than asked for")
             return True
+        if fits and self._tries == MAX_TRIES:
+            self.warnings.append(f"the file has {file_bytes:,} bytes, nothing nearer to {self._target:,} was found")
+            return True
+        if fits and file_bytes > self._best:
+            self._best, self._best_packed = file_bytes, packed
         self._tries += 1
-        if self._tries == MAX_TRIES:
-            if file_bytes < self._target:
-                self.warnings.append(
-                    f"the file has {file_bytes:,} bytes, no better approach to {self._target:,} was found"
-                )
-                return True
+        if self._tries < MAX_TRIES:
+            self.packed_bytes = int(packed + (1 + NEAR) / 2 * self._target - file_bytes)
+        elif self._best_packed is not None:
+            self.packed_bytes = self._best_packed
+        else:
             raise NFQError(f"no file of at most {self._target:,} bytes was found; ask for more")
-        aim = (1 + NEAR) / 2 * self._target
-        before = sum(packed.values()) if self.packed_bytes is None else self.packed_bytes
-        self.packed_bytes = int(before + aim - file_bytes)
         return False
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ from .codebook import EFFORTS
 from .errors import NFQError
 from .formats import LEVELS, WRITABLE_IDS
 from .parallel import Progress
-from .policy import Settings
+from .policy import DEFAULTS, Settings
 from .version import __version__
 
 CONTAINER = "an .nfq.safetensors file"
@@ -79,13 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     either = sub.add_mutually_exclusive_group()
     either.add_argument("--preset", choices=tuple(PRESETS), help=f"instead of all formats: {_presets_in_words()}")
     either.add_argument("--target-size", type=_size, metavar="SIZE", help="likewise: size of DST, such as 1.2GB")
-    either.add_argument("--target-bpw", type=float, metavar="X", help="likewise: packed bits per weight")
-    either.add_argument("--levels", type=int, choices=LEVELS, default=16, help="levels of Linear weights (default: 16)")
+    either.add_argument("--target-bpw", type=_positive, metavar="X", help="likewise: packed bits per weight")
+    # No defaults here: argparse does not take a default that is given for given.
+    either.add_argument("--levels", type=int, choices=LEVELS, help="levels of Linear weights (default: 16)")
     either.add_argument("--format", choices=WRITABLE_IDS, metavar="ID", help=f"instead: {', '.join(WRITABLE_IDS)}")
     either = sub.add_mutually_exclusive_group()
-    either.add_argument(
-        "--conv-levels", type=int, choices=LEVELS, default=32, help="levels of convolutions (default: 32)"
-    )
+    either.add_argument("--conv-levels", type=int, choices=LEVELS, help="levels of convolutions (default: 32)")
     either.add_argument("--conv-format", choices=WRITABLE_IDS, metavar="ID", help="instead: one of the same")
     sub.add_argument("--effort", choices=tuple(EFFORTS), default="fast", help="how long to fit (default: fast)")
     sub.add_argument("--quantize-first-last", action="store_true", help="quantise a UNet's outermost convolutions too")
@@ -121,17 +121,28 @@ def _presets_in_words() -> str:
     return ", ".join(f"{name} ({bits} packed bits per weight)" for name, bits in PRESETS.items())
 
 
+def _positive(text: str) -> float:
+    """A finite number above zero."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above zero")
+    return number
+
+
 def _size(text: str) -> int:
-    """A number of bytes with a unit of thousands."""
+    """A number of bytes, with or without a unit of thousands."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    number, unit = (text[:-2], text[-2:].upper()) if text[-2:].upper() in units else (text, "")
-    return int(float(number) * units.get(unit, 1))
+    unit = units.get(text[-2:].upper())
+    return int(_positive(text[:-2]) * unit) if unit else int(_positive(text))
 
 
 def _quantize(options: argparse.Namespace) -> int:
     settings = Settings(
-        options.levels,
-        options.conv_levels,
+        options.levels or DEFAULTS.levels,
+        options.conv_levels or DEFAULTS.conv_levels,
         options.effort,
         options.quantize_first_last,
         options.format,
