@@ -10,6 +10,7 @@ import comfy.model_management
 from comfy_api.latest import io, ui
 
 from ..nfq_core import NFQError, NFQFile, Settings
+from ..nfq_core.allocation import PRESETS
 from ..nfq_core.formats import LEVELS
 from ..nfq_core.memory import MODES
 from . import bake, compare, host, load, report, save
@@ -22,6 +23,9 @@ COMPARED = 8
 
 NOTHING = "(none)"
 """The choice of no file."""
+
+NO_PRESET = "none"
+"""The choice of levels instead of a preset."""
 
 
 def _schema(*, search_aliases: list[str], **arguments: Any) -> io.Schema:
@@ -178,6 +182,14 @@ class NFQuantizeUNet(io.ComfyNode):
                     optional=True,
                     tooltip="Quantise the first and the last convolution too. It saves nothing and tints pictures.",
                 ),
+                io.Combo.Input(
+                    "preset",
+                    options=[NO_PRESET, *PRESETS],
+                    default=NO_PRESET,
+                    optional=True,
+                    tooltip="A size instead of levels, from best to tiny: each layer gets a trellis format of 2 to 5 "
+                    "bits by how sensitive it is. Closer to the original at the same size, but takes far longer.",
+                ),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
@@ -192,9 +204,10 @@ class NFQuantizeUNet(io.ComfyNode):
         device: str = "auto",
         effort: str = "fast",
         quantize_first_last: bool = False,
+        preset: str = NO_PRESET,
     ) -> io.NodeOutput:
         """Quantise."""
-        settings = Settings(int(levels), int(conv_levels), effort, quantize_first_last)
+        settings = Settings(int(levels), int(conv_levels), effort, quantize_first_last, target_bpw=PRESETS.get(preset))
         where = comfy.model_management.get_torch_device() if device == "gpu" else None
         origin = origin_in_graph(cls.hidden.prompt, cls.hidden.unique_id)
         packed = bake.quantize_model(model, settings, where, origin, cls.hidden.unique_id)

@@ -33,9 +33,16 @@ def file_summary(file: NFQFile, name: str) -> dict[str, Any]:
     for layer in facts.pop("layers"):
         weights[layer["format"]] += math.prod(layer["shape"])
     formats = [
-        {"format": id, "levels": format_by_id(id).levels, "weights": count} for id, count in weights.most_common()
+        {"format": id, "levels": format_by_id(id).levels, "trellis_bits": trellis_bits(id), "weights": count}
+        for id, count in weights.most_common()
     ]
     return {**facts, "formats": formats}
+
+
+def trellis_bits(format_id: str) -> int:
+    """Bits of a trellis format's codes; 0 for other formats."""
+    fmt = format_by_id(format_id)
+    return fmt.code_bits if fmt.window else 0
 
 
 def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
