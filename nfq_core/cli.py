@@ -23,8 +23,10 @@ from .article_import import import_article
 from .codebook import EFFORTS
 from .errors import NFQError
 from .formats import LEVELS, WRITABLE_IDS
+from .memory import check_device
 from .parallel import Progress
 from .policy import DEFAULTS, Settings
+from .quantizer import FIT_DTYPE
 from .version import __version__
 
 CONTAINER = "an .nfq.safetensors file"
@@ -151,7 +153,7 @@ def _quantize(options: argparse.Namespace) -> int:
         options.target_size,
     )
     if options.device is not None:
-        _check_device(options.device)
+        check_device(options.device, FIT_DTYPE)
     with _progress("quantising", options) as progress:
         result = convert.quantize_file(
             options.source,
@@ -250,14 +252,6 @@ def _show(options: argparse.Namespace, result: Any, text: str) -> int:
 
 def _db(ratio: float | None) -> str:
     return "  equal" if ratio is None else f"{ratio:6.2f} dB"
-
-
-def _check_device(name: str) -> None:
-    try:
-        # Fitting needs fp64, which not every device has.
-        torch.ones(1, dtype=torch.float64, device=name).item()
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise NFQError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 @contextmanager

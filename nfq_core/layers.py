@@ -64,7 +64,14 @@ class PackedLayer:
 
     def _changed(self, weight: torch.Tensor) -> torch.Tensor:
         change = self.low_rank
-        return weight if change is None else change.add_to(weight)
+        if change is None:
+            return weight
+        if change.up.dtype != weight.dtype or change.up.device != weight.device:
+            raise NFQError(
+                f"the low-rank change is {change.up.dtype} on {change.up.device}, the layer computes in "
+                f"{weight.dtype} on {weight.device}; make it anew for these"
+            )
+        return change.add_to(weight)
 
     def extra_repr(self) -> str:
         """The stock layer's, and the format."""

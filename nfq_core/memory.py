@@ -1,4 +1,4 @@
-"""Packed or dequantised weights in memory: how large both are, how much is free, which to choose."""
+"""Packed or dequantised weights in memory: how large both are, how much is free, which to choose; usable devices."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .container import NFQFile
+from .errors import NFQError
 
 MODES = ("packed", "resident", "auto")
 """Weights stay packed, are dequantised once when they are loaded, or whichever of both `choose` finds."""
@@ -50,6 +51,17 @@ def free_bytes(device: torch.device | str) -> int | None:
             if name == "MemAvailable":
                 return int(rest.split()[0]) * 1024
     return None
+
+
+def check_device(device: torch.device | str, dtype: torch.dtype = torch.uint8) -> None:
+    """NFQError where torch has no such device here, or that knows no `dtype`."""
+    try:
+        made = torch.ones(1, dtype=dtype, device=device)
+        # What a device cannot run may only show when it is waited for.
+        if not made.is_meta:
+            made.item()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise NFQError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def choose(mode: str, dense_bytes: int, packed_bytes: int, free: int | None) -> tuple[str, str]:

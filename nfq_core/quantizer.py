@@ -18,7 +18,10 @@ CHUNK_BLOCKS = 12 * 1024
 """Blocks quantised at once on a CPU: temporaries of 3 MB, and a multiple of every format's blocks_per_group."""
 
 DEVICE_CHUNK_BLOCKS = 12 * CHUNK_BLOCKS
-"""The same on other devices, where fewer launches count for more: temporaries of 38 MB, six at once at most."""
+"""The same on other devices, where fewer launches count for more: temporaries of 38 MB, six at once in a thread."""
+
+FIT_DTYPE = torch.float64
+"""What levels are fitted in; a device that lacks it cannot quantise."""
 
 FINE_SCALES_FROM = 16
 """Codebooks of fewer levels gain under 0.1 dB from 16 scales per octave, which cost 0.016 bits; they get 8."""
@@ -49,9 +52,9 @@ def quantize(
         levels: size of the codebook: 32, 24, 16, 12 or 7.
         format: one of `formats.WRITABLE_IDS`, such as "t4w8_b64"; by default the NF format of `levels` levels.
         effort: "fast" or "best": how long levels are fitted, and for trellis formats how many scales are tried.
-        device: where to work; by default where `weight` is. The result stays there. Its bytes are the same for the same
-            device, and close to another's: devices add up errors and fitted levels in an order of their own, which
-            turns a few choices between almost equal scales or levels.
+        device: where to work; by default where `weight` is. The result stays there. Its bytes are the same every
+            time on a CPU, and close to those of another device: that adds up errors and fitted levels in an order of
+            its own, which turns a few choices between almost equal scales or levels.
 
     Returns:
         The packed weight; zero blocks come back as exact zeros.

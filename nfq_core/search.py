@@ -109,7 +109,7 @@ def _steps_of_mantissa(device: torch.device) -> torch.Tensor:
 class BlockQuantizer:
     """Chooses scale codes and codes for blocks, given levels and a grid of scales, on one device.
 
-    Nothing here waits for a device other than the CPU.
+    Once it is made, nothing here waits for a device other than the CPU.
 
     Args:
         levels: ascending levels, fp32 of shape (n,) on the CPU, the largest magnitude being 1.

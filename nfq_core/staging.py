@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from .backends import choose
 from .tensor import NFTensor
 
 STAGING_BYTES = 64 << 20
@@ -168,10 +169,10 @@ class StagedTransfer:
         """See `PlainTransfer`; the result may be on its way until `finish`."""
         if nbytes > self._pool.nbytes:
             # Copies from memory that is not pinned are done when they return.
-            return self._send(read(None))
+            return self._send(read(None), staged=False)
         with self._pool.borrow() as buffer:
             try:
-                return self._send(read(buffer.memory))
+                return self._send(read(buffer.memory), staged=True)
             finally:
                 buffer.arrival = self._streams.arrival()
 
@@ -179,7 +180,7 @@ class StagedTransfer:
         """See `PlainTransfer`; what its caller does next on its stream comes after the copies."""
         self._streams.join()
 
-    def _send(self, source: NFTensor | torch.Tensor) -> NFTensor | torch.Tensor:
+    def _send(self, source: NFTensor | torch.Tensor, staged: bool) -> NFTensor | torch.Tensor:
         packed = isinstance(source, NFTensor)
         data = source.data if packed else source
         decoded = packed and self._resident
@@ -188,14 +189,17 @@ class StagedTransfer:
             out = torch.empty(shape, dtype=dtype, device=self._device)
         with self._streams.copying():
             if decoded:
-                source.to(self._device, non_blocking=True).dequantize(out=out)
+                source.to(self._device, non_blocking=staged).dequantize(out=out)
             else:
-                out.copy_(data, non_blocking=True)
+                out.copy_(data, non_blocking=staged)
         return NFTensor(out, source.format, source.shape, source.dtype) if packed and not decoded else out
 
 
 def transfer_to(device: torch.device, resident: bool, largest: int, threads: int) -> PlainTransfer | StagedTransfer:
     """What brings tensors to a device, from the calling thread's current stream's point of view."""
+    if resident:
+        # Tried once here, not by all threads at once.
+        choose(device)
     if device.type != "cuda":
         return PlainTransfer(device, resident)
     return StagedTransfer(device, resident, largest, threads, CudaStreams(device))

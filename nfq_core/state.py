@@ -16,7 +16,7 @@ from .codec import encode
 from .container import UNRECORDED, Facts, NFQFile, Source
 from .errors import CannotQuantizeError, NFQError
 from .examine import sqnr_db
-from .memory import choose, free_bytes, is_out_of_memory, needed_bytes
+from .memory import check_device, choose, free_bytes, is_out_of_memory, needed_bytes
 from .parallel import Progress, default_threads, no_progress, ordered_map
 from .policy import Settings, plan_tensors
 from .quantizer import quantize
@@ -221,9 +221,8 @@ def load_tensors(
 ) -> StateDict:
     """`load` from a file that is open already."""
     wanted = list(file.keys() if keys is None else keys)
+    check_device(device)
     device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise NFQError(f"{file.path}: cannot load to {device}: torch sees no CUDA device here")
     sizes = needed_bytes(file, wanted)
     mode, reason = choose(memory, *sizes, free_bytes(device) if memory == "auto" else None)
     if memory == "auto":

@@ -81,13 +81,14 @@ class NFQuantizedUNetLoader(io.ComfyNode):
                 "low vram sdxl",
             ],
             display_name="Load NFQ Diffusion Model",
-            description="Loads a quantised UNet, which stays packed in memory. LoRA, samplers and CFG work as ever.",
+            description="Loads a quantised UNet, which stays packed in memory unless told otherwise. LoRA, samplers "
+            "and CFG work as ever.",
             inputs=[_file_input("unet_name", host.UNETS), _recipe_input(), _memory_input()],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def validate_inputs(cls, unet_name: str, recipe: str = "", **_: Any) -> bool | str:
+    def validate_inputs(cls, unet_name: str, recipe: str = "") -> bool | str:
         """A missing file is answered with what to quantise, and how."""
         return missing_file(host.UNETS, unet_name, recipe) or True
 
@@ -118,7 +119,7 @@ class NFQuantizedCheckpointLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, ckpt_name: str, recipe: str = "", **_: Any) -> bool | str:
+    def validate_inputs(cls, ckpt_name: str, recipe: str = "") -> bool | str:
         """A missing file is answered with what to quantise, and how."""
         return missing_file(host.CHECKPOINTS, ckpt_name, recipe) or True
 

@@ -7,7 +7,7 @@ import torch
 from samples import SMALL_MODEL
 
 import nfq_core
-from nfq_core import NFQFile, memory
+from nfq_core import NFQError, NFQFile, memory
 from nfq_core.memory import MODES, ROOM, choose, free_bytes, is_out_of_memory, needed_bytes
 
 
@@ -91,3 +91,21 @@ def test_the_error_of_the_cpu_allocator_is_one():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nowhere", "xpu:99"])
+def test_a_device_that_is_not_there_is_told_in_one_line(device: str) -> None:
+    with pytest.raises(NFQError, match=rf"^device '{device}' cannot be used here: [^\n]+$"):
+        memory.check_device(device)
+    memory.check_device("cpu", torch.float64)
+
+
+def test_a_device_that_lacks_a_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, dtype: torch.dtype, device: object) -> None:
+        raise TypeError(f"Cannot convert a {device} Tensor to {dtype}\nmore")
+
+    monkeypatch.setattr(torch, "ones", refuse)
+    with pytest.raises(
+        NFQError, match=r"^device 'mps' cannot be used here: Cannot convert a mps Tensor to torch.float64$"
+    ):
+        memory.check_device("mps", torch.float64)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from samples import random_weight
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from nfq_core import NFTensor, op, quantize
 from nfq_core.formats import LEVELS
@@ -91,6 +93,22 @@ def test_results_for_one_use_are_new_where_autograd_may_keep_them() -> None:
     products = [torch.nn.functional.linear(x, one_use(tensor, torch.float32)).sum() for _ in range(2)]
     sum(products).backward()
     torch.testing.assert_close(x.grad, 2 * tensor.dequantize(torch.float32).sum(0).expand_as(x))
+
+
+def test_results_for_one_use_are_new_where_a_graph_is_made() -> None:
+    tensor = quantize(random_weight(16, 64))
+    x = random_weight(3, 64, seed=1).float()
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, one_use(tensor, torch.float32))
+
+    with torch.no_grad():
+        wanted = layer(x)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert layer(torch.empty(3, 64)).shape == wanted.shape
+        names = [str(node.target) for node in make_fx(layer)(x).graph.nodes]
+        assert sum("dequantize" in name for name in names) == 1 and len(names) < 8, names
+        assert torch.equal(layer(x), wanted)
 
 
 def test_two_copies_of_the_package_in_one_process(tmp_path: Path) -> None:

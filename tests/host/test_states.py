@@ -56,11 +56,15 @@ def test_lora_factors_stay_with_their_layers(host) -> None:
     facts = host.check("lora_factors", prompt, model=["other", 0])
     full, half = facts["full"], facts["half"]
     assert full["kept"] == full["patched"] > 0
-    assert full["loaded"] == facts["packed"] + full["bytes"]
+    assert full["loaded"] == facts["size"] == facts["clone"]
+    assert facts["counted at load"] == full["bytes"] > 0
     assert 0 < half["kept"] < full["kept"]
     assert half["patched"] == full["patched"]
     assert half["loaded"] == full["loaded"] - facts["freed"]
     assert facts["after"] == 0
+    assert 0 < facts["less"]["loaded"] < facts["tight"]["loaded"] < facts["size"]
+    assert 0 < facts["less"]["kept"] < facts["tight"]["kept"]
+    assert facts["nothing"] >= 0
 
 
 def test_hooks_outlive_a_partial_unload(host) -> None:
@@ -76,6 +80,12 @@ def test_copies_and_compiled_layers(host) -> None:
     assert facts["compiled"] == 0
     # bf16 keeps 8 bits of each weight and of the inputs.
     assert facts["half_dtype"] == "torch.bfloat16" and facts["half"] < 0.02
+
+
+def test_a_compiled_layer_with_a_lora_is_compiled_once(host) -> None:
+    facts = host.check("compiled_lora", {"model": OURS, "lora": lora("lora", 1.0, MODEL)}, model=["lora", 0])
+    assert facts["graphs"] == [1, 1]
+    assert max(facts["differences"]) == 0
 
 
 def test_copies_in_the_hosts_buffers(host) -> None:
