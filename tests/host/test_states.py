@@ -63,7 +63,7 @@ def test_lora_factors_stay_with_their_layers(host) -> None:
     assert half["loaded"] == full["loaded"] - facts["freed"]
     assert facts["after"] == 0
     assert 0 < facts["less"]["loaded"] < facts["tight"]["loaded"] < facts["size"]
-    assert 0 < facts["less"]["kept"] < facts["tight"]["kept"]
+    assert 0 < facts["less"]["kept"] <= facts["tight"]["kept"]
     assert facts["nothing"] >= 0
 
 

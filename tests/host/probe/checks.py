@@ -224,6 +224,8 @@ def compiled_lora(package: str, model, other) -> dict:
         for _ in range(2):
             result["differences"].append(_difference(compiled(x), wanted))
             result["graphs"].append(len(graphs))
+    # Else it would keep the layer.
+    torch._dynamo.reset()
     model.detach()
     return result
 
