@@ -56,10 +56,8 @@ def free_bytes(device: torch.device | str) -> int | None:
 def check_device(device: torch.device | str, dtype: torch.dtype = torch.uint8) -> None:
     """NFQError where torch has no such device here, or that knows no `dtype`."""
     try:
-        made = torch.ones(1, dtype=dtype, device=device)
         # What a device cannot run may only show when it is waited for.
-        if not made.is_meta:
-            made.item()
+        torch.ones(1, dtype=dtype, device=device).item()
     except (RuntimeError, AssertionError, TypeError) as error:
         raise NFQError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from None
 

@@ -224,9 +224,11 @@ def compiled_lora(package: str, model, other) -> dict:
         for _ in range(2):
             result["differences"].append(_difference(compiled(x), wanted))
             result["graphs"].append(len(graphs))
-    # Else it would keep the layer.
-    torch._dynamo.reset()
     model.detach()
+    # Else the compiler would keep the layer.
+    del compiled, graphs
+    torch._dynamo.reset()
+    gc.collect()
     return result
 
 
