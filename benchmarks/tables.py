@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import re
 
-from . import decode, fullsize, host, quality
+from . import calibrated, decode, fullsize, host, quality
 from .report import RESULTS, ROOT
 
-BY_NAME = {"quality": quality.table, "fullsize": fullsize.table, "host": host.table, "decode": decode.table}
+BY_NAME = {
+    "quality": quality.table,
+    "calibrated": calibrated.table,
+    "fullsize": fullsize.table,
+    "host": host.table,
+    "decode": decode.table,
+}
 
 
 def put_tables() -> None:

@@ -17,6 +17,7 @@ import torch
 
 from .article import is_article_file
 from .atomic import AtomicFile
+from .calibration import Calibration
 from .codec import encode
 from .container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source
 from .errors import CannotQuantizeError, NFQError, UnsupportedFileError
@@ -49,6 +50,7 @@ def quantize_file(
     settings: Settings = DEFAULTS,
     *,
     device: str | None = None,
+    calibration: Calibration | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> dict:
@@ -61,6 +63,8 @@ def quantize_file(
         target: the file to write.
         settings: levels and effort.
         device: where to quantise, such as "cuda"; by default the CPU.
+        calibration: statistics of the layers' inputs; a weight that they do not cover is quantised without, with a
+            warning naming it. The header records the name and hash of its file.
         overwrite: whether an existing target may be replaced.
         progress: see `Progress`.
 
@@ -68,7 +72,8 @@ def quantize_file(
         `file_bytes`, `original_bytes`, `quantized` and `kept` (counts), `warnings` and `seconds`.
 
     Raises:
-        NFQError: the source is unfit, or the target cannot be written. Nothing is then left behind.
+        NFQError: the source is unfit, the calibration belongs to another architecture, or the target cannot be written.
+            Nothing is then left behind.
     """
     started = perf_counter()
     with SafetensorsFile(source) as file, _SourceHash(file) as source_hash:
@@ -80,8 +85,10 @@ def quantize_file(
             )
         info, plans = plan_tensors(file.entries, settings)
         metadata, extra, warnings = split_metadata(file.metadata)
-        facts = Facts.of(info, settings.as_dict(), Source(source_name(source), file.file_bytes, NO_SHA256, metadata))
-        warnings += _surprising(file.entries)
+        inputs, uncalibrated = calibration.for_plans(info, plans) if calibration else ({}, [])
+        recorded = settings.as_dict() | ({"calibration": calibration.as_dict()} if calibration else {})
+        facts = Facts.of(info, recorded, Source(source_name(source), file.file_bytes, NO_SHA256, metadata))
+        warnings += _surprising(file.entries) + uncalibrated
         total = sum(entry.nbytes for entry in file.entries.values())
         done = 0
 
@@ -100,7 +107,8 @@ def quantize_file(
             plan = plans[key]
             try:
                 weight = tensor_from_bytes(raw, plan.dtype, plan.shape)
-                packed = quantize(weight, plan.format.levels, effort=settings.effort, device=device)
+                statistics = inputs[key].arguments() if key in inputs else {}
+                packed = quantize(weight, plan.format.levels, effort=settings.effort, device=device, **statistics)
             except CannotQuantizeError as error:
                 return key, None, raw, str(error)
             return key, encode(packed.data.cpu(), plan.format.sections(weight.numel())), raw, ""

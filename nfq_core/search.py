@@ -113,9 +113,10 @@ class BlockQuantizer:
         self._table = grid.table.float().to(device)
         self._errors = self._candidate_errors().to(device)
         centres = (torch.arange(ASSIGN_BINS) + 0.5) * (2 * ASSIGN_RANGE / ASSIGN_BINS) - ASSIGN_RANGE
-        self._code_of_bin = torch.bucketize(centres, self._boundaries()).to(torch.uint8).to(device)
+        self._code_of_bin = torch.bucketize(centres, self.boundaries).to(torch.uint8).to(device)
 
-    def _boundaries(self) -> torch.Tensor:
+    @property
+    def boundaries(self) -> torch.Tensor:
         """Between which values each level is the cheapest, ascending, fp32 of shape (n - 1,)."""
         gaps = (self.levels[1:] - self.levels[:-1]).clamp_min(1e-6)
         middles = (self.levels[1:] + self.levels[:-1]) / 2
@@ -127,15 +128,18 @@ class BlockQuantizer:
         ratios = 2.0 ** (self._offsets.double() * self.grid.stride / SCALE_STEPS_PER_OCTAVE)
         ratios = torch.cat([ratios, -ratios])
         scaled = (centres.double()[:, None] / ratios).float()
-        codes = torch.bucketize(scaled, self._boundaries())
+        codes = torch.bucketize(scaled, self.boundaries)
         return ((scaled - self.levels[codes]).square() * ratios.square().float() + self.prices[codes]).contiguous()
 
-    def scale_codes(self, blocks: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    def scale_codes(
+        self, blocks: torch.Tensor, largest: torch.Tensor, importance: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The scale code of least squared error, prices included, for each block.
 
         Args:
             blocks: fp32 of shape (blocks, 64).
             largest: their largest magnitudes, fp32 of shape (blocks,).
+            importance: what each weight's squared error counts, fp32 of shape (blocks, 64); by default all alike.
 
         Returns:
             uint8 of shape (blocks,): 0 for a zero block, else 1 … 127 with bit 7 for a negative scale.
@@ -143,7 +147,7 @@ class BlockQuantizer:
         base = torch.searchsorted(self._magnitudes, largest, right=True).sub_(1).clamp_(min=0)
         to_cells = SEARCH_BINS / (2 * self._range) / self._magnitudes[base]
         cells = (blocks * to_cells[:, None]).add_(SEARCH_BINS / 2).clamp_(0, SEARCH_BINS - 1).to(torch.int32)
-        errors = embedding_bag(cells, self._errors, mode="sum")
+        errors = embedding_bag(cells, self._errors, mode="sum", per_sample_weights=importance)
         if base.amin() + self._offsets[0] < 0 or base.amax() + self._offsets[-1] >= len(self._magnitudes):
             candidates = base[:, None] + self._offsets.to(base.device).repeat(2)
             errors.masked_fill_((candidates < 0) | (candidates >= len(self._magnitudes)), math.inf)
