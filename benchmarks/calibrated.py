@@ -21,7 +21,8 @@ from nfq_core.codec import encode
 from nfq_core.demo.calibrate import HELD_OUT_SEED, collect_demo, random_captions
 from nfq_core.demo.model import SCHEDULER_CONFIG, TinyPipeline, build_pipeline, import_diffusers, load_weights, sample
 from nfq_core.demo.run import GUIDANCE, STEPS
-from nfq_core.demo.train import make_batch
+from nfq_core.demo.shapes import describe as describe_scene
+from nfq_core.demo.shapes import draw, random_scene, tokenise
 from nfq_core.examine import sqnr_db
 from nfq_core.formats import LEVELS
 from nfq_core.metrics import psnr_db
@@ -42,13 +43,17 @@ class Judge:
     """Compares models of other weights with the original's outputs and pictures."""
 
     def __init__(self, weights: Weights) -> None:
+        calibrated = random_captions(PROMPTS)
         rng = np.random.default_rng(HELD_OUT_SEED)
+        scenes = [random_scene(rng) for _ in range(2 * OUTPUT_BATCH)]
+        scenes = [scene for scene in scenes if describe_scene(scene) not in calibrated][:OUTPUT_BATCH]
+        pictures = torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes])).permute(0, 3, 1, 2) * 2 - 1
+        ids = torch.from_numpy(tokenise([describe_scene(scene) for scene in scenes]))
         torch.manual_seed(HELD_OUT_SEED)
-        pictures, ids = make_batch(rng, OUTPUT_BATCH)
         timesteps = torch.randint(SCHEDULER_CONFIG["num_train_timesteps"], (OUTPUT_BATCH,))
         noising = import_diffusers().DDPMScheduler(**SCHEDULER_CONFIG)
         self._batch = noising.add_noise(pictures, torch.randn(pictures.shape), timesteps), timesteps, ids
-        self._captions = random_captions(HELD_OUT, HELD_OUT_SEED, without=random_captions(PROMPTS))
+        self._captions = random_captions(HELD_OUT, HELD_OUT_SEED, without=calibrated)
         self._output, self._pictures = self._run(build_pipeline(weights))
 
     @torch.no_grad()

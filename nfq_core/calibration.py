@@ -99,8 +99,8 @@ class Calibration:
     source: Source = UNRECORDED
 
     def as_dict(self) -> dict[str, str]:
-        """What the header of a file quantised with it records."""
-        return {"name": self.source.name, "sha256": self.source.sha256}
+        """What the header of a file quantised with it records among the settings."""
+        return {"calibration": self.source.name, "calibration_sha256": self.source.sha256}
 
     def for_weights(
         self, info: UNetInfo | None, shapes: Mapping[str, tuple[int, ...]]
@@ -135,7 +135,7 @@ class Calibration:
                 f"{warnings[0]}"
             )
         if self.prompts == 1:
-            warnings.append("the calibration saw one prompt only; with eight or more, results are better")
+            warnings.append("the calibration saw one prompt only; sample several, as different as those to come")
         return found, warnings
 
     def _misfit(self, name: str, shape: tuple[int, ...]) -> str:

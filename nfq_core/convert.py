@@ -86,7 +86,7 @@ def quantize_file(
         info, plans = plan_tensors(file.entries, settings)
         metadata, extra, warnings = split_metadata(file.metadata)
         inputs, uncalibrated = calibration.for_plans(info, plans) if calibration else ({}, [])
-        recorded = settings.as_dict() | ({"calibration": calibration.as_dict()} if calibration else {})
+        recorded = settings.as_dict() | (calibration.as_dict() if calibration else {})
         facts = Facts.of(info, recorded, Source(source_name(source), file.file_bytes, NO_SHA256, metadata))
         warnings += _surprising(file.entries) + uncalibrated
         total = sum(entry.nbytes for entry in file.entries.values())

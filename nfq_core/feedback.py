@@ -77,7 +77,7 @@ def check_inputs(shape: torch.Size, importance: torch.Tensor | None, moment: Sec
 
 def _inverse_root(diagonal: torch.Tensor) -> torch.Tensor:
     """1 / sqrt of a diagonal, 0 where it is not above 0."""
-    return torch.where(diagonal > 0, diagonal.clamp_min(1e-30).rsqrt(), 0.0)
+    return torch.where(diagonal > 0, diagonal.clamp_min(torch.finfo(torch.float32).tiny).rsqrt(), 0.0)
 
 
 def low_rank(sketch: torch.Tensor, probe: torch.Tensor, diagonal: torch.Tensor, rank: int) -> torch.Tensor:
@@ -156,6 +156,8 @@ def _round(
 ) -> torch.Tensor:
     """`round_columns` for columns that all feed one another, under the matrix `hessian`, which is changed."""
     diagonal = hessian.diagonal()
+    # Its unit does not matter; in this one no sum overflows.
+    hessian /= diagonal.amax().clamp_min(torch.finfo(torch.float32).tiny)
     # A column without input has nothing to give to others, nor to take.
     diagonal.masked_fill_(diagonal <= 0, float(diagonal.mean()) or 1.0)
     order = diagonal.argsort(descending=True, stable=True)
