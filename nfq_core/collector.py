@@ -179,7 +179,7 @@ class _Sums:
             columns = inputs.shape[1]
             self._column_squares = self._column_squares + _squares(inputs)
             whole = columns <= 2 * self._rank
-            seen = inputs if whole else inputs @ _probe(columns, 2 * self._rank).to(inputs.device)
+            seen = inputs if whole else inputs @ _probe(columns, 2 * self._rank, inputs.device)
             self._sketch = self._sketch + inputs.T @ seen
 
     def result(self) -> LayerInputs:
@@ -190,7 +190,7 @@ class _Sums:
         sketch, diagonal = self._sketch.cpu(), self._column_squares.cpu()
         if sketch.shape[0] == sketch.shape[1]:
             return LayerInputs(importance, self.rows, SecondMoment.of(sketch).correlation.half())
-        probe = _probe(*sketch.shape)
+        probe = _probe(*sketch.shape, sketch.device)
         return LayerInputs(importance, self.rows, low_rank(sketch, probe, diagonal, self._rank))
 
     def _patches(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -221,6 +221,6 @@ def _squares(rows: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=64)
-def _probe(columns: int, probes: int) -> torch.Tensor:
-    """The random matrix of the sketches of so many columns, fp32 on the CPU, always the same."""
-    return torch.randn(columns, probes, generator=torch.Generator().manual_seed(columns))
+def _probe(columns: int, probes: int, device: torch.device) -> torch.Tensor:
+    """The random matrix of the sketches of so many columns, fp32, on every device the same."""
+    return torch.randn(columns, probes, generator=torch.Generator().manual_seed(columns)).to(device)
