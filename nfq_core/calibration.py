@@ -117,19 +117,21 @@ class Calibration:
         Raises:
             NFQError: the calibration belongs to another architecture.
         """
-        name = info.name if info else UNKNOWN
-        if UNKNOWN not in (name, self.architecture) and name != self.architecture:
-            raise NFQError(f"the calibration was made with {self.architecture}, this model is {name}")
+        architecture = info.name if info else UNKNOWN
+        if UNKNOWN not in (architecture, self.architecture) and architecture != self.architecture:
+            raise NFQError(f"the calibration was made with {self.architecture}, this model is {architecture}")
         can_rename = info is not None and not (info.layout == "diffusers" and info.architecture is None)
         names = ldm_names(info, shapes) if can_rename else {key: key for key in shapes}
-        found, warnings = {}, []
+        found, warnings, matching = {}, [], 0
         for key, shape in shapes.items():
-            reason = self._misfit(names.get(key, key), shape)
+            name = names.get(key, key)
+            reason = self.faults.get(name) or self._misfit(name, shape)
             if reason:
                 warnings.append(f"tensor {key!r} is quantised without calibration: {reason}")
             else:
-                found[key] = self.inputs[names[key]]
-        if len(found) < MIN_MATCHING * len(shapes) and len(self.faults) < MIN_MATCHING * len(shapes):
+                found[key] = self.inputs[name]
+            matching += not reason or name in self.faults
+        if matching < MIN_MATCHING * len(shapes):
             raise NFQError(
                 f"the calibration belongs to another model: it fits {len(found):,} of {len(shapes):,} weights; "
                 f"{warnings[0]}"
@@ -139,9 +141,7 @@ class Calibration:
         return found, warnings
 
     def _misfit(self, name: str, shape: tuple[int, ...]) -> str:
-        """Why a weight cannot use its statistics; nothing where it can."""
-        if name in self.faults:
-            return self.faults[name]
+        """Why statistics do not fit a weight; nothing where they do."""
         if name not in self.inputs:
             return "the calibration lacks it"
         inputs = self.inputs[name]

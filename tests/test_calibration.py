@@ -262,6 +262,13 @@ def test_another_model_is_refused(calibration):
         calibration.for_weights(None, {"conv.weight": (16, 8, 5, 5)})
 
 
+def test_nothing_but_faults_is_no_other_model(calibration):
+    bad = Calibration({}, faults=dict.fromkeys(calibration.inputs, "its inputs were all zero"))
+    found, warnings = bad.for_weights(None, {"q.weight": (50, 40)})
+    assert not found
+    assert warnings == ["tensor 'q.weight' is quantised without calibration: its inputs were all zero"]
+
+
 def test_one_prompt_is_told(calibration):
     calibration = Calibration(calibration.inputs, prompts=1)
     assert "one prompt only" in calibration.for_weights(None, {"q.weight": (50, 40)})[1][0]
