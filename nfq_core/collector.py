@@ -19,7 +19,7 @@ from .feedback import SecondMoment, low_rank
 from .unet import UNKNOWN, detect, ldm_names
 
 RANK = 64
-"""Rank of the factors that stand for Hessians: 0.3 dB of a layer's output below whole ones on the demo model."""
+"""Rank of the factors that stand for Hessians: at 7 levels, outputs of the demo model's layers lose 0.35 dB by it."""
 
 PATCHES_PER_CALL = 2048
 """Positions of a convolution's input that one call adds to its Hessian; all of them add to its importance."""
