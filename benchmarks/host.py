@@ -4,7 +4,8 @@ COMFYUI_PATH names the host, COMFYUI_PYTHON its Python; where COMFYUI_GGUF names
 Python package `gguf` is installed here, it takes part at Q4_0. Every measurement is a fresh process of the host, the
 contestants in turns: a prompt is queued that loads a UNet with random weights and samples with CFG. Noted are the time
 from Queue to the first step's beginning and end, the time of the following steps, and the process's peak resident
-memory less what the host holds before. For Linux.
+memory less what the host holds before. LoRAs have rank 32, on three linear layers of every transformer block; the
+stock loader and ComfyUI-GGUF get four, ours one and four. For Linux.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from time import time
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nfq_core.convert import quantize_file
 from nfq_core.unet_keys import KNOWN_ARCHITECTURES
@@ -26,19 +28,45 @@ from .report import ROOT, markdown_table, summary, write_results
 sys.path.insert(0, str(ROOT / "tests" / "host"))
 
 from driver import Host, make_base
-from graphs import sample
-from models import write_unet
+from graphs import lora, sample
+from models import random_adapter, write_unet
 
 RUNS = 3
 STEPS = 3
 PIXELS = 512
 
-LOADERS = {
-    "fp16": {"class_type": "UNETLoader", "inputs": {"unet_name": "model.safetensors", "weight_dtype": "default"}},
-    "nfq": {"class_type": "NFQuantizedUNetLoader", "inputs": {"unet_name": "model.nfq.safetensors"}},
-    "gguf": {"class_type": "UnetLoaderGGUF", "inputs": {"unet_name": "model.gguf"}},
+LORAS = 4
+RANK = 32
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Who loads which file, and how many LoRAs are put behind it."""
+
+    label: str
+    node: str
+    file: str
+    loras: int = 0
+
+    def graph(self) -> dict:
+        """The nodes that load, the last one named `model`."""
+        inputs = {"unet_name": self.file} | ({"weight_dtype": "default"} if self.node == "UNETLoader" else {})
+        nodes = {"lora 0": {"class_type": self.node, "inputs": inputs}}
+        for number in range(1, self.loras + 1):
+            nodes[f"lora {number}"] = lora(f"lora-{number}", 0.5, [f"lora {number - 1}", 0])
+        nodes["model"] = nodes.pop(f"lora {self.loras}")
+        return nodes
+
+
+CONTESTANTS = {
+    "fp16": Contestant("fp16, stock loader", "UNETLoader", "model.safetensors"),
+    "nfq": Contestant("NFQ, 16 levels", "NFQuantizedUNetLoader", "model.nfq.safetensors"),
+    "gguf": Contestant("ComfyUI-GGUF, Q4_0", "UnetLoaderGGUF", "model.gguf"),
+    "fp16_loras": Contestant(f"fp16, {LORAS} LoRAs", "UNETLoader", "model.safetensors", LORAS),
+    "nfq_lora": Contestant("NFQ, a LoRA", "NFQuantizedUNetLoader", "model.nfq.safetensors", 1),
+    "nfq_loras": Contestant(f"NFQ, {LORAS} LoRAs", "NFQuantizedUNetLoader", "model.nfq.safetensors", LORAS),
+    "gguf_loras": Contestant(f"ComfyUI-GGUF, {LORAS} LoRAs", "UnetLoaderGGUF", "model.gguf", LORAS),
 }
-LABELS = {"fp16": "fp16, stock loader", "nfq": "NFQ, 16 levels", "gguf": "ComfyUI-GGUF, Q4_0"}
 
 
 def write_gguf(source: Path, target: Path) -> None:
@@ -66,14 +94,17 @@ def prepare(directory: Path, architecture: str) -> tuple[Path, list[str]]:
     """Make the base directory and the models in it; returns it and who takes part."""
     base = directory / "comfyui"
     unets = base / "models" / "diffusion_models"
-    contestants = ["fp16", "nfq"]
+    contestants = [name for name in CONTESTANTS if not name.startswith("gguf")]
     if not base.exists():
         make_base(base)
         chosen = next(known for known in KNOWN_ARCHITECTURES if known.name == architecture)
         write_unet(unets / "model.safetensors", chosen)
         quantize_file(unets / "model.safetensors", unets / "model.nfq.safetensors")
+        for number in range(1, LORAS + 1):
+            adapter = random_adapter(chosen, "lora", number, RANK)
+            save_file(adapter, base / "models" / "loras" / f"lora-{number}.safetensors")
     if os.environ.get("COMFYUI_GGUF"):
-        contestants.append("gguf")
+        contestants = list(CONTESTANTS)
         plugin = base / "custom_nodes" / "ComfyUI-GGUF"
         if not plugin.exists():
             plugin.symlink_to(os.environ["COMFYUI_GGUF"])
@@ -87,7 +118,7 @@ def measure(base: Path, contestant: str) -> dict[str, float]:
     try:
         before = host.resident_bytes()
         timer = {"class_type": "NFQTestTimer", "inputs": {"model": ["model", 0]}}
-        graph = sample({"model": LOADERS[contestant], "timer": timer}, ["timer", 0], "dpmpp_2m", steps=STEPS)
+        graph = sample(CONTESTANTS[contestant].graph() | {"timer": timer}, ["timer", 0], "dpmpp_2m", steps=STEPS)
         graph["empty"]["inputs"] |= {"width": PIXELS, "height": PIXELS}
         queued = time()
         host.latent(graph)
@@ -107,10 +138,10 @@ def measure(base: Path, contestant: str) -> dict[str, float]:
 def table(results: dict) -> str:
     """The README's table, with ratios to fp16."""
     files, rows = results["file_bytes"], []
-    for name, label in LABELS.items():
+    for name, contestant in CONTESTANTS.items():
         if name not in results["contestants"]:
             continue
-        cells = [label, f"{files[name] / 1e9:.2f} GB"]
+        cells = [contestant.label, f"{files[name] / 1e9:.2f} GB"]
         for key, unit, scale in (
             ("to_first_step_s", "s", 1),
             ("to_first_step_end_s", "s", 1),
@@ -153,7 +184,7 @@ def main() -> None:
         "host": (Path(os.environ["COMFYUI_PATH"]) / "comfyui_version.py").read_text().split('"')[1],
         "pixels": PIXELS,
         "steps": STEPS,
-        "file_bytes": {name: (unets / LOADERS[name]["inputs"]["unet_name"]).stat().st_size for name in contestants},
+        "file_bytes": {name: (unets / CONTESTANTS[name].file).stat().st_size for name in contestants},
         "contestants": {
             name: {key: summary([run[key] for run in runs]) for key in runs[0]} for name, runs in samples.items()
         },

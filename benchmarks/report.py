@@ -48,10 +48,10 @@ def summary(samples: Sequence[float]) -> dict:
     return {"min": min(samples), "median": statistics.median(samples), "max": max(samples), "runs": len(samples)}
 
 
-def write_results(name: str, command: str, results: dict) -> Path:
-    """Write one benchmark's results as JSON, with the machine and the command that made them."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_results(name: str, command: str, results: dict, path: Path | None = None) -> Path:
+    """Write one benchmark's results as JSON, with the machine and the command that made them; in RESULTS by default."""
+    path = path or RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
     text = json.dumps({"command": command, "machine": machine(), **results}, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
     return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from . import calibrated, decode, fullsize, host, quality
+from . import calibrated, decode, fullsize, gpu, host, quality
 from .report import RESULTS, ROOT
 
 BY_NAME = {
@@ -14,6 +14,7 @@ BY_NAME = {
     "fullsize": fullsize.table,
     "host": host.table,
     "decode": decode.table,
+    "gpu": gpu.table,
 }
 
 

@@ -136,7 +136,7 @@ class Calibration:
                 f"the calibration belongs to another model: it fits {len(found):,} of {len(shapes):,} weights; "
                 f"{warnings[0]}"
             )
-        if self.prompts == 1:
+        if found and self.prompts == 1:
             warnings.append("the calibration saw one prompt only; sample several, as different as those to come")
         return found, warnings
 
@@ -153,8 +153,14 @@ class Calibration:
         return ""
 
     def for_plans(self, info: UNetInfo | None, plans: Mapping[str, Plan]) -> tuple[dict[str, LayerInputs], list[str]]:
-        """`for_weights` of those that are to be quantised."""
-        return self.for_weights(info, {key: plan.shape for key, plan in plans.items() if plan.format})
+        """`for_weights` of those that are to be quantised, but for trellis formats, which use none."""
+        quantized = {key: plan for key, plan in plans.items() if plan.format}
+        scalar = {key: plan.shape for key, plan in quantized.items() if not plan.format.window}
+        found, warnings = self.for_weights(info, scalar)
+        without = len(quantized) - len(scalar)
+        if without:
+            warnings.append(f"the calibration has no effect on {without:,} weights: trellis formats do not use it yet")
+        return found, warnings
 
     def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> int:
         """Write one safetensors file, whole or not at all; returns its size in bytes.

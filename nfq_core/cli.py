@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -17,13 +18,16 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import backends, convert, examine
+from .allocation import PRESETS
 from .article_import import import_article
 from .calibration import Calibration
 from .codebook import EFFORTS
 from .errors import NFQError
-from .formats import LEVELS
+from .formats import LEVELS, WRITABLE_IDS
+from .memory import check_device
 from .parallel import Progress
-from .policy import Settings
+from .policy import DEFAULTS, Settings
+from .quantizer import FIT_DTYPE
 from .version import __version__
 
 CONTAINER = "an .nfq.safetensors file"
@@ -76,8 +80,16 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("quantize", _quantize, "convert a safetensors UNet, checkpoint or state dict to .nfq.safetensors")
     sub.add_argument("source", metavar="SRC", help="a .safetensors file")
     sub.add_argument("target", metavar="DST", help="the .nfq.safetensors file to write")
-    sub.add_argument("--levels", type=int, choices=LEVELS, default=16, help="levels of Linear weights (default: 16)")
-    sub.add_argument("--conv-levels", type=int, choices=LEVELS, default=32, help="levels of convolutions (default: 32)")
+    either = sub.add_mutually_exclusive_group()
+    either.add_argument("--preset", choices=tuple(PRESETS), help=f"instead of all formats: {_presets_in_words()}")
+    either.add_argument("--target-size", type=_size, metavar="SIZE", help="likewise: size of DST, such as 1.2GB")
+    either.add_argument("--target-bpw", type=_positive, metavar="X", help="likewise: packed bits per weight")
+    # No defaults here: argparse does not take a default that is given for given.
+    either.add_argument("--levels", type=int, choices=LEVELS, help="levels of Linear weights (default: 16)")
+    either.add_argument("--format", choices=WRITABLE_IDS, metavar="ID", help=f"instead: {', '.join(WRITABLE_IDS)}")
+    either = sub.add_mutually_exclusive_group()
+    either.add_argument("--conv-levels", type=int, choices=LEVELS, help="levels of convolutions (default: 32)")
+    either.add_argument("--conv-format", choices=WRITABLE_IDS, metavar="ID", help="instead: one of the same")
     sub.add_argument("--effort", choices=tuple(EFFORTS), default="fast", help="how long to fit (default: fast)")
     sub.add_argument("--quantize-first-last", action="store_true", help="quantise a UNet's outermost convolutions too")
     sub.add_argument("--calibration", metavar="F", help="what the model's layers are fed, see README")
@@ -114,10 +126,41 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _presets_in_words() -> str:
+    return ", ".join(f"{name} ({bits} packed bits per weight)" for name, bits in PRESETS.items())
+
+
+def _positive(text: str) -> float:
+    """A finite number above zero."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above zero")
+    return number
+
+
+def _size(text: str) -> int:
+    """A number of bytes, with or without a unit of thousands."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    unit = units.get(text[-2:].upper())
+    return int(_positive(text[:-2]) * unit) if unit else int(_positive(text))
+
+
 def _quantize(options: argparse.Namespace) -> int:
-    settings = Settings(options.levels, options.conv_levels, options.effort, options.quantize_first_last)
+    settings = Settings(
+        options.levels or DEFAULTS.levels,
+        options.conv_levels or DEFAULTS.conv_levels,
+        options.effort,
+        options.quantize_first_last,
+        options.format,
+        options.conv_format,
+        PRESETS[options.preset] if options.preset else options.target_bpw,
+        options.target_size,
+    )
     if options.device is not None:
-        _check_device(options.device)
+        check_device(options.device, FIT_DTYPE)
     calibration = Calibration.load(options.calibration) if options.calibration else None
     with _progress("quantising", options) as progress:
         result = convert.quantize_file(
@@ -153,23 +196,7 @@ def _dequantize(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     info = examine.file_info(options.file)
-    formats: dict[str, int] = {}
-    for layer in info["layers"]:
-        formats[layer["format"]] = formats.get(layer["format"], 0) + 1
-    share = f", {info['file_bytes'] / info['original_bytes']:.0%} of the original" if info["original_bytes"] else ""
-    lines = [
-        f"file          {options.file}, {info['file_bytes']:,} bytes{share}",
-        f"written by    {info['writer']}, container version {info['container_version']}",
-        f"model         {info['architecture']}, {info['layout']} keys",
-        f"source        {info['source']['name'] or 'not recorded'} {info['source']['sha256'][:10]}",
-        f"settings      {', '.join(f'{name} {value}' for name, value in info['settings'].items()) or 'not recorded'}",
-        f"quantised     {len(info['layers'])} layers, {info['weights']:,} weights"
-        + "".join(f", {count} {name}" for name, count in sorted(formats.items())),
-        f"bits/weight   {info['bits_per_weight']:.3f} in the file, {info['packed_bits_per_weight']:.3f} packed",
-        f"kept          {info['kept']} tensors, {info['kept_bytes']:,} bytes",
-        f"workflow      {'embedded' if info['has_workflow'] else 'none'}",
-    ]
-    return _show(options, info, "\n".join(lines))
+    return _show(options, info, "\n".join(f"{name:14}{text}" for name, text in examine.info_lines(options.file, info)))
 
 
 def _backends(options: argparse.Namespace) -> int:
@@ -245,14 +272,6 @@ def _show(options: argparse.Namespace, result: Any, text: str) -> int:
 
 def _db(ratio: float | None) -> str:
     return "  equal" if ratio is None else f"{ratio:6.2f} dB"
-
-
-def _check_device(name: str) -> None:
-    try:
-        # Fitting needs fp64, which not every device has.
-        torch.ones(1, dtype=torch.float64, device=name).item()
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise NFQError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 @contextmanager

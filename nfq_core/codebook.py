@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .codec import expected_code_bits
-from .formats import BlockFormat
+from .formats import BLOCK, BlockFormat
 from .search import BlockQuantizer, ScaleGrid, largest_magnitudes
 
 STORED_BITS = {32: 4.93, 24: 4.50, 16: 3.915, 12: 3.49, 7: 2.78}
@@ -22,6 +22,10 @@ RATE_ROUNDS = 10
 
 PRICE_STEPS = 5
 """Bisections of the price per bit."""
+
+
+LEAST_ERROR = 1e-12
+"""Errors below this, in the units of `Codebook.error`, are rounding."""
 
 
 @dataclass(frozen=True)
@@ -144,29 +148,31 @@ def _lloyd(
     """
     count = len(levels)
     prices = torch.zeros(count)
+    counting = blocks if importance is None else blocks * importance
+    energy = float((counting.double() * blocks).sum())
+    unit = float(largest.double().square().sum()) * BLOCK
     best: Codebook | None = None
     for _ in range(rounds):
         quantizer = BlockQuantizer(levels, grid, blocks.device, prices)
         scales = quantizer.scales(quantizer.scale_codes(blocks, largest, importance))
-        codes = quantizer.codes(blocks, scales).view(-1).long()
-        normalised = (blocks / scales.masked_fill(scales == 0, 1.0)[:, None]).view(-1).double()
-        weights = scales.square()[:, None].expand_as(blocks)
-        weights = (weights if importance is None else weights * importance).reshape(-1).double()
-        residual = (normalised - levels.to(blocks.device)[codes]).square() * weights
-        book = Codebook(
-            levels,
-            prices,
-            torch.bincount(codes, minlength=count).cpu(),
-            float(residual.sum() / largest.double().square().sum() / blocks.shape[1]),
-        )
+        codes = quantizer.codes(blocks, scales).view(-1)
+        # A level's error is Σ (x - level · s)² = Σ x² - 2 · level · Σ x·s + level² · Σ s² over its weights x, each term
+        # times its weight's importance.
+        uses = torch.bincount(codes, minlength=count).cpu()
+        products = (counting * scales[:, None]).view(-1).double()
+        squares = scales.square()[:, None].expand_as(blocks)
+        squares = (squares if importance is None else squares * importance).reshape(-1).double()
+        sums = torch.bincount(codes, products, minlength=count).cpu()
+        totals = torch.bincount(codes, squares, minlength=count).cpu()
+        exact = levels.double()
+        error = energy - 2 * (exact @ sums) + exact.square() @ totals
+        book = Codebook(levels, prices, uses, max(float(error) / unit, LEAST_ERROR))
         if best is None or price or book.error < best.error:
             settled = best is not None and not price and book.error > best.error * 0.9998
             best = book
             if settled:
                 break
-        sums = torch.bincount(codes, normalised * weights, minlength=count).cpu()
-        totals = torch.bincount(codes, weights, minlength=count).cpu()
-        levels = _normalised(torch.where(totals > 0, sums / totals, levels.double()))
+        levels = _normalised(torch.where(totals > 0, sums / totals, exact))
         prices = -price * ((book.uses + 1.0) / (book.uses.sum() + count)).log2().float()
     return best
 

@@ -94,13 +94,14 @@ def _frame_end(frame: memoryview, has_checksum: bool) -> int:
     return position + 4 * has_checksum
 
 
-def decode(stored: memoryview, lengths: list[int], sections: Sections) -> torch.Tensor:
+def decode(stored: memoryview, lengths: list[int], sections: Sections, out: torch.Tensor | None = None) -> torch.Tensor:
     """Decompress frames into a packed buffer.
 
     Args:
         stored: the frames, one after the other.
         lengths: the length of each frame; as many as `frame_spans(sections)`, their sum the length of `stored`.
         sections: where the sections of the decoded buffer lie.
+        out: memory for it, 1-D uint8 on the CPU, `sections.end` bytes; by default new memory.
 
     Returns:
         The packed buffer, 1-D uint8 on the CPU.
@@ -112,7 +113,7 @@ def decode(stored: memoryview, lengths: list[int], sections: Sections) -> torch.
     if not hasattr(_local, "decompressor"):
         _local.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 18)
     try:
-        data = torch.empty(sections.end, dtype=torch.uint8)
+        data = torch.empty(sections.end, dtype=torch.uint8) if out is None else out
     except (RuntimeError, MemoryError):
         raise NFQError(f"it needs {sections.end:,} bytes of memory, more than there is") from None
     view = memoryview(data.numpy())

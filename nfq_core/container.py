@@ -21,7 +21,7 @@ import torch
 from .codec import decode, frame_count
 from .errors import CorruptFileError, NFQError, UnsupportedFileError
 from .formats import BlockFormat, format_by_id
-from .safefile import TORCH_DTYPES, SafetensorsFile, is_count, parse_json
+from .safefile import TORCH_DTYPES, SafetensorsFile, dtype_bytes, is_count, parse_json
 from .tensor import QUANTIZABLE_DTYPES, NFTensor
 from .unet import UNKNOWN, UNetInfo
 
@@ -80,11 +80,18 @@ class QuantizedEntry:
     dtype: str
     frames: tuple[int, ...]
     crc32: str
+    sensitivity: float | None = None
+    """See `writer.Plan`."""
 
     @property
     def weights(self) -> int:
         """Number of weights."""
         return prod(self.shape)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed buffer."""
+        return self.format.packed_bytes(self.weights)
 
 
 def checksum_text(crc32: int) -> str:
@@ -156,21 +163,36 @@ class NFQFile(SafetensorsFile):
         """Bytes that a tensor takes in the file, by its original name."""
         return self.entries[PREFIX + key if key in self.quantized else key].nbytes
 
-    def load(self, key: str) -> NFTensor | torch.Tensor:
-        """One tensor by its original name, in memory of its own, its checksum verified.
+    def packed_bytes(self, key: str) -> int:
+        """Bytes that a tensor takes in memory when `load` has read it."""
+        return self.quantized[key].packed_bytes if key in self.quantized else self.entries[key].nbytes
+
+    def dense_bytes(self, key: str) -> int:
+        """Bytes that a tensor takes in the dtype it had before it was quantised."""
+        entry = self.quantized.get(key)
+        return entry.weights * dtype_bytes(entry.dtype) if entry else self.entries[key].nbytes
+
+    def load(self, key: str, memory: torch.Tensor | None = None) -> NFTensor | torch.Tensor:
+        """One tensor by its original name, its checksum verified.
+
+        Args:
+            key: the name.
+            memory: where it goes, 1-D uint8 on the CPU, at least `packed_bytes(key)` long; by default new memory.
 
         Raises:
             CorruptFileError: its bytes are damaged.
         """
         if key in self.quantized:
-            return self._load_quantized(key)
-        return self._as_tensor(key, self.load_kept(key))
+            return self._load_quantized(key, memory)
+        return self._as_tensor(key, self.load_kept(key, memory))
 
-    def load_kept(self, key: str) -> bytearray:
-        """The bytes of one kept tensor, its checksum verified; CorruptFileError when they are damaged."""
-        buffer = self.read(key)
-        self._check_sum(key, zlib.crc32(buffer), self.kept[key])
-        return buffer
+    def load_kept(self, key: str, memory: torch.Tensor | None = None) -> memoryview:
+        """The bytes of one kept tensor, see `load`."""
+        nbytes = self.entries[key].nbytes
+        view = memoryview(bytearray(nbytes) if memory is None else memory.numpy()[:nbytes])
+        self.read_into(key, view)
+        self._check_sum(key, zlib.crc32(view), self.kept[key])
+        return view
 
     def verify(self, key: str) -> None:
         """Read one tensor and check all that can be checked; CorruptFileError when it is damaged."""
@@ -182,13 +204,15 @@ class NFQFile(SafetensorsFile):
             checksum = zlib.crc32(piece, checksum)
         self._check_sum(key, checksum, self.kept[key])
 
-    def _load_quantized(self, key: str, codes: bool = False) -> NFTensor:
+    def _load_quantized(self, key: str, memory: torch.Tensor | None = None, codes: bool = False) -> NFTensor:
         entry = self.quantized[key]
+        sections = entry.format.sections(entry.weights)
         stored = _scratch(self.stored_bytes(key))
         self.read_into(PREFIX + key, stored)
         self._check_sum(key, zlib.crc32(stored), entry.crc32)
         try:
-            data = decode(stored, list(entry.frames), entry.format.sections(entry.weights))
+            out = None if memory is None else memory[: sections.end]
+            data = decode(stored, list(entry.frames), sections, out)
             tensor = NFTensor(data, entry.format, entry.shape, TORCH_DTYPES[entry.dtype])
             tensor.validate(codes=codes)
         except NFQError as error:
@@ -251,6 +275,7 @@ class NFQFile(SafetensorsFile):
             item["dtype"],
             tuple(map(_count, item["frames"])),
             _text(item["crc32"]),
+            None if item.get("sensitivity") is None else float(item["sensitivity"]),
         )
         stored = self.entries[PREFIX + key]
         if entry.weights == 0 or TORCH_DTYPES.get(entry.dtype) not in QUANTIZABLE_DTYPES:

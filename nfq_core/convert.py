@@ -15,6 +15,7 @@ from time import perf_counter
 
 import torch
 
+from .allocation import SizeSearch
 from .article import is_article_file
 from .atomic import AtomicFile
 from .calibration import Calibration
@@ -61,10 +62,11 @@ def quantize_file(
     Args:
         source: the file to convert.
         target: the file to write.
-        settings: levels and effort.
+        settings: formats and effort.
         device: where to quantise, such as "cuda"; by default the CPU.
         calibration: statistics of the layers' inputs; a weight that they do not cover is quantised without, with a
-            warning naming it. The header records the name and hash of its file.
+            warning naming it. Trellis formats use none. Where one was used, the header records the name and hash of
+            its file.
         overwrite: whether an existing target may be replaced.
         progress: see `Progress`.
 
@@ -83,24 +85,22 @@ def quantize_file(
             raise UnsupportedFileError(
                 f"{file.path} was written by the article's code; `nfq import-article` converts it"
             )
-        info, plans = plan_tensors(file.entries, settings)
         metadata, extra, warnings = split_metadata(file.metadata)
-        inputs, uncalibrated = calibration.for_plans(info, plans) if calibration else ({}, [])
-        recorded = settings.as_dict() | (calibration.as_dict() if calibration else {})
-        facts = Facts.of(info, recorded, Source(source_name(source), file.file_bytes, NO_SHA256, metadata))
-        warnings += _surprising(file.entries) + uncalibrated
+        warnings += _surprising(file.entries)
         total = sum(entry.nbytes for entry in file.entries.values())
-        done = 0
 
         def jobs() -> Iterator[tuple[str, bytearray]]:
             for key in sorted(file.entries, key=lambda name: file.entries[name].start):
                 if plans[key].format is None:
-                    writer.write_kept(key, source_hash.over(file.read_chunks(key)))
+                    pieces = file.read_chunks(key)
+                    writer.write_kept(key, pieces if source_hash.complete else source_hash.over(pieces))
                     report(key)
                 else:
                     raw = file.read(key)
-                    source_hash.add(raw)
+                    if not source_hash.complete:
+                        source_hash.add(raw)
                     yield key, raw
+            source_hash.complete = True
 
         def work(job: tuple[str, bytearray]) -> tuple[str, list[bytes] | None, bytearray, str]:
             key, raw = job
@@ -108,7 +108,7 @@ def quantize_file(
             try:
                 weight = tensor_from_bytes(raw, plan.dtype, plan.shape)
                 statistics = inputs[key].arguments() if key in inputs else {}
-                packed = quantize(weight, plan.format.levels, effort=settings.effort, device=device, **statistics)
+                packed = quantize(weight, format=plan.format.id, effort=settings.effort, device=device, **statistics)
             except CannotQuantizeError as error:
                 return key, None, raw, str(error)
             return key, encode(packed.data.cpu(), plan.format.sections(weight.numel())), raw, ""
@@ -118,16 +118,27 @@ def quantize_file(
             done += file.entries[key].nbytes
             progress(done, total, key)
 
-        with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
-            for key, frames, raw, reason in ordered_map(work, jobs(), size=lambda job: len(job[1])):
-                if frames is None:
-                    warnings.append(f"tensor {key!r} is kept as it is: {reason}")
-                    writer.write_kept(key, [raw])
-                else:
-                    writer.write_quantized(key, frames)
-                report(key)
-            facts = replace(facts, source=replace(facts.source, sha256=source_hash.hexdigest()))
-            file_bytes = writer.finish(facts)
+        size = SizeSearch(settings.target_bytes)
+        while True:
+            done, unfit = 0, []
+            info, plans = plan_tensors(file.entries, settings, packed_bytes=size.packed_bytes)
+            inputs, uncalibrated = calibration.for_plans(info, plans) if calibration else ({}, [])
+            recorded = settings.as_dict() | (calibration.as_dict() if inputs else {})
+            facts = Facts.of(info, recorded, Source(source_name(source), file.file_bytes, NO_SHA256, metadata))
+            with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
+                for key, frames, raw, reason in ordered_map(work, jobs(), size=lambda job: len(job[1])):
+                    if frames is None:
+                        unfit.append(f"tensor {key!r} is kept as it is: {reason}")
+                        writer.write_kept(key, [raw])
+                    else:
+                        writer.write_quantized(key, frames)
+                    report(key)
+                if not size.accepts(writer.file_bytes, plans):
+                    continue
+                facts = replace(facts, source=replace(facts.source, sha256=source_hash.hexdigest()))
+                file_bytes = writer.finish(facts)
+                break
+        warnings += uncalibrated + unfit + size.warnings
     return conversion_result(source, facts, plans, writer, file_bytes, warnings, started)
 
 
@@ -189,7 +200,7 @@ def dequantize_file(
 
         def work(key: str) -> tuple[str, memoryview]:
             if key in file.kept:
-                return key, memoryview(file.load_kept(key))
+                return key, file.load_kept(key)
             tensor = file.load(key)
             return key, tensor_bytes(tensor.dequantize(dtype or tensor.dtype))
 
@@ -263,6 +274,8 @@ class _SourceHash:
         self._hash = hashlib.sha256(file.raw_header)
         self._pool = ThreadPoolExecutor(1)
         self._waiting: deque[tuple[Future, int]] = deque()
+        self.complete = False
+        """Whether the whole file was taken in; set by the one who reads it."""
 
     def __enter__(self) -> _SourceHash:
         return self

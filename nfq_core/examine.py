@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -31,11 +34,12 @@ def container_info(file: NFQFile) -> dict:
         weights), `bits_per_weight` (stored bytes of the quantised tensors × 8 ÷ those weights),
         `packed_bits_per_weight` (the same for the packed buffers), `file_bytes`, `original_bytes` (size of the source
         file), `kept` and `kept_bytes` (number and size of the tensors kept), `has_workflow`, and `layers` (each `name`,
-        `format`, `shape`, `bits_per_weight`).
+        `format`, `shape`, `bits_per_weight` and, where formats were chosen by size, `sensitivity`: see
+        `allocation.allocate`).
     """
     weights = sum(entry.weights for entry in file.quantized.values())
     stored = sum(file.stored_bytes(key) for key in file.quantized)
-    packed = sum(entry.format.packed_bytes(entry.weights) for entry in file.quantized.values())
+    packed = sum(entry.packed_bytes for entry in file.quantized.values())
     source = file.facts.source
     return {
         "container_version": file.container_version,
@@ -58,10 +62,32 @@ def container_info(file: NFQFile) -> dict:
                 "format": entry.format.id,
                 "shape": list(entry.shape),
                 "bits_per_weight": file.stored_bytes(key) * 8 / entry.weights,
+                **({} if entry.sensitivity is None else {"sensitivity": entry.sensitivity}),
             }
             for key, entry in file.quantized.items()
         ],
     }
+
+
+def info_lines(path: str | os.PathLike, info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What `file_info` says of the file at `path`, to read: names with short texts."""
+    formats = Counter(layer["format"] for layer in info["layers"])
+    share = f", {info['file_bytes'] / info['original_bytes']:.0%} of the original" if info["original_bytes"] else ""
+    return [
+        ("file", f"{path}, {info['file_bytes']:,} bytes{share}"),
+        ("written by", f"{info['writer']}, container version {info['container_version']}"),
+        ("model", f"{info['architecture']}, {info['layout']} keys"),
+        ("source", f"{info['source']['name'] or 'not recorded'} {info['source']['sha256'][:10]}"),
+        ("settings", ", ".join(f"{name} {value}" for name, value in info["settings"].items()) or "not recorded"),
+        (
+            "quantised",
+            f"{len(info['layers'])} layers, {info['weights']:,} weights"
+            + "".join(f", {count} {name}" for name, count in sorted(formats.items())),
+        ),
+        ("bits/weight", f"{info['bits_per_weight']:.3f} in the file, {info['packed_bits_per_weight']:.3f} packed"),
+        ("kept", f"{info['kept']} tensors, {info['kept_bytes']:,} bytes"),
+        ("workflow", "embedded" if info["has_workflow"] else "none"),
+    ]
 
 
 def verify_file(path: str | os.PathLike, *, progress: Progress = no_progress) -> dict:

@@ -1,4 +1,4 @@
-"""The block formats: how many levels, how codes are packed, and where each section of a packed buffer lies.
+"""The block formats: how many levels, what names them, how codes are packed, where each section of a buffer lies.
 
 A format is geometry only. The levels themselves travel in every packed buffer, so kernels never repeat them.
 `docs/FORMAT.md` is the specification; a released format id never changes its bytes.
@@ -7,7 +7,7 @@ A format is geometry only. The levels themselves travel in every packed buffer, 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property, wraps
+from functools import cached_property, lru_cache, wraps
 from itertools import pairwise
 
 import torch
@@ -64,6 +64,10 @@ class Sections:
 class BlockFormat:
     """One block format: a code is ``coarse * 2**fine_bits + fine``.
 
+    In a scalar format a code names a level. In a trellis format (`window` > 0) a code has `code_bits` bits, and the
+    last `window` bits of the stream of a block's codes, up to and with a weight's own, name its level. The stream is
+    circular: before a block's first code stand its last ones.
+
     The coarse plane holds `coarse_digits` digits of base `coarse_radix` in each byte, the fine plane `8 / fine_bits`
     digits of `fine_bits` bits. Coarse digits carry what entropy coding can shorten; fine bits are close to uniform.
     """
@@ -74,6 +78,17 @@ class BlockFormat:
     coarse_digits: int
     fine_bits: int
     scales: Scales
+    window: int = 0
+
+    @property
+    def codes(self) -> int:
+        """Different codes that a weight can have."""
+        return self.coarse_radix << self.fine_bits if self.window else self.levels
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a code of a trellis format."""
+        return self.codes.bit_length() - 1
 
     @property
     def fine_digits(self) -> int:
@@ -88,35 +103,66 @@ class BlockFormat:
             blocks += self.coarse_digits
         return blocks
 
+    def __hash__(self) -> int:
+        # Ids are unique; hashing every field would cost as much as what is looked up by a format.
+        return hash(self.id)
+
     def sections(self, weights: int) -> Sections:
         """Where the sections of the packed buffer of `weights` weights lie, in bytes."""
-        blocks = -(-weights // BLOCK)
-        article = self.scales is Scales.ARTICLE
-        head_bytes = 2 * self.levels + (0 if article else 2)
-        coarse = -(-head_bytes // HEAD_ALIGNMENT) * HEAD_ALIGNMENT
-        fine = coarse + -(-blocks // self.coarse_digits) * BLOCK
-        superblock_scales = fine + (-(-blocks // self.fine_digits) * BLOCK if self.fine_bits else 0)
-        block_scales = superblock_scales + (-(-blocks // SUPERBLOCK) * 4 if article else 0)
-        return Sections(0, coarse, fine, superblock_scales, block_scales, block_scales + blocks)
+        return _sections(self, weights)
 
     def packed_bytes(self, weights: int) -> int:
         """Length of the packed buffer of `weights` weights, in bytes."""
         return self.sections(weights).end
 
 
+@lru_cache(1024)
+def _sections(fmt: BlockFormat, weights: int) -> Sections:
+    """`BlockFormat.sections`: looked up twice whenever a layer runs, and a model has few different sizes of layers."""
+    blocks = -(-weights // BLOCK)
+    article = fmt.scales is Scales.ARTICLE
+    head_bytes = 2 * fmt.levels + (0 if article else 2)
+    coarse = -(-head_bytes // HEAD_ALIGNMENT) * HEAD_ALIGNMENT
+    fine = coarse + -(-blocks // fmt.coarse_digits) * BLOCK
+    superblock_scales = fine + (-(-blocks // fmt.fine_digits) * BLOCK if fmt.fine_bits else 0)
+    block_scales = superblock_scales + (-(-blocks // SUPERBLOCK) * 4 if article else 0)
+    return Sections(0, coarse, fine, superblock_scales, block_scales, block_scales + blocks)
+
+
 LEVELS = (32, 24, 16, 12, 7)
 _PACKING = {32: (16, 2, 1), 24: (6, 3, 2), 16: (16, 2, 0), 12: (6, 3, 1), 7: (4, 4, 1)}
+
+_TRELLISES = {2: (8, 4, 4, 0), 3: (8, 4, 4, 1), 4: (8, 16, 2, 0), 5: (9, 16, 2, 1)}
+"""Bits of a code: the window, and how codes are packed."""
 
 FORMATS = {
     fmt.id: fmt
     for prefix, scales in (("nf", Scales.LOGARITHMIC), ("article", Scales.ARTICLE))
     for fmt in (BlockFormat(f"{prefix}{n}_b{BLOCK}", n, *_PACKING[n], scales) for n in LEVELS)
+} | {
+    fmt.id: fmt
+    for fmt in (
+        BlockFormat(f"t{bits}w{window}_b{BLOCK}", 1 << window, *packing, Scales.LOGARITHMIC, window)
+        for bits, (window, *packing) in _TRELLISES.items()
+    )
 }
+
+TRELLIS_IDS = tuple(fmt.id for fmt in FORMATS.values() if fmt.window)
+
+WRITABLE_IDS = tuple(fmt.id for fmt in FORMATS.values() if fmt.scales is Scales.LOGARITHMIC)
+"""Formats that weights are quantised to; the others hold what the article's code has quantised."""
 
 
 def nf_format(levels: int) -> BlockFormat:
     """The NF block format of `levels` levels (32, 24, 16, 12 or 7); ValueError for any other number."""
     return _by_levels("nf", levels)
+
+
+def writable_format(format_id: str) -> BlockFormat:
+    """The format named `format_id`, one of WRITABLE_IDS; ValueError for any other."""
+    if format_id not in WRITABLE_IDS:
+        raise ValueError(f"format must be one of {', '.join(WRITABLE_IDS)}, got {format_id!r}")
+    return FORMATS[format_id]
 
 
 def article_format(levels: int) -> BlockFormat:

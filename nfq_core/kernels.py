@@ -3,8 +3,8 @@
 With fp16 scales the product is exact in fp32, so there is one rounding. This module decodes in plain torch, on any
 device; other back-ends must return the same bits.
 
-A chunk goes through three steps: codes, four at a time in the bytes of int32 words; pairs of neighbouring codes through
-a table of pairs of levels; one multiplication by the scales of the blocks.
+A chunk goes through three steps: codes, four at a time in the bytes of int32 words; numbers that stand for two
+neighbouring weights, through a table of pairs of levels; one multiplication by the scales of the blocks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TEMPORARY_BYTES = 10
 
 
 def head_levels(data: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
-    """The levels in a packed buffer's head in the order of their codes, fp16 of shape (fmt.levels,)."""
+    """The levels in a packed buffer's head in the order of what names them, fp16 of shape (fmt.levels,)."""
     return data[: 2 * fmt.levels].view(torch.float16)
 
 
@@ -71,7 +71,7 @@ def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> 
     coarse = _words(data[sections.coarse : sections.fine])
     fine = _words(data[sections.fine : sections.superblock_scales])
     levels = head_levels(data, fmt)
-    pairs = levels.index_select(0, _pair_codes(fmt, data.device)).view(torch.int32)
+    pairs = levels.index_select(0, _pair_names(fmt, data.device)).view(torch.int32)
     group = fmt.blocks_per_group
     wanted = THREAD_WEIGHTS * torch.get_num_threads() if data.device.type == "cpu" else CHUNK_WEIGHTS
     chunk = max(1, min(wanted, CHUNK_WEIGHTS) // BLOCK // group) * group
@@ -94,11 +94,14 @@ def _words(plane: torch.Tensor) -> torch.Tensor:
 
 
 @kept_tensor
-def _pair_codes(fmt: BlockFormat, device: torch.device) -> torch.Tensor:
-    """For every pair of code bytes (see `_Buffers.decode`), read as one number, the two codes: int32, flat.
+def _pair_names(fmt: BlockFormat, device: torch.device) -> torch.Tensor:
+    """For every number that `_Buffers` makes of two neighbouring weights, the levels of both: int32, flat.
 
     Bytes that no writer makes name some level too: a damaged buffer decodes to wrong weights, never beyond the table.
     """
+    if fmt.window:
+        number = torch.arange(fmt.levels << fmt.code_bits, dtype=torch.int32, device="cpu")
+        return torch.stack([number >> fmt.code_bits, number & (fmt.levels - 1)], dim=1).view(-1).to(device)
     span = _coarse_span(fmt)
     largest = (span << fmt.fine_bits) - 1
     number = torch.arange((largest << 8) + largest + 1, dtype=torch.int32, device="cpu")
@@ -124,27 +127,56 @@ class _Buffers:
         self._format = fmt
         words = BLOCK // 4
         self._codes = torch.empty(blocks, words, dtype=torch.int32, device=device)
-        self._fine = torch.empty(blocks if fmt.fine_bits else 0, words, dtype=torch.int32, device=device)
+        second = blocks if fmt.fine_bits or fmt.window else 0
+        self._fine = torch.empty(second, words, dtype=torch.int32, device=device)
         self._index = torch.empty(blocks * BLOCK // 2, dtype=torch.int32, device=device)
         self._pairs = torch.empty(blocks * BLOCK // 2, dtype=torch.int32, device=device)
 
     def decode(
         self, coarse: torch.Tensor, fine: torch.Tensor, pairs: torch.Tensor, first: int, blocks: int
     ) -> torch.Tensor:
-        """Levels of `blocks` blocks from block `first`, the first of a group; fp16 of shape (blocks, 64).
+        """Levels of `blocks` blocks from block `first`, the first of a group; fp16 of shape (blocks, 64)."""
+        fmt = self._format
+        _split(coarse, fmt.coarse_radix, fmt.coarse_digits, first, blocks, self._codes)
+        if fmt.fine_bits:
+            _split(fine, 1 << fmt.fine_bits, fmt.fine_digits, first, blocks, self._fine)
+        index = self._index[: blocks * BLOCK // 2]
+        index.copy_(self._stream_pairs(blocks) if fmt.window else self._code_pairs(blocks))
+        values = torch.index_select(pairs, 0, index, out=self._pairs[: blocks * BLOCK // 2])
+        return values.view(torch.float16).view(blocks, BLOCK)
+
+    def _code_pairs(self, blocks: int) -> torch.Tensor:
+        """Two code bytes as one number, int16, flat.
 
         A code byte is ``coarse + span * fine``: one operation, where shifting would take two.
         """
-        fmt = self._format
-        _split(coarse, fmt.coarse_radix, fmt.coarse_digits, first, blocks, self._codes)
         codes = self._codes[:blocks]
+        if self._format.fine_bits:
+            codes.add_(self._fine[:blocks], alpha=_coarse_span(self._format))
+        return codes.view(torch.int16).view(-1)
+
+    def _stream_pairs(self, blocks: int) -> torch.Tensor:
+        """The part of the stream that names two neighbours' levels, ``window + code_bits`` bits: int16, flat."""
+        fmt = self._format
+        codes, spare = (buffer[:blocks].view(torch.int16).view(-1) for buffer in (self._codes, self._fine))
         if fmt.fine_bits:
-            _split(fine, 1 << fmt.fine_bits, fmt.fine_digits, first, blocks, self._fine)
-            codes.add_(self._fine[:blocks], alpha=_coarse_span(fmt))
-        index = self._index[: blocks * BLOCK // 2]
-        index.copy_(codes.view(torch.int16).view(-1))
-        values = torch.index_select(pairs, 0, index, out=self._pairs[: blocks * BLOCK // 2])
-        return values.view(torch.float16).view(blocks, BLOCK)
+            torch.add(spare, codes, alpha=1 << fmt.fine_bits, out=codes)
+        # An int16 holds the code of the first of two weights in its low byte, that of the second in its high one.
+        two = 2 * fmt.code_bits
+        own = torch.bitwise_right_shift(codes, 8, out=spare).add_(codes, alpha=1 << fmt.code_bits)
+        own.bitwise_and_((1 << two) - 1)
+        before = -(-(fmt.window - fmt.code_bits) // two)
+        pairs = codes
+        # Across the borders of blocks, which is faster than row by row; what begins a block is put right below.
+        torch.add(own[1:], own[:-1], alpha=1 << two, out=pairs[1:])
+        for back in range(2, before + 1):
+            pairs[back:].add_(own[:-back], alpha=1 << two * back)
+        own, rows = own.view(blocks, -1), pairs.view(blocks, -1)
+        for column in range(before):
+            rows[:, column] = own[:, column]
+            for back in range(1, before + 1):
+                rows[:, column].add_(own[:, column - back], alpha=1 << two * back)
+        return pairs.bitwise_and_((1 << fmt.window + fmt.code_bits) - 1)
 
 
 def _split(plane: torch.Tensor, radix: int, digits: int, first: int, blocks: int, out: torch.Tensor) -> None:

@@ -10,11 +10,15 @@ import threading
 from collections.abc import Sequence
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .formats import format_by_id
 from .tensor import NFTensor
 
 _local = threading.local()
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Not what stands in for tensors, such as fakes."""
 
 NAMESPACE = f"nfq_{hashlib.sha256(__name__.encode()).hexdigest()[:12]}"
 """Where torch knows the operation: each copy of this package in a process, installed or in a plugin, has its own."""
@@ -47,6 +51,8 @@ def dequantize_for_one_use(
     autograd might keep the result, or a graph is being made, it is always a new tensor.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or data.device.type != "cpu":
+        return dequantize(data, format_id, shape, dtype)
+    if type(data) not in _PLAIN or _get_current_dispatch_mode() is not None:
         return dequantize(data, format_id, shape, dtype)
     tensor = NFTensor(data, format_by_id(format_id), shape, dtype)
     return tensor.dequantize(out=_memory(tensor.numel() * dtype.itemsize).view(dtype).view(tensor.shape))

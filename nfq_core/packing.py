@@ -11,7 +11,7 @@ from .formats import BLOCK, BlockFormat
 
 
 def pack_codes(codes: torch.Tensor, fmt: BlockFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pack codes, uint8 of shape (blocks, 64) and below `fmt.levels`, into the two planes.
+    """Pack codes, uint8 of shape (blocks, 64) and below `fmt.codes`, into the two planes.
 
     Returns:
         The coarse and the fine plane, 1-D uint8; the fine plane is empty where the format has none.

@@ -79,6 +79,7 @@ def ordered_map(
         pool = ThreadPoolExecutor(threads or default_threads(), initializer=torch.set_num_threads, initargs=(1,))
         pending: deque = deque()
         in_flight = 0
+        future = None
         try:
             for item in items:
                 weight = size(item)
@@ -90,6 +91,10 @@ def ordered_map(
                     in_flight -= weight
                     yield future.result()
             while pending:
-                yield pending.popleft()[0].result()
+                future, _ = pending.popleft()
+                yield future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            # An error's traceback keeps this frame, which then keeps no results, nor by its future the error itself.
+            pending.clear()
+            future = None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
+from .allocation import allocate
 from .codebook import effort_by_name
-from .formats import nf_format
+from .formats import BlockFormat, nf_format, writable_format
 from .safefile import DTYPE_NAMES, Entry
 from .tensor import QUANTIZABLE_DTYPES
 from .unet import UNetInfo, detect, first_and_last_convolution, is_unet_key
@@ -16,6 +18,9 @@ from .writer import Plan
 
 MIN_WEIGHTS = 1024
 """Smaller tensors are kept: nothing to gain."""
+
+HEADER_BYTES = 400
+"""What a tensor takes in a file's header, about."""
 
 _QUANTIZABLE = {DTYPE_NAMES[dtype] for dtype in QUANTIZABLE_DTYPES}
 
@@ -30,6 +35,10 @@ class Settings:
         effort: "fast" or "best".
         quantize_first_last: whether a UNet's first and last convolution are quantised too. They hold 0.001 % of SDXL's
             weights, and rounding the last one tints the whole picture.
+        format: the format of 2-D weights, one of `formats.WRITABLE_IDS`; `levels` does not count then.
+        conv_format: likewise instead of `conv_levels`.
+        target_bpw: packed bits per weight, at most, instead of any formats: each layer gets its own, see `allocation`.
+        target_bytes: likewise the size of the whole file.
 
     Raises:
         ValueError: a value is none of those allowed.
@@ -39,33 +48,76 @@ class Settings:
     conv_levels: int = 32
     effort: str = "fast"
     quantize_first_last: bool = False
+    format: str | None = None
+    conv_format: str | None = None
+    target_bpw: float | None = None
+    target_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        nf_format(self.levels)
-        nf_format(self.conv_levels)
+        self.formats()
         effort_by_name(self.effort)
+        if self.target_bpw is not None and self.target_bytes is not None:
+            raise ValueError("target_bpw and target_bytes exclude each other")
+        for name in ("target_bpw", "target_bytes"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be above zero, got {value}")
+
+    @property
+    def has_target(self) -> bool:
+        """Whether a size is asked for instead of formats."""
+        return self.target_bpw is not None or self.target_bytes is not None
+
+    def formats(self) -> tuple[BlockFormat, BlockFormat]:
+        """The formats of 2-D weights and of those with more dimensions."""
+        linear, convolution = nf_format(self.levels), nf_format(self.conv_levels)
+        return (
+            linear if self.format is None else writable_format(self.format),
+            convolution if self.conv_format is None else writable_format(self.conv_format),
+        )
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as the header records them."""
-        return asdict(self)
+        """The settings as the header records them: a size where one was asked for, else a format, else levels."""
+        settings = asdict(self)
+        for levels, format in (("levels", "format"), ("conv_levels", "conv_format")):
+            if self.has_target or settings[format] is not None:
+                del settings[levels]
+            if self.has_target or settings[format] is None:
+                del settings[format]
+        return {name: value for name, value in settings.items() if value is not None}
 
 
 DEFAULTS = Settings()
 """What `nfq quantize` uses unless told otherwise."""
 
 
-def plan_tensors(entries: Mapping[str, Entry], settings: Settings) -> tuple[UNetInfo | None, dict[str, Plan]]:
+def plan_tensors(
+    entries: Mapping[str, Entry],
+    settings: Settings,
+    sensitivities: Mapping[str, float] | None = None,
+    packed_bytes: int | None = None,
+) -> tuple[UNetInfo | None, dict[str, Plan]]:
     """Decide for every tensor of a model whether and how it is quantised.
 
     Where a UNet of the SDXL family is recognised, only its weights are; anything else is a plain state dict, and all
     its weights are. 1-D tensors stay as they are, and so do those with `emb` in their name, as in the article, tiny
     ones, and those that are not floating or already have eight bits.
 
+    Args:
+        entries: dtype and shape of every tensor by name.
+        settings: which formats, or which size.
+        sensitivities: see `allocation.allocate`.
+        packed_bytes: bytes for all packed weights, at most; by default what `settings` ask for.
+
     Returns:
         What was recognised (None: a plain state dict), and a plan for every tensor.
+
+    Raises:
+        NFQError: the size asked for is too small.
     """
     info = detect({key: entry.shape for key, entry in entries.items()})
     spared = first_and_last_convolution(info) if info and not settings.quantize_first_last else ()
+    linear, convolution = settings.formats()
     plans = {}
     for key, entry in entries.items():
         quantized = (
@@ -76,6 +128,19 @@ def plan_tensors(entries: Mapping[str, Entry], settings: Settings) -> tuple[UNet
             and (info is None or is_unet_key(info, key))
             and prod(entry.shape) >= MIN_WEIGHTS
         )
-        levels = settings.levels if len(entry.shape) == 2 else settings.conv_levels
-        plans[key] = Plan(entry.dtype, entry.shape, nf_format(levels) if quantized else None)
+        fmt = linear if len(entry.shape) == 2 else convolution
+        plans[key] = Plan(entry.dtype, entry.shape, fmt if quantized else None)
+    if settings.has_target:
+        shapes = {key: plan.shape for key, plan in plans.items() if plan.format}
+        budget = _budget(plans, settings) if packed_bytes is None else packed_bytes
+        for key, (fmt, sensitivity) in allocate(shapes, budget, sensitivities).items():
+            plans[key] = replace(plans[key], format=fmt, sensitivity=sensitivity)
     return info, plans
+
+
+def _budget(plans: Mapping[str, Plan], settings: Settings) -> int:
+    """The packed bytes that a size allows, about: what a file holds beside them is only known when it is written."""
+    if settings.target_bpw is not None:
+        return int(settings.target_bpw * sum(prod(plan.shape) for plan in plans.values() if plan.format) / 8)
+    kept = sum(plan.nbytes for plan in plans.values() if not plan.format)
+    return settings.target_bytes - kept - HEADER_BYTES * len(plans)

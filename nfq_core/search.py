@@ -19,8 +19,10 @@ from .formats import (
     FP16_MAX_EXPONENT,
     FP16_MIN_EXPONENT,
     SCALE_MAGNITUDES,
+    SCALE_MANTISSAS,
     SCALE_STEPS_PER_OCTAVE,
     SCALE_STRIDES,
+    kept_tensor,
     scale_table,
 )
 
@@ -85,23 +87,46 @@ class ScaleGrid:
 
 
 def largest_magnitudes(blocks: torch.Tensor) -> torch.Tensor:
-    """Largest magnitude of each block, fp32 of shape (blocks,); NaN and Inf carry through."""
+    """Largest magnitude of each block, fp32 of shape (blocks,); NaN and Inf carry through.
+
+    Args:
+        blocks: fp32, or a dtype of 16 bits, of shape (blocks, 64).
+    """
+    if blocks.element_size() == 2:
+        # Without their signs, floats are in the order of their bits, which fewer bytes have to be moved for.
+        return blocks.view(torch.int16).bitwise_and(0x7FFF).amax(dim=1).view(blocks.dtype).float()
     return blocks.abs().amax(dim=1)
+
+
+@kept_tensor
+def _steps_of_mantissa(device: torch.device) -> torch.Tensor:
+    """Which scale of an octave, of SCALE_STEPS_PER_OCTAVE, lies at or below a mantissa of ten bits; int32, (1024,)."""
+    mantissas = torch.tensor(SCALE_MANTISSAS, device="cpu")
+    steps = torch.bucketize(torch.arange(1024, device="cpu"), mantissas, right=True) - 1
+    return steps.int().to(device)
 
 
 class BlockQuantizer:
     """Chooses scale codes and codes for blocks, given levels and a grid of scales, on one device.
 
+    Once it is made, nothing here waits for a device other than the CPU.
+
     Args:
-        levels: ascending levels, fp32 of shape (n,), the largest magnitude being 1.
+        levels: ascending levels, fp32 of shape (n,) on the CPU, the largest magnitude being 1.
         grid: the scales that may be used.
         device: where the blocks are.
         prices: added to the squared error, in units of a block's largest magnitude squared, wherever a level is used;
-            fp32 of shape (n,). By default the error alone counts.
+            fp32 of shape (n,), none negative. By default the error alone counts.
+        numbers: the code of each level, uint8 of shape (n,); by default its index.
     """
 
     def __init__(
-        self, levels: torch.Tensor, grid: ScaleGrid, device: torch.device, prices: torch.Tensor | None = None
+        self,
+        levels: torch.Tensor,
+        grid: ScaleGrid,
+        device: torch.device,
+        prices: torch.Tensor | None = None,
+        numbers: torch.Tensor | None = None,
     ) -> None:
         self.levels = levels
         self.grid = grid
@@ -112,8 +137,14 @@ class BlockQuantizer:
         self._magnitudes = grid.magnitudes.to(device)
         self._table = grid.table.float().to(device)
         self._errors = self._candidate_errors().to(device)
+        # Index of a block's greatest scale no larger than itself, plus this, is the scale code of each candidate.
+        self._code_steps = torch.cat([self._offsets + 1, self._offsets + 129]).int().to(device)
+        self._numbers = torch.arange(len(self._code_steps), dtype=torch.int32).to(device)
+        self._number_mask = (1 << (len(self._numbers) - 1).bit_length()) - 1
+        self._off_grid = self._off_grid_errors().to(device)
         centres = (torch.arange(ASSIGN_BINS) + 0.5) * (2 * ASSIGN_RANGE / ASSIGN_BINS) - ASSIGN_RANGE
-        self._code_of_bin = torch.bucketize(centres, self.boundaries).to(torch.uint8).to(device)
+        codes = torch.bucketize(centres, self.boundaries)
+        self._code_of_bin = (codes.to(torch.uint8) if numbers is None else numbers[codes]).to(device)
 
     @property
     def boundaries(self) -> torch.Tensor:
@@ -126,10 +157,27 @@ class BlockQuantizer:
         """Error and price of a weight at each grid cell under each candidate scale, fp32 (SEARCH_BINS, candidates)."""
         centres = (torch.arange(SEARCH_BINS) + 0.5) * (2 * self._range / SEARCH_BINS) - self._range
         ratios = 2.0 ** (self._offsets.double() * self.grid.stride / SCALE_STEPS_PER_OCTAVE)
-        ratios = torch.cat([ratios, -ratios])
         scaled = (centres.double()[:, None] / ratios).float()
         codes = torch.bucketize(scaled, self.boundaries)
-        return ((scaled - self.levels[codes]).square() * ratios.square().float() + self.prices[codes]).contiguous()
+        errors = (scaled - self.levels[codes]).square() * ratios.square().float() + self.prices[codes]
+        # The grid is symmetric: under a negative scale a weight errs as its negative does under the positive one.
+        return torch.cat([errors, errors.flip(0)], dim=1)
+
+    def _off_grid_errors(self) -> torch.Tensor:
+        """Infinite where a candidate's scale is not in the grid, else 0: fp32 of shape (magnitudes, candidates)."""
+        count = len(self.grid.magnitudes)
+        index = torch.arange(count)[:, None] + self._offsets.repeat(2)
+        return torch.zeros(index.shape).masked_fill_((index < 0) | (index >= count), math.inf)
+
+    def _base(self, largest: torch.Tensor) -> torch.Tensor:
+        """Index of the greatest magnitude of the grid no larger than a block's own, else 0; int32 of shape (blocks,).
+
+        Scales are fp16 numbers: an fp32 number is at least as large if its first ten mantissa bits say so.
+        """
+        bits = largest.view(torch.int32)
+        steps = _steps_of_mantissa(bits.device).index_select(0, (bits >> 13) & 1023)
+        steps.add_((bits >> 23).sub_(127 + self.grid.exponent), alpha=SCALE_STEPS_PER_OCTAVE)
+        return steps.div_(self.grid.stride, rounding_mode="floor").clamp_(0, len(self._magnitudes) - 1)
 
     def scale_codes(
         self, blocks: torch.Tensor, largest: torch.Tensor, importance: torch.Tensor | None = None
@@ -139,31 +187,32 @@ class BlockQuantizer:
         Args:
             blocks: fp32 of shape (blocks, 64).
             largest: their largest magnitudes, fp32 of shape (blocks,).
-            importance: what each weight's squared error counts, fp32 of shape (blocks, 64); by default all alike.
+            importance: what each weight's squared error counts, fp32 of shape (blocks, 64), none negative; by default
+                all alike.
 
         Returns:
             uint8 of shape (blocks,): 0 for a zero block, else 1 … 127 with bit 7 for a negative scale.
         """
-        base = torch.searchsorted(self._magnitudes, largest, right=True).sub_(1).clamp_(min=0)
-        to_cells = SEARCH_BINS / (2 * self._range) / self._magnitudes[base]
+        base = self._base(largest)
+        to_cells = SEARCH_BINS / (2 * self._range) / self._magnitudes.index_select(0, base)
         cells = (blocks * to_cells[:, None]).add_(SEARCH_BINS / 2).clamp_(0, SEARCH_BINS - 1).to(torch.int32)
         errors = embedding_bag(cells, self._errors, mode="sum", per_sample_weights=importance)
-        if base.amin() + self._offsets[0] < 0 or base.amax() + self._offsets[-1] >= len(self._magnitudes):
-            candidates = base[:, None] + self._offsets.to(base.device).repeat(2)
-            errors.masked_fill_((candidates < 0) | (candidates >= len(self._magnitudes)), math.inf)
-        best = errors.argmin(dim=1)
-        count = len(self._offsets)
-        index = base + best % count + int(self._offsets[0])
-        codes = (index + 1 + (best >= count) * 128).to(torch.uint8)
+        if blocks.device.type != "cpu" or self._off_grid.index_select(0, torch.stack(base.aminmax())).any():
+            errors.add_(self._off_grid.index_select(0, base))
+        # Errors are not negative and so in the order of their bits, the last of which make room for the candidate's
+        # number: the least of them then names it, several times faster than argmin would.
+        keyed = errors.view(torch.int32).bitwise_and_(~self._number_mask).bitwise_or_(self._numbers)
+        best = keyed.amin(dim=1).bitwise_and_(self._number_mask)
+        codes = self._code_steps.index_select(0, best).add_(base).to(torch.uint8)
         # Far below the smallest scale, zero is nearer than any level but the innermost ones.
         return codes.masked_fill_(largest < self.grid.magnitudes[0] / 8, 0)
 
     def scales(self, scale_codes: torch.Tensor) -> torch.Tensor:
         """The scales that scale codes name, fp32 of shape (blocks,)."""
-        return self._table[scale_codes.long()]
+        return self._table.index_select(0, scale_codes.int())
 
     def codes(self, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """The index of the nearest level (prices considered) for every weight, uint8 of shape (blocks, 64)."""
+        """The code of the nearest level (prices considered) for every weight, uint8 of shape (blocks, 64)."""
         inverse = torch.where(scales == 0, 0.0, ASSIGN_BINS / (2 * ASSIGN_RANGE) / scales)
         cells = (blocks * inverse[:, None]).add_(ASSIGN_BINS / 2).clamp_(0, ASSIGN_BINS - 1).to(torch.int32)
         return self._code_of_bin.index_select(0, cells.view(-1)).view(-1, BLOCK)

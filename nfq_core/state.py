@@ -6,6 +6,8 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +17,12 @@ from .codec import encode
 from .container import UNRECORDED, Facts, NFQFile, Source
 from .errors import CannotQuantizeError, NFQError
 from .examine import sqnr_db
-from .parallel import Progress, no_progress, ordered_map
+from .memory import check_device, choose, free_bytes, is_out_of_memory, needed_bytes
+from .parallel import Progress, default_threads, no_progress, ordered_map
 from .policy import Settings, plan_tensors
 from .quantizer import quantize
 from .safefile import DTYPE_NAMES, TORCH_DTYPES, Entry, tensor_bytes
+from .staging import transfer_to
 from .tensor import NFTensor
 from .unet import detect
 from .writer import ContainerWriter, Plan
@@ -35,6 +39,8 @@ def quantize_state_dict(
     conv_levels: int = 32,
     effort: str = "fast",
     quantize_first_last: bool = False,
+    format: str | None = None,
+    conv_format: str | None = None,
     device: torch.device | str | None = None,
     calibration: Calibration | None = None,
 ) -> StateDict:
@@ -46,9 +52,11 @@ def quantize_state_dict(
         conv_levels: levels of weights of three and more dimensions.
         effort: "fast" or "best".
         quantize_first_last: whether a UNet's first and last convolution are quantised too.
+        format: the format of 2-D weights instead of `levels`, one of `formats.WRITABLE_IDS`.
+        conv_format: likewise instead of `conv_levels`.
         device: where to work; by default where each tensor is.
         calibration: statistics of the layers' inputs; a weight that they do not cover is quantised without, with a
-            warning in the log naming it.
+            warning in the log naming it. Trellis formats use none.
 
     Returns:
         The same names, in the same order: an NFTensor for each quantised weight, the tensor itself for a kept one. A
@@ -58,7 +66,7 @@ def quantize_state_dict(
         ValueError: a setting is none of those allowed.
         NFQError: a tensor has a dtype that safetensors lacks, or the calibration belongs to another architecture.
     """
-    settings = Settings(levels, conv_levels, effort, quantize_first_last)
+    settings = Settings(levels, conv_levels, effort, quantize_first_last, format, conv_format)
     return quantize_tensors(
         describe(state_dict), state_dict.__getitem__, settings, device=device, calibration=calibration
     )
@@ -80,7 +88,7 @@ def quantize_tensors(
         entries: dtype and shape of every tensor by name, as `describe` gives them. They alone decide what is quantised,
             and the dtype that is recorded for it.
         read: makes the tensor of a name; called on several threads, its result may have another floating dtype.
-        settings: levels and effort.
+        settings: formats and effort.
         device: where to work; by default where each tensor is.
         progress: see `parallel.Progress`; an error raised in it ends the work.
         sqnr: is filled with the signal-to-quantisation-noise ratio in dB of each quantised weight, by name.
@@ -100,7 +108,7 @@ def quantize_tensors(
             return tensor, None
         try:
             statistics = inputs[key].arguments() if key in inputs else {}
-            packed = quantize(tensor, plan.levels, effort=settings.effort, device=device, **statistics)
+            packed = quantize(tensor, format=plan.id, effort=settings.effort, device=device, **statistics)
         except CannotQuantizeError as error:
             log.warning("tensor %r is kept as it is: %s", key, error)
             return tensor, None
@@ -184,35 +192,93 @@ def save(
         return writer.finish()
 
 
-def load(path: str | os.PathLike, keys: Iterable[str] | None = None, *, progress: Progress = no_progress) -> StateDict:
-    """Read an `.nfq.safetensors` file into memory of its own, packed weights staying packed.
+def load(
+    path: str | os.PathLike,
+    keys: Iterable[str] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    memory: str = "packed",
+    progress: Progress = no_progress,
+) -> StateDict:
+    """Read an `.nfq.safetensors` file into memory of its own.
 
     Args:
         path: the file.
         keys: original names of the tensors wanted; by default all.
+        device: where they go.
+        memory: "packed", "resident" (quantised weights are dequantised once, in the dtype they had) or "auto"
+            (resident where the device has room for it, see `memory.choose`; the log says why).
         progress: see `parallel.Progress`; an error raised in it ends the work.
 
     Returns:
-        An NFTensor for each quantised weight, a tensor for each kept one, by original name, on the CPU.
+        An NFTensor (resident: a tensor) for each quantised weight, a tensor for each kept one, by original name,
+        complete for all that the caller does next, on a CUDA device on its current stream.
 
     Raises:
-        NFQError: the file is missing, damaged, foreign or newer.
+        NFQError: the file is missing, damaged, foreign or newer, the device is not there, or memory not enough.
         KeyError: a wanted tensor is not in the file.
+        ValueError: `memory` is none of those listed.
     """
     with NFQFile(path) as file:
-        return load_tensors(file, keys, progress=progress)
+        return load_tensors(file, keys, device=device, memory=memory, progress=progress)
 
 
-def load_tensors(file: NFQFile, keys: Iterable[str] | None = None, *, progress: Progress = no_progress) -> StateDict:
+def load_tensors(
+    file: NFQFile,
+    keys: Iterable[str] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    memory: str = "packed",
+    progress: Progress = no_progress,
+) -> StateDict:
     """`load` from a file that is open already."""
     wanted = list(file.keys() if keys is None else keys)
+    check_device(device)
+    device = torch.device(device)
+    sizes = needed_bytes(file, wanted)
+    mode, reason = choose(memory, *sizes, free_bytes(device) if memory == "auto" else None)
+    if memory == "auto":
+        log.info("%s: weights are held %s on %s: %s", file.path, mode, device, reason)
     result: StateDict = {}
+    try:
+        _load_into(result, file, wanted, device, mode == "resident", progress)
+        return result
+    except BaseException as error:
+        # Whoever catches the error holds this frame, but not the tensors.
+        result.clear()
+        if not is_out_of_memory(error):
+            raise
+    # Out here the allocator's own error is gone, and with it the frames of the threads that it passed through.
+    raise NFQError(_without_memory(file, device, mode, *sizes))
+
+
+def _load_into(
+    result: StateDict, file: NFQFile, wanted: list[str], device: torch.device, resident: bool, progress: Progress
+) -> None:
+    """Fill `result` with the tensors wanted, in their order."""
+    threads = default_threads()
+    transfer = transfer_to(device, resident, max(map(file.packed_bytes, wanted), default=0), threads)
+
+    def work(key: str) -> NFTensor | torch.Tensor:
+        return transfer.bring(partial(file.load, key), file.packed_bytes(key))
+
     done, total = 0, sum(map(file.stored_bytes, wanted))
-    for key, tensor in zip(wanted, ordered_map(file.load, wanted, size=file.stored_bytes), strict=True):
-        result[key] = tensor
-        done += file.stored_bytes(key)
-        progress(done, total, key)
-    return result
+    try:
+        with closing(ordered_map(work, wanted, size=file.stored_bytes, threads=threads)) as tensors:
+            for key, tensor in zip(wanted, tensors, strict=True):
+                result[key] = tensor
+                done += file.stored_bytes(key)
+                progress(done, total, key)
+    finally:
+        transfer.finish()
+
+
+def _without_memory(file: NFQFile, device: torch.device, mode: str, dense_bytes: int, packed_bytes: int) -> str:
+    """What to tell where the tensors of a file do not fit on a device."""
+    needed, advice = packed_bytes, "free some, or take a file of fewer levels"
+    if mode == "resident":
+        needed, advice = dense_bytes, f'free some, or load with memory="packed", which needs {packed_bytes:,}'
+    return f"{file.path}: there is not enough memory on {device}: {mode} weights need {needed:,} bytes; {advice}"
 
 
 def describe(state_dict: Mapping[str, NFTensor | torch.Tensor]) -> dict[str, Entry]:

@@ -63,7 +63,7 @@ class NFTensor:
 
     @property
     def levels(self) -> torch.Tensor:
-        """The levels of this weight in the order of their codes, fp16 of shape (format.levels,)."""
+        """The levels of this weight in the order of the numbers that name them, fp16 of shape (format.levels,)."""
         return head_levels(self.data, self.format)
 
     def numel(self) -> int:
@@ -120,7 +120,7 @@ class NFTensor:
             raise CorruptFileError("its coarse plane holds a byte that is no set of digits")
         blocks = -(-self.numel() // BLOCK)
         fine = self.data[sections.fine : sections.superblock_scales]
-        if int(unpack_codes(coarse, fine, blocks, self.format).amax()) >= self.format.levels:
+        if int(unpack_codes(coarse, fine, blocks, self.format).amax()) >= self.format.codes:
             raise CorruptFileError("it holds a code that names no level")
 
     def __repr__(self) -> str:

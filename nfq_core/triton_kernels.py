@@ -6,6 +6,7 @@ Importing this module needs Triton. With ``TRITON_INTERPRET=1`` set before that,
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 import triton
@@ -27,7 +28,7 @@ def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> 
     weights = out.numel()
     sections = fmt.sections(weights)
     groups = (sections.fine - sections.coarse) // BLOCK
-    programs = triton.cdiv(groups, groups_per_program(fmt))
+    programs = -(-groups // groups_per_program(fmt))
     with _current(data.device):
         _decode[(programs,)](
             data,
@@ -49,13 +50,15 @@ def groups_per_program(fmt: BlockFormat) -> int:
     return BLOCKS_PER_PROGRAM // (2 if fmt.coarse_digits < 4 else 4)
 
 
+@lru_cache(32)
 def constants(fmt: BlockFormat) -> dict[str, int | bool]:
-    """What the kernel is compiled for."""
+    """What the kernel is compiled for; shared, not to be written to."""
     return {
         "LEVELS": fmt.levels,
         "RADIX": fmt.coarse_radix,
         "DIGITS": fmt.coarse_digits,
         "FINE_BITS": fmt.fine_bits,
+        "WINDOW": fmt.window,
         "ARTICLE": fmt.scales is Scales.ARTICLE,
         "BLOCK": BLOCK,
         "SUPERBLOCK": SUPERBLOCK,
@@ -65,7 +68,9 @@ def constants(fmt: BlockFormat) -> dict[str, int | bool]:
 
 def _current(device: torch.device) -> AbstractContextManager:
     """Triton launches on the current device, which need not be that of the data."""
-    return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
+    if device.type == "cpu" or device.index == (devices := getattr(torch, device.type)).current_device():
+        return nullcontext()
+    return devices.device(device)
 
 
 @triton.jit
@@ -83,6 +88,7 @@ def _decode(
     RADIX: tl.constexpr,
     DIGITS: tl.constexpr,
     FINE_BITS: tl.constexpr,
+    WINDOW: tl.constexpr,
     ARTICLE: tl.constexpr,
     BLOCK: tl.constexpr,
     SUPERBLOCK: tl.constexpr,
@@ -99,20 +105,19 @@ def _decode(
     for place in tl.static_range(DIGITS):
         block = group * DIGITS + place
         inside = block * BLOCK < weights
-        if RADIX == 6:
+        if WINDOW > 0:
+            number = _stream(data, coarse, fine, group, block, place, column, inside, RADIX, FINE_BITS, WINDOW, BLOCK)
+        elif RADIX == 6:
             # Exact below 256.
             sixth = (rest * 171) >> 10
-            code = rest - 6 * sixth
+            number = rest - 6 * sixth
             rest = sixth
         else:
-            code = rest & (RADIX - 1)
+            number = rest & (RADIX - 1)
             rest = rest // RADIX
-        if FINE_BITS > 0:
-            per_byte = 8 // FINE_BITS
-            byte = tl.load(data + fine + block // per_byte * BLOCK + column, mask=inside, other=0).to(tl.int32)
-            digit = (byte >> (block % per_byte * FINE_BITS)) & ((1 << FINE_BITS) - 1)
-            code = (code << FINE_BITS) | digit
-        level = tl.load(halves + tl.minimum(code, LEVELS - 1)).to(tl.float32)
+        if FINE_BITS > 0 and WINDOW == 0:
+            number = _with_fine(data, fine, number, block, column, inside, FINE_BITS, BLOCK)
+        level = tl.load(halves + tl.minimum(number, LEVELS - 1)).to(tl.float32)
         named = tl.load(data + block_scales + block, mask=inside, other=0)
         if ARTICLE:
             maxima = (data + superblock_scales).to(tl.pointer_type(tl.float32))
@@ -128,3 +133,40 @@ def _decode(
         value = (level * scale).to(tl.float16)
         position = block * BLOCK + column
         tl.store(out + position, value.to(out.dtype.element_ty), mask=position < weights)
+
+
+@triton.jit
+def _with_fine(data, fine, coarse_digit, block, column, inside, FINE_BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Codes from their coarse digits and the fine plane."""
+    per_byte: tl.constexpr = 8 // FINE_BITS
+    byte = tl.load(data + fine + block // per_byte * BLOCK + column, mask=inside, other=0).to(tl.int32)
+    return (coarse_digit << FINE_BITS) | ((byte >> (block % per_byte * FINE_BITS)) & ((1 << FINE_BITS) - 1))
+
+
+@triton.jit
+def _stream(
+    data,
+    coarse,
+    fine,
+    group,
+    block,
+    place,
+    column,
+    inside,
+    RADIX: tl.constexpr,
+    FINE_BITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The last WINDOW bits of the blocks' streams up to each weight; the radix is 4 or 16."""
+    digit_bits: tl.constexpr = 2 if RADIX == 4 else 4
+    code_bits: tl.constexpr = digit_bits + FINE_BITS
+    number = tl.zeros_like(group + column)
+    for back in tl.static_range((WINDOW + code_bits - 1) // code_bits):
+        earlier = (column - back) & (BLOCK - 1)
+        byte = tl.load(data + coarse + group * BLOCK + earlier, mask=inside, other=0).to(tl.int32)
+        code = (byte >> (place * digit_bits)) & (RADIX - 1)
+        if FINE_BITS > 0:
+            code = _with_fine(data, fine, code, block, earlier, inside, FINE_BITS, BLOCK)
+        number |= code << (back * code_bits)
+    return number & ((1 << WINDOW) - 1)

@@ -30,11 +30,19 @@ from .version import __version__
 
 @dataclass(frozen=True)
 class Plan:
-    """One tensor that is going to be written: its dtype as safetensors names it, its shape, its format (None: kept)."""
+    """One tensor that is going to be written.
+
+    Args:
+        dtype: as safetensors names it.
+        shape: its shape.
+        format: None: it is kept.
+        sensitivity: why it got the format, where formats were chosen by size; see `allocation.allocate`.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     format: BlockFormat | None = None
+    sensitivity: float | None = None
 
     @property
     def nbytes(self) -> int:
@@ -125,6 +133,11 @@ class ContainerWriter:
         """Original names of the tensors written quantised so far."""
         return list(self._quantized)
 
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file with what is written so far."""
+        return self._reserved + self._end
+
     def finish(self, facts: Facts | None = None) -> int:
         """Write the header, make the file durable and visible.
 
@@ -140,7 +153,7 @@ class ContainerWriter:
         recorded = header_hash(header, NO_SHA256)
         self._file.write_at(0, header.replace(NO_SHA256.encode(), recorded.encode(), 1))
         self._file.commit()
-        return self._reserved + self._end
+        return self.file_bytes
 
     def _next_entry(self, dtype: str, shape: tuple[int, ...], nbytes: int) -> Entry:
         entry = Entry(dtype, shape, self._end, self._end + nbytes)
@@ -186,4 +199,5 @@ def _described(plan: Plan, frames: list[int], crc32: int) -> dict:
         "dtype": plan.dtype,
         "frames": frames,
         "crc32": checksum_text(crc32),
+        **({} if plan.sensitivity is None else {"sensitivity": plan.sensitivity}),
     }

@@ -15,7 +15,9 @@ from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ..nfq_core import NFQError, NFTensor, Settings
+from ..nfq_core.memory import check_device
 from ..nfq_core.policy import plan_tensors
+from ..nfq_core.quantizer import FIT_DTYPE
 from ..nfq_core.safefile import DTYPE_NAMES, Entry
 from ..nfq_core.state import StateDict, quantize_tensors
 from .host import MADE, LayerProgress, Made, finite
@@ -51,6 +53,8 @@ def quantize_model(
             baked in.
     """
     _refuse_unfit(model)
+    if device is not None:
+        check_device(device, FIT_DTYPE)
     if getattr(model, "is_dynamic", bool)():
         model = _without_dynamic_vram(model)
     comfy.model_management.unload_all_models()
@@ -91,6 +95,8 @@ def _refuse_unfit(model: Any) -> None:
     parameters = list(model.model.parameters())
     if any(isinstance(weight, QuantizedTensor) or not weight.dtype.is_floating_point for weight in parameters):
         raise NFQError("this MODEL is quantised already, in another format; load its fp16 or bf16 file instead")
+    if model.get_attachment(MADE) is not None:
+        log.warning("this MODEL was quantised before and dequantised when it was loaded; its original has more to keep")
     if any(weight.dtype.itemsize == 1 for weight in parameters):
         log.warning("this MODEL's weights are fp8; quantising it from fp16 or bf16 keeps more of the picture")
 

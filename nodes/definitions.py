@@ -10,7 +10,9 @@ import comfy.model_management
 from comfy_api.latest import io, ui
 
 from ..nfq_core import NFQError, NFQFile, Settings
+from ..nfq_core.allocation import PRESETS
 from ..nfq_core.formats import LEVELS
+from ..nfq_core.memory import MODES
 from . import bake, compare, host, load, report, save
 from .recipe import missing_file, origin_in_graph
 
@@ -21,6 +23,9 @@ COMPARED = 8
 
 NOTHING = "(none)"
 """The choice of no file."""
+
+NO_PRESET = "none"
+"""The choice of levels instead of a preset."""
 
 
 def _schema(*, search_aliases: list[str], **arguments: Any) -> io.Schema:
@@ -49,6 +54,17 @@ def _recipe_input() -> io.String.Input:
     )
 
 
+def _memory_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "memory",
+        options=list(MODES),
+        default="packed",
+        optional=True,
+        tooltip="packed: weights stay packed, and each layer dequantises its own at every step. resident: all are "
+        "dequantised once, for as much memory and speed as fp16. auto: resident where twice that is free, else packed.",
+    )
+
+
 class NFQuantizedUNetLoader(io.ComfyNode):
     """`.nfq.safetensors` → MODEL."""
 
@@ -65,8 +81,9 @@ class NFQuantizedUNetLoader(io.ComfyNode):
                 "low vram sdxl",
             ],
             display_name="Load NFQ Diffusion Model",
-            description="Loads a quantised UNet, which stays packed in memory. LoRA, samplers and CFG work as ever.",
-            inputs=[_file_input("unet_name", host.UNETS), _recipe_input()],
+            description="Loads a quantised UNet, which stays packed in memory unless told otherwise. LoRA, samplers "
+            "and CFG work as ever.",
+            inputs=[_file_input("unet_name", host.UNETS), _recipe_input(), _memory_input()],
             outputs=[io.Model.Output()],
         )
 
@@ -81,9 +98,9 @@ class NFQuantizedUNetLoader(io.ComfyNode):
         return host.fingerprint(host.UNETS, unet_name)
 
     @classmethod
-    def execute(cls, unet_name: str, recipe: str = "") -> io.NodeOutput:
+    def execute(cls, unet_name: str, recipe: str = "", memory: str = "packed") -> io.NodeOutput:
         """Load."""
-        return io.NodeOutput(load.load_unet(host.file_path(host.UNETS, unet_name)))
+        return io.NodeOutput(load.load_unet(host.file_path(host.UNETS, unet_name), memory))
 
 
 class NFQuantizedCheckpointLoader(io.ComfyNode):
@@ -97,7 +114,7 @@ class NFQuantizedCheckpointLoader(io.ComfyNode):
             search_aliases=["nfq checkpoint", "load quantized checkpoint", "low vram checkpoint"],
             display_name="Load NFQ Checkpoint",
             description="Loads a whole checkpoint whose UNet is quantised; CLIP and VAE are as they were.",
-            inputs=[_file_input("ckpt_name", host.CHECKPOINTS), _recipe_input()],
+            inputs=[_file_input("ckpt_name", host.CHECKPOINTS), _recipe_input(), _memory_input()],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )
 
@@ -112,9 +129,9 @@ class NFQuantizedCheckpointLoader(io.ComfyNode):
         return host.fingerprint(host.CHECKPOINTS, ckpt_name)
 
     @classmethod
-    def execute(cls, ckpt_name: str, recipe: str = "") -> io.NodeOutput:
+    def execute(cls, ckpt_name: str, recipe: str = "", memory: str = "packed") -> io.NodeOutput:
         """Load."""
-        return io.NodeOutput(*load.load_checkpoint(host.file_path(host.CHECKPOINTS, ckpt_name)))
+        return io.NodeOutput(*load.load_checkpoint(host.file_path(host.CHECKPOINTS, ckpt_name), memory))
 
 
 class NFQuantizeUNet(io.ComfyNode):
@@ -166,6 +183,14 @@ class NFQuantizeUNet(io.ComfyNode):
                     optional=True,
                     tooltip="Quantise the first and the last convolution too. It saves nothing and tints pictures.",
                 ),
+                io.Combo.Input(
+                    "preset",
+                    options=[NO_PRESET, *PRESETS],
+                    default=NO_PRESET,
+                    optional=True,
+                    tooltip="A size instead of levels, from best to tiny: each layer gets a trellis format of 2 to 5 "
+                    "bits by how sensitive it is. Closer to the original at the same size, but takes far longer.",
+                ),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
@@ -180,9 +205,10 @@ class NFQuantizeUNet(io.ComfyNode):
         device: str = "auto",
         effort: str = "fast",
         quantize_first_last: bool = False,
+        preset: str = NO_PRESET,
     ) -> io.NodeOutput:
         """Quantise."""
-        settings = Settings(int(levels), int(conv_levels), effort, quantize_first_last)
+        settings = Settings(int(levels), int(conv_levels), effort, quantize_first_last, target_bpw=PRESETS.get(preset))
         where = comfy.model_management.get_torch_device() if device == "gpu" else None
         origin = origin_in_graph(cls.hidden.prompt, cls.hidden.unique_id)
         packed = bake.quantize_model(model, settings, where, origin, cls.hidden.unique_id)

@@ -42,9 +42,17 @@ class Made:
     """Signal-to-quantisation-noise ratio in dB by LDM name, where it was measured."""
 
 
-def made(model: Any) -> Made | None:
-    """How a MODEL's packed weights were made; None for a MODEL that is not ours."""
-    return model.get_attachment(MADE) if isinstance(model, NFModelPatcher) else None
+def made(model: Any, otherwise: str) -> Made:
+    """How a MODEL's packed weights were made.
+
+    Raises:
+        NFQError: it has none. The text is `otherwise`, but for a MODEL that an NFQ loader dequantised.
+    """
+    if isinstance(model, NFModelPatcher):
+        return model.get_attachment(MADE)
+    if hasattr(model, "get_attachment") and model.get_attachment(MADE) is not None:
+        raise NFQError("this MODEL was dequantised when it was loaded; set memory to packed in its NFQ loader")
+    raise NFQError(otherwise)
 
 
 def file_names(folder: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,25 +12,32 @@ import comfy.model_management
 import comfy.sd
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ..nfq_core import NFQError, NFQFile, NFTensor, UnsupportedFileError
+from ..nfq_core.checkpoint import unet_names
+from ..nfq_core.memory import choose, needed_bytes
 from ..nfq_core.state import StateDict, load_tensors
-from ..nfq_core.unet import detect, ldm_names, what_is_missing
 from ..nfq_core.unet_keys import CHECKPOINT_PREFIX
 from .host import MADE, UNETS, Made, NodeProgress
 from .ops import NFOps, wrap
-from .patcher import NFModelPatcher, adopt
+from .patcher import adopt
+
+log = logging.getLogger("nfq")
 
 MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 """Tensors beside the UNet by which the host tells how a model predicts."""
 
 
-def load_unet(path: str, disable_dynamic: bool = True, progress: NodeProgress | None = None) -> NFModelPatcher:
-    """A MODEL from the UNet of one of our files, its weights packed.
+def load_unet(
+    path: str, memory: str = "packed", disable_dynamic: bool = False, progress: NodeProgress | None = None
+) -> ModelPatcher:
+    """A MODEL from the UNet of one of our files.
 
     Args:
         path: the file: a UNet alone or a whole checkpoint, of which only the UNet is read.
-        disable_dynamic: for the host, which may ask for a model without DynamicVRAM; ours never has it.
+        memory: "packed"; "resident": a stock MODEL, its weights dequantised; "auto": one of them, by free memory.
+        disable_dynamic: for the host, which may ask for a model without DynamicVRAM; packed ones never have it.
         progress: see `NodeProgress`.
 
     Raises:
@@ -37,12 +45,15 @@ def load_unet(path: str, disable_dynamic: bool = True, progress: NodeProgress | 
     """
     with NFQFile(path) as file:
         names, wanted = _unet_names(file)
-        tensors = load_tensors(file, wanted, progress=progress or NodeProgress())
-        return build_model({names.get(key, key): tensors[key] for key in wanted}, file)
+        mode = _memory_mode(memory, file)
+        tensors = load_tensors(file, wanted, memory=mode, progress=progress or NodeProgress())
+        return build_model({names.get(key, key): tensors[key] for key in wanted}, file, mode, disable_dynamic)
 
 
-def load_checkpoint(path: str, progress: NodeProgress | None = None) -> tuple[NFModelPatcher, Any, Any]:
-    """MODEL, CLIP and VAE from one of our files that holds a whole checkpoint.
+def load_checkpoint(
+    path: str, memory: str = "packed", progress: NodeProgress | None = None
+) -> tuple[ModelPatcher, Any, Any]:
+    """MODEL, CLIP and VAE from one of our files that holds a whole checkpoint; `memory` as in `load_unet`.
 
     As from a stock loader, what the file lacks of CLIP and VAE fails where it is used.
 
@@ -51,8 +62,9 @@ def load_checkpoint(path: str, progress: NodeProgress | None = None) -> tuple[NF
     """
     with NFQFile(path) as file:
         names, wanted = _unet_names(file)
-        tensors = load_tensors(file, progress=progress or NodeProgress())
-        model = build_model({names.get(key, key): tensors[key] for key in wanted}, file)
+        mode = _memory_mode(memory, file)
+        tensors = load_tensors(file, memory=mode, progress=progress or NodeProgress())
+        model = build_model({names.get(key, key): tensors[key] for key in wanted}, file, mode)
     clip, vae = _clip_and_vae(names, tensors)
     if clip is None and getattr(vae, "first_stage_model", None) is None:
         raise NFQError(f"{path} holds no CLIP and VAE; move it to models/{UNETS} and use NFQuantizedUNetLoader")
@@ -104,30 +116,40 @@ def _static(load: Callable) -> dict[str, bool]:
 
 def _unet_names(file: NFQFile) -> tuple[dict[str, str], list[str]]:
     """The LDM name of every UNet tensor in a file, and all tensors that the host needs for a UNet."""
-    shapes = {key: tuple(entry.shape) for key, entry in file.quantized.items()}
-    shapes |= {key: tuple(file.entries[key].shape) for key in file.kept}
-    info = detect(shapes)
-    if info is None:
-        raise UnsupportedFileError(f"{file.path} holds no UNet of the SDXL family; choose a quantised SDXL-type model")
-    if info.architecture is None:
-        missing = what_is_missing(info, shapes)
-        if missing or info.layout == "diffusers":
-            reason = missing or "its UNet is not of the SDXL family"
-            raise UnsupportedFileError(f"{file.path} cannot be used: {reason}; quantise the original again")
-    names = ldm_names(info, shapes)
-    return names, [*names, *(key for key in MARKERS if key in shapes)]
+    names = unet_names(file)
+    return names, [*names, *(key for key in MARKERS if key in file.kept)]
 
 
-def build_model(tensors: StateDict, file: NFQFile) -> NFModelPatcher:
-    """A MODEL from a UNet's tensors under their LDM names, and markers; `file` is where they come from."""
-    options: dict[str, Any] = {"custom_operations": NFOps}
-    if comfy.model_management.unet_dtype(weight_dtype=torch.float16).itemsize == 1:
+def _memory_mode(memory: str, file: NFQFile) -> str:
+    """Whether a file's weights are to be "packed" or "resident"."""
+    management = comfy.model_management
+    device, cpu = management.get_torch_device(), torch.device("cpu")
+    weights = sum(entry.weights for entry in file.quantized.values())
+    dtype = management.unet_dtype(model_params=weights, weight_dtype=torch.float16)
+    free = min(management.get_free_memory(device), management.get_free_memory(cpu))
+    mode, reason = choose(memory, weights * dtype.itemsize, needed_bytes(file)[1], free)
+    log.info("%s is loaded %s: %s", file.path.name, mode, reason)
+    return mode
+
+
+def build_model(tensors: StateDict, file: NFQFile, mode: str, disable_dynamic: bool = False) -> ModelPatcher:
+    """A MODEL from a UNet's tensors under their LDM names, and markers.
+
+    Args:
+        tensors: quantised weights are packed, or, where `mode` is "resident", dense.
+        file: where they come from.
+        mode: what the MODEL is to be; a "resident" one is the host's own.
+        disable_dynamic: whether a resident one must do without DynamicVRAM.
+    """
+    load_state_dict = comfy.sd.load_diffusion_model_state_dict
+    options: dict[str, Any] = {} if mode == "resident" else {"custom_operations": NFOps}
+    if mode == "packed" and comfy.model_management.unet_dtype(weight_dtype=torch.float16).itemsize == 1:
         # The host's fp8 flags are for dense models: here they would round what is not quantised, and save nothing.
         options["dtype"] = torch.float16
+    static = _static(load_state_dict) if mode == "packed" or disable_dynamic else {}
     wrapped = {key: wrap(value) if isinstance(value, NFTensor) else value for key, value in tensors.items()}
-    load_state_dict = comfy.sd.load_diffusion_model_state_dict
     try:
-        patcher = load_state_dict(wrapped, model_options=options, **_static(load_state_dict))
+        patcher = load_state_dict(wrapped, model_options=options, **static)
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
@@ -138,7 +160,8 @@ def build_model(tensors: StateDict, file: NFQFile) -> NFModelPatcher:
     missing = sorted(patcher.model.diffusion_model.state_dict().keys() - tensors.keys())
     if missing:
         raise UnsupportedFileError(f"{file.path} lacks tensor {missing[0]!r}; quantise the original again")
-    model = adopt(patcher)
-    model.set_attachments(MADE, Made(file.facts.settings, file.facts.source, os.path.basename(file.path)))
-    model.cached_patcher_init = (load_unet, (str(file.path),))
-    return model
+    if mode == "packed":
+        adopt(patcher)
+    patcher.set_attachments(MADE, Made(file.facts.settings, file.facts.source, os.path.basename(file.path)))
+    patcher.cached_patcher_init = (load_unet, (str(file.path), mode))
+    return patcher

@@ -64,18 +64,17 @@ class WeightPatch:
                 )
         return weight
 
-    def resident_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the factors that stay on a device which computes in `dtype`."""
-        if not self._resident:
-            return 0
+    def factor_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the factors on a device which computes in `dtype`."""
         plain = [patch[1].weights[:2] for group in self._groups if isinstance(group, list) for patch in group]
         others = [group[1] for group in self._groups if not isinstance(group, list)]
         return sum(factor.numel() * dtype.itemsize for factors in plain for factor in factors) + sum(
-            tensor.nbytes
-            for adapter in others
-            if isinstance(adapter, WeightAdapterBase)
-            for tensor in _tensors(adapter)
+            tensor.nbytes for adapter in others for tensor in _tensors(adapter)
         )
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Have the factors ready where the layer is going to compute."""
+        self._steps(device, dtype)
 
     def release(self) -> None:
         """Let go of factors on a device, and keep none from now on."""
@@ -124,14 +123,17 @@ def _low_rank(patches: Sequence[Patch], device: torch.device, dtype: torch.dtype
     return LowRank.sum(parts, device=device, dtype=dtype)
 
 
-def _tensors(adapter: WeightAdapterBase) -> list[torch.Tensor]:
+def _tensors(adapter: object) -> list[torch.Tensor]:
+    """The tensors of an adapter; none of a difference of a whole weight's size, or of an adapter made otherwise."""
+    if not isinstance(adapter, WeightAdapterBase) or not isinstance(adapter.weights, (tuple, list)):
+        return []
     return [value for value in adapter.weights if isinstance(value, torch.Tensor)]
 
 
 def _on_device(patch: Patch, device: torch.device) -> Patch:
-    """A patch whose adapter's tensors lie on a device; differences of a whole weight's size stay where they are."""
+    """A patch whose adapter's tensors, see `_tensors`, lie on a device."""
     strength, adapter, *rest = patch
-    if not isinstance(adapter, WeightAdapterBase) or not isinstance(adapter.weights, (tuple, list)):
+    if not _tensors(adapter):
         return patch
     moved = copy.copy(adapter)
     moved.weights = tuple(value.to(device) if isinstance(value, torch.Tensor) else value for value in adapter.weights)

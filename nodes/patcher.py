@@ -14,6 +14,7 @@ from typing import Any
 import comfy.hooks
 import comfy.lora
 import comfy.model_base
+import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 import torch
@@ -96,22 +97,45 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
     The dynamic one (`DynamicVRAM`) would quantise patched weights again, and lose the patch by it.
     """
 
-    def load(
-        self, device_to: torch.device | None = None, lowvram_model_memory: float = 0, *args: Any, **kwargs: Any
-    ) -> Any:
+    def model_size(self) -> int:
+        """Bytes of the model and of the factors that go with its packed layers, as the host plans with them.
+
+        The host's own copy of the number goes from a MODEL to its clones, whose patches may be others.
+        """
+        if getattr(self.model, "nf_bytes", None) is None:
+            self.model.nf_bytes = comfy.model_management.module_size(self.model)
+        return self.model.nf_bytes + sum(self._factor_bytes().values())
+
+    def _load_list(self, *args: Any, **kwargs: Any) -> list[tuple]:
+        """What the host loads and unloads by: the size of every layer, here with the factors that go with it."""
+        factors = self._factor_bytes()
+        return [
+            (offloaded, nbytes + factors.get(f"{name}.weight", 0), name, *rest)
+            for offloaded, nbytes, name, *rest in super()._load_list(*args, **kwargs)
+        ]
+
+    def _factor_bytes(self) -> dict[str, int]:
+        """Bytes of the factors of each patched packed weight on a device."""
+        if getattr(self, "_factors_of", None) != self.patches_uuid:
+            patches = ((key, self._patch(key, layer)) for key, layer in packed_layers(self.model))
+            self._factors = {key: patch.factor_bytes(self._compute_dtype()) for key, patch in patches if patch}
+            self._factors_of = self.patches_uuid
+        return self._factors
+
+    def _compute_dtype(self) -> torch.dtype:
+        return self.model.manual_cast_dtype or self.model.get_dtype()
+
+    def load(self, device_to: torch.device | None = None, *args: Any, **kwargs: Any) -> Any:
         """Load as the host does, then attach the patches of packed weights to their layers.
 
-        Factors that stay on the device with their layers come out of the bytes that the host allows the model there,
-        and count as loaded.
+        The factors of layers that are loaded are put beside them now, while the host reckons with it.
         """
-        if lowvram_model_memory:
-            patches = (self._patch(key, layer, resident=True) for key, layer in packed_layers(self.model))
-            # No bytes at all would stand for as many as there are.
-            lowvram_model_memory = max(0.1, lowvram_model_memory - self._resident_bytes(patches))
-        result = super().load(device_to, lowvram_model_memory, *args, **kwargs)
+        result = super().load(device_to, *args, **kwargs)
         for key, layer in packed_layers(self.model):
             self._attach_to(key, layer)
-        self.model.model_loaded_weight_memory += self._resident_bytes(map(_attached, self._packed_layers()))
+            patch = _attached(layer)
+            if patch and _is_loaded(layer):
+                patch.prepare(device_to or self.load_device, self._compute_dtype())
         return result
 
     def partially_unload(self, *args: Any, **kwargs: Any) -> int:
@@ -121,16 +145,13 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
         """
         if getattr(self.model, "nf_hooked", None):
             self.unpatch_hooks()
-        before = self._resident_bytes(map(_attached, self._packed_layers()))
         freed = super().partially_unload(*args, **kwargs)
         for layer in self._packed_layers():
             patch = _attached(layer)
             if patch and not _is_loaded(layer):
                 patch.release()
             _attach(layer, patch)
-        factors = before - self._resident_bytes(map(_attached, self._packed_layers()))
-        self.model.model_loaded_weight_memory -= factors
-        return freed + factors
+        return freed
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True, **kwargs: Any) -> Any:
         """Restore as the host does, and take the patches out of the layers."""
@@ -155,19 +176,22 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
         return (layer for _, layer in packed_layers(self.model))
 
     def _attach_to(self, key: str, layer: PackedLayer, hook_patches: Iterable = (), originals: Any = None) -> None:
-        _attach(layer, self._patch(key, layer, _is_loaded(layer), hook_patches, originals))
+        """Scheduled hooks change too often for their factors to stay anywhere."""
+        resident = _is_loaded(layer) and not hook_patches
+        _attach(layer, self._patch(key, layer, resident, hook_patches, originals))
 
     def _patch(
-        self, key: str, layer: PackedLayer, resident: bool, hook_patches: Iterable = (), originals: Any = None
+        self,
+        key: str,
+        layer: PackedLayer,
+        resident: bool = False,
+        hook_patches: Iterable = (),
+        originals: Any = None,
     ) -> WeightPatch | None:
         patches = [*self.patches.get(key, []), *hook_patches]
         if not patches:
             return None
         return WeightPatch(key, patches, layer.weight.shape, resident=resident, original_weights=originals)
-
-    def _resident_bytes(self, patches: Iterable[WeightPatch | None]) -> int:
-        dtype = self.model.manual_cast_dtype or self.model.get_dtype()
-        return sum(patch.resident_bytes(dtype) for patch in patches if patch)
 
     def patch_hooks(self, hooks: comfy.hooks.HookGroup) -> Any:
         """Apply scheduled hooks without a cache of patched weights: they would be dense."""

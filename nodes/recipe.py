@@ -164,7 +164,7 @@ def _told(recipe_text: str) -> tuple[str, str, dict[str, Any], list[str]] | None
     """Source, its hash, settings, and what was baked in, as a recipe tells; None for what is no recipe."""
     try:
         told = json.loads(recipe_text)
-        settings = {key: value for key, value in told["settings"].items() if isinstance(value, (int, str))}
+        settings = {key: value for key, value in told["settings"].items() if isinstance(value, (int, float, str))}
         baked = [str(item) for item in told["settings"].get("baked", ())]
         return str(told["source"]), str(told["source_sha256"]), settings, baked
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -33,9 +33,16 @@ def file_summary(file: NFQFile, name: str) -> dict[str, Any]:
     for layer in facts.pop("layers"):
         weights[layer["format"]] += math.prod(layer["shape"])
     formats = [
-        {"format": id, "levels": format_by_id(id).levels, "weights": count} for id, count in weights.most_common()
+        {"format": id, "levels": format_by_id(id).levels, "trellis_bits": trellis_bits(id), "weights": count}
+        for id, count in weights.most_common()
     ]
     return {**facts, "formats": formats}
+
+
+def trellis_bits(format_id: str) -> int:
+    """Bits of a trellis format's codes; 0 for other formats."""
+    fmt = format_by_id(format_id)
+    return fmt.code_bits if fmt.window else 0
 
 
 def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
@@ -54,9 +61,7 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
     Raises:
         NFQError: the MODEL is not packed, or the original has other layers.
     """
-    facts = made(model)
-    if facts is None:
-        raise NFQError("this MODEL is not quantised; connect one from NFQuantizeUNet or an NFQ loader")
+    facts = made(model, "this MODEL is not quantised; connect one from NFQuantizeUNet or an NFQ loader")
     before = original.get_key_patches(UNET) if original is not None else {}
     layers, weights, packed_bytes = [], 0, 0
     for key, layer in packed_layers(model.model):

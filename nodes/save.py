@@ -48,9 +48,7 @@ def save_model(
     Raises:
         NFQError: the MODEL is not packed or has patches, only one of CLIP and VAE is given, or writing fails.
     """
-    facts = made(model)
-    if facts is None:
-        raise NFQError("this MODEL is not quantised; put NFQuantizeUNet between its loader and NFSaveCheckpoint")
+    facts = made(model, "this MODEL is not quantised; put NFQuantizeUNet between its loader and NFSaveCheckpoint")
     if model.patches or model.weight_wrapper_patches or model.get_injections(BYPASS_LORA):
         raise NFQError("a LoRA or merge was added after quantising; apply it before NFQuantizeUNet to save it")
     if (clip is None) != (vae is None):

@@ -7,13 +7,37 @@ import numpy as np
 GEOMETRY = {32: (16, 2, 1), 24: (6, 3, 2), 16: (16, 2, 0), 12: (6, 3, 1), 7: (4, 4, 1)}
 """Levels: radix of a coarse digit, coarse digits per byte, fine bits."""
 
-FORMAT_IDS = [f"{prefix}{levels}_b64" for prefix in ("nf", "article") for levels in GEOMETRY]
+TRELLIS_GEOMETRY = {2: (4, 4, 0), 3: (4, 4, 1), 4: (16, 2, 0), 5: (16, 2, 1)}
+"""Bits of a trellis format's code: the same."""
+
+TRELLIS_IDS = ["t2w8_b64", "t3w8_b64", "t4w8_b64", "t5w9_b64"]
+FORMAT_IDS = [f"{prefix}{levels}_b64" for prefix in ("nf", "article") for levels in GEOMETRY] + TRELLIS_IDS
 
 
 def parse(format_id: str) -> tuple[bool, int]:
     """Whether a format is one of the article's, and its number of levels."""
-    article = format_id.startswith("article")
-    return article, int(format_id.removeprefix("article" if article else "nf").removesuffix("_b64"))
+    name = format_id.removesuffix("_b64")
+    if name.startswith("t"):
+        return False, 2 ** parse_trellis(format_id)[1]
+    article = name.startswith("article")
+    return article, int(name.removeprefix("article" if article else "nf"))
+
+
+def parse_trellis(format_id: str) -> tuple[int, int]:
+    """Bits of a code, and bits of the window that names a level, of a trellis format."""
+    bits, window = format_id.removesuffix("_b64").removeprefix("t").split("w")
+    return int(bits), int(window)
+
+
+def numbers_of_levels(codes: np.ndarray, bits: int, window: int) -> np.ndarray:
+    """The number of the level of every weight, from codes of shape (blocks, 64): bit by bit, as it is specified."""
+    stream = (codes[:, :, None] >> np.arange(bits)[::-1] & 1).reshape(len(codes), 64 * bits)
+    numbers = np.zeros_like(codes)
+    for weight in range(64):
+        for bit in range(window):
+            last = (weight + 1) * bits - 1
+            numbers[:, weight] |= stream[:, (last - bit) % (64 * bits)] << bit
+    return numbers
 
 
 def pack_plane(digits: np.ndarray, radix: int, per_byte: int) -> np.ndarray:
@@ -37,7 +61,8 @@ def unpack_plane(plane: np.ndarray, radix: int, per_byte: int, blocks: int) -> n
 def decode(data: np.ndarray, format_id: str, weights: int) -> np.ndarray:
     """A packed buffer (uint8) as its fp16 weights, flat."""
     article, levels = parse(format_id)
-    radix, per_byte, fine_bits = GEOMETRY[levels]
+    trellis = format_id.startswith("t")
+    radix, per_byte, fine_bits = TRELLIS_GEOMETRY[parse_trellis(format_id)[0]] if trellis else GEOMETRY[levels]
     blocks = -(-weights // 64)
     level_values = data[: 2 * levels].view(np.float16)
     position = -(-(2 * levels + (0 if article else 2)) // 32) * 32
@@ -49,6 +74,8 @@ def decode(data: np.ndarray, format_id: str, weights: int) -> np.ndarray:
         fine = unpack_plane(data[position : position + fine_bytes], 2**fine_bits, 8 // fine_bits, blocks)
         codes = codes * 2**fine_bits + fine
         position += fine_bytes
+    if trellis:
+        codes = numbers_of_levels(codes, *parse_trellis(format_id))
     if article:
         maxima = data[position : position + -(-blocks // 256) * 4].copy().view(np.float32)
         position += maxima.nbytes

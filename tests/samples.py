@@ -41,7 +41,7 @@ def random_buffer(format_id: str, weights: int, seed: int = 0) -> torch.Tensor:
     fmt = format_by_id(format_id)
     article, levels = parse(format_id)
     sections, blocks = fmt.sections(weights), -(-weights // 64)
-    codes = rng.integers(0, levels, (blocks, 64))
+    codes = rng.integers(0, fmt.codes, (blocks, 64))
     data = np.zeros(sections.end, dtype=np.uint8)
     data[: 2 * levels].view(np.float16)[:] = rng.uniform(-1, 1, levels)
     data[sections.coarse : sections.fine] = pack_plane(codes >> fmt.fine_bits, fmt.coarse_radix, fmt.coarse_digits)

@@ -97,7 +97,7 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
         _module("comfy.model_patcher", ModelPatcher=object),
     ]
     parts = ("cli_args", "hooks", "latent_formats", "lora", "model_base", "model_management", "model_sampling")
-    modules += [_module(f"comfy.{part}") for part in (*parts, "sd", "utils")]
+    modules += [_module(f"comfy.{part}") for part in (*parts, "sd", "utils", "weight_adapter")]
     for module in modules:
         monkeypatch.setitem(sys.modules, module.__name__, module)
         parent, _, name = module.__name__.rpartition(".")

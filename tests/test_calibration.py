@@ -15,10 +15,11 @@ from samples import TINY, random_weight
 from torch import nn
 
 import nfq_core
-from nfq_core import Calibration, NFQFile, collect, quantize
+from nfq_core import Calibration, NFQFile, collect, convert, quantize
 from nfq_core.calibration import CALIBRATION_KEY, LayerInputs
 from nfq_core.convert import quantize_file
 from nfq_core.errors import CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError
+from nfq_core.policy import Settings, plan_tensors
 from nfq_core.unet import detect
 from nfq_core.unet_keys import SDXL_BASE, SSD_1B, tensor_shapes
 
@@ -233,6 +234,37 @@ def test_without_hessians_importance_is_used():
     result = nfq_core.quantize_state_dict(weights, calibration=calibration)
     wanted = quantize(weights["q.weight"], importance=calibration.inputs["q.weight"].importance)
     assert torch.equal(result["q.weight"].data, wanted.data)
+
+
+TRELLIS_WARNING = "the calibration has no effect on 4 weights: trellis formats do not use it yet"
+
+
+def test_trellis_formats_use_none(saved, model_file, tmp_path):
+    settings = Settings(format="t2w8_b64", conv_format="t3w8_b64")
+    results = [
+        quantize_file(model_file, tmp_path / name, settings, calibration=calibration)
+        for name, calibration in (("with", Calibration.load(saved)), ("without", None))
+    ]
+    assert results[0]["warnings"] == [TRELLIS_WARNING.replace("4", "5")]
+    # The header does not claim what was not used.
+    assert (tmp_path / "with").read_bytes() == (tmp_path / "without").read_bytes()
+
+
+def test_a_calibration_of_some_formats_is_recorded(saved, model_file, tmp_path):
+    calibration = Calibration.load(saved)
+    result = quantize_file(model_file, tmp_path / "nfq", Settings(format="t2w8_b64"), calibration=calibration)
+    assert result["warnings"] == [TRELLIS_WARNING]
+    with NFQFile(tmp_path / "nfq") as file:
+        assert calibration.as_dict().items() <= file.facts.settings.items()
+
+
+def test_a_size_met_by_several_files_warns_once(saved, model_file, tmp_path, monkeypatch):
+    tries = []
+    monkeypatch.setattr(convert, "plan_tensors", lambda *a, **named: tries.append(1) or plan_tensors(*a, **named))
+    settings = Settings(target_bytes=11_000)
+    result = quantize_file(model_file, tmp_path / "nfq", settings, calibration=Calibration.load(saved))
+    assert len(tries) > 1
+    assert result["warnings"].count(TRELLIS_WARNING.replace("4", "5")) == 1
 
 
 @pytest.mark.parametrize("layout", ["ldm", "prefixed", "diffusers"])

@@ -91,6 +91,9 @@ USAGE = {
     "no target": ["quantize", "a"],
     "levels without a format": ["quantize", "a", "b", "--levels", "20"],
     "levels that are no number": ["quantize", "a", "b", "--conv-levels", "many"],
+    "an unknown format": ["quantize", "a", "b", "--format", "nf16"],
+    "a format of the article's": ["quantize", "a", "b", "--conv-format", "article16_b64"],
+    "levels and a format": ["quantize", "a", "b", "--levels", "12", "--format", "t4w8_b64"],
     "an unknown effort": ["quantize", "a", "b", "--effort", "slow"],
     "an unknown dtype": ["dequantize", "a", "b", "--dtype", "fp8"],
     "an unknown option": ["info", "a", "--frobnicate"],
@@ -180,6 +183,17 @@ def test_the_whole_story_in_text(capsys, folder):
         code, out, error = run(capsys, *arguments)
         assert (code, error) == (0, "")
         assert wanted in out
+
+
+def test_trellis_formats_in_json(capsys, folder):
+    formats = ["--format", "t3w8_b64", "--conv-format", "t4w8_b64"]
+    assert as_json(capsys, "quantize", folder / "model", folder / "a", *formats)["quantized"] == 2
+    info = as_json(capsys, "info", folder / "a")
+    assert {layer["format"] for layer in info["layers"]} == {"t3w8_b64", "t4w8_b64"}
+    assert info["settings"].items() >= {"format": "t3w8_b64", "conv_format": "t4w8_b64"}.items()
+    assert as_json(capsys, "verify", folder / "a")["ok"] is True
+    # Three and four bits leave some 17 and 23 dB on Gaussian weights.
+    assert 16 < as_json(capsys, "compare", folder / "model", folder / "a")["sqnr_db"] < 24
 
 
 def test_effort_and_outermost_convolutions_are_recorded(capsys, folder):

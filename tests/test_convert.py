@@ -17,6 +17,7 @@ from nfq_core import NFQFile, NFTensor, Settings, quantize
 from nfq_core.article import write_article_file
 from nfq_core.convert import MAX_METADATA_BYTES, dequantize_file, quantize_file
 from nfq_core.errors import CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError
+from nfq_core.examine import verify_file
 from nfq_core.safefile import tensor_bytes
 from nfq_core.unet_keys import CHECKPOINT_PREFIX, tensor_shapes
 
@@ -87,6 +88,22 @@ def test_settings_choose_formats_and_are_recorded(mixed, tmp_path):
             key: "nf12_b64" if key == "conv.weight" else "nf7_b64" for key in QUANTISED
         }
         assert file.facts.settings == settings.as_dict()
+
+
+def test_trellis_formats_go_all_the_way(mixed, tmp_path):
+    settings = Settings(format="t4w8_b64", conv_format="t5w9_b64")
+    quantize_file(mixed, tmp_path / "a", settings)
+    assert verify_file(tmp_path / "a")["ok"]
+    with NFQFile(tmp_path / "a") as file:
+        assert {key: entry.format.id for key, entry in file.quantized.items()} == {
+            key: "t5w9_b64" if key == "conv.weight" else "t4w8_b64" for key in QUANTISED
+        }
+        assert file.facts.settings == settings.as_dict()
+    dequantize_file(tmp_path / "a", tmp_path / "back")
+    restored = load_file(tmp_path / "back")
+    for key in QUANTISED:
+        wanted = quantize(MIXED[key], format="t5w9_b64" if key == "conv.weight" else "t4w8_b64")
+        assert exact(restored[key]) == exact(wanted.dequantize(MIXED[key].dtype))
 
 
 def test_the_source_is_recorded(mixed, container):

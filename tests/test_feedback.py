@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -229,3 +231,20 @@ def test_equal_importance_changes_nothing(effort):
     weight = random_weight(40, 50)
     plain = quantize(weight, effort=effort)
     assert torch.equal(quantize(weight, effort=effort, importance=torch.full((50,), 3.0)).data, plain.data)
+
+
+def test_trellis_formats_use_no_statistics():
+    weight, hessian = random_weight(40, 50), second_moment(correlated(200, 50))
+    plain = quantize(weight, format="t2w8_b64")
+    assert torch.equal(quantize(weight, format="t2w8_b64", hessian=hessian).data, plain.data)
+    assert torch.equal(quantize(weight, format="t2w8_b64", importance=hessian.diagonal()).data, plain.data)
+
+
+@pytest.mark.parametrize("statistic", ["importance", "hessian"])
+def test_chunks_meet_without_a_seam(statistic, monkeypatch):
+    hessian = second_moment(correlated(200, 50))
+    weight, statistics = random_weight(99, 50), {"hessian": hessian, "importance": hessian.diagonal()}
+    arguments = {statistic: statistics[statistic]}
+    whole = quantize(weight, **arguments)
+    monkeypatch.setattr(sys.modules["nfq_core.quantizer"], "CHUNK_BLOCKS", whole.format.blocks_per_group)
+    assert torch.equal(quantize(weight, **arguments).data, whole.data)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from reference import FORMAT_IDS, GEOMETRY, scale
+from reference import FORMAT_IDS, GEOMETRY, TRELLIS_GEOMETRY, parse_trellis, scale
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from nfq_core.errors import UnsupportedFileError
@@ -16,6 +16,8 @@ from nfq_core.formats import (
     LEVELS,
     SCALE_MANTISSAS,
     SCALE_STRIDES,
+    TRELLIS_IDS,
+    WRITABLE_IDS,
     Scales,
     article_format,
     format_by_id,
@@ -32,6 +34,8 @@ def test_these_formats_exist_and_no_others():
     assert list(FORMATS) == FORMAT_IDS
     assert [FORMATS[f"nf{n}_b64"] for n in LEVELS] == [nf_format(n) for n in LEVELS]
     assert [FORMATS[f"article{n}_b64"] for n in LEVELS] == [article_format(n) for n in LEVELS]
+    assert [id for id in FORMATS if not id.startswith("article")] == list(WRITABLE_IDS)
+    assert [id for id in FORMATS if id.startswith("t")] == list(TRELLIS_IDS)
 
 
 @pytest.mark.parametrize(("levels", "code_bits"), [(32, 5), (24, 14 / 3), (16, 4), (12, 11 / 3), (7, 3)])
@@ -43,12 +47,21 @@ def test_packed_bits_per_weight(levels, code_bits):
     assert article_format(levels).packed_bytes(WHOLE) == expected
 
 
+@pytest.mark.parametrize("format_id", TRELLIS_IDS)
+def test_a_trellis_takes_the_bits_of_its_codes(format_id):
+    bits, window = parse_trellis(format_id)
+    fmt = format_by_id(format_id)
+    assert (fmt.code_bits, fmt.codes, fmt.window, fmt.levels) == (bits, 2**bits, window, 2**window)
+    assert (fmt.coarse_radix, fmt.coarse_digits, fmt.fine_bits) == TRELLIS_GEOMETRY[bits]
+    assert fmt.packed_bytes(WHOLE) == 2 * 2**window + 32 + WHOLE * bits / 8 + WHOLE / 64
+
+
 @pytest.mark.parametrize("levels", LEVELS)
 def test_every_code_fits_the_planes(levels):
     radix, per_byte, fine_bits = GEOMETRY[levels]
     fmt = nf_format(levels)
     assert (fmt.coarse_radix, fmt.coarse_digits, fmt.fine_bits) == (radix, per_byte, fine_bits)
-    assert radix << fine_bits >= levels
+    assert radix << fine_bits >= levels == fmt.codes
     assert radix**per_byte <= 256
 
 

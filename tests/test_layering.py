@@ -17,6 +17,7 @@ MODULES = {
 }
 
 HOST = {"comfy", "comfy_api", "comfy_extras", "execution", "folder_paths", "nodes", "server"}
+HOST |= {"backend", "gradio", "launch", "modules", "nfq_webui", "scripts"}
 LIGHT = {"numpy", "safetensors", "torch", "tqdm", "zstandard"}
 """What a plain `pip install` brings."""
 

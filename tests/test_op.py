@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from samples import random_weight
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from nfq_core import op, quantize
+from nfq_core import NFTensor, op, quantize
 from nfq_core.formats import LEVELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +61,54 @@ def test_a_compiled_layer_is_one_graph() -> None:
     compiled = torch.compile(layer, backend=count, fullgraph=True)
     assert torch.equal(compiled(x), layer(x))
     assert len(graphs) == 1
+
+
+def one_use(tensor: NFTensor, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return op.dequantize_for_one_use(tensor.data, tensor.format.id, tensor.shape, dtype)
+
+
+def test_results_for_one_use_share_a_threads_memory() -> None:
+    small, large = quantize(random_weight(16, 64)), quantize(random_weight(64, 96))
+    with torch.inference_mode():
+        assert torch.equal(one_use(small), small.dequantize())
+    with torch.no_grad():
+        first = one_use(large, torch.float32)
+        assert torch.equal(first, large.dequantize(torch.float32))
+        again = one_use(small, torch.bfloat16)
+        assert torch.equal(again, small.dequantize(torch.bfloat16))
+        assert again.data_ptr() == first.data_ptr()
+        # A patch is added in place, outside of inference mode too.
+        again += 1
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(torch.no_grad()(one_use), large).result()
+        assert other.data_ptr() != again.data_ptr()
+        assert torch.equal(again, small.dequantize(torch.bfloat16) + 1)
+
+
+def test_results_for_one_use_are_new_where_autograd_may_keep_them() -> None:
+    tensor = quantize(random_weight(16, 64))
+    first, second = one_use(tensor), one_use(tensor)
+    assert first.data_ptr() != second.data_ptr()
+    x = random_weight(3, 64, seed=1).float().requires_grad_()
+    products = [torch.nn.functional.linear(x, one_use(tensor, torch.float32)).sum() for _ in range(2)]
+    sum(products).backward()
+    torch.testing.assert_close(x.grad, 2 * tensor.dequantize(torch.float32).sum(0).expand_as(x))
+
+
+def test_results_for_one_use_are_new_where_a_graph_is_made() -> None:
+    tensor = quantize(random_weight(16, 64))
+    x = random_weight(3, 64, seed=1).float()
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, one_use(tensor, torch.float32))
+
+    with torch.no_grad():
+        wanted = layer(x)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert layer(torch.empty(3, 64)).shape == wanted.shape
+        names = [str(node.target) for node in make_fx(layer)(x).graph.nodes]
+        assert sum("dequantize" in name for name in names) == 1 and len(names) < 8, names
+        assert torch.equal(layer(x), wanted)
 
 
 def test_two_copies_of_the_package_in_one_process(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_the_scripts_say_what_there_is() -> None:
     english = words("en")
     assert said <= english.keys()
     assert {key for key in english if key.partition(".")[0] not in groups} == said
-    assert groups == {"goodFor", "takes", "order"}
+    assert groups == {"goodFor", "takes", "order", "preset"}
 
 
 def schemas(plugin: ModuleType) -> dict:
@@ -80,11 +80,15 @@ def test_each_node_has_a_help_page_that_names_its_inputs(plugin: ModuleType) -> 
 
 
 def test_levels_have_their_advice() -> None:
+    from nfq_core.allocation import PRESETS
     from nfq_core.codebook import EFFORTS
-    from nfq_core.formats import LEVELS
+    from nfq_core.formats import LEVELS, TRELLIS_IDS, format_by_id
 
     english = words("en")
     assert {f"goodFor.{levels}" for levels in LEVELS} | {f"takes.{effort}" for effort in EFFORTS} <= english.keys()
+    assert {f"goodFor.t{format_by_id(id).code_bits}" for id in TRELLIS_IDS} <= english.keys()
+    for name, bits in PRESETS.items():
+        assert f" {bits} bits per weight" in english[f"preset.{name}"]
 
 
 def test_nothing_is_written_as_markup() -> None:

@@ -56,9 +56,9 @@ def test_newer_hosts_are_told_what_is_missing(tmp_path: Path, version: str) -> N
 
 
 INPUTS = {
-    "NFQuantizedUNetLoader": (["unet_name"], ["recipe"]),
-    "NFQuantizedCheckpointLoader": (["ckpt_name"], ["recipe"]),
-    "NFQuantizeUNet": (["model"], ["levels", "conv_levels", "device", "effort", "quantize_first_last"]),
+    "NFQuantizedUNetLoader": (["unet_name"], ["recipe", "memory"]),
+    "NFQuantizedCheckpointLoader": (["ckpt_name"], ["recipe", "memory"]),
+    "NFQuantizeUNet": (["model"], ["levels", "conv_levels", "device", "effort", "quantize_first_last", "preset"]),
     "NFSaveCheckpoint": (["model"], ["clip", "vae", "filename_prefix", "overwrite"]),
     "NFInspect": ([], ["model", "original", "file_name"]),
     "NFCompare": (["image_1", "image_2"], [*(f"image_{n}" for n in range(3, 9)), "vae", "labels", "side"]),

@@ -112,6 +112,27 @@ def test_quantised(shape, dtype):
     assert formats({"a.weight": entry(shape, dtype)}) == {"a.weight": "nf16_b64"}
 
 
+def test_formats_go_by_dimensions_too():
+    entries = {"linear": entry((64, 64)), "conv": entry((64, 64, 3, 3))}
+    assert formats(entries, Settings(format="t4w8_b64")) == {"linear": "t4w8_b64", "conv": "nf32_b64"}
+    assert formats(entries, Settings(conv_format="t5w9_b64")) == {"linear": "nf16_b64", "conv": "t5w9_b64"}
+
+
+def test_a_format_is_recorded_instead_of_levels():
+    assert Settings(format="t4w8_b64").as_dict() == {
+        "conv_levels": 32,
+        "effort": "fast",
+        "quantize_first_last": False,
+        "format": "t4w8_b64",
+    }
+    assert Settings(conv_format="nf24_b64").as_dict().keys() == {
+        "levels",
+        "conv_format",
+        "effort",
+        "quantize_first_last",
+    }
+
+
 def test_settings_are_recorded_whole():
     assert Settings(24, 12, "best", True).as_dict() == {
         "levels": 24,
@@ -126,6 +147,8 @@ def test_settings_are_recorded_whole():
     [
         ({"levels": 20}, "levels must be one of 32, 24, 16, 12, 7, got 20"),
         ({"conv_levels": 8}, "got 8"),
+        ({"format": "t9w8_b64"}, "format must be one of nf32_b64, .*, t5w9_b64, got 't9w8_b64'"),
+        ({"conv_format": "article16_b64"}, "got 'article16_b64'"),
         ({"effort": "slow"}, "effort must be one of fast, best, got 'slow'"),
     ],
 )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,3 +208,12 @@ DAMAGED = {
 def test_damaged_files(tmp_path, data, reason):
     (tmp_path / "a").write_bytes(data)
     assert reason in refusal(tmp_path / "a", CorruptFileError)
+
+
+def test_a_torch_without_wide_unsigned_integers_will_do() -> None:
+    """Such as 2.1, which Automatic1111's web UI pins."""
+    run = "import torch; del torch.uint16, torch.uint32, torch.uint64\n"
+    run += "import nfq_core.safefile as s; print(*s.TORCH_DTYPES)"
+    root = Path(__file__).resolve().parent.parent
+    result = subprocess.run([sys.executable, "-c", run], cwd=root, capture_output=True, text=True, check=True)
+    assert {"U8", "F16"} <= {*result.stdout.split()} and "U64" not in result.stdout

@@ -113,6 +113,26 @@ def test_a_grid_for_zero_blocks_only():
     assert (grid.magnitudes > 0).all()
 
 
+@pytest.mark.parametrize("stride", SCALE_STRIDES)
+@pytest.mark.parametrize("ceiling", [float("inf"), 0.3])
+def test_the_search_starts_from_the_greatest_scale_no_larger_than_a_block(stride, ceiling):
+    grid = ScaleGrid.for_blocks(torch.tensor([0.5]), stride, ceiling)
+    exact = grid.magnitudes
+    around = torch.cat([exact, torch.nextafter(exact, torch.zeros(())), torch.nextafter(exact, torch.ones(()))])
+    largest = torch.cat([around, torch.tensor([0.0, 2**-149, 2**-20, 1.0, 60000.0])])
+    wanted = torch.searchsorted(exact, largest, right=True).sub(1).clamp(min=0)
+    assert torch.equal(BlockQuantizer(asymmetric_levels(), grid, CPU)._base(largest).long(), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_largest_magnitudes_of_sixteen_bits_are_the_same(dtype):
+    blocks = gaussian_blocks(40).to(dtype)
+    blocks[0], blocks[1, 5], blocks[2, 6] = 0, float("nan"), float("-inf")
+    blocks[3] = -0.0
+    wanted = largest_magnitudes(blocks.float())
+    assert torch.equal(largest_magnitudes(blocks).nan_to_num(nan=-1.0), wanted.nan_to_num(nan=-1.0))
+
+
 def test_largest_magnitudes_carry_nan_and_inf():
     blocks = gaussian_blocks(4)
     blocks[1, 3], blocks[2, 63], blocks[3] = float("nan"), float("-inf"), 0.0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
+import re
+import weakref
 
 import pytest
 import torch
@@ -17,8 +20,10 @@ from nfq_core.container import Source
 from nfq_core.convert import quantize_file
 from nfq_core.errors import NFQError, TargetExistsError
 from nfq_core.examine import sqnr_db
+from nfq_core.memory import MODES
 from nfq_core.policy import DEFAULTS
 from nfq_core.safefile import tensor_bytes
+from nfq_core.staging import PlainTransfer
 from nfq_core.state import describe, quantize_tensors
 
 
@@ -63,7 +68,13 @@ def test_levels_and_effort(model):
     assert result["conv.weight"].format.id == "nf12_b64"
 
 
-@pytest.mark.parametrize("settings", [{"levels": 20}, {"conv_levels": 0}, {"effort": "slow"}])
+def test_formats(model):
+    result = nfq_core.quantize_state_dict(model, format="t3w8_b64", conv_format="t5w9_b64")
+    assert same(result["z.weight"], quantize(model["z.weight"], format="t3w8_b64"))
+    assert result["conv.weight"].format.id == "t5w9_b64"
+
+
+@pytest.mark.parametrize("settings", [{"levels": 20}, {"conv_levels": 0}, {"effort": "slow"}, {"format": "nf5_b64"}])
 def test_settings_out_of_range(model, settings):
     with pytest.raises(ValueError, match="must be one of"):
         nfq_core.quantize_state_dict(model, **settings)
@@ -113,6 +124,98 @@ def test_loading_some_keys(model, tmp_path):
     for absent in ("absent", "nfq.z.weight"):
         with pytest.raises(KeyError):
             nfq_core.load(tmp_path / "a", [absent])
+
+
+@pytest.mark.parametrize("memory", ["packed", "resident"])
+def test_weights_stay_packed_or_are_dequantised_once(model, tmp_path, memory):
+    packed = nfq_core.quantize_state_dict(model)
+    nfq_core.save(packed, tmp_path / "a")
+    loaded = nfq_core.load(tmp_path / "a", memory=memory)
+    assert loaded.keys() == packed.keys()
+    for key, value in packed.items():
+        dense = memory == "resident" and isinstance(value, NFTensor)
+        assert same(loaded[key], value.dequantize(model[key].dtype) if dense else value)
+
+
+@pytest.mark.parametrize(("free", "wanted"), [(1 << 20, torch.Tensor), (100, NFTensor), (None, NFTensor)])
+def test_auto_decides_by_free_memory_and_says_why(model, tmp_path, monkeypatch, caplog, free, wanted):
+    nfq_core.save(nfq_core.quantize_state_dict(model), tmp_path / "a")
+    monkeypatch.setattr(nfq_core.state, "free_bytes", lambda device: free)
+    with caplog.at_level(logging.INFO, logger="nfq"):
+        loaded = nfq_core.load(tmp_path / "a", memory="auto")
+    assert type(loaded["z.weight"]) is wanted
+    mode = "resident" if wanted is torch.Tensor else "packed"
+    assert f"{tmp_path / 'a'}: weights are held {mode} on cpu: " in caplog.text
+    assert "free" in caplog.text
+
+
+def test_a_memory_mode_that_does_not_exist_is_refused(model, tmp_path):
+    nfq_core.save(model, tmp_path / "a")
+    with pytest.raises(ValueError, match="memory must be one of packed, resident, auto, got 'dense'"):
+        nfq_core.load(tmp_path / "a", memory="dense")
+
+
+def test_loading_to_another_device(model, tmp_path):
+    nfq_core.save(nfq_core.quantize_state_dict(model), tmp_path / "a")
+    loaded = nfq_core.load(tmp_path / "a", device="meta")
+    assert {value.device.type for value in loaded.values()} == {"meta"}
+    assert {key: tuple(value.shape) for key, value in loaded.items()} == {
+        key: tuple(value.shape) for key, value in model.items()
+    }
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_a_device_that_is_not_there_is_told_in_one_line(model, tmp_path, monkeypatch, memory):
+    nfq_core.save(model, tmp_path / "a")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(NFQError, match=r"^device 'cuda:0' cannot be used here: "):
+        nfq_core.load(tmp_path / "a", device="cuda:0", memory=memory)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("memory", ["packed", "resident"])
+def test_loading_to_a_cuda_device(model, tmp_path, memory):
+    nfq_core.save(nfq_core.quantize_state_dict(model), tmp_path / "a")
+    on_cpu = nfq_core.load(tmp_path / "a", memory=memory)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        loaded = nfq_core.load(tmp_path / "a", device="cuda", memory=memory)
+        assert {value.device.type for value in loaded.values()} == {"cuda"}
+        assert all(same(loaded[key].to("cpu"), on_cpu[key]) for key in on_cpu)
+
+
+@pytest.mark.parametrize(
+    ("memory", "told"),
+    [
+        ("resident", r'resident weights need 6,\d+ bytes; free some, or load with memory="packed", which needs 2,\d+'),
+        ("packed", r"packed weights need 2,\d+ bytes; free some, or take a file of fewer levels"),
+    ],
+)
+def test_too_little_memory_on_the_way_is_told_and_nothing_stays(model, tmp_path, monkeypatch, memory, told):
+    nfq_core.save(nfq_core.quantize_state_dict(model), tmp_path / "a")
+    seen: list[weakref.ref] = []
+
+    class Device(PlainTransfer):
+        def bring(self, read, nbytes):
+            tensor = super().bring(read, nbytes)
+            seen.append(weakref.ref(tensor))
+            if len(seen) == 5:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return tensor
+
+    monkeypatch.setattr(
+        nfq_core.state, "transfer_to", lambda device, resident, largest, threads: Device(device, resident)
+    )
+    gc.disable()
+    try:
+        with pytest.raises(NFQError) as caught:
+            nfq_core.load(tmp_path / "a", memory=memory)
+        # While the error, and so its traceback, is still held.
+        assert len(seen) >= 5
+        assert [reference() for reference in seen] == [None] * len(seen)
+    finally:
+        gc.enable()
+    assert re.fullmatch(re.escape(f"{tmp_path / 'a'}: there is not enough memory on cpu: ") + told, str(caught.value))
+    assert caught.value.__context__ is None
 
 
 def test_equals_what_quantising_the_file_gives(model, tmp_path):

@@ -9,13 +9,16 @@ import pytest
 import torch
 from reference import FORMAT_IDS, decode, sqnr_db
 from samples import random_buffer
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nfq_core import CannotQuantizeError, CorruptFileError, NFTensor, kernels, quantize
 from nfq_core.article import article_dequantize, article_quantize
+from nfq_core.codebook import effort_by_name, fit_codebook
 from nfq_core.formats import LEVELS, SCALE_STEPS_PER_OCTAVE, format_by_id, nf_format
 from nfq_core.packing import unpack_codes
+from nfq_core.search import ScaleGrid, largest_magnitudes
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -64,6 +67,20 @@ def test_decode_by_hand():
     weights = NFTensor(data, fmt, (66,), torch.float16).dequantize().tolist()
     assert weights[:4] == [-1.0, 0.5, 0.5, float(np.float16(0.1))]
     assert weights[63:] == [0.5, -1.0, 2.0]
+
+
+def test_decode_of_a_trellis_by_hand():
+    # Level i is i / 256; element 63 has code 10, elements 0, 1 and 2 have codes 15, 3 and 0, all others code 0.
+    fmt = format_by_id("t4w8_b64")
+    data = torch.zeros(fmt.packed_bytes(64), dtype=torch.uint8)
+    data[:512].view(torch.float16)[:] = torch.arange(256) / 256
+    data[512:514] = torch.tensor([0, 1])
+    data[544:546] = torch.tensor([15, 3])
+    data[544 + 63] = 10
+    data[-1] = 1
+    numbers = [weight * 256 for weight in NFTensor(data, fmt, (64,), torch.float16).dequantize().tolist()]
+    assert numbers[:4] == [10 * 16 + 15, 15 * 16 + 3, 3 * 16, 0]
+    assert numbers[61:] == [0, 0, 10]
 
 
 @pytest.mark.parametrize("format_id", FORMAT_IDS)
@@ -183,6 +200,35 @@ def test_chunks_of_a_weight_meet_without_a_seam(levels, monkeypatch):
     whole = quantize(weight, levels)
     monkeypatch.setattr(module, "CHUNK_BLOCKS", chunk)
     assert torch.equal(quantize(weight, levels).data, whole.data)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_blocks_are_quantised_where_they_are_without_waiting(levels, dtype):
+    """Fakes refuse to mix devices, and to tell a value, for which a real device would have to be waited for."""
+    module = sys.modules["nfq_core.quantizer"]
+    fmt, sample = nf_format(levels), gaussian(300, 64)
+    grid = ScaleGrid.for_blocks(largest_magnitudes(sample))
+    book = fit_codebook(sample, grid, fmt, effort_by_name("fast"), 300 * 64)
+    blocks = 2 * module.DEVICE_CHUNK_BLOCKS + 5
+    assert module.DEVICE_CHUNK_BLOCKS % fmt.blocks_per_group == 0
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        flat = torch.empty(64 * blocks - 7, dtype=dtype, device="meta")
+        largest = torch.empty(blocks, device="meta")
+        assert largest_magnitudes(module._blocks(flat, 0, blocks, dtype)).device.type == "meta"
+        fitted, parts = module._scalar(flat, largest, grid, book)
+        data = module._encode(parts, len(flat), fmt, grid, fitted, flat.device)
+        assert data.device.type == "meta"
+        assert len(data) == fmt.packed_bytes(len(flat))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("levels", LEVELS)
+def test_quantising_on_a_cuda_device_is_as_good(levels):
+    weight = gaussian(1000, 640).half()
+    found = [quantize(weight, levels, device=device).to("cpu").dequantize() for device in ("cpu", "cuda")]
+    errors = [(one.double() - weight.double()).square().sum().item() for one in found]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("levels", LEVELS)

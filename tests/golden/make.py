@@ -55,7 +55,7 @@ def packed_and_expected(format_id: str, weight: torch.Tensor) -> tuple[nfq_core.
     """The packed weight, and the fp16 weights that it stands for."""
     fmt = FORMATS[format_id]
     if fmt.scales is Scales.LOGARITHMIC:
-        packed = nfq_core.quantize(weight, fmt.levels)
+        packed = nfq_core.quantize(weight, format=format_id)
         return packed, packed.dequantize()
     article = article_quantize(weight, fmt.levels)
     return pack_article(article), article_dequantize(article)

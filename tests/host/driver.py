@@ -1,4 +1,7 @@
-"""A real ComfyUI as a process: the one found through COMFYUI_PATH, run by COMFYUI_PYTHON."""
+"""A real ComfyUI as a process: the one found through COMFYUI_PATH, run by COMFYUI_PYTHON.
+
+NFQ_HOST_DEVICE=cuda lets it use its GPU; NFQ_HOST_LOGS names a folder for its logs.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +53,13 @@ class Host:
         """Start the host; with `file_limit`, writing beyond so many bytes fails, as on a full disk."""
         self.base = base
         self.output = base / "output"
-        self.log = base / f"host-{uuid.uuid4().hex[:6]}.log"
+        self.log = Path(os.environ.get("NFQ_HOST_LOGS", base)) / f"host-{uuid.uuid4().hex[:6]}.log"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         path = Path(os.environ["COMFYUI_PATH"])
-        command = [host_python(), "main.py", "--cpu", "--listen", "127.0.0.1"]
+        command = [host_python(), "main.py", "--listen", "127.0.0.1"]
+        command += ["--cpu"] if os.environ.get("NFQ_HOST_DEVICE", "cpu") == "cpu" else []
         command += ["--port", str(self.port), "--base-directory", str(base)]
         command += ["--disable-auto-launch", "--database-url", "sqlite:///:memory:", *flags]
         with self.log.open("wb") as log:

@@ -19,20 +19,33 @@ MODEL = ["model", 0]
 @pytest.mark.parametrize(
     ("graph", "message"),
     [
-        ({"save": save(["original", 0], "x")}, "not quantised; put NFQuantizeUNet between"),
-        ({"save": save(["lora", 0], "x")}, "apply it before NFQuantizeUNet"),
-        ({"save": save(["ours", 0], "../../x")}, "leads out of .*diffusion_models"),
-        ({"save": save(["ours", 0], "../checkpoints/x")}, "leads out of .*diffusion_models"),
-        ({"save": save(["ours", 0], "x/..")}, "names no file"),
-        ({"save": save(["ours", 0], "x", clip=["companions", 0])}, "needs both CLIP and VAE"),
-        ({"again": quantize(["ours", 0]), "look": save(["again", 0], "x")}, "quantised already"),
-        ({"again": quantize(["other", 0]), "look": save(["again", 0], "x")}, "no UNet of the SDXL family"),
-        ({"again": quantize(["compiled", 0]), "look": save(["again", 0], "x")}, "compiled already"),
+        pytest.param({"save": save(["original", 0], "x")}, "not quantised; put NFQuantizeUNet between", id="dense"),
+        pytest.param({"save": save(["lora", 0], "x")}, "apply it before NFQuantizeUNet", id="lora"),
+        pytest.param({"save": save(["ours", 0], "../../x")}, "leads out of .*diffusion_models", id="outside"),
+        pytest.param(
+            {"save": save(["ours", 0], "../checkpoints/x")}, "leads out of .*diffusion_models", id="elsewhere"
+        ),
+        pytest.param({"save": save(["ours", 0], "x/..")}, "names no file", id="nameless"),
+        pytest.param(
+            {"save": save(["ours", 0], "x", clip=["companions", 0])}, "needs both CLIP and VAE", id="clip alone"
+        ),
+        pytest.param({"save": save(["resident", 0], "x")}, "set memory to packed in its NFQ loader", id="resident"),
+        pytest.param(
+            {"again": quantize(["ours", 0]), "look": save(["again", 0], "x")}, "quantised already", id="twice"
+        ),
+        pytest.param(
+            {"again": quantize(["other", 0]), "look": save(["again", 0], "x")},
+            "no UNet of the SDXL family",
+            id="other model",
+        ),
+        pytest.param(
+            {"again": quantize(["compiled", 0]), "look": save(["again", 0], "x")}, "compiled already", id="compiled"
+        ),
     ],
-    ids=["dense", "lora", "outside", "elsewhere", "nameless", "clip alone", "twice", "other model", "compiled"],
 )
 def test_refused_graphs(host, graph: dict, message: str) -> None:
     nodes = {"ours": OURS, "original": ORIGINAL, "lora": lora("lora", 1.0, ["ours", 0])}
+    nodes["resident"] = {**OURS, "inputs": {**OURS["inputs"], "memory": "resident"}}
     nodes["companions"] = {"class_type": "NFQTestCompanions", "inputs": {}}
     nodes["other"] = {"class_type": "NFQTestOtherModel", "inputs": {}}
     nodes["compiled"] = {"class_type": "TorchCompileModel", "inputs": {"model": ["original", 0], "backend": "inductor"}}

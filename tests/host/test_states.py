@@ -23,6 +23,17 @@ def test_the_host_sees_packed_bytes(host) -> None:
     assert sizes["model_size"] <= 0.35 * sizes["fp16_size"]
 
 
+@pytest.mark.parametrize("memory", ["resident", "auto"])
+def test_resident_is_a_stock_model(host, memory: str) -> None:
+    """Dequantised once at load; auto does so where there is room for twice that, as there is in these tests."""
+    resident = {**OURS, "inputs": {**OURS["inputs"], "memory": memory}}
+    sizes = host.check("sizes", {"model": resident}, model=MODEL)
+    assert sizes["class"].startswith("ModelPatcher") and sizes["packed_layers"] == 0
+    assert sizes["model_size"] >= sizes["fp16_size"]
+    assert torch.equal(host.latent(sample({"model": resident}, MODEL)), host.latent(sample({"model": OURS}, MODEL)))
+    assert "vega.nfq.safetensors is loaded resident: " in host.log.read_text()
+
+
 def test_load_states(host) -> None:
     """In every state between all and nothing on the device, the layers compute what a dense, patched model computes."""
     prompt = {"model": OURS, "lora": lora("locon", 0.8, MODEL), "other": lora("dora", 0.5, ["lora", 0])}
@@ -45,11 +56,15 @@ def test_lora_factors_stay_with_their_layers(host) -> None:
     facts = host.check("lora_factors", prompt, model=["other", 0])
     full, half = facts["full"], facts["half"]
     assert full["kept"] == full["patched"] > 0
-    assert full["loaded"] == facts["packed"] + full["bytes"]
+    assert full["loaded"] == facts["size"] == facts["clone"]
+    assert facts["counted at load"] == full["bytes"] > 0
     assert 0 < half["kept"] < full["kept"]
     assert half["patched"] == full["patched"]
     assert half["loaded"] == full["loaded"] - facts["freed"]
     assert facts["after"] == 0
+    assert 0 < facts["less"]["loaded"] < facts["tight"]["loaded"] < facts["size"]
+    assert 0 < facts["less"]["kept"] < facts["tight"]["kept"]
+    assert facts["nothing"] >= 0
 
 
 def test_hooks_outlive_a_partial_unload(host) -> None:
@@ -65,6 +80,12 @@ def test_copies_and_compiled_layers(host) -> None:
     assert facts["compiled"] == 0
     # bf16 keeps 8 bits of each weight and of the inputs.
     assert facts["half_dtype"] == "torch.bfloat16" and facts["half"] < 0.02
+
+
+def test_a_compiled_layer_with_a_lora_is_compiled_once(host) -> None:
+    facts = host.check("compiled_lora", {"model": OURS, "lora": lora("lora", 1.0, MODEL)}, model=["lora", 0])
+    assert facts["graphs"] == [1, 1]
+    assert max(facts["differences"]) == 0
 
 
 def test_copies_in_the_hosts_buffers(host) -> None:
@@ -84,6 +105,7 @@ def test_never_the_dynamic_patcher(host) -> None:
     if not facts["supported"]:
         pytest.skip("this host has no DynamicVRAM")
     assert facts["stock"] and facts["made by us"] == 0
+    assert facts["resident"] == [True, False]
     assert set(facts["classes"]) == {"NFModelPatcher"}
     assert facts["dynamic"] == [False, False, False]
     assert facts["differences"] == [0, 0, 0]

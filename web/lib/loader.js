@@ -32,6 +32,19 @@ function paragraph(words, className = "") {
   return element("p", { className }, words);
 }
 
+// Whether each layer got a format of its own, for a size that was asked for.
+function sized({ settings }) {
+  return settings?.target_bpw != null || settings?.target_bytes != null;
+}
+
+function formatsInWords(facts) {
+  const [main] = facts.formats;
+  const bits = facts.bits_per_weight.toFixed(2);
+  if (sized(facts)) return text("sizedAndBits", { bits });
+  if (main.trellis_bits) return text("trellisAndBits", { code: main.trellis_bits, bits });
+  return text("levelsAndBits", { levels: main.levels, bits });
+}
+
 function factLines({ facts, recipe }) {
   const [main] = facts.formats;
   const settings = settingsInWords(facts.settings);
@@ -39,12 +52,11 @@ function factLines({ facts, recipe }) {
   const from = paragraph(settings ? text("fromWith", { source, settings }) : text("from", { source }), "nfq-faint");
   const bytes = size(facts.file_bytes);
   if (!main) return [paragraph(text("nothingQuantised"), "nfq-strong"), paragraph(bytes), from];
-  const bits = facts.bits_per_weight.toFixed(2);
   const share = percent(facts.file_bytes, facts.fp16_bytes);
   return [
-    paragraph(text("levelsAndBits", { levels: main.levels, bits }), "nfq-strong"),
+    paragraph(formatsInWords(facts), "nfq-strong"),
     paragraph(text("sizeOf", { size: bytes, whole: size(facts.fp16_bytes), percent: share })),
-    paragraph(text(`goodFor.${main.levels}`)),
+    ...(sized(facts) ? [] : [paragraph(text(`goodFor.${main.trellis_bits ? `t${main.trellis_bits}` : main.levels}`))]),
     from,
   ];
 }

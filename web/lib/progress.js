@@ -25,12 +25,15 @@ export function listen() {
 export function addProgress(node) {
   const panel = addPanel(node, "progress");
   const setting = (name) => node.widgets.find((widget) => widget.name === name);
-  const advice = () =>
+  const advice = () => {
+    const preset = setting("preset").value;
+    const fixed = preset === "none";
     panel.replaceChildren(
-      element("p", {}, text(`goodFor.${setting("levels").value}`)),
-      element("p", { className: "nfq-faint" }, text(`takes.${setting("effort").value}`)),
+      element("p", {}, fixed ? text(`goodFor.${setting("levels").value}`) : text(`preset.${preset}`)),
+      element("p", { className: "nfq-faint" }, text(`takes.${fixed ? setting("effort").value : "preset"}`)),
     );
-  for (const name of ["levels", "effort"]) after(setting(name), "callback", advice);
+  };
+  for (const name of ["levels", "effort", "preset"]) after(setting(name), "callback", advice);
 
   const fill = element("div");
   const name = element("p", { className: "nfq-layer" });

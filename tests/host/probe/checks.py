@@ -36,7 +36,10 @@ def _forward(patcher) -> torch.Tensor:
     x = torch.randn(1, 4, 8, 8, generator=generator)
     context = torch.randn(1, 77, 2048, generator=generator)
     y = torch.randn(1, 2816, generator=generator)
-    return patcher.model.diffusion_model(x, torch.tensor([500.0]), context=context, y=y)
+    model = patcher.model
+    where = {"device": model.device, "dtype": model.manual_cast_dtype or model.get_dtype()}
+    x, context, y = (tensor.to(**where) for tensor in (x, context, y))
+    return model.diffusion_model(x, torch.tensor([500.0], device=model.device), context=context, y=y).float().cpu()
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -103,17 +106,23 @@ def memory_states(package: str, model, other) -> dict:
     return result
 
 
+def _ready_steps(patcher, layer) -> list:
+    patch = patcher._attached(layer)
+    return patch._ready if patch else []
+
+
 def lora_factors(package: str, model, other) -> dict:
     """Where the factors of a model's LoRAs are, loaded wholly, then in half, and what the host counts for them."""
     device = comfy.model_management.get_torch_device()
     comfy.model_management.unload_all_models()
     patcher = _module(package, "patcher")
-    result = {"packed": model.model_size()}
+    result = {"size": model.model_size(), "clone": model.clone().model_size()}
 
     def look(state: str) -> None:
         _forward(model)
-        patches = [patcher._attached(layer) for _, layer in patcher.packed_layers(model.model)]
-        kept = [step for patch in patches if patch for step in patch._ready]
+        layers = [layer for _, layer in patcher.packed_layers(model.model)]
+        patches = [patcher._attached(layer) for layer in layers]
+        kept = [step for layer in layers for step in _ready_steps(patcher, layer)]
         result[state] = {
             "loaded": model.loaded_size(),
             "patched": sum(patch is not None for patch in patches),
@@ -122,11 +131,22 @@ def lora_factors(package: str, model, other) -> dict:
         }
 
     model.patch_model(device)
+    result["counted at load"] = sum(
+        step.nbytes for _, layer in patcher.packed_layers(model.model) for step in _ready_steps(patcher, layer)
+    )
     look("full")
     result["freed"] = model.partially_unload(torch.device("cpu"), model.model_size() // 2)
     look("half")
     model.detach()
     result["after"] = model.loaded_size()
+    # All but a little of what it takes with the factors: not everything may be loaded.
+    model.patch_model(device, lowvram_model_memory=result["size"] - 1_000_000)
+    look("tight")
+    model.partially_load(device, extra_memory=-result["size"] // 4)
+    look("less")
+    model.partially_unload(torch.device("cpu"), 1e32)
+    result["nothing"] = model.loaded_size()
+    model.detach()
     return result
 
 
@@ -181,6 +201,31 @@ def copies(package: str, model, other) -> dict:
         "clone_class": type(clone).__name__,
         "clone_shares": clone.model is model.model,
     }
+
+
+def compiled_lora(package: str, model, other) -> dict:
+    """A compiled layer with a LoRA, called twice: how many graphs there are after each call."""
+    patcher = _module(package, "patcher")
+    comfy.model_management.unload_all_models()
+    model.patch_model(comfy.model_management.get_torch_device())
+    layer = next(layer for _, layer in patcher.packed_layers(model.model) if patcher._attached(layer))
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        x = torch.randn(3, layer.weight.shape[1])
+        wanted = layer(x)
+        compiled = torch.compile(layer, backend=count)
+        result = {"graphs": [], "differences": []}
+        for _ in range(2):
+            result["differences"].append(_difference(compiled(x), wanted))
+            result["graphs"].append(len(graphs))
+    model.detach()
+    return result
 
 
 def host_copies(package: str, model, other) -> dict:
@@ -256,6 +301,7 @@ def dynamic_vram(package: str, model, other) -> dict:
         load, arguments = model.cached_patcher_init
         loaded = [load(*arguments, disable_dynamic=True), load(*arguments)]
         made_by_us = len(_Dynamic.made)
+        resident = [load(arguments[0], "resident", disable_dynamic=disable) for disable in (False, True)]
         stock = comfy.sd.load_diffusion_model(folder_paths.get_full_path("diffusion_models", "vega.safetensors"))
         quantised = bake.quantize_model(stock, bake.Settings(), None, recipe.Origin())
         stock.cached_patcher_init = None
@@ -269,6 +315,7 @@ def dynamic_vram(package: str, model, other) -> dict:
             "supported": True,
             "stock": stock.is_dynamic(),
             "made by us": made_by_us,
+            "resident": [patcher.is_dynamic() for patcher in resident],
             "classes": [type(patcher).__name__ for patcher in (*loaded, loaded[0].clone(), quantised)],
             "dynamic": [patcher.is_dynamic() for patcher in (*loaded, quantised)],
             "differences": [_difference(_forward(patcher), wanted) for patcher in (*loaded, quantised)],

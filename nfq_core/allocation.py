@@ -1,0 +1,176 @@
+"""Which format each layer gets, where a size is asked for instead of formats.
+
+Rounding a layer adds noise to its output; how much of it arrives in the model's output is the layer's *sensitivity*:
+relative noise power of the output ÷ that of the weight. The formats are chosen so that the sum of all layers' noise is
+least at the given size: every layer moves to the next larger format in the order of what a byte gains, until nothing
+more fits. Where every further bit gains less than the one before, that is a Lagrangian (Shoham and Gersho 1988).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from .errors import NFQError
+from .formats import FORMATS, BlockFormat
+from .writer import Plan
+
+EXPECTED_SQNR_DB = {"t2w8_b64": 11.2, "t3w8_b64": 17.1, "t4w8_b64": 22.9, "t5w9_b64": 28.7}
+"""Formats to choose from, the smallest first, with the signal-to-quantisation-noise ratio of Gaussian weights in them.
+
+From `benchmarks.trellis`. Heavier tails lose about as much in one as in another, which does not change the choice.
+"""
+
+LARGEST = list(EXPECTED_SQNR_DB)[-1]
+
+PRESETS = {"best": 4.9, "balanced": 4.1, "small": 3.4, "tiny": 2.8}
+"""Packed bits per weight."""
+
+ROLES = (
+    (("skip_connection", "conv_shortcut"), 500.0),
+    (("proj_in", "proj_out"), 56.0),
+    (("attn1.to_v", "attn1.to_out"), 9.0),
+    (("attn2.to_v", "attn2.to_out"), 4.0),
+    (("ff.net.0",), 1.7),
+    (("ff.net.2",), 0.6),
+    (("attn2.to_k",), 2.0),
+    (("to_q", "to_k"), 1.0),
+)
+"""Sensitivities per weight of a UNet's linear layers and shortcuts by what stands in their names.
+
+Measured on the demo model, those of a role together. Keys of cross-attention are raised above what was found there, for
+published work finds them sensitive in SDXL (MixDQ, arXiv 2405.17873).
+"""
+
+NEAR = 0.99
+"""How much of the size asked for a file has at least."""
+
+MAX_TRIES = 4
+"""Files written in search of a size, the best of which is written again where none is near enough."""
+
+CONVOLUTION = 16.0
+"""Likewise of its other convolutions."""
+
+OTHER = 1.0
+"""Likewise of what is not known."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Moving a layer to the next larger format: what it gains for each byte, and how many bytes it takes."""
+
+    gain: float
+    layer: str
+    number: int
+    nbytes: int
+
+
+def expected_sensitivity(name: str, shape: Sequence[int]) -> float:
+    """What is known of a layer's sensitivity without a measurement, by its name in any layout, in any unit."""
+    role = next((value for fragments, value in ROLES if any(part in name for part in fragments)), None)
+    if role is None:
+        role = CONVOLUTION if len(shape) > 2 else OTHER
+    return role * prod(shape)
+
+
+def allocate(
+    shapes: Mapping[str, Sequence[int]], budget: int, sensitivities: Mapping[str, float] | None = None
+) -> dict[str, tuple[BlockFormat, float]]:
+    """Choose a format for each layer.
+
+    Args:
+        shapes: shape of each layer's weight by name.
+        budget: packed bytes of all of them together, at most.
+        sensitivities: measured ones by name; a layer that is missing gets a typical one. By default
+            `expected_sensitivity`.
+
+    Returns:
+        The format of each layer, and its sensitivity per weight in terms of the mean over all weights, to four digits.
+        More than the largest format takes is not used.
+
+    Raises:
+        NFQError: not even the smallest format fits.
+    """
+    menu = [FORMATS[id] for id in EXPECTED_SQNR_DB]
+    bytes_in = {name: [fmt.packed_bytes(prod(shape)) for fmt in menu] for name, shape in shapes.items()}
+    noise = [10 ** (-EXPECTED_SQNR_DB[fmt.id] / 10) for fmt in menu]
+    weight_of = _completed(shapes, sensitivities)
+    left = budget - sum(sizes[0] for sizes in bytes_in.values())
+    if left < 0:
+        raise NFQError(
+            f"the quantised weights need at least {budget - left:,} bytes, {budget:,} are left for them; ask for more"
+        )
+    steps = []
+    for name, sizes in bytes_in.items():
+        for number in range(1, len(menu)):
+            nbytes = sizes[number] - sizes[number - 1]
+            gain = weight_of[name] * (noise[number - 1] - noise[number]) / nbytes
+            steps.append(_Step(gain, name, number, nbytes))
+    chosen = dict.fromkeys(shapes, 0)
+    # Names decide between equals, so that the order of the tensors does not.
+    for step in sorted(steps, key=lambda step: (-step.gain, step.layer, step.number)):
+        if step.nbytes <= left and chosen[step.layer] == step.number - 1:
+            chosen[step.layer] = step.number
+            left -= step.nbytes
+    counts = {name: prod(shape) for name, shape in shapes.items()}
+    mean = sum(weight_of.values()) / max(1, sum(counts.values())) or 1.0
+    return {
+        name: (menu[number], float(f"{weight_of[name] / counts[name] / mean:.4g}")) for name, number in chosen.items()
+    }
+
+
+class SizeSearch:
+    """Finds how many packed bytes make a file of the size asked for, by writing it: it has to be known to be kept.
+
+    Args:
+        target: bytes of the file, at most, and at least `NEAR` of that; None: any size will do.
+    """
+
+    def __init__(self, target: int | None) -> None:
+        self.packed_bytes: int | None = None
+        self.warnings: list[str] = []
+        self._target = target
+        self._tries = 0
+        self._best = 0
+        """The largest file found so far that is small enough ..."""
+        self._best_packed: int | None = None
+        """... and its packed bytes."""
+
+    def accepts(self, file_bytes: int, plans: Mapping[str, Plan]) -> bool:
+        """Whether a file is as asked for; if not, `packed_bytes` is what to try next.
+
+        Raises:
+            NFQError: there is no such file.
+        """
+        if self._target is None or NEAR * self._target <= file_bytes <= self._target:
+            return True
+        formats = {name: plan.format for name, plan in plans.items() if plan.format}
+        packed = sum(fmt.packed_bytes(prod(plans[name].shape)) for name, fmt in formats.items())
+        fits = file_bytes <= self._target
+        if fits and all(fmt.id == LARGEST for fmt in formats.values()):
+            self.warnings.append(f"every layer has {LARGEST}, the most there is; the file is smaller than asked for")
+            return True
+        if fits and self._tries == MAX_TRIES:
+            self.warnings.append(f"the file has {file_bytes:,} bytes, nothing nearer to {self._target:,} was found")
+            return True
+        if fits and file_bytes > self._best:
+            self._best, self._best_packed = file_bytes, packed
+        self._tries += 1
+        if self._tries < MAX_TRIES:
+            self.packed_bytes = int(packed + (1 + NEAR) / 2 * self._target - file_bytes)
+        elif self._best_packed is not None:
+            self.packed_bytes = self._best_packed
+        else:
+            raise NFQError(f"no file of at most {self._target:,} bytes was found; ask for more")
+        return False
+
+
+def _completed(shapes: Mapping[str, Sequence[int]], sensitivities: Mapping[str, float] | None) -> dict[str, float]:
+    """A sensitivity for every layer: what was not measured is as sensitive, for its role, as the measured ones are."""
+    expected = {name: expected_sensitivity(name, shape) for name, shape in shapes.items()}
+    known = {name: value for name, value in (sensitivities or {}).items() if name in shapes}
+    if not known:
+        return expected
+    unit = sum(known.values()) / sum(expected[name] for name in known)
+    return {name: known.get(name, expected[name] * unit) for name in shapes}

@@ -1,0 +1,84 @@
+"""A file's tensors under the names that a whole LDM checkpoint gives them, packed or dense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from .container import NFQFile
+from .errors import UnsupportedFileError
+from .parallel import ordered_map
+from .state import StateDict
+from .tensor import NFTensor
+from .unet import detect, ldm_names, what_is_missing
+from .unet_keys import CHECKPOINT_PREFIX
+
+COMPANIONS = {
+    "text encoder": ("conditioner.", "cond_stage_model.", "text_encoders."),
+    "VAE": ("first_stage_model.", "vae."),
+}
+"""What a whole checkpoint holds beside its UNet, and how the names of its tensors may begin."""
+
+
+def unet_names(file: NFQFile) -> dict[str, str]:
+    """The LDM name, without prefix, of every UNet tensor in a file.
+
+    Raises:
+        UnsupportedFileError: there is no UNet of the SDXL family, or an incomplete one.
+    """
+    shapes = {key: tuple(entry.shape) for key, entry in file.quantized.items()}
+    shapes |= {key: tuple(file.entries[key].shape) for key in file.kept}
+    info = detect(shapes)
+    if info is None:
+        raise UnsupportedFileError(f"{file.path} holds no UNet of the SDXL family; choose a quantised SDXL-type model")
+    if info.architecture is None:
+        missing = what_is_missing(info, shapes)
+        if missing or info.layout == "diffusers":
+            reason = missing or "its UNet is not of the SDXL family"
+            raise UnsupportedFileError(f"{file.path} cannot be used: {reason}; quantise the original again")
+    return ldm_names(info, shapes)
+
+
+def checkpoint_names(file: NFQFile) -> dict[str, str]:
+    """What a whole LDM checkpoint calls each tensor of a file; all but the UNet's keep their names.
+
+    Raises:
+        UnsupportedFileError: as `unet_names`.
+    """
+    unet = unet_names(file)
+    return {key: CHECKPOINT_PREFIX + unet[key] if key in unet else key for key in file.keys()}  # noqa: SIM118
+
+
+def missing_companions(file: NFQFile) -> list[str]:
+    """Those of COMPANIONS that a file lacks: both where it holds a UNet alone."""
+    return [part for part, beginnings in COMPANIONS.items() if not any(key.startswith(beginnings) for key in file.kept)]
+
+
+def dense(
+    tensors: StateDict,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float16,
+) -> dict[str, torch.Tensor]:
+    """Dequantise a state dict, layer by layer.
+
+    Args:
+        tensors: packed and kept tensors by name; each is taken out as it is dealt with, so that memory holds a weight
+            either packed or dense.
+        device: where the result is to lie; weights are dequantised there.
+        dtype: of weights that were packed; fp16 holds them exactly. Kept tensors stay as they are.
+    """
+
+    def work(key: str) -> torch.Tensor:
+        tensor = tensors.pop(key).to(device)
+        return tensor.dequantize(dtype) if isinstance(tensor, NFTensor) else tensor
+
+    keys = list(tensors)
+    sizes = {key: tensors[key].numel() * dtype.itemsize for key in keys}
+    return dict(zip(keys, ordered_map(work, keys, size=sizes.__getitem__), strict=True))
+
+
+def renamed(tensors: StateDict, names: Mapping[str, str]) -> StateDict:
+    """The same tensors under other names, in the same order."""
+    return {names[key]: tensor for key, tensor in tensors.items()}

@@ -1,0 +1,181 @@
+"""Linear and Conv2d layers of any PyTorch model with their weights packed, dequantised whenever the layer runs.
+
+A layer's packed buffer is its parameter `weight`, of uint8: moving, copying and saving a model take it along, and casts
+to another dtype leave it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import nn
+
+from .errors import NFQError
+from .formats import format_by_id
+from .low_rank import LowRank
+from .op import dequantize, dequantize_for_one_use
+from .tensor import NFTensor
+
+
+class PackedLayer:
+    """What both kinds of layers share: a packed weight, and low-rank changes that are added to what is dequantised.
+
+    The changes are part of no state dict.
+    """
+
+    def _hold(self, tensor: NFTensor, bias: nn.Parameter | None) -> None:
+        self.format_id = tensor.format.id
+        self.weight_shape = tuple(tensor.shape)
+        self.weight_dtype = tensor.dtype
+        self.weight = nn.Parameter(tensor.data, requires_grad=False)
+        self.bias = bias
+        self.register_buffer("up", None, persistent=False)
+        self.register_buffer("down", None, persistent=False)
+
+    @property
+    def packed(self) -> NFTensor:
+        """The packed weight, sharing its buffer."""
+        return NFTensor(self.weight.data, format_by_id(self.format_id), self.weight_shape, self.weight_dtype)
+
+    @property
+    def low_rank(self) -> LowRank | None:
+        """What is added to the weight, in the dtype and on the device of the layer's input; None: nothing."""
+        return None if self.up is None else LowRank(self.up, self.down)
+
+    @low_rank.setter
+    def low_rank(self, change: LowRank | None) -> None:
+        rows, columns = self.weight_shape[0], prod(self.weight_shape[1:])
+        if change is not None and (change.up.shape[0], change.down.shape[1]) != (rows, columns):
+            raise NFQError(
+                f"a low-rank change of {change.up.shape[0]} × {change.down.shape[1]} does not fit a weight of shape "
+                f"{self.weight_shape}, which is {rows} × {columns}"
+            )
+        self.up, self.down = (None, None) if change is None else (change.up, change.down)
+
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight in `dtype` with its low-rank changes, new."""
+        return self._changed(dequantize(self.weight, self.format_id, self.weight_shape, dtype))
+
+    def _weight_now(self, dtype: torch.dtype) -> torch.Tensor:
+        """`dense_weight`, which need not last beyond this layer's forward."""
+        return self._changed(dequantize_for_one_use(self.weight, self.format_id, self.weight_shape, dtype))
+
+    def _changed(self, weight: torch.Tensor) -> torch.Tensor:
+        change = self.low_rank
+        if change is None:
+            return weight
+        if change.up.dtype != weight.dtype or change.up.device != weight.device:
+            raise NFQError(
+                f"the low-rank change is {change.up.dtype} on {change.up.device}, the layer computes in "
+                f"{weight.dtype} on {weight.device}; make it anew for these"
+            )
+        return change.add_to(weight)
+
+    def extra_repr(self) -> str:
+        """The stock layer's, and the format."""
+        return f"{super().extra_repr()}, format={self.format_id}"
+
+
+class PackedLinear(PackedLayer, nn.Linear):
+    """`torch.nn.Linear` with a packed weight, in the place of `layer`, whose bias it takes over."""
+
+    def __init__(self, layer: nn.Linear, tensor: NFTensor) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        self._hold(tensor, layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The product with the weight dequantised to the dtype of `x`."""
+        return nn.functional.linear(x, self._weight_now(x.dtype), self.bias)
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """The stock layer with the weight in `dtype`, changes included."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        return _with_dense_weight(layer, self, dtype)
+
+
+class PackedConv2d(PackedLayer, nn.Conv2d):
+    """`torch.nn.Conv2d` with a packed weight, in the place of `layer`, whose bias it takes over."""
+
+    def __init__(self, layer: nn.Conv2d, tensor: NFTensor) -> None:
+        super().__init__(**_settings(layer))
+        self._hold(tensor, layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The convolution with the weight dequantised to the dtype of `x`."""
+        return self._conv_forward(x, self._weight_now(x.dtype), self.bias)
+
+    def dense(self, dtype: torch.dtype) -> nn.Conv2d:
+        """The stock layer with the weight in `dtype`, changes included."""
+        return _with_dense_weight(nn.Conv2d(**_settings(self)), self, dtype)
+
+
+PACKED_KINDS = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
+"""Which layer takes the place of which."""
+
+
+def _settings(layer: nn.Conv2d) -> dict:
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(layer, name) for name in names} | {"bias": False, "device": "meta"}
+
+
+def _with_dense_weight(layer: nn.Module, packed: PackedLayer, dtype: torch.dtype) -> nn.Module:
+    layer.weight = nn.Parameter(packed.dense_weight(dtype), requires_grad=False)
+    layer.bias = packed.bias
+    return layer.train(packed.training)
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+    """The packed layers inside a model, by name."""
+    return {name: module for name, module in model.named_modules() if name and isinstance(module, PackedLayer)}
+
+
+def pack_layers(model: nn.Module, tensors: Mapping[str, NFTensor]) -> None:
+    """Put packed layers in the place of a model's Linear and Conv2d layers.
+
+    Biases stay the parameters they are; hooks on the old layers are lost. The model may be on torch's meta device.
+
+    Args:
+        model: is changed; when an error is raised it is as it was.
+        tensors: packed weights by the names they have in the model's state dict; their buffers are shared.
+
+    Raises:
+        NFQError: the model lacks a layer of that name, or it has another shape or is of another kind.
+    """
+    modules = dict(model.named_modules())
+    made = {}
+    for name, tensor in tensors.items():
+        path = name.removesuffix(".weight")
+        layer = modules.get(path)
+        if layer is None or path == name:
+            raise NFQError(f"the model has no layer for the packed weight {name!r}")
+        kind = next((packed for stock, packed in PACKED_KINDS.items() if isinstance(layer, stock)), None)
+        if kind is None or isinstance(layer, PackedLayer):
+            raise NFQError(
+                f"the packed weight {name!r} needs a Linear or Conv2d layer, the model has {type(layer).__name__}"
+            )
+        if layer.weight.shape != tensor.shape:
+            raise NFQError(
+                f"the packed weight {name!r} has shape {tuple(tensor.shape)}, the model's layer wants "
+                f"{tuple(layer.weight.shape)}"
+            )
+        made[path] = kind(layer, tensor).train(layer.training)
+    for path, layer in made.items():
+        _put(model, path, layer)
+
+
+def dense_layers(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
+    """Put stock layers in the place of a model's packed ones, each weight dequantised once, its changes merged.
+
+    Args:
+        model: is changed.
+        dtype: of the weights.
+    """
+    for path, layer in packed_layers(model).items():
+        _put(model, path, layer.dense(dtype))
+
+
+def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, layer)

@@ -1,0 +1,54 @@
+"""Loading in Automatic1111's web UI: our checkpoints are dequantised when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from modules import devices, sd_models, shared
+
+from ..nfq_core import NFQError
+from .loading import NFQLoading, is_ours
+from .patching import argument, tell, wrap
+
+REMEDY = "this program needs a whole checkpoint: quantise one with its text encoder and VAE"
+
+
+def install(loading: NFQLoading) -> None:
+    """Have the program's reader of checkpoints, and what changes its model, take our files."""
+
+    def reader(previous: Callable) -> Callable:
+        def read_state_dict(checkpoint_file: str, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+            if not is_ours(checkpoint_file):
+                return previous(checkpoint_file, *args, **kwargs)
+            location = argument(1, "map_location", args, kwargs)
+            device = location or shared.weight_load_location or devices.get_optimal_device_name()
+            return loading.take_dense(checkpoint_file, device, REMEDY)
+
+        return read_state_dict
+
+    def changer(previous: Callable) -> Callable:
+        def reload_model_weights(*args: Any, **kwargs: Any) -> Any:
+            info = argument(1, "info", args, kwargs) or sd_models.select_checkpoint()
+            forced = argument(2, "forced_reload", args, kwargs)
+            try:
+                if is_ours(info.filename) and (forced or not _is_loaded(info)):
+                    loading.read_ahead(info.filename, REMEDY)
+                return previous(*args, **kwargs)
+            except NFQError as error:
+                tell(str(error))
+                raise
+            finally:
+                loading.forget()
+
+        return reload_model_weights
+
+    wrap(sd_models, "read_state_dict", reader)
+    wrap(sd_models, "reload_model_weights", changer)
+
+
+def _is_loaded(info: Any) -> bool:
+    """Whether the program has a checkpoint's model or its tensors in memory."""
+    loaded = [model.sd_checkpoint_info.filename for model in sd_models.model_data.loaded_sd_models]
+    return info.filename in loaded or info in sd_models.checkpoints_loaded

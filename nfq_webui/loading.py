@@ -1,0 +1,95 @@
+"""What becomes of our files when the program asks for a checkpoint; nothing here knows the program."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from ..nfq_core import NFQError, NFQFile
+from ..nfq_core.checkpoint import checkpoint_names, dense, missing_companions, renamed
+from ..nfq_core.container import HASH_KEY
+from ..nfq_core.state import StateDict, load_tensors
+
+SUFFIX = ".nfq.safetensors"
+
+KEEP_PACKED = "nfq_keep_packed"
+"""The name of the setting that has weights stay packed, where the program can."""
+
+MARK_BYTES = 256
+"""Our writer puts HASH_KEY first in a header: it stands in so many bytes of a file, whatever the file is called."""
+
+
+def is_ours(path: str | os.PathLike) -> bool:
+    """Whether a file is to be read by us: by its name, or its first bytes."""
+    name = os.fspath(path).lower()
+    if name.endswith(SUFFIX):
+        return True
+    try:
+        with open(path, "rb") as file:
+            return name.endswith(".safetensors") and HASH_KEY.encode() in file.read(MARK_BYTES)
+    except OSError:
+        return False
+
+
+def refuse_incomplete(file: NFQFile, remedy: str) -> None:
+    """NFQError, ending in `remedy`, when a file lacks its text encoder or VAE."""
+    missing = missing_companions(file)
+    if missing:
+        raise NFQError(f"{file.path} holds no {' and no '.join(missing)}; {remedy}")
+
+
+class NFQLoading:
+    """Reads our files whole before the program gives its old model up, and then hands them over.
+
+    The program drops the model it has, and then reads: were a damaged file found there, no model would be left.
+    """
+
+    def __init__(self) -> None:
+        self._ahead: tuple[tuple, StateDict] | None = None
+
+    def read_ahead(self, path: str, remedy: str = "") -> None:
+        """Read and check every tensor of a file, packed weights staying packed.
+
+        Args:
+            path: the file.
+            remedy: what to do about a file that lacks text encoder or VAE; where empty, such a file will do.
+
+        Raises:
+            NFQError: the file is missing, damaged, foreign, newer, or incomplete.
+        """
+        self.forget()
+        tensors = _read(path, remedy)
+        self._ahead = _fingerprint(path), tensors
+
+    def forget(self) -> None:
+        """Give up what was read ahead."""
+        self._ahead = None
+
+    def take(self, path: str, remedy: str = "") -> StateDict:
+        """All tensors of a file under the names of a whole LDM checkpoint, weights packed.
+
+        They are those read ahead, or read now; arguments and errors as of `read_ahead`.
+        """
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == _fingerprint(path):
+            return ahead[1]
+        return _read(path, remedy)
+
+    def take_dense(self, path: str, device: torch.device | str, remedy: str = "") -> dict[str, torch.Tensor]:
+        """`take`, with every weight dequantised to fp16."""
+        return dense(self.take(path, remedy), device=device)
+
+
+def _fingerprint(path: str) -> Sequence:
+    facts = os.stat(path)
+    return os.path.realpath(path), facts.st_mtime_ns, facts.st_size
+
+
+def _read(path: str, remedy: str) -> StateDict:
+    with NFQFile(path) as file:
+        if remedy:
+            refuse_incomplete(file, remedy)
+        names = checkpoint_names(file)
+        return renamed(load_tensors(file), names)

@@ -1,0 +1,122 @@
+"""The NFQ tab, which tells what a checkpoint is and quantises one, and the settings."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import gradio as gr
+from modules import script_callbacks
+from modules.options import OptionHTML, OptionInfo, options_section
+
+from ..nfq_core import NFQError, Settings
+from ..nfq_core.codebook import EFFORTS
+from ..nfq_core.examine import file_info, info_lines
+from ..nfq_core.formats import LEVELS
+from ..nfq_core.policy import DEFAULTS
+from .loading import KEEP_PACKED, is_ours
+from .making import Making, default_name, target_path
+
+SECTION = ("nfq", "NFQ")
+
+making = Making()
+
+
+def register(sd_models: ModuleType, shared: ModuleType, forge: bool) -> None:
+    """Have the program show tab and settings when it builds its page."""
+    script_callbacks.on_ui_tabs(lambda: [(_tab(sd_models, shared), "NFQ", "nfq")])
+    script_callbacks.on_ui_settings(lambda: _add_settings(sd_models, shared, forge))
+
+
+def facts(path: str) -> str:
+    """What a checkpoint is, as HTML: the facts of one of ours, one sentence about any other."""
+    try:
+        if not is_ours(path):
+            return "<p>Not quantised with NFQ.</p>"
+        rows = info_lines(os.path.basename(path), file_info(path))
+    except NFQError as error:
+        return _refusal(error)
+    lines = (f"<tr><td>{name}</td><td>{html.escape(text)}</td></tr>" for name, text in rows)
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _refusal(error: NFQError) -> str:
+    return f"<p class='error'>{html.escape(str(error))}</p>"
+
+
+def _add_settings(sd_models: ModuleType, shared: ModuleType, forge: bool) -> None:
+    ours = [info for info in sd_models.checkpoints_list.values() if is_ours(info.filename)]
+    listed = "".join(f"<h4>{html.escape(info.name)}</h4>{facts(info.filename)}" for info in ours)
+    options = {"nfq_facts": OptionHTML(listed or "No checkpoint is quantised with NFQ yet: the NFQ tab makes one.")}
+    if forge:
+        label = "Keep weights of Linear layers packed in memory (applies when a checkpoint is loaded)"
+        options[KEEP_PACKED] = OptionInfo(True, label)
+    for name, option in options_section(SECTION, options).items():
+        shared.opts.add_option(name, option)
+
+
+def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
+    def titles() -> list[str]:
+        return [info.title for info in sd_models.checkpoints_list.values()]
+
+    def current() -> str | None:
+        info = sd_models.checkpoint_aliases.get(shared.opts.sd_model_checkpoint)
+        return info.title if info else None
+
+    def path_of(title: str | None) -> str:
+        info = sd_models.get_closet_checkpoint_match(title)
+        if info is None:
+            raise NFQError("no such checkpoint; choose one of the list")
+        return info.filename
+
+    def show(title: str | None) -> str:
+        try:
+            return facts(path_of(title))
+        except NFQError as error:
+            return _refusal(error)
+
+    def refresh() -> tuple[Any, str]:
+        sd_models.list_models()
+        chosen = current()
+        return gr.update(choices=titles(), value=chosen), show(chosen)
+
+    def lines(title: str, levels: int, conv_levels: int, effort: str, name: str, overwrite: bool) -> Iterator[str]:
+        try:
+            source = path_of(title)
+            folder = shared.cmd_opts.ckpt_dir or sd_models.model_path
+            target = target_path(folder, name or default_name(source, int(levels)))
+            yield from making.run(source, target, Settings(int(levels), int(conv_levels), effort), overwrite)
+            sd_models.list_models()
+        except NFQError as error:
+            yield f"Error: {error}"
+
+    def last_line(*inputs: Any) -> str:
+        return list(lines(*inputs))[-1]
+
+    with gr.Blocks(analytics_enabled=False) as tab:
+        with gr.Row():
+            chosen = gr.Dropdown(titles(), value=current, label="Checkpoint", elem_id="nfq_checkpoint")
+            again = gr.Button("Refresh", elem_id="nfq_refresh")
+        about = gr.HTML(elem_id="nfq_facts")
+        with gr.Row():
+            levels = gr.Dropdown(list(LEVELS), value=DEFAULTS.levels, label="Levels of Linear layers")
+            conv_levels = gr.Dropdown(list(LEVELS), value=DEFAULTS.conv_levels, label="Levels of convolutions")
+            effort = gr.Dropdown(list(EFFORTS), value=DEFAULTS.effort, label="Effort")
+        with gr.Row():
+            name = gr.Textbox(label="Name of the new checkpoint", placeholder="empty: the old name with -NF and levels")
+            overwrite = gr.Checkbox(False, label="Overwrite")
+        with gr.Row():
+            start = gr.Button("Quantise", variant="primary", elem_id="nfq_quantise")
+            stop = gr.Button("Stop", elem_id="nfq_stop")
+        status = gr.Textbox(label="Progress", lines=3, interactive=False, elem_id="nfq_status")
+
+        chosen.change(show, [chosen], [about], queue=False)
+        again.click(refresh, [], [chosen, about], queue=False)
+        # Without the program's queue a page can be told the end only.
+        told = last_line if shared.cmd_opts.no_gradio_queue else lines
+        start.click(told, [chosen, levels, conv_levels, effort, name, overwrite], [status])
+        stop.click(making.stop, [], [], queue=False)
+    return tab

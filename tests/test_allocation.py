@@ -1,0 +1,212 @@
+"""Formats by size: the least noise that fits, the same on every run, and said of each layer."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+
+from nfq_core import NFQError
+from nfq_core.allocation import EXPECTED_SQNR_DB, MAX_TRIES, PRESETS, SizeSearch, allocate, expected_sensitivity
+from nfq_core.cli import main
+from nfq_core.convert import quantize_file
+from nfq_core.examine import file_info
+from nfq_core.formats import FORMATS
+from nfq_core.policy import Settings, plan_tensors
+from nfq_core.safefile import Entry
+from nfq_core.unet_keys import SDXL_BASE, tensor_shapes
+from nfq_core.writer import Plan
+
+MENU = [FORMATS[id] for id in EXPECTED_SQNR_DB]
+NOISE = [10 ** (-decibels / 10) for decibels in EXPECTED_SQNR_DB.values()]
+
+
+def packed(chosen: dict, shapes: dict) -> int:
+    return sum(fmt.packed_bytes(prod(shapes[name])) for name, (fmt, _) in chosen.items())
+
+
+def noise(chosen: dict, sensitivities: dict) -> float:
+    return sum(sensitivities[name] * NOISE[MENU.index(fmt)] for name, (fmt, _) in chosen.items())
+
+
+def test_the_menu_is_convex() -> None:
+    """Each further bit gains less than the one before: only then is going by gains the best that can be done."""
+    sizes = [fmt.packed_bytes(1 << 20) for fmt in MENU]
+    gains = [(NOISE[i] - NOISE[i + 1]) / (sizes[i + 1] - sizes[i]) for i in range(len(MENU) - 1)]
+    assert sizes == sorted(sizes) and gains == sorted(gains, reverse=True)
+
+
+def test_the_sensitive_layer_gets_the_bits() -> None:
+    shapes = {"dull": (256, 256), "keen": (256, 256)}
+    budget = MENU[1].packed_bytes(1 << 16) + MENU[3].packed_bytes(1 << 16)
+    chosen = allocate(shapes, budget, {"dull": 1.0, "keen": 1000.0})
+    assert chosen["keen"][0] is MENU[3] and chosen["dull"][0] is MENU[1]
+    # Per weight, in terms of the mean: 1 and 1,000 of 500.5.
+    assert chosen["keen"][1] == 1.998 and chosen["dull"][1] == 0.001998
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_other_choice_of_that_size_has_less_noise(seed: int) -> None:
+    """Against all choices: what going by gains leaves over is less than one step of the largest layer."""
+    draw = random.Random(seed)
+    shapes = {f"layer{number}": (64, draw.choice([64, 128, 640])) for number in range(5)}
+    sensitivities = {name: draw.lognormvariate(0, 2) for name in shapes}
+    least, most = (sum(fmt.packed_bytes(prod(shape)) for shape in shapes.values()) for fmt in (MENU[0], MENU[-1]))
+    budget = draw.randint(least, most)
+    found = allocate(shapes, budget, sensitivities)
+    assert packed(found, shapes) <= budget
+    step = max(MENU[n + 1].packed_bytes(64 * 640) - MENU[n].packed_bytes(64 * 640) for n in range(3))
+    for numbers in itertools.product(range(4), repeat=5):
+        other = {name: (MENU[number], 0.0) for name, number in zip(shapes, numbers, strict=True)}
+        if packed(other, shapes) <= budget - step:
+            assert noise(found, sensitivities) <= noise(other, sensitivities) * (1 + 1e-9)
+
+
+def test_the_order_of_the_tensors_does_not_matter() -> None:
+    shapes = {f"layer{number}": (64, 64) for number in range(9)}
+    backwards = dict(reversed(shapes.items()))
+    budget = sum(fmt.packed_bytes(64 * 64) for fmt in MENU) * 9 // 4
+    assert allocate(shapes, budget) == allocate(backwards, budget)
+
+
+@pytest.mark.parametrize("bits", PRESETS.values())
+def test_sdxl_in_every_preset(bits: float) -> None:
+    entries = {key: Entry("F16", shape, 0, 0) for key, shape in tensor_shapes(SDXL_BASE, "ldm").items()}
+    plans = [plan for plan in plan_tensors(entries, Settings(target_bpw=bits))[1].values() if plan.format]
+    weights = sum(prod(plan.shape) for plan in plans)
+    found = sum(plan.format.packed_bytes(prod(plan.shape)) for plan in plans) * 8 / weights
+    assert len(plans) == 771
+    assert 0.99 * bits <= found <= bits
+
+
+def test_names_of_both_layouts_mean_the_same() -> None:
+    for ldm, diffusers in (("a.skip_connection.weight", "a.conv_shortcut.weight"), ("a.proj_in.weight",) * 2):
+        assert expected_sensitivity(ldm, (8, 8, 1, 1)) == expected_sensitivity(diffusers, (8, 8, 1, 1))
+
+
+def test_what_was_not_measured_counts_as_its_role_does() -> None:
+    """Two like layers, one of them measured: the other is taken to be as sensitive."""
+    shapes = {"a.to_q.weight": (64, 64), "b.to_q.weight": (64, 64)}
+    chosen = allocate(shapes, 10**6, {"a.to_q.weight": 7.0})
+    assert chosen["a.to_q.weight"][1] == chosen["b.to_q.weight"][1] == 1.0
+
+
+def test_too_small_a_size_is_told() -> None:
+    with pytest.raises(NFQError, match=r"need at least [\d,]+ bytes, 10 are left for them; ask for more"):
+        allocate({"a": (64, 64)}, 10)
+
+
+def search(*sizes: int) -> SizeSearch:
+    """A search for a file of 1,000,000 bytes that was told these sizes of files, none of which it took."""
+    found = SizeSearch(1_000_000)
+    for size in sizes:
+        assert not found.accepts(size, LAYER)
+    return found
+
+
+LAYER = {"a": Plan("F16", (1000, 1000), MENU[1])}
+PACKED = MENU[1].packed_bytes(10**6)
+
+
+def test_the_size_search_takes_what_is_near() -> None:
+    assert SizeSearch(None).accepts(1, LAYER)
+    assert all(search().accepts(size, LAYER) for size in (990_000, 1_000_000))
+    once = search(1_100_000)
+    assert once.packed_bytes == PACKED + 995_000 - 1_100_000
+    assert once.accepts(995_000, LAYER) and not once.warnings
+
+
+def test_the_size_search_ends() -> None:
+    with pytest.raises(NFQError, match="no file of at most 1,000,000 bytes was found; ask for more"):
+        search(*[1_100_000] * (MAX_TRIES - 1)).accepts(1_100_000, LAYER)
+    best = search(900_000, *[1_100_000] * (MAX_TRIES - 1))
+    assert best.packed_bytes == PACKED
+    assert best.accepts(900_000, LAYER) and "nothing nearer" in best.warnings[0]
+    full = SizeSearch(1_000_000)
+    assert full.accepts(900_000, {"a": Plan("F16", (1000, 1000), MENU[-1])}) and "the most there is" in full.warnings[0]
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    names = ("a.to_q", "a.to_v", "a.ff.net.2", "b.conv", "b.proj_in", "c.to_k", "c.ff.net.0.proj", "d.to_out.0")
+    tensors = {
+        f"{name}.weight": torch.randn(96, 8 * number, 3, 3, generator=generator).half()
+        if "conv" in name
+        else torch.randn(96, 64 * number, generator=generator).half()
+        for number, name in enumerate(names, 2)
+    }
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    save_file(tensors | {"bias": torch.randn(300).half()}, path)
+    return path
+
+
+@pytest.mark.parametrize("share", [0.18, 0.25])
+def test_a_file_of_the_size_asked_for(small_model: Path, tmp_path: Path, share: float) -> None:
+    """A model of few layers, whose steps are large: never above, and as near as layers of its size allow."""
+    wanted = int(share * small_model.stat().st_size)
+    target = tmp_path / "sized.nfq.safetensors"
+    result = quantize_file(small_model, target, Settings(target_bytes=wanted))
+    assert target.stat().st_size == result["file_bytes"] <= wanted
+    assert result["file_bytes"] >= 0.93 * wanted
+    info = file_info(target)
+    assert info["settings"]["target_bytes"] == wanted and "levels" not in info["settings"]
+    assert all(layer["sensitivity"] > 0 for layer in info["layers"])
+    assert len({layer["format"] for layer in info["layers"]}) > 1
+    again = tmp_path / "again.nfq.safetensors"
+    quantize_file(small_model, again, Settings(target_bytes=wanted))
+    assert again.read_bytes() == target.read_bytes()
+
+
+def test_packed_bits_asked_for_on_the_command_line(small_model: Path, tmp_path: Path, capsys) -> None:
+    target = tmp_path / "sized.nfq.safetensors"
+    assert main(["quantize", str(small_model), str(target), "--target-bpw", "3.6", "--json"]) == 0
+    capsys.readouterr()
+    assert main(["info", str(target), "--json"]) == 0
+    assert 3.4 <= json.loads(capsys.readouterr().out)["packed_bits_per_weight"] <= 3.6
+    assert main(["verify", str(target)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "told"),
+    [
+        (["--target-size", "10KB"], 1, "ask for more"),
+        (["--target-size", "soon"], 2, "'soon' is no number above zero"),
+        (["--target-size", "nanGB"], 2, "'nan' is no number above zero"),
+        (["--target-bpw", "-1"], 2, "'-1' is no number above zero"),
+        (["--target-bpw", "nan"], 2, "'nan' is no number above zero"),
+        (["--target-bpw", "3", "--levels", "16"], 2, "not allowed with"),
+        (["--format", "t3w8_b64", "--levels", "16"], 2, "not allowed with"),
+        (["--preset", "huge"], 2, "invalid choice"),
+    ],
+)
+def test_bad_sizes(small_model: Path, tmp_path: Path, capsys, flags: list[str], code: int, told: str) -> None:
+    target = tmp_path / "sized.nfq.safetensors"
+    try:
+        found = main(["quantize", str(small_model), str(target), *flags])
+    except SystemExit as stop:
+        found = stop.code
+    assert found == code
+    assert told in capsys.readouterr().err
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"target_bpw": 3, "target_bytes": 10**9}, "exclude each other"),
+        ({"target_bpw": -1.0}, "target_bpw must be above zero, got -1.0"),
+        ({"target_bytes": 0}, "target_bytes must be above zero, got 0"),
+        ({"target_bpw": float("nan")}, "target_bpw must be above zero, got nan"),
+    ],
+)
+def test_impossible_settings(settings: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Settings(**settings)

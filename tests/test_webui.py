@@ -1,0 +1,218 @@
+"""The web UI's extension without the programs: how it is loaded, what it takes up, what it leaves alone."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import stub_webui
+import torch
+from safetensors.torch import save_file
+from samples import TINY, random_half
+from stub_webui import ROOT, Program
+
+from nfq_core import NFTensor, load, quantize_state_dict, save
+from nfq_core.unet_keys import tensor_shapes
+
+COMPANIONS = {"conditioner.x": random_half(8, 8), "first_stage_model.y": random_half(8)}
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """Each test loads the extension anew: it holds on to the modules of the program that it met."""
+    yield
+    for name in [name for name in sys.modules if name.startswith("nfq_extension_")]:
+        del sys.modules[name]
+
+
+@pytest.fixture(params=["automatic", "forge"])
+def program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Program:
+    made = stub_webui.install(monkeypatch, forge=request.param == "forge")
+    made.load_extension()
+    return made
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    shapes = tensor_shapes(TINY, "diffusers")
+    unet = quantize_state_dict(
+        {name: random_half(*shape, seed=n) / 16 for n, (name, shape) in enumerate(shapes.items())}
+    )
+    save(unet | COMPANIONS, folder / "whole.nfq.safetensors", settings={"levels": 16})
+    save(unet, folder / "unet.nfq.safetensors")
+    shutil.copy(folder / "whole.nfq.safetensors", folder / "renamed.safetensors")
+    (folder / "cut.nfq.safetensors").write_bytes((folder / "whole.nfq.safetensors").read_bytes()[:-1])
+    (folder / "other.safetensors").write_bytes(b"something else")
+    return folder
+
+
+@dataclass(frozen=True)
+class Info:
+    filename: str
+
+
+def reader(program: Program):
+    models = program.modules["modules.sd_models"]
+    return models.load_torch_file if hasattr(models, "load_torch_file") else models.read_state_dict
+
+
+def change(program: Program, path: Path):
+    """Have the program change its model to a file, as it does it itself."""
+    models, info = program.modules["modules.sd_models"], Info(str(path))
+    if hasattr(models, "reload_model_weights"):
+        return models.reload_model_weights(info=info)
+    models.model_data.forge_loading_parameters = {"checkpoint_info": info}
+    return program.modules["modules.processing"].forge_model_reload()
+
+
+def test_it_is_loaded_without_leaving_names(program: Program) -> None:
+    assert reader(program).__module__.startswith("nfq_extension_")
+    package = reader(program).__module__.partition(".")[0]
+    assert sys.modules[f"{package}.nfq_core"].__file__ == str(ROOT / "nfq_core" / "__init__.py")
+    assert "nodes" not in sys.modules and f"{package}.nodes" not in sys.modules
+    assert len(program.tabs) == len(program.settings) == 1
+
+
+def test_it_leaves_the_module_path(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Forge leaves it: with every extension's folder."""
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    others = [entry for entry in sys.path if Path(entry) != ROOT]
+    for callback in program.before_ui:
+        callback()
+    assert sys.path == others
+
+
+def test_reloading_scripts_takes_everything_back(program: Program) -> None:
+    for undo in program.unload:
+        undo()
+    assert reader(program).__module__ == "stub_webui"
+    program.load_extension()
+    assert reader(program).__module__.startswith("nfq_extension_")
+
+
+def test_files_of_others_are_left_to_the_program(program: Program, files: Path) -> None:
+    for path in (files / "other.safetensors", files / "missing.safetensors", files / "model.ckpt"):
+        assert reader(program)(str(path), True, device=None) == "stock"
+        assert program.read.pop() == ((str(path), True), {"device": None})
+        assert change(program, path) == "stock"
+
+
+@pytest.mark.parametrize("name", ["whole.nfq.safetensors", "renamed.safetensors"])
+def test_ours_are_read_under_ldm_names(program: Program, files: Path, name: str) -> None:
+    found = reader(program)(str(files / name))
+    assert found.keys() == {*tensor_shapes(TINY, "prefixed"), *COMPANIONS}
+    wanted = load(files / name)["down_blocks.1.attentions.0.proj_in.weight"]
+    assert isinstance(wanted, NFTensor)
+    assert torch.equal(found["model.diffusion_model.input_blocks.3.1.proj_in.weight"], wanted.dequantize())
+
+
+def test_a_model_is_given_up_only_for_one_that_can_be_read(program: Program, files: Path) -> None:
+    assert "conditioner.x" in change(program, files / "whole.nfq.safetensors")
+    calls = len(program.read)
+    for name, sentence in (
+        ("cut.nfq.safetensors", "fetch it again"),
+        ("missing.nfq.safetensors", "no such file"),
+        ("unet.nfq.safetensors", "holds no text encoder and no VAE; "),
+    ):
+        # The program's own core, not the installed one, raises: its class is another.
+        with pytest.raises(Exception, match=sentence) as error:
+            change(program, files / name)
+        assert type(error.value).__module__.startswith("nfq_extension_")
+        assert program.told[-1] == str(error.value) and "\n" not in str(error.value)
+    assert len(program.read) == calls, "the program was not asked"
+
+
+def test_forge_keeps_linear_weights_packed(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = stub_webui.install(monkeypatch, forge=True)
+    program.load_extension()
+    read, args = program.modules["backend.loader"].load_torch_file, program.modules["backend.args"].dynamic_args
+    path = str(files / "whole.nfq.safetensors")
+    packed, dense = read(path), reader(program)(path)
+    linear = "model.diffusion_model.input_blocks.3.1.proj_in.weight"
+    weight = packed[linear]
+    assert weight.gguf_cls.__name__ == "NFQ" and weight.data.dtype == torch.uint8
+    assert isinstance(weight, torch.nn.Parameter) and weight.shape == dense[linear].shape
+    moved = weight.to(device="cpu", dtype=torch.float32, non_blocking=True)
+    assert moved.data.dtype == torch.uint8 and moved.gguf_cls is weight.gguf_cls
+    assert torch.equal(weight.gguf_cls.dequantize_pytorch(moved), dense[linear])
+    assert torch.equal(weight.detach().clone(), dense[linear]), "what the program saves is dense"
+    merged = weight.gguf_cls.quantize_pytorch(dense[linear].float() + 1, moved)
+    assert moved is merged and torch.equal(merged.data, (dense[linear].float() + 1).half()) and merged.gguf_cls is None
+    assert weight.gguf_cls is not None
+    convolution = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    assert packed[convolution].gguf_cls is None and torch.equal(packed[convolution].data, dense[convolution])
+    assert not hasattr(packed["conditioner.x"], "gguf_cls")
+    args["forge_unet_storage_dtype"] = torch.float8_e4m3fn
+    assert not any(hasattr(value, "gguf_cls") for value in read(path).values())
+
+
+def test_install_adds_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "launch.py").write_text("def run_pip(command, what): print(command)\n")
+    blocked = "import importlib.util; importlib.util.find_spec = lambda name: None\n"
+    run = blocked + f"exec(open({str(ROOT / 'install.py')!r}).read())"
+    for folder, told in ((tmp_path, 'install "zstandard>=0.22"\n'), (ROOT / "docs", "")):
+        result = subprocess.run([sys.executable, "-c", run], cwd=folder, capture_output=True, text=True, check=True)
+        assert result.stdout == told
+    (requirement,) = (ROOT / "requirements.txt").read_text().split()
+    assert requirement in (ROOT / "install.py").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nfq_webui").glob("*.py")), ids=lambda path: path.name)
+def test_its_modules_import_their_own_relatively(path: Path) -> None:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add((node.module or "").partition(".")[0])
+    allowed = {"forge.py": {"backend", "modules", "torch"}, "packed.py": {"torch"}, "loading.py": {"torch"}}
+    others = {"gradio", "modules", "torch"} if path.name != "making.py" else set()
+    assert found <= allowed.get(path.name, others) | set(sys.stdlib_module_names)
+
+
+@pytest.fixture
+def making(monkeypatch: pytest.MonkeyPatch):
+    program = stub_webui.install(monkeypatch, forge=False)
+    program.load_extension()
+    return sys.modules[f"{reader(program).__module__.partition('.')[0]}.nfq_webui.making"]
+
+
+def test_where_a_new_checkpoint_goes(making, tmp_path: Path) -> None:
+    assert making.default_name("/models/some model.v2.safetensors", 12) == "some model.v2-NF12"
+    for name in ("new", "new.nfq.safetensors", "new.safetensors", " new "):
+        assert making.target_path(str(tmp_path), name) == str(tmp_path / "new.nfq.safetensors")
+    assert making.target_path(str(tmp_path), "sub\\new") == str(tmp_path / "sub" / "new.nfq.safetensors")
+    for name in ("", " ", ".", "..", "../new", "sub/../../new", "/elsewhere/new", "sub/"):
+        with pytest.raises(Exception, match="is no name for a file in"):
+            making.target_path(str(tmp_path), name)
+
+
+def test_one_checkpoint_is_made_at_a_time_and_can_be_stopped(making, tmp_path: Path) -> None:
+    source, target = tmp_path / "source.safetensors", tmp_path / "sub" / "new.nfq.safetensors"
+    save_file({"weight": random_half(512, 512), "other": random_half(512, 512, seed=1)}, source)
+    maker, settings = making.Making(), making.Settings(effort="best")
+    lines = maker.run(str(source), str(target), settings)
+    assert next(lines) == "reading"
+    with pytest.raises(Exception, match="another checkpoint is being quantised"):
+        next(maker.run(str(source), str(target), settings))
+    maker.stop()
+    assert list(lines)[-1] == "stopped; nothing was written" and list(target.parent.iterdir()) == []
+    lines = maker.run(str(source), str(target), settings)
+    next(lines)
+    lines.close()
+    assert list(target.parent.iterdir()) == [], "a page that was closed ends the work"
+    assert list(maker.run(str(source), str(target), settings))[-1].startswith(f"{target}: 0.00 GB → 0.00 GB in")
+    assert load(target).keys() == {"weight", "other"}
+    for path, overwrite, told in (
+        (source, False, "tick Overwrite"),
+        (tmp_path / "none.safetensors", True, "no such file"),
+    ):
+        with pytest.raises(Exception, match=told):
+            list(maker.run(str(path), str(target), settings, overwrite))

@@ -1,0 +1,181 @@
+"""Runs in the Python of a program: imports its own modules, loads the extension, and answers one test.
+
+Usage: driver.py CHECK FOLDER, with a folder made by `conftest.py`; PROGRAM in the environment says where the program,
+Automatic1111's web UI or Forge, is. The last line printed is the answer, as JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+CHECK, FOLDER = sys.argv[1], Path(sys.argv[2])
+PROGRAM = Path(os.environ["PROGRAM"])
+IS_FORGE = (PROGRAM / "backend").is_dir()
+
+
+def start() -> None:
+    """Import the program as its own `webui.py` does, with FOLDER for its data, and have it list and load extensions."""
+    os.chdir(PROGRAM)
+    sys.path[:0] = [str(PROGRAM)]
+    flags = ["--always-cpu"] if IS_FORGE else ["--use-cpu", "all", "--no-half"]
+    sys.argv = ["webui.py", *flags, "--data-dir", str(FOLDER), "--skip-torch-cuda-test"]
+    if IS_FORGE:
+        sys.path[1:1] = [str(PROGRAM / "packages_3rdparty"), str(PROGRAM / "repositories" / "huggingface_guess")]
+        from modules_forge.initialization import initialize_forge
+
+        initialize_forge()
+    from modules import initialize
+
+    initialize.imports()
+    from modules import extensions, scripts, sd_models
+
+    extensions.list_extensions()
+    sd_models.list_models()
+    # Only ours: others ask for packages that the tests do without.
+    extensions.extensions[:] = [found for found in extensions.extensions if found.name == "ComfyUI-NFQ"]
+    scripts.load_scripts()
+
+
+def path_of(name: str) -> str:
+    """The path of a checkpoint."""
+    return str(FOLDER / "models" / "Stable-diffusion" / name)
+
+
+def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    """Whether two state dicts have the same names and the same values in them."""
+    import torch
+
+    return left.keys() == right.keys() and all(torch.equal(left[key].float(), right[key].float()) for key in left)
+
+
+def raised(call: Any, *args: Any, **kwargs: Any) -> str:
+    """The type and text of what a call raises; empty where it raises nothing."""
+    try:
+        call(*args, **kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def check_loaded() -> dict[str, Any]:
+    """That the extension is loaded from its own folder, and leaves no names behind."""
+    from modules import scripts, sd_models
+
+    reader = sd_models.load_torch_file if IS_FORGE else sd_models.read_state_dict
+    first = reader.__module__
+    scripts.script_callbacks.script_unloaded_callback()
+    undone = (sd_models.load_torch_file if IS_FORGE else sd_models.read_state_dict).__module__
+    scripts.load_scripts()
+    again = (sd_models.load_torch_file if IS_FORGE else sd_models.read_state_dict).__module__
+    scripts.script_callbacks.before_ui_callback()
+    ours = sys.modules[first]
+    return {
+        "reader": first,
+        "undone": undone,
+        "again": again,
+        "file": ours.__file__,
+        "nodes": "nodes" in sys.modules,
+        "core": sorted(name for name in sys.modules if name.endswith("nfq_core")),
+        "path": [entry for entry in sys.path if "ComfyUI-NFQ" in entry],
+    }
+
+
+def check_list() -> dict[str, Any]:
+    """What the program's checkpoint list holds, its hashes and metadata."""
+    from modules import hashes, sd_models
+
+    info = sd_models.get_closet_checkpoint_match("tiny.nfq")
+    short = info.calculate_shorthash()
+    return {
+        "titles": sorted(sd_models.checkpoints_list),
+        "name": info.name,
+        "title": info.title,
+        "short": short,
+        "sha256": hashes.calculate_sha256(info.filename),
+        "by_hash": sd_models.checkpoint_aliases[short].name,
+        "metadata": sorted(info.metadata),
+        "settings": info.metadata["nfq"]["settings"],
+    }
+
+
+def check_read() -> dict[str, Any]:
+    """What the program's reader gives of our file and of others."""
+    from modules import sd_models
+    from modules.timer import Timer
+
+    read = sd_models.load_torch_file if IS_FORGE else sd_models.read_state_dict
+    info = sd_models.get_closet_checkpoint_match("tiny.nfq")
+    ours = sd_models.get_checkpoint_state_dict(info, Timer())
+    stock = read(path_of("dequantised.safetensors"))
+    unet = {key: value for key, value in stock.items() if key.startswith("model.")}
+    return {
+        "same": same(ours, stock),
+        "renamed": same(read(path_of("renamed.safetensors")), stock),
+        "unet": raised(lambda: same(read(path_of("unet.nfq.safetensors")), unet) or 1 / 0),
+        "damaged": raised(read, path_of("damaged.nfq.safetensors")),
+        "newer": raised(read, path_of("newer.nfq.safetensors")),
+        "foreign": raised(read, path_of("foreign.nfq.safetensors")),
+    }
+
+
+def check_page() -> dict[str, Any]:
+    """The tab and the settings, built with the program's gradio; what the tab's buttons do."""
+    import gradio as gr
+    from modules import script_callbacks, shared
+
+    shared.opts.data["sd_model_checkpoint"] = "tiny.nfq.safetensors"
+    script_callbacks.ui_settings_callback()
+    with gr.Blocks() as whole:
+        tabs = script_callbacks.ui_tabs_callback()
+        for tab, label, elem in tabs:
+            with gr.Tab(label, id=elem):
+                tab.render()
+    functions = {}
+    for function in whole.fns.values() if isinstance(whole.fns, dict) else whole.fns:
+        if function.fn is not None:
+            functions[function.fn.__name__] = function.fn
+    make, show = functions["lines"], functions["show"]
+    made = list(make("dequantised.safetensors", 12, 24, "fast", "", False))
+    again = list(make("dequantised.safetensors", 12, 24, "fast", "", False))
+    outside = list(make("dequantised.safetensors", 12, 24, "fast", "../../outside", False))
+    twice = list(make("tiny.nfq.safetensors", 12, 24, "fast", "", False))
+    stopped = make("dequantised.safetensors", 16, 32, "best", "sub/stopped", True)
+    first = next(stopped)
+    functions["stop"]()
+    from modules import sd_models
+
+    return {
+        "tabs": [[label, elem] for _, label, elem in tabs],
+        "options": sorted(name for name in shared.opts.data_labels if name.startswith("nfq_")),
+        "settings": shared.opts.data_labels["nfq_facts"].default,
+        "shown": show("tiny.nfq.safetensors"),
+        "plain": show("dequantised.safetensors"),
+        "broken": show("newer.nfq.safetensors"),
+        "made": made[-1],
+        "again": again[-1],
+        "outside": outside[-1],
+        "twice": twice[-1],
+        "stopped": [first, list(stopped)[-1]],
+        "titles": sorted(sd_models.checkpoints_list),
+        "files": sorted(path.name for path in (FOLDER / "models").rglob("*") if "stopped" in path.name),
+    }
+
+
+def check_change() -> dict[str, Any]:
+    """Loading a model, changing to files that cannot be loaded, and what model the program then has."""
+    program = importlib.import_module("program_forge" if IS_FORGE else "program_webui")
+    return program.change(path_of, raised)
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):
+        sys.path.append(str(Path(__file__).parent))
+        start()
+        answer = globals()[f"check_{CHECK}"]()
+    print(json.dumps(answer))
