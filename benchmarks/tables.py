@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 
-from . import decode, fullsize, gpu, host, quality
+from . import calibrated, decode, fullsize, gpu, host, quality
 from .report import RESULTS, ROOT
 
 BY_NAME = {
     "quality": quality.table,
+    "calibrated": calibrated.table,
     "fullsize": fullsize.table,
     "host": host.table,
     "decode": decode.table,

@@ -1,5 +1,7 @@
 """The core of ComfyUI-NFQ: the NF block format, its file container and the `nfq` command. It never imports a host."""
 
+from .calibration import Calibration
+from .collector import collect
 from .container import NFQFile
 from .errors import CannotQuantizeError, CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError
 from .policy import Settings
@@ -9,6 +11,7 @@ from .tensor import NFTensor
 from .version import __version__
 
 __all__ = [
+    "Calibration",
     "CannotQuantizeError",
     "CorruptFileError",
     "NFQError",
@@ -18,6 +21,7 @@ __all__ = [
     "TargetExistsError",
     "UnsupportedFileError",
     "__version__",
+    "collect",
     "load",
     "quantize",
     "quantize_state_dict",

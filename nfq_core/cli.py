@@ -20,6 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from . import backends, convert, examine
 from .allocation import PRESETS
 from .article_import import import_article
+from .calibration import Calibration
 from .codebook import EFFORTS
 from .errors import NFQError
 from .formats import LEVELS, WRITABLE_IDS
@@ -91,7 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     either.add_argument("--conv-format", choices=WRITABLE_IDS, metavar="ID", help="instead: one of the same")
     sub.add_argument("--effort", choices=tuple(EFFORTS), default="fast", help="how long to fit (default: fast)")
     sub.add_argument("--quantize-first-last", action="store_true", help="quantise a UNet's outermost convolutions too")
+    sub.add_argument("--calibration", metavar="F", help="what the model's layers are fed, see README")
     sub.add_argument("--device", metavar="D", help="where to quantise, such as cuda (default: cpu)")
+    sub.add_argument("--force", action="store_true", help="overwrite DST")
+
+    sub = command("calibrate-demo", _calibrate_demo, "collect a calibration of the demo model while it is sampled")
+    sub.add_argument("target", metavar="DST", help="the .safetensors file to write")
+    sub.add_argument("--prompts", type=int, default=32, metavar="N", help="captions to sample (default: 32)")
     sub.add_argument("--force", action="store_true", help="overwrite DST")
 
     sub = command("info", _info, "tell what an .nfq.safetensors file is")
@@ -154,12 +161,14 @@ def _quantize(options: argparse.Namespace) -> int:
     )
     if options.device is not None:
         check_device(options.device, FIT_DTYPE)
+    calibration = Calibration.load(options.calibration) if options.calibration else None
     with _progress("quantising", options) as progress:
         result = convert.quantize_file(
             options.source,
             options.target,
             settings,
             device=options.device,
+            calibration=calibration,
             overwrite=options.force,
             progress=progress,
         )
@@ -230,6 +239,17 @@ def _demo(options: argparse.Namespace) -> int:
         lines.append(f"{figures}  {_db(row['psnr_db']):>15}")
     lines.append(f"pictures: {report['comparison']}")
     return _show(options, report, "\n".join(lines))
+
+
+def _calibrate_demo(options: argparse.Namespace) -> int:
+    from .demo.calibrate import calibrate_demo
+
+    if options.prompts < 1:
+        raise NFQError(f"--prompts must be at least 1, got {options.prompts}")
+    with _progress("calibrating", options, "caption") as progress:
+        result = calibrate_demo(options.target, options.prompts, overwrite=options.force, progress=progress)
+    text = "{target}: {weights} weights, {prompts} captions, {file_bytes:,} bytes in {seconds:.1f} s".format(**result)
+    return _show(options, result, text)
 
 
 def _show_conversion(options: argparse.Namespace, result: dict) -> int:

@@ -70,7 +70,14 @@ class Codebook:
     error: float
 
 
-def fit_codebook(blocks: torch.Tensor, grid: ScaleGrid, fmt: BlockFormat, effort: Effort, weights: int) -> Codebook:
+def fit_codebook(
+    blocks: torch.Tensor,
+    grid: ScaleGrid,
+    fmt: BlockFormat,
+    effort: Effort,
+    weights: int,
+    importance: torch.Tensor | None = None,
+) -> Codebook:
     """Fit levels to a sample of a tensor.
 
     Args:
@@ -79,14 +86,17 @@ def fit_codebook(blocks: torch.Tensor, grid: ScaleGrid, fmt: BlockFormat, effort
         fmt: the format, with so many levels.
         effort: how much work this may take.
         weights: number of weights of the whole tensor.
+        importance: what each weight's squared error counts, fp32 of shape (blocks, 64), about 1 in the mean; by default
+            all alike.
     """
     largest = largest_magnitudes(blocks)
     used = largest > 0
     blocks, largest = blocks[used], largest[used]
+    importance = None if importance is None else importance[used]
     levels = _starting_levels(blocks, fmt.levels)
     if not len(blocks):
         return Codebook(levels, torch.zeros_like(levels), torch.ones(fmt.levels, dtype=torch.int64), 0.0)
-    book = _lloyd(blocks, largest, grid, levels, 0.0, effort.rounds)
+    book = _lloyd(blocks, largest, grid, levels, 0.0, effort.rounds, importance)
     if not effort.limit_size:
         return book
 
@@ -94,22 +104,27 @@ def fit_codebook(blocks: torch.Tensor, grid: ScaleGrid, fmt: BlockFormat, effort
         uses = candidate.uses.sort(descending=True).values
         return expected_code_bits(uses, fmt, weights) <= STORED_BITS[fmt.levels]
 
-    return book if fits(book) else _cheapest(blocks, largest, grid, book, fits)
+    return book if fits(book) else _cheapest(blocks, largest, grid, book, fits, importance)
 
 
 def _cheapest(
-    blocks: torch.Tensor, largest: torch.Tensor, grid: ScaleGrid, book: Codebook, fits: Callable[[Codebook], bool]
+    blocks: torch.Tensor,
+    largest: torch.Tensor,
+    grid: ScaleGrid,
+    book: Codebook,
+    fits: Callable[[Codebook], bool],
+    importance: torch.Tensor | None,
 ) -> Codebook:
     """The codebook of least price per bit that fits: entropy-constrained quantisation (Chou et al., 1989)."""
     low, high = 0.0, 0.25 * book.error
     while True:
-        found = _lloyd(blocks, largest, grid, book.levels, high, RATE_ROUNDS)
+        found = _lloyd(blocks, largest, grid, book.levels, high, RATE_ROUNDS, importance)
         if fits(found) or high > 8 * book.error:
             break
         low, high = high, 2 * high
     for _ in range(PRICE_STEPS):
         price = (low + high) / 2
-        candidate = _lloyd(blocks, largest, grid, book.levels, price, RATE_ROUNDS)
+        candidate = _lloyd(blocks, largest, grid, book.levels, price, RATE_ROUNDS, importance)
         if fits(candidate):
             found, high = candidate, price
         else:
@@ -118,7 +133,13 @@ def _cheapest(
 
 
 def _lloyd(
-    blocks: torch.Tensor, largest: torch.Tensor, grid: ScaleGrid, levels: torch.Tensor, price: float, rounds: int
+    blocks: torch.Tensor,
+    largest: torch.Tensor,
+    grid: ScaleGrid,
+    levels: torch.Tensor,
+    price: float,
+    rounds: int,
+    importance: torch.Tensor | None,
 ) -> Codebook:
     """Alternate between choosing scales and codes, and moving each level to the mean of its weights.
 
@@ -127,17 +148,20 @@ def _lloyd(
     """
     count = len(levels)
     prices = torch.zeros(count)
-    energy = float(blocks.double().square().sum())
+    counting = blocks if importance is None else blocks * importance
+    energy = float((counting.double() * blocks).sum())
     unit = float(largest.double().square().sum()) * BLOCK
     best: Codebook | None = None
     for _ in range(rounds):
         quantizer = BlockQuantizer(levels, grid, blocks.device, prices)
-        scales = quantizer.scales(quantizer.scale_codes(blocks, largest))
+        scales = quantizer.scales(quantizer.scale_codes(blocks, largest, importance))
         codes = quantizer.codes(blocks, scales).view(-1)
-        # A level's error is Σ (x - level · s)² = Σ x² - 2 · level · Σ x·s + level² · Σ s² over its weights x.
+        # A level's error is Σ (x - level · s)² = Σ x² - 2 · level · Σ x·s + level² · Σ s² over its weights x, each term
+        # times its weight's importance.
         uses = torch.bincount(codes, minlength=count).cpu()
-        products = (blocks * scales[:, None]).view(-1).double()
-        squares = scales.square()[:, None].expand_as(blocks).reshape(-1).double()
+        products = (counting * scales[:, None]).view(-1).double()
+        squares = scales.square()[:, None].expand_as(blocks)
+        squares = (squares if importance is None else squares * importance).reshape(-1).double()
         sums = torch.bincount(codes, products, minlength=count).cpu()
         totals = torch.bincount(codes, squares, minlength=count).cpu()
         exact = levels.double()

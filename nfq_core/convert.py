@@ -18,6 +18,7 @@ import torch
 from .allocation import SizeSearch
 from .article import is_article_file
 from .atomic import AtomicFile
+from .calibration import Calibration
 from .codec import encode
 from .container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source
 from .errors import CannotQuantizeError, NFQError, UnsupportedFileError
@@ -50,6 +51,7 @@ def quantize_file(
     settings: Settings = DEFAULTS,
     *,
     device: str | None = None,
+    calibration: Calibration | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> dict:
@@ -62,6 +64,9 @@ def quantize_file(
         target: the file to write.
         settings: formats and effort.
         device: where to quantise, such as "cuda"; by default the CPU.
+        calibration: statistics of the layers' inputs; a weight that they do not cover is quantised without, with a
+            warning naming it. Trellis formats use none. Where one was used, the header records the name and hash of
+            its file.
         overwrite: whether an existing target may be replaced.
         progress: see `Progress`.
 
@@ -69,7 +74,8 @@ def quantize_file(
         `file_bytes`, `original_bytes`, `quantized` and `kept` (counts), `warnings` and `seconds`.
 
     Raises:
-        NFQError: the source is unfit, or the target cannot be written. Nothing is then left behind.
+        NFQError: the source is unfit, the calibration belongs to another architecture, or the target cannot be written.
+            Nothing is then left behind.
     """
     started = perf_counter()
     with SafetensorsFile(source) as file, _SourceHash(file) as source_hash:
@@ -101,7 +107,8 @@ def quantize_file(
             plan = plans[key]
             try:
                 weight = tensor_from_bytes(raw, plan.dtype, plan.shape)
-                packed = quantize(weight, format=plan.format.id, effort=settings.effort, device=device)
+                statistics = inputs[key].arguments() if key in inputs else {}
+                packed = quantize(weight, format=plan.format.id, effort=settings.effort, device=device, **statistics)
             except CannotQuantizeError as error:
                 return key, None, raw, str(error)
             return key, encode(packed.data.cpu(), plan.format.sections(weight.numel())), raw, ""
@@ -115,9 +122,9 @@ def quantize_file(
         while True:
             done, unfit = 0, []
             info, plans = plan_tensors(file.entries, settings, packed_bytes=size.packed_bytes)
-            facts = Facts.of(
-                info, settings.as_dict(), Source(source_name(source), file.file_bytes, NO_SHA256, metadata)
-            )
+            inputs, uncalibrated = calibration.for_plans(info, plans) if calibration else ({}, [])
+            recorded = settings.as_dict() | (calibration.as_dict() if inputs else {})
+            facts = Facts.of(info, recorded, Source(source_name(source), file.file_bytes, NO_SHA256, metadata))
             with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
                 for key, frames, raw, reason in ordered_map(work, jobs(), size=lambda job: len(job[1])):
                     if frames is None:
@@ -131,7 +138,7 @@ def quantize_file(
                 facts = replace(facts, source=replace(facts.source, sha256=source_hash.hexdigest()))
                 file_bytes = writer.finish(facts)
                 break
-        warnings += unfit + size.warnings
+        warnings += uncalibrated + unfit + size.warnings
     return conversion_result(source, facts, plans, writer, file_bytes, warnings, started)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from math import prod
 
 import torch
 
 from .codebook import Codebook, effort_by_name, fit_codebook
 from .errors import CannotQuantizeError
+from .feedback import SecondMoment, check_inputs, round_columns
 from .formats import BLOCK, BlockFormat, nf_format, writable_format
 from .packing import pack_codes
 from .search import BlockQuantizer, ScaleGrid, largest_magnitudes
@@ -29,11 +31,13 @@ FINE_SCALES_FROM = 16
 MIN_LARGEST = 2.0**-12
 """Below this largest magnitude, the smallest scale (2**-14) is too coarse for a weight."""
 
+MIN_IMPORTANCE = 1e-3
+"""The least that an input channel counts, as a share of the mean: weights there are still rounded with some care."""
 
-ChooseCodes = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Takes blocks, fp32 of shape (blocks, 64), and their largest magnitudes, fp32 of shape (blocks,).
+Parts = Iterable[tuple[torch.Tensor, torch.Tensor]]
+"""A weight, part after part: scale codes, uint8 of shape (blocks,), and codes, uint8 of shape (blocks, 64).
 
-Returns scale codes, uint8 of shape (blocks,), and codes, uint8 of shape (blocks, 64).
+Each but the last has as many blocks as `chunk_blocks` says.
 """
 
 
@@ -44,6 +48,8 @@ def quantize(
     format: str | None = None,
     effort: str = "fast",
     device: torch.device | str | None = None,
+    importance: torch.Tensor | None = None,
+    hessian: torch.Tensor | SecondMoment | None = None,
 ) -> NFTensor:
     """Quantise one weight to a block format.
 
@@ -55,13 +61,19 @@ def quantize(
         device: where to work; by default where `weight` is. The result stays there. Its bytes are the same every
             time on a CPU, and close to those of another device: that adds up errors and fitted levels in an order of
             its own, which turns a few choices between almost equal scales or levels.
+        importance: E[x²] of each input channel, floating of shape (weight.shape[1],): levels and scales are chosen for
+            the least error where inputs are strong. Without effect beside `hessian`, which does better alone, and on
+            trellis formats.
+        hessian: E[x xᵀ] of the inputs, floating of shape (columns, columns) for a weight seen as (rows, columns), or a
+            `SecondMoment`: codes are chosen with error feedback, see `feedback`. Without effect on trellis formats.
 
     Returns:
         The packed weight; zero blocks come back as exact zeros.
 
     Raises:
         CannotQuantizeError: the weight is empty, not floating, holds NaN or Inf, or is too large or small for fp16.
-        ValueError: `levels`, `format` or `effort` is none of those listed.
+        ValueError: `levels`, `format` or `effort` is none of those listed, or `importance` or `hessian` does not fit
+            the weight or holds NaN, Inf or (on the diagonal) negative numbers.
     """
     fmt = nf_format(levels) if format is None else writable_format(format)
     work = effort_by_name(effort)
@@ -69,6 +81,8 @@ def quantize(
         raise CannotQuantizeError(f"only floating weights of 16 bits or more are quantised, this one is {weight.dtype}")
     if weight.numel() == 0:
         raise CannotQuantizeError("an empty tensor has nothing to quantise")
+    moment = SecondMoment.of(hessian) if isinstance(hessian, torch.Tensor) else hessian
+    check_inputs(weight.shape, importance, moment)
     flat = weight.detach().to(device or weight.device).reshape(-1)
     largest = _largest_magnitudes(flat)
     finest_stride = 1 if fmt.levels >= FINE_SCALES_FROM else 2
@@ -80,17 +94,37 @@ def quantize(
         grid = ScaleGrid.for_blocks(largest, finest_stride, torch.finfo(torch.float16).max / 2)
     if fmt.window:
         work = TRELLIS_EFFORTS[effort]
-        trellis = fit_trellis(_sample(flat, work.sample_blocks), fmt, work)
-        fitted, choose = trellis.levels, TrellisQuantizer(trellis, fmt, grid, flat.device, work.scale_steps).encode
+        trellis = fit_trellis(_sample(flat, work.sample_blocks)[0], fmt, work)
+        quantizer = TrellisQuantizer(trellis, fmt, grid, flat.device, work.scale_steps)
+        fitted, parts = trellis.levels, (quantizer.encode(*chunk) for _, *chunk in _chunks(flat, largest))
     else:
-        book = fit_codebook(_sample(flat, work.sample_blocks), grid, fmt, work, flat.numel())
-        fitted, choose = _scalar(book, grid, flat.device)
-    return NFTensor(_encode(flat, largest, fmt, grid, fitted * gain, choose), fmt, weight.shape, weight.dtype)
+        columns = None
+        if importance is not None and moment is None:
+            columns = _column_importance(importance, weight.shape).to(flat.device)
+        sample, sampled_importance = _sample(flat, work.sample_blocks, columns)
+        book = fit_codebook(sample, grid, fmt, work, flat.numel(), sampled_importance)
+        fitted, parts = _scalar(flat, largest, grid, book, columns, moment)
+    data = _encode(parts, flat.numel(), fmt, grid, fitted * gain, flat.device)
+    return NFTensor(data, fmt, weight.shape, weight.dtype)
 
 
 def chunk_blocks(device: torch.device) -> int:
     """How many blocks are quantised at once on a device."""
     return CHUNK_BLOCKS if device.type == "cpu" else DEVICE_CHUNK_BLOCKS
+
+
+def _column_importance(importance: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The importance of each column of the flattened weight, fp32, 1 in the mean; none counts next to nothing."""
+    relative = importance.double() / importance.double().mean().clamp_min(1e-300)
+    return relative.clamp_min(MIN_IMPORTANCE).float().repeat_interleave(prod(shape[2:]))
+
+
+def _block_importance(columns: torch.Tensor | None, numbers: torch.Tensor) -> torch.Tensor | None:
+    """The importance of every weight of the blocks of these numbers, fp32 of shape (blocks, 64); None without any."""
+    if columns is None:
+        return None
+    positions = numbers[:, None] * BLOCK + torch.arange(BLOCK, device=columns.device)
+    return columns[positions % len(columns)]
 
 
 def _blocks(flat: torch.Tensor, first: int, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -100,6 +134,13 @@ def _blocks(flat: torch.Tensor, first: int, count: int, dtype: torch.dtype = tor
     if missing:
         part = torch.nn.functional.pad(part, (0, missing))
     return part.view(-1, BLOCK)
+
+
+def _chunks(flat: torch.Tensor, largest: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """For each chunk of a flat weight the number of its first block, its blocks, fp32, and their largest magnitudes."""
+    chunk = chunk_blocks(flat.device)
+    for first in range(0, len(largest), chunk):
+        yield first, _blocks(flat, first, chunk), largest[first : first + chunk]
 
 
 def _largest_magnitudes(flat: torch.Tensor) -> torch.Tensor:
@@ -117,67 +158,110 @@ def _largest_magnitudes(flat: torch.Tensor) -> torch.Tensor:
     return largest
 
 
-def _sample(flat: torch.Tensor, count: int) -> torch.Tensor:
-    """Up to `count` blocks spread evenly over a flat weight, fp32 of shape (blocks, 64)."""
+def _sample(
+    flat: torch.Tensor, count: int, columns: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Up to `count` blocks spread evenly over a flat weight, and their importance where there is one.
+
+    Both are fp32 of shape (blocks, 64).
+    """
     total = -(-flat.numel() // BLOCK)
     if total <= count:
-        return _blocks(flat, 0, total)
+        numbers = torch.arange(total, device=flat.device)
+        return _blocks(flat, 0, total), _block_importance(columns, numbers)
     whole = flat[: flat.numel() // BLOCK * BLOCK].view(-1, BLOCK)
-    chosen = torch.linspace(0, len(whole) - 1, count, dtype=torch.float64, device=flat.device).long()
-    return whole.index_select(0, chosen).float()
+    numbers = torch.linspace(0, len(whole) - 1, count, dtype=torch.float64, device=flat.device).long()
+    return whole.index_select(0, numbers).float(), _block_importance(columns, numbers)
 
 
-def _scalar(book: Codebook, grid: ScaleGrid, device: torch.device) -> tuple[torch.Tensor, ChooseCodes]:
-    """The levels of a codebook in the order of their codes, and what chooses codes.
+def _scalar(
+    flat: torch.Tensor,
+    largest: torch.Tensor,
+    grid: ScaleGrid,
+    book: Codebook,
+    columns: torch.Tensor | None = None,
+    moment: SecondMoment | None = None,
+) -> tuple[torch.Tensor, Parts]:
+    """The levels of a codebook in the order of their codes, and a flat weight in these.
 
     Levels are numbered from the most used to the least: levels that share a coarse digit are then about equally
     frequent, so that the fine bits, which entropy coding cannot shorten, carry no information that it could.
-    """
-    order = book.uses.argsort(descending=True, stable=True)
-    number_of_level = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).to(torch.uint8)
-    quantizer = BlockQuantizer(book.levels, grid, device, book.prices, number_of_level)
-
-    def choose(blocks: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scale_codes = quantizer.scale_codes(blocks, largest)
-        return scale_codes, quantizer.codes(blocks, quantizer.scales(scale_codes))
-
-    return book.levels[order], choose
-
-
-def _encode(
-    flat: torch.Tensor,
-    largest: torch.Tensor,
-    fmt: BlockFormat,
-    grid: ScaleGrid,
-    levels: torch.Tensor,
-    choose: ChooseCodes,
-) -> torch.Tensor:
-    """The packed buffer of a flat weight, on its device.
 
     Args:
         flat: the weight.
         largest: the largest magnitude of each block.
-        fmt: the format.
         grid: the scales that may be used.
-        levels: stand in the head as they are.
-        choose: chooses scales and codes.
+        book: the levels.
+        columns: the importance of each column.
+        moment: that of the inputs, for error feedback.
     """
-    weights = flat.numel()
+    order = book.uses.argsort(descending=True, stable=True)
+    number_of_level = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).to(torch.uint8)
+    quantizer = BlockQuantizer(book.levels, grid, flat.device, book.prices, number_of_level)
+    if moment is None:
+        parts = _rounded(flat, largest, quantizer, columns)
+    else:
+        parts = _rounded_with_feedback(flat, largest, quantizer, number_of_level, moment)
+    return book.levels[order], parts
+
+
+def _rounded(
+    flat: torch.Tensor, largest: torch.Tensor, quantizer: BlockQuantizer, columns: torch.Tensor | None
+) -> Parts:
+    """A flat weight, every weight rounded to the nearest level."""
+    for first, blocks, tops in _chunks(flat, largest):
+        numbers = torch.arange(first, first + len(blocks), device=flat.device)
+        scale_codes = quantizer.scale_codes(blocks, tops, _block_importance(columns, numbers))
+        yield scale_codes, quantizer.codes(blocks, quantizer.scales(scale_codes))
+
+
+def _rounded_with_feedback(
+    flat: torch.Tensor,
+    largest: torch.Tensor,
+    quantizer: BlockQuantizer,
+    number_of_level: torch.Tensor,
+    moment: SecondMoment,
+) -> Parts:
+    """A flat weight, rounded by `round_columns` as a whole."""
+    scale_codes = torch.cat([quantizer.scale_codes(blocks, tops) for _, blocks, tops in _chunks(flat, largest)])
+    weight = flat.view(-1, len(moment.diagonal)).float()
+    scales = quantizer.scales(scale_codes).repeat_interleave(BLOCK)[: flat.numel()].view(weight.shape)
+    levels, boundaries, numbers = (
+        tensor.to(flat.device) for tensor in (quantizer.levels, quantizer.boundaries, number_of_level)
+    )
+    indices = round_columns(weight, scales, levels, boundaries, moment).reshape(-1)
+    codes = torch.nn.functional.pad(numbers.index_select(0, indices.int()), (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+    chunk = chunk_blocks(flat.device)
+    return zip(scale_codes.split(chunk), codes.split(chunk), strict=True)
+
+
+def _encode(
+    parts: Parts, weights: int, fmt: BlockFormat, grid: ScaleGrid, levels: torch.Tensor, device: torch.device
+) -> torch.Tensor:
+    """The packed buffer of a weight.
+
+    Args:
+        parts: its scales and codes.
+        weights: the number of its weights.
+        fmt: the format.
+        grid: the scales that were used.
+        levels: stand in the head as they are.
+        device: where the parts are, and the buffer is made.
+    """
     sections = fmt.sections(weights)
-    data = torch.zeros(sections.end, dtype=torch.uint8, device=flat.device)
+    data = torch.zeros(sections.end, dtype=torch.uint8, device=device)
     data[: 2 * fmt.levels].view(torch.float16).copy_(levels)
     data[2 * fmt.levels] = grid.exponent % 256
     data[2 * fmt.levels + 1] = grid.stride
-    chunk = chunk_blocks(flat.device)
-    for first in range(0, len(largest), chunk):
-        blocks = _blocks(flat, first, chunk)
-        scale_codes, codes = choose(blocks, largest[first : first + chunk])
+    first = 0
+    for scale_codes, codes in parts:
         start = sections.block_scales + first
-        data[start : start + len(blocks)] = scale_codes
+        data[start : start + len(scale_codes)] = scale_codes
         coarse, fine = pack_codes(codes, fmt)
         start = sections.coarse + first // fmt.coarse_digits * BLOCK
         data[start : start + len(coarse)] = coarse
         if fmt.fine_bits:
             start = sections.fine + first // fmt.fine_digits * BLOCK
             data[start : start + len(fine)] = fine
+        first += len(scale_codes)
     return data

@@ -143,10 +143,11 @@ class BlockQuantizer:
         self._number_mask = (1 << (len(self._numbers) - 1).bit_length()) - 1
         self._off_grid = self._off_grid_errors().to(device)
         centres = (torch.arange(ASSIGN_BINS) + 0.5) * (2 * ASSIGN_RANGE / ASSIGN_BINS) - ASSIGN_RANGE
-        codes = torch.bucketize(centres, self._boundaries())
+        codes = torch.bucketize(centres, self.boundaries)
         self._code_of_bin = (codes.to(torch.uint8) if numbers is None else numbers[codes]).to(device)
 
-    def _boundaries(self) -> torch.Tensor:
+    @property
+    def boundaries(self) -> torch.Tensor:
         """Between which values each level is the cheapest, ascending, fp32 of shape (n - 1,)."""
         gaps = (self.levels[1:] - self.levels[:-1]).clamp_min(1e-6)
         middles = (self.levels[1:] + self.levels[:-1]) / 2
@@ -157,7 +158,7 @@ class BlockQuantizer:
         centres = (torch.arange(SEARCH_BINS) + 0.5) * (2 * self._range / SEARCH_BINS) - self._range
         ratios = 2.0 ** (self._offsets.double() * self.grid.stride / SCALE_STEPS_PER_OCTAVE)
         scaled = (centres.double()[:, None] / ratios).float()
-        codes = torch.bucketize(scaled, self._boundaries())
+        codes = torch.bucketize(scaled, self.boundaries)
         errors = (scaled - self.levels[codes]).square() * ratios.square().float() + self.prices[codes]
         # The grid is symmetric: under a negative scale a weight errs as its negative does under the positive one.
         return torch.cat([errors, errors.flip(0)], dim=1)
@@ -178,12 +179,16 @@ class BlockQuantizer:
         steps.add_((bits >> 23).sub_(127 + self.grid.exponent), alpha=SCALE_STEPS_PER_OCTAVE)
         return steps.div_(self.grid.stride, rounding_mode="floor").clamp_(0, len(self._magnitudes) - 1)
 
-    def scale_codes(self, blocks: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    def scale_codes(
+        self, blocks: torch.Tensor, largest: torch.Tensor, importance: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The scale code of least squared error, prices included, for each block.
 
         Args:
             blocks: fp32 of shape (blocks, 64).
             largest: their largest magnitudes, fp32 of shape (blocks,).
+            importance: what each weight's squared error counts, fp32 of shape (blocks, 64), none negative; by default
+                all alike.
 
         Returns:
             uint8 of shape (blocks,): 0 for a zero block, else 1 … 127 with bit 7 for a negative scale.
@@ -191,7 +196,7 @@ class BlockQuantizer:
         base = self._base(largest)
         to_cells = SEARCH_BINS / (2 * self._range) / self._magnitudes.index_select(0, base)
         cells = (blocks * to_cells[:, None]).add_(SEARCH_BINS / 2).clamp_(0, SEARCH_BINS - 1).to(torch.int32)
-        errors = embedding_bag(cells, self._errors, mode="sum")
+        errors = embedding_bag(cells, self._errors, mode="sum", per_sample_weights=importance)
         if blocks.device.type != "cpu" or self._off_grid.index_select(0, torch.stack(base.aminmax())).any():
             errors.add_(self._off_grid.index_select(0, base))
         # Errors are not negative and so in the order of their bits, the last of which make room for the candidate's

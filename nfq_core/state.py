@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .calibration import Calibration
 from .codec import encode
 from .container import UNRECORDED, Facts, NFQFile, Source
 from .errors import CannotQuantizeError, NFQError
@@ -41,6 +42,7 @@ def quantize_state_dict(
     format: str | None = None,
     conv_format: str | None = None,
     device: torch.device | str | None = None,
+    calibration: Calibration | None = None,
 ) -> StateDict:
     """Quantise the weights of a model in memory, by the same rules as `nfq quantize`.
 
@@ -53,6 +55,8 @@ def quantize_state_dict(
         format: the format of 2-D weights instead of `levels`, one of `formats.WRITABLE_IDS`.
         conv_format: likewise instead of `conv_levels`.
         device: where to work; by default where each tensor is.
+        calibration: statistics of the layers' inputs; a weight that they do not cover is quantised without, with a
+            warning in the log naming it. Trellis formats use none.
 
     Returns:
         The same names, in the same order: an NFTensor for each quantised weight, the tensor itself for a kept one. A
@@ -60,10 +64,12 @@ def quantize_state_dict(
 
     Raises:
         ValueError: a setting is none of those allowed.
-        NFQError: a tensor has a dtype that safetensors lacks.
+        NFQError: a tensor has a dtype that safetensors lacks, or the calibration belongs to another architecture.
     """
     settings = Settings(levels, conv_levels, effort, quantize_first_last, format, conv_format)
-    return quantize_tensors(describe(state_dict), state_dict.__getitem__, settings, device=device)
+    return quantize_tensors(
+        describe(state_dict), state_dict.__getitem__, settings, device=device, calibration=calibration
+    )
 
 
 def quantize_tensors(
@@ -74,6 +80,7 @@ def quantize_tensors(
     device: torch.device | str | None = None,
     progress: Progress = no_progress,
     sqnr: dict[str, float] | None = None,
+    calibration: Calibration | None = None,
 ) -> StateDict:
     """Quantise a model whose tensors are made one at a time, so that few of them exist at once.
 
@@ -85,18 +92,23 @@ def quantize_tensors(
         device: where to work; by default where each tensor is.
         progress: see `parallel.Progress`; an error raised in it ends the work.
         sqnr: is filled with the signal-to-quantisation-noise ratio in dB of each quantised weight, by name.
+        calibration: as for `quantize_state_dict`.
 
     Returns:
         As `quantize_state_dict`; packed weights lie on the CPU when `device` is given.
     """
-    plans = plan_tensors(entries, settings)[1]
+    info, plans = plan_tensors(entries, settings)
+    inputs, warnings = calibration.for_plans(info, plans) if calibration else ({}, [])
+    for warning in warnings:
+        log.warning("%s", warning)
 
     def work(key: str) -> tuple[NFTensor | torch.Tensor, float | None]:
         tensor, plan = read(key), plans[key].format
         if plan is None:
             return tensor, None
         try:
-            packed = quantize(tensor, format=plan.id, effort=settings.effort, device=device)
+            statistics = inputs[key].arguments() if key in inputs else {}
+            packed = quantize(tensor, format=plan.id, effort=settings.effort, device=device, **statistics)
         except CannotQuantizeError as error:
             log.warning("tensor %r is kept as it is: %s", key, error)
             return tensor, None

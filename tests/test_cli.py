@@ -18,6 +18,7 @@ from samples import SMALL_MODEL, random_half
 import nfq_core
 from nfq_core import cli
 from nfq_core.article import write_article_file
+from nfq_core.calibration import Calibration, LayerInputs
 from nfq_core.container import NFQFile
 
 COMMAND = [sys.executable, "-m", "nfq_core"]
@@ -63,7 +64,7 @@ def leftovers(folder) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"model", "nfq", "article"}
 
 
-COMMANDS = ["demo", "quantize", "info", "verify", "compare", "dequantize", "import-article"]
+COMMANDS = ["demo", "quantize", "calibrate-demo", "info", "verify", "compare", "dequantize", "import-article"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -105,6 +106,19 @@ def test_wrong_usage(capsys, arguments):
     code, out, error = run(capsys, *arguments)
     assert (code, out) == (2, "")
     assert "usage: nfq" in error
+
+
+def test_quantize_with_a_calibration(capsys, folder):
+    inputs = {"linear.weight": LayerInputs(torch.ones(100), 99), "conv.weight": LayerInputs(torch.ones(16), 99)}
+    Calibration(inputs, prompts=1).save(folder / "calibration")
+    code, _, error = run(capsys, "quantize", folder / "model", folder / "a", "--calibration", folder / "calibration")
+    assert code == 0
+    assert "one prompt only" in error
+    assert as_json(capsys, "info", folder / "a")["settings"]["calibration"] == "calibration"
+    code, out, error = run(capsys, "quantize", folder / "model", folder / "b", "--calibration", folder / "model")
+    assert (code, out) == (1, "")
+    assert "is no calibration" in one_line(error)
+    assert not (folder / "b").exists()
 
 
 def as_json(capsys, *arguments: object) -> dict:

@@ -13,11 +13,14 @@ pytest.importorskip("PIL", reason="the demo needs Pillow")
 from PIL import Image
 
 from nfq_core import TargetExistsError
-from nfq_core.demo import run
+from nfq_core.calibration import Calibration
+from nfq_core.demo import calibrate, run
 from nfq_core.demo.model import bundled_weights_path, load_weights, sample
 from nfq_core.demo.shapes import COLOURS, MAX_WORDS, VOCABULARY, describe, draw, random_scene, tokenise
 from nfq_core.examine import verify_file
 from nfq_core.formats import LEVELS
+from nfq_core.policy import DEFAULTS, plan_tensors
+from nfq_core.state import describe as describe_tensors
 
 CAPTIONS = ("a large red circle on a white background", "a large purple heart on a yellow background")
 
@@ -54,6 +57,32 @@ def test_a_picture_depends_on_its_own_seed_alone(pictures):
     alone = sample(run.build_pipeline(load_weights()), CAPTIONS[:1], seed=0, steps=12)
     # Batches of other sizes may sum in another order; pixels then differ by a rounding.
     assert np.abs(alone[0].astype(int) - pictures[0]).max() <= 1
+
+
+def test_the_demo_model_is_calibrated(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "STEPS", 2)
+    report = calibrate.calibrate_demo(tmp_path / "a", 2)
+    assert (report["prompts"], report["file_bytes"]) == (2, (tmp_path / "a").stat().st_size)
+    calibration = Calibration.load(tmp_path / "a")
+    assert (calibration.prompts, calibration.steps) == (2, 2)
+    # All cross-attention reads the same captions.
+    contexts = {id(inputs) for name, inputs in calibration.inputs.items() if name.endswith("attn2.to_k.weight")}
+    assert len(contexts) == 1
+    weights = load_weights()
+    entries = describe_tensors(weights)
+    info, plans = plan_tensors(entries, DEFAULTS)
+    found, warnings = calibration.for_plans(info, plans)
+    assert found.keys() == {key for key, plan in plans.items() if plan.format}
+    assert not warnings
+    with pytest.raises(TargetExistsError, match="--force"):
+        calibrate.calibrate_demo(tmp_path / "a", 2)
+
+
+def test_held_out_captions_are_others():
+    captions = calibrate.random_captions(50)
+    assert len(set(captions)) == 50
+    others = calibrate.random_captions(50, without=captions)
+    assert not set(captions) & set(others)
 
 
 def test_captions_fit_the_vocabulary():

@@ -216,8 +216,8 @@ def test_blocks_are_quantised_where_they_are_without_waiting(levels, dtype):
         flat = torch.empty(64 * blocks - 7, dtype=dtype, device="meta")
         largest = torch.empty(blocks, device="meta")
         assert largest_magnitudes(module._blocks(flat, 0, blocks, dtype)).device.type == "meta"
-        levels, choose = module._scalar(book, grid, flat.device)
-        data = module._encode(flat, largest, fmt, grid, levels, choose)
+        fitted, parts = module._scalar(flat, largest, grid, book)
+        data = module._encode(parts, len(flat), fmt, grid, fitted, flat.device)
         assert data.device.type == "meta"
         assert len(data) == fmt.packed_bytes(len(flat))
 

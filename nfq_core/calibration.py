@@ -1,0 +1,257 @@
+"""Calibration: what a model's layers are fed, so that weights are rounded where it is heard least.
+
+A file of one calibration is a safetensors file; fine-tunes of the same architecture can share it, in any key layout.
+Layers that read the very same tensor (q, k and v; all cross-attention's k and v) share one entry. For SDXL it takes
+3.3 MB without Hessians, and with them 71 MB at rank 32, 143 MB at rank 64 and 286 MB at rank 128; whole they would
+take 12 GB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .atomic import AtomicFile
+from .container import UNRECORDED, Source
+from .errors import CorruptFileError, NFQError, UnsupportedFileError
+from .feedback import SecondMoment
+from .safefile import Entry, SafetensorsFile, aligned_entries, header_bytes, is_count, parse_json, tensor_bytes
+from .unet import UNKNOWN, UNetInfo, ldm_names
+from .writer import Plan
+
+CALIBRATION_KEY = "nfq_calibration"
+"""The metadata entry that makes a safetensors file a calibration."""
+
+CALIBRATION_VERSION = 1
+
+MIN_ROWS = 32
+"""Inputs of a layer, tokens or pixels, below which its statistics are not used."""
+
+MIN_MATCHING = 0.5
+"""Share of a model's quantised weights that a calibration must fit, to be taken for one of its architecture."""
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What the layers that read one tensor are fed.
+
+    Args:
+        importance: E[x²] of each input channel, fp32 of shape (channels,).
+        rows: how many inputs were seen, tokens or pixels.
+        correlation: of the columns of the flattened weight, fp16: a factor of shape (columns, rank) whose product with
+            its transpose is the correlation but for the diagonal, or the whole matrix (columns, columns), or None.
+    """
+
+    importance: torch.Tensor
+    rows: int
+    correlation: torch.Tensor | None = None
+
+    def fault(self) -> str:
+        """What is wrong with the numbers; nothing where they are sound."""
+        if not torch.isfinite(self.importance).all() or (self.importance < 0).any():
+            return "its importance holds NaN, Inf or negative numbers"
+        if not self.importance.any():
+            return "its inputs were all zero"
+        if self.correlation is not None and not torch.isfinite(self.correlation).all():
+            return "its correlation holds NaN or Inf"
+        return f"only {self.rows} inputs were seen, {MIN_ROWS} are needed" if self.rows < MIN_ROWS else ""
+
+    def second_moment(self) -> SecondMoment | None:
+        """E[x xᵀ] of the flattened weight's columns, as error feedback uses it; None where it was not collected."""
+        if self.correlation is None:
+            return None
+        return SecondMoment(self.importance.repeat_interleave(self.taps), self.correlation)
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments by which `quantize` is given these statistics."""
+        return {"importance": self.importance, "hessian": self.second_moment()}
+
+    @property
+    def taps(self) -> int:
+        """Columns of the flattened weight for each input channel: 1, or a convolution's kernel size."""
+        return 1 if self.correlation is None else len(self.correlation) // len(self.importance)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of a model's inputs by the names of its weights, in LDM's layout if it is a UNet of the family.
+
+    Args:
+        inputs: by weight name; names of layers that read the same tensor lead to the same object.
+        architecture: the UNet's name, or `unet.UNKNOWN`.
+        prompts: number of prompts that were sampled; None: not known.
+        steps: number of steps each was sampled with; None: not known.
+        faults: why the statistics of a weight cannot be used, by its name.
+        source: the file it was read from.
+    """
+
+    inputs: Mapping[str, LayerInputs]
+    architecture: str = UNKNOWN
+    prompts: int | None = None
+    steps: int | None = None
+    faults: Mapping[str, str] = field(default_factory=dict)
+    source: Source = UNRECORDED
+
+    def as_dict(self) -> dict[str, str]:
+        """What the header of a file quantised with it records among the settings."""
+        return {"calibration": self.source.name, "calibration_sha256": self.source.sha256}
+
+    def for_weights(
+        self, info: UNetInfo | None, shapes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[dict[str, LayerInputs], list[str]]:
+        """The statistics for the weights of one model.
+
+        Args:
+            info: what was recognised in the model (None: a plain state dict).
+            shapes: the weights to quantise, by the model's own names.
+
+        Returns:
+            Statistics by the model's names, and a warning for each weight that lacks them or cannot use them.
+
+        Raises:
+            NFQError: the calibration belongs to another architecture.
+        """
+        architecture = info.name if info else UNKNOWN
+        if UNKNOWN not in (architecture, self.architecture) and architecture != self.architecture:
+            raise NFQError(f"the calibration was made with {self.architecture}, this model is {architecture}")
+        can_rename = info is not None and not (info.layout == "diffusers" and info.architecture is None)
+        names = ldm_names(info, shapes) if can_rename else {key: key for key in shapes}
+        found, warnings, matching = {}, [], 0
+        for key, shape in shapes.items():
+            name = names.get(key, key)
+            reason = self.faults.get(name) or self._misfit(name, shape)
+            if reason:
+                warnings.append(f"tensor {key!r} is quantised without calibration: {reason}")
+            else:
+                found[key] = self.inputs[name]
+            matching += not reason or name in self.faults
+        if matching < MIN_MATCHING * len(shapes):
+            raise NFQError(
+                f"the calibration belongs to another model: it fits {len(found):,} of {len(shapes):,} weights; "
+                f"{warnings[0]}"
+            )
+        if found and self.prompts == 1:
+            warnings.append("the calibration saw one prompt only; sample several, as different as those to come")
+        return found, warnings
+
+    def _misfit(self, name: str, shape: tuple[int, ...]) -> str:
+        """Why statistics do not fit a weight; nothing where they do."""
+        if name not in self.inputs:
+            return "the calibration lacks it"
+        inputs = self.inputs[name]
+        if len(inputs.importance) != shape[1]:
+            return f"the calibration has {len(inputs.importance):,} input channels, the weight {shape[1]:,}"
+        columns = torch.Size(shape[1:]).numel()
+        if inputs.correlation is not None and len(inputs.correlation) != columns:
+            return f"the calibration has {len(inputs.correlation):,} columns, the weight {columns:,}"
+        return ""
+
+    def for_plans(self, info: UNetInfo | None, plans: Mapping[str, Plan]) -> tuple[dict[str, LayerInputs], list[str]]:
+        """`for_weights` of those that are to be quantised, but for trellis formats, which use none."""
+        quantized = {key: plan for key, plan in plans.items() if plan.format}
+        scalar = {key: plan.shape for key, plan in quantized.items() if not plan.format.window}
+        found, warnings = self.for_weights(info, scalar)
+        without = len(quantized) - len(scalar)
+        if without:
+            warnings.append(f"the calibration has no effect on {without:,} weights: trellis formats do not use it yet")
+        return found, warnings
+
+    def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> int:
+        """Write one safetensors file, whole or not at all; returns its size in bytes.
+
+        Raises:
+            NFQError: the target exists or cannot be written.
+        """
+        distinct = {id(inputs): inputs for inputs in self.inputs.values()}
+        number = {identity: index for index, identity in enumerate(distinct)}
+        tensors: dict[str, torch.Tensor] = {}
+        for index, inputs in enumerate(distinct.values()):
+            tensors[f"importance.{index}"] = inputs.importance.float()
+            if inputs.correlation is not None:
+                tensors[f"correlation.{index}"] = inputs.correlation.half()
+        facts = {
+            "version": CALIBRATION_VERSION,
+            "architecture": self.architecture,
+            "prompts": self.prompts,
+            "steps": self.steps,
+            "rows": [inputs.rows for inputs in distinct.values()],
+            "weights": {name: number[id(inputs)] for name, inputs in self.inputs.items()},
+        }
+        dtypes = {torch.float32: "F32", torch.float16: "F16"}
+        entries = aligned_entries({name: (dtypes[t.dtype], tuple(t.shape)) for name, t in tensors.items()})
+        header = header_bytes(entries, {CALIBRATION_KEY: json.dumps(facts), "format": "pt"})
+        with AtomicFile(path, overwrite) as file:
+            file.write_at(0, header)
+            for name, entry in entries.items():
+                file.write_at(len(header) + entry.start, tensor_bytes(tensors[name]))
+            file.commit()
+        return len(header) + sum(entry.nbytes for entry in entries.values())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Calibration:
+        """Read a calibration; statistics that hold NaN, Inf or negative numbers become `faults`.
+
+        Raises:
+            NFQError: the file is missing or damaged, no calibration, or a newer version's.
+        """
+        with SafetensorsFile(path) as file:
+            if CALIBRATION_KEY not in file.metadata:
+                raise UnsupportedFileError(f"{file.path} is no calibration; `nfq_core.collect` makes one")
+            digest = hashlib.sha256(file.raw_header)
+            for name in sorted(file.entries, key=lambda name: file.entries[name].start):
+                for piece in file.read_chunks(name):
+                    digest.update(piece)
+            try:
+                facts = parse_json(file.metadata[CALIBRATION_KEY])
+                if is_count(facts["version"]) and facts["version"] > CALIBRATION_VERSION:
+                    raise UnsupportedFileError(
+                        f"{file.path} is a calibration of version {facts['version']}, this code reads "
+                        f"{CALIBRATION_VERSION}; update the plugin"
+                    )
+                _check_facts(facts, file.entries)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise CorruptFileError(f"{file.path}: its facts are damaged ({error}); fetch it again") from None
+            loaded = [
+                LayerInputs(
+                    file.tensor(f"importance.{index}"),
+                    rows,
+                    file.tensor(f"correlation.{index}") if f"correlation.{index}" in file.entries else None,
+                )
+                for index, rows in enumerate(facts["rows"])
+            ]
+            source = Source(file.path.name, file.file_bytes, digest.hexdigest())
+        faults = [inputs.fault() for inputs in loaded]
+        return cls(
+            {name: loaded[index] for name, index in facts["weights"].items() if not faults[index]},
+            facts["architecture"],
+            facts["prompts"],
+            facts["steps"],
+            {name: faults[index] for name, index in facts["weights"].items() if faults[index]},
+            source,
+        )
+
+
+def _check_facts(facts: Mapping, entries: Mapping[str, Entry]) -> None:
+    """ValueError, KeyError or TypeError where a file's facts do not describe its tensors."""
+    counts = [facts["version"], *facts["rows"], *facts["weights"].values()]
+    counts += [facts[name] for name in ("prompts", "steps") if facts[name] is not None]
+    if not all(map(is_count, counts)) or not isinstance(facts["architecture"], str):
+        raise ValueError("a number or name is none")
+    if any(index >= len(facts["rows"]) for index in facts["weights"].values()):
+        raise ValueError("a weight's statistics are missing")
+    for index in range(len(facts["rows"])):
+        importance = entries[f"importance.{index}"]
+        if importance.dtype != "F32" or len(importance.shape) != 1 or not importance.shape[0]:
+            raise ValueError(f"importance.{index} must be 1-D F32, not empty")
+        correlation = entries.get(f"correlation.{index}")
+        if correlation is None:
+            continue
+        fits = len(correlation.shape) == 2 and correlation.shape[0] and not correlation.shape[0] % importance.shape[0]
+        if correlation.dtype != "F16" or not fits or not 0 < correlation.shape[1] <= correlation.shape[0]:
+            raise ValueError(f"correlation.{index} must be 2-D F16, its rows a multiple of the input channels")
