@@ -226,7 +226,8 @@ def compiled_lora(package: str, model, other) -> dict:
             result["graphs"].append(len(graphs))
     model.detach()
     # Else the compiler would keep the layer.
-    del compiled, graphs
+    graphs.clear()
+    del compiled
     torch._dynamo.reset()
     gc.collect()
     return result
