@@ -24,9 +24,9 @@ HUGE_BYTES = 14 << 30
 ROUNDS = 15
 GRAPH_REPEATS = 5
 
-TUNED = ("nf16_b64", "nf32_b64", "nf24_b64", "nf7_b64", "t4w8_b64", "t5w9_b64")
 WORD_BYTES = torch.int64.itemsize
 
+TUNED = ("nf16_b64", "nf32_b64", "nf24_b64", "nf7_b64", "t4w8_b64", "t5w9_b64")
 PROGRAM_BLOCKS = (8, 16, 32, 64, 128)
 PROGRAM_WARPS = (1, 2, 4, 8)
 
