@@ -26,7 +26,7 @@ from time import monotonic
 
 import torch
 
-from .gpu_bench import Part, describe
+from .gpu_bench import Part, describe, without_device
 from .gpu_decode import correctness, decode, tuning
 from .gpu_files import files
 from .gpu_host import host
@@ -57,9 +57,9 @@ PARTS = {
     "decode": Plan(decode, 25, 90),
     "step": Plan(step, 45, 150),
     "files": Plan(files, 30, 180),
+    "host": Plan(host, 60, 300),
     "tuning": Plan(tuning, 30, 60),
     "compile": Plan(compiled, 60, 300),
-    "host": Plan(host, 60, 300),
 }
 """In the order of what matters most."""
 
@@ -145,9 +145,10 @@ def _told(target: dict) -> str:
 
 
 def table(results: dict) -> str:
-    """The README's tables: a step, everything else, what was missed or failed."""
+    """The README's tables: a step, compiled, all else; a line each on bits and host; what was missed or failed."""
     parts = results["parts"]
-    texts = [_step_table(parts["step"]), _times_table(parts)]
+    texts = [_step_table(parts["step"]), _compile_table(parts["compile"]), _times_table(parts)]
+    texts += [_correctness_line(parts["correctness"]), _host_line(parts["host"])]
     missed = [_told(one) for found in parts.values() for one in found.get("targets", []) if not one["met"]]
     failed = [f"{part}, {name}" for part, found in parts.items() for name in found.get("failures", {})]
     texts += [f"Missed: {'; '.join(missed)}."] if missed else []
@@ -184,9 +185,38 @@ def _step_table(found: dict) -> str:
     return markdown_table(["SDXL's UNet, 1024 px, CFG", "a step", "as a CUDA graph", "weights + step's peak"], rows)
 
 
+def _compile_table(found: dict) -> str:
+    rows = []
+    for way, contestants in found.get("compiled", {}).items():
+        # Nothing but the first call is known of what was stopped after it.
+        base = contestants.get("fp16") if "ms" in contestants.get("fp16", {}) else None
+        for name, one in contestants.items():
+            told = _milliseconds(one, None if name == "fp16" else base) if "ms" in one else "–"
+            memory = f"{one['step_bytes'] / 1e9:.2f} GB" if "step_bytes" in one else "–"
+            rows.append([f"{way}: {name}", told, f"{one['first_call_s']:.1f} s", memory])
+    return markdown_table(["under torch.compile", "a step", "first call", "step's peak memory"], rows) if rows else ""
+
+
+def _correctness_line(found: dict) -> str:
+    if "checked" not in found:
+        return ""
+    line = f"Bits: {found['checked']} decodes ({found['backend']}), {len(found['wrong'])} with others than the CPU's"
+    errors = [abs(one["cpu_db"] - one["device_db"]) for one in found.get("quantise", {}).values()]
+    return f"{line}; quantised there, errors are within {max(errors):.3f} dB of the CPU's." if errors else f"{line}."
+
+
+def _host_line(found: dict) -> str:
+    tests = found.get("tests")
+    if tests:
+        return f"In a ComfyUI: {list(tests.values()).count('passed')} of {len(tests)} tests passed."
+    reason = found.get("reason") or found.get("skipped", {}).get("host")
+    return f"In a ComfyUI: no tests, {reason}." if reason else ""
+
+
 LABELS = {
     "decode": "decode into one buffer",
-    "copies": "copies that move as many bytes",
+    "copies": "copies and fills that read and write as many bytes",
+    "even copies": "copies that move as many bytes, half of them read",
     "operation": "decode into new memory, as layers do",
     "torch": "decode in plain torch",
     "bitsandbytes NF4": "bitsandbytes' decode of NF4",
@@ -203,6 +233,7 @@ def _times_table(parts: dict) -> str:
         for name, one in decode.get("eager", {}).items()
     ]
     rows += [["quantise", _milliseconds(files["quantise"])]] if "quantise" in files else []
+    rows += [[f"first load: {name}", f"{1e3 * one:.2f} ms"] for name, one in files.get("first_load_s", {}).items()]
     rows += [[f"load from page cache: {name}", _milliseconds(one)] for name, one in files.get("load", {}).items()]
     return markdown_table([f"all {decode.get('layers', '')} layers", "time"], rows) if rows else ""
 
@@ -219,4 +250,5 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if options.part:
         sys.exit(run_part(options.part, options.device, options.small, options.budget, options.out))
-    sys.exit(0 if run(options) else 1)
+    problem = without_device(torch.device(options.device))
+    sys.exit(problem or (0 if run(options) else 1))

@@ -20,7 +20,7 @@ import torch
 from nfq_core import NFTensor
 from nfq_core.formats import BLOCK, SCALE_STEPS_PER_OCTAVE, BlockFormat, Scales
 from nfq_core.packing import pack_codes
-from nfq_core.policy import DEFAULTS, plan_tensors
+from nfq_core.policy import DEFAULTS, Settings, plan_tensors
 from nfq_core.safefile import Entry
 from nfq_core.unet_keys import SDXL_BASE, UNetArchitecture, tensor_shapes
 
@@ -119,6 +119,16 @@ class Part:
         partial.replace(self.path)
 
 
+def without_device(device: torch.device) -> str:
+    """Why nothing can be measured on a device; empty where it can."""
+    if device.type != "cuda":
+        return ""
+    if not torch.cuda.is_available():
+        return f"cannot measure {device}: torch sees no CUDA device here; --device cpu --small tries the script without"
+    count = torch.cuda.device_count()
+    return "" if (device.index or 0) < count else f"cannot measure {device}: there are CUDA devices 0 to {count - 1}"
+
+
 def describe(device: torch.device) -> dict:
     """The device, its driver, and the versions of what is used."""
     told: dict[str, object] = {"name": str(device)}
@@ -132,14 +142,14 @@ def describe(device: torch.device) -> dict:
             "l2_mib": getattr(facts, "L2_cache_size", 0) / 2**20,
             "cuda": torch.version.cuda or torch.version.hip,
             "cudnn": torch.backends.cudnn.version(),
-            "nvidia_smi": _ask_driver(),
+            "nvidia_smi": _ask_driver(device.index or 0),
         }
     return told | {"versions": {name: _version(name) for name in PACKAGES}}
 
 
-def _ask_driver() -> str:
+def _ask_driver(index: int) -> str:
     fields = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,clocks.sm,temperature.gpu"
-    command = ["nvidia-smi", "-i", "0", f"--query-gpu={fields}", "--format=csv,noheader"]
+    command = ["nvidia-smi", "-i", str(index), f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
@@ -223,10 +233,12 @@ def added_bytes(device: torch.device, work: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def layer_formats(architecture: UNetArchitecture) -> dict[str, tuple[tuple[int, ...], BlockFormat | None]]:
-    """Shape, and format at the defaults (None: kept), of every tensor of a UNet by its diffusers name."""
+def layer_formats(
+    architecture: UNetArchitecture, settings: Settings = DEFAULTS
+) -> dict[str, tuple[tuple[int, ...], BlockFormat | None]]:
+    """Shape and format (None: kept) of every tensor of a UNet by its diffusers name."""
     entries = {name: Entry("F16", shape, 0, 0) for name, shape in tensor_shapes(architecture, "diffusers").items()}
-    return {name: (plan.shape, plan.format) for name, plan in plan_tensors(entries, DEFAULTS)[1].items()}
+    return {name: (plan.shape, plan.format) for name, plan in plan_tensors(entries, settings)[1].items()}
 
 
 def random_packed(
@@ -277,10 +289,12 @@ def fan_in_std(shape: tuple[int, ...]) -> float:
     return prod(shape[1:]) ** -0.5
 
 
-def random_unet(architecture: UNetArchitecture, generator: torch.Generator) -> dict[str, NFTensor | torch.Tensor]:
-    """A UNet at the defaults under diffusers names, codes random, kept tensors fp16, on the generator's device."""
+def random_unet(
+    architecture: UNetArchitecture, generator: torch.Generator, settings: Settings = DEFAULTS
+) -> dict[str, NFTensor | torch.Tensor]:
+    """A UNet under diffusers names, codes random, kept tensors fp16, on the generator's device."""
     made: dict[str, NFTensor | torch.Tensor] = {}
-    for name, (shape, fmt) in layer_formats(architecture).items():
+    for name, (shape, fmt) in layer_formats(architecture, settings).items():
         if fmt is not None:
             made[name] = random_packed(shape, fmt, generator, fan_in_std(shape))
             continue

@@ -24,6 +24,8 @@ HUGE_BYTES = 14 << 30
 ROUNDS = 15
 GRAPH_REPEATS = 5
 
+WORD_BYTES = torch.int64.itemsize
+
 TUNED = ("nf16_b64", "nf32_b64", "nf24_b64", "nf7_b64", "t4w8_b64", "t5w9_b64")
 PROGRAM_BLOCKS = (8, 16, 32, 64, 128)
 PROGRAM_WARPS = (1, 2, 4, 8)
@@ -94,7 +96,7 @@ def _quantise_on_both(part: Part) -> None:
 
 
 def decode(part: Part) -> None:
-    """All quantised layers of a UNet into one fp16 buffer, beside copies that read and write as many bytes."""
+    """All quantised layers of a UNet into one fp16 buffer, beside copies that move as many bytes."""
     generator = torch.Generator(part.device).manual_seed(0)
     layers = [(shape, fmt) for shape, fmt in layer_formats(part.architecture).values() if fmt is not None]
     tensors = [random_packed(shape, fmt, generator, 0.03) for shape, fmt in layers]
@@ -107,8 +109,7 @@ def decode(part: Part) -> None:
         for tensor, out in zip(tensors, outs, strict=True):
             tensor.dequantize(out=out)
 
-    copies = _copies(tensors, part.device)
-    works = {"decode": ours, "copies": copies}
+    works = {"decode": ours, "copies": _copies(tensors, buffer), "even copies": _even_copies(tensors, part.device)}
     found = part.attempt("CUDA graphs", lambda: _as_graphs(part, works))
     if found:
         part.note(graph=found)
@@ -139,7 +140,25 @@ def _as_graphs(part: Part, works: dict[str, Callable[[], None]]) -> dict[str, di
     return measure(part, graphs, ROUNDS, GRAPH_REPEATS if part.on_gpu else 1)
 
 
-def _copies(tensors: list[NFTensor], device: torch.device) -> Callable[[], None]:
+def _copies(tensors: list[NFTensor], buffer: torch.Tensor) -> Callable[[], None]:
+    """For each weight a copy that reads its packed bytes, and a fill: both write as many bytes as its decode does."""
+    # Fills are fastest where words are whole and aligned: the copies go elsewhere, the last word may be too long.
+    target = torch.empty(max(tensor.nbytes for tensor in tensors), dtype=torch.uint8, device=buffer.device)
+    words = torch.empty(-(-buffer.nbytes // WORD_BYTES), dtype=torch.int64, device=buffer.device)
+    pairs = [
+        (target[: tensor.nbytes], words[: -(-(2 * tensor.numel() - tensor.nbytes) // WORD_BYTES)], tensor.data)
+        for tensor in tensors
+    ]
+
+    def work() -> None:
+        for to, rest, packed in pairs:
+            to.copy_(packed)
+            rest.zero_()
+
+    return work
+
+
+def _even_copies(tensors: list[NFTensor], device: torch.device) -> Callable[[], None]:
     """For each weight a copy that reads half of the bytes its decode moves, from memory of its own, and writes them."""
     lengths = [(tensor.nbytes + 2 * tensor.numel()) // 2 for tensor in tensors]
     source = torch.zeros(sum(lengths), dtype=torch.uint8, device=device)

@@ -18,7 +18,8 @@ TESTS = (
     "test_sampling.py::test_adapter_kinds[lora]",
     "test_states.py::test_the_host_sees_packed_bytes",
     "test_states.py::test_load_states",
-    "test_states.py::test_never_the_dynamic_patcher",
+    "test_states.py::test_lora_factors_stay_with_their_layers",
+    "test_states.py::test_resident_is_a_stock_model",
 )
 
 

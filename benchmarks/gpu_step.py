@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from nfq_core import NFTensor
-from nfq_core.layers import dense_layers, pack_layers, packed_layers
+from nfq_core.allocation import PRESETS
+from nfq_core.layers import PackedLinear, dense_layers, pack_layers, packed_layers
 from nfq_core.low_rank import LowRank
+from nfq_core.policy import Settings
 from nfq_core.unet_keys import UNetArchitecture, tensor_shapes
 
 from .gpu_bench import SMALL, Part, added_bytes, fan_in_std, graphed, measure, random_unet
@@ -54,6 +56,15 @@ BATCH = 2
 
 TOKENS = 77
 LORA_RANK = 32
+
+LORA_CHANGE = 0.01
+"""What a LoRA adds to a weight, in terms of its root mean square."""
+
+VISIBLE = 0.01
+"""The least difference that LoRAs make, in terms of the result's standard deviation."""
+
+BALANCED = "packed, preset balanced"
+
 ROUNDS = 12
 COMPILED_ROUNDS = 8
 
@@ -61,7 +72,7 @@ AT_MOST = {"packed": 1.03, "packed, 1 LoRA": 1.05, "packed, 4 LoRAs": 1.05, "res
 """What a step may take in terms of fp16's."""
 
 FULL_COMPILE_SECONDS = 150
-"""Time that is left at least where a whole UNet is compiled."""
+"""Time that is left at least where a whole UNet is compiled, as long as none has been."""
 
 State = Mapping[str, NFTensor | torch.Tensor]
 
@@ -93,17 +104,18 @@ def dense_state(state: State) -> dict[str, torch.Tensor]:
 
 
 def add_low_rank(unet: nn.Module, count: int, generator: torch.Generator) -> nn.Module:
-    """Put `count` LoRAs of random factors on every linear layer of the attentions; returns the UNet."""
+    """Put `count` LoRAs of random factors on every linear layer of the transformers; returns the UNet."""
     device = generator.device
     for name, layer in packed_layers(unet).items():
-        if ".attn1." not in name and ".attn2." not in name:
+        if not isinstance(layer, PackedLinear) or ".attentions." not in name:
             continue
         rows, columns = layer.weight_shape
 
         def factor(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator, device=device)
 
-        parts = [(factor(rows, LORA_RANK), factor(LORA_RANK, columns), 1e-3 / columns) for _ in range(count)]
+        coefficient = LORA_CHANGE * fan_in_std(layer.weight_shape) / LORA_RANK**0.5
+        parts = [(factor(rows, LORA_RANK), factor(LORA_RANK, columns), coefficient) for _ in range(count)]
         layer.low_rank = LowRank.sum(parts, device=device, dtype=torch.float16)
     return unet
 
@@ -167,6 +179,9 @@ def step(part: Part) -> None:
         part.note(difference=difference)
     if difference and "packed" in difference:
         part.target("packed: the largest difference from the resident model's result", difference["packed"], 0, "")
+    for name in ("packed, 1 LoRA", "packed, 4 LoRAs"):
+        if difference and name in difference and difference[name] < VISIBLE * difference["standard_deviation"]:
+            part.fail(name, AssertionError(f"changes the result by {difference[name]:.2g} only"))
     for name, reading in measure(part, steps, 2 if part.small else ROUNDS).items():
         contestants[name] |= reading
     part.note(contestants=contestants)
@@ -175,7 +190,7 @@ def step(part: Part) -> None:
         part.skip("CUDA graphs", "there are none on a CPU")
         return
     pool, replays = torch.cuda.graph_pool_handle(), {}
-    for name in ("fp16", *AT_MOST):
+    for name in ("fp16", *AT_MOST, BALANCED):
         replay = name in steps and part.attempt(
             f"{name} as a graph", lambda name=name: graphed(part.device, steps[name], pool)
         )
@@ -193,7 +208,7 @@ def _finite(result: torch.Tensor) -> torch.Tensor:
 
 
 def _contestants(part: Part) -> dict[str, nn.Module]:
-    """The UNets that take part, by name; all but the rivals compute with the same weights."""
+    """The UNets that take part, by name; all but the rivals and the preset compute with the same weights."""
     architecture = part.architecture
     generator = torch.Generator(part.device).manual_seed(0)
     state = random_unet(architecture, generator)
@@ -216,12 +231,14 @@ def _contestants(part: Part) -> dict[str, nn.Module]:
     def q4_0(layer: nn.Module) -> nn.Module:
         return q4_0_layer(layer, generator, fan_in_std(layer.weight.shape))
 
+    balanced = Settings(target_bpw=PRESETS["balanced"])
     makers = {
         "fp16": lambda: make_unet(architecture, dense_state(state)),
         "packed": lambda: make_unet(architecture, state),
         "packed, 1 LoRA": lambda: add_low_rank(make_unet(architecture, state), 1, generator),
         "packed, 4 LoRAs": lambda: add_low_rank(make_unet(architecture, state), 4, generator),
         "resident": resident,
+        BALANCED: lambda: make_unet(architecture, random_unet(architecture, generator, balanced)),
         "Q4_0 in torch": lambda: replaced((nn.Linear, nn.Conv2d), q4_0),
     }
     reason = without_bitsandbytes()
@@ -261,32 +278,36 @@ def compiled(part: Part) -> None:
                 module.compile(backend=backend, fullgraph=True)
 
     ways = {"transformer blocks": regional, "whole UNet": lambda unet: unet.compile(backend=backend)}
-    found: dict[str, dict] = {}
+    found: dict[str, dict] = {way: {} for way in ways}
     for way, compile_unet in ways.items():
-        if way == "whole UNet" and part.on_gpu and part.left() < FULL_COMPILE_SECONDS:
-            part.skip(way, f"{part.left():.0f} s are left, it may take {FULL_COMPILE_SECONDS}")
-            return
         torch._dynamo.reset()
-        steps, first = {}, {}
+        steps, contestants = {}, found[way]
+        needed = FULL_COMPILE_SECONDS if way == "whole UNet" and part.on_gpu else 0
         for name, weights in states.items():
+            if part.left() < needed:
+                part.skip(f"{way}: {name}", f"{part.left():.0f} s are left, it may take {needed:.0f}")
+                continue
             made = part.attempt(f"{way}: {name}", partial(_first_call, part, weights, compile_unet))
             if made:
-                steps[name], first[name] = made
-                found[way] = {"first_call_s": first}
+                steps[name], contestants[name] = made
+                needed = contestants[name]["first_call_s"]
                 part.note(compiled=found)
-        readings = measure(part, steps, 2 if part.small else COMPILED_ROUNDS)
-        found[way] = {"first_call_s": first, "contestants": readings}
+        for name, reading in measure(part, steps, 2 if part.small else COMPILED_ROUNDS).items():
+            contestants[name] |= reading
         part.note(compiled=found)
-        _targets(part, readings, f"a step, {way} compiled, beside fp16's")
+        _targets(part, contestants, f"a step, {way} compiled, beside fp16's")
+    if not part.on_gpu:
+        part.skip("peak memory", "counted on GPUs only")
 
 
 def _first_call(
     part: Part, weights: Callable[[], State], compile_unet: Callable[[nn.Module], None]
-) -> tuple[Callable[[], torch.Tensor], float]:
-    """The step of a compiled UNet, and the seconds that its first call took."""
+) -> tuple[Callable[[], torch.Tensor], dict[str, float]]:
+    """The step of a compiled UNet; the seconds that its first call took, and on a GPU what memory another one takes."""
     unet = make_unet(part.architecture, weights())
     compile_unet(unet)
     step = step_of(part, unet)
     started = perf_counter()
     _finite(step())
-    return step, perf_counter() - started
+    told = {"first_call_s": perf_counter() - started}
+    return step, told | ({"step_bytes": added_bytes(part.device, step)} if part.on_gpu else {})

@@ -14,6 +14,7 @@ import torch
 from benchmarks import gpu, gpu_bench, gpu_decode, gpu_step
 from nfq_core import backends, kernels
 from nfq_core.formats import FORMATS
+from nfq_core.layers import packed_layers
 from nfq_core.unet_keys import SDXL_BASE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +42,7 @@ def test_every_part_works_or_says_why_not(results: dict) -> None:
         "step": {"peak memory", "CUDA graphs"},
         "files": set(),
         "tuning": {"tuning"},
-        "compile": set(),
+        "compile": {"peak memory"},
         "host": set(),
     }
 
@@ -49,21 +50,26 @@ def test_every_part_works_or_says_why_not(results: dict) -> None:
 def test_what_is_measured(results: dict) -> None:
     parts = results["parts"]
     assert parts["correctness"]["checked"] == len(FORMATS) * 6 * 3 and not parts["correctness"]["wrong"]
-    assert {"decode", "copies", "operation", "torch", "Q4_0 in torch"} <= parts["decode"]["eager"].keys()
+    assert {"decode", "copies", "even copies", "operation", "torch", "Q4_0 in torch"} <= parts["decode"]["eager"].keys()
     steps = parts["step"]["contestants"]
-    assert {"fp16", *gpu_step.AT_MOST, "Q4_0 in torch"} <= steps.keys()
+    assert {"fp16", *gpu_step.AT_MOST, gpu_step.BALANCED, "Q4_0 in torch"} <= steps.keys()
     assert steps["packed"]["own_bytes"] < 0.4 * steps["fp16"]["own_bytes"]
     assert steps["packed, 4 LoRAs"]["own_bytes"] > steps["packed, 1 LoRA"]["own_bytes"] > steps["packed"]["own_bytes"]
     difference = parts["step"]["difference"]
     assert difference["packed"] == difference["fp16"] == 0 < difference["packed, 1 LoRA"]
     assert difference["packed, 4 LoRAs"] < difference["standard_deviation"]
     assert parts["compile"]["compiled"].keys() == {"transformer blocks", "whole UNet"}
-    assert parts["files"]["load"].keys() == {"NFQ", "fp16, safetensors"}
+    assert parts["files"]["load"].keys() == parts["files"]["first_load_s"].keys() == {"NFQ", "fp16, safetensors"}
 
 
 def test_the_table(results: dict) -> None:
     told = gpu.table(results)
     assert "| packed, 1 LoRA |" in told and "| quantise |" in told and "Missed: " in told
+    assert "| first load: NFQ |" in told
+    assert "| whole UNet: packed |" in told and ", 0 with others than the CPU's;" in told
+    assert "In a ComfyUI: no tests, not asked for: --host." in told
+    tests = {"tests": {"one": "passed", "other": "failure: broke"}}
+    assert "1 of 2 tests passed" in gpu.table(results | {"parts": results["parts"] | {"host": tests}})
     broken = {name: {"status": "failed", "failures": {"all": "broke"}} for name in gpu.PARTS}
     told = gpu.table(results | {"parts": broken})
     assert told.startswith("Failed: correctness, all; decode, all")
@@ -141,7 +147,7 @@ def test_what_only_a_gpu_does(tmp_path: Path, monkeypatch, one_thread, work: Cal
     if work is gpu_decode.correctness:
         assert part.results["checked"] == 2 * len(FORMATS) * 6 * 3
     if work is gpu_step.step:
-        assert part.results["graphs"].keys() == {"fp16", *gpu_step.AT_MOST}
+        assert part.results["graphs"].keys() == {"fp16", *gpu_step.AT_MOST, gpu_step.BALANCED}
 
 
 def test_what_fails_is_noted_and_leaves_the_rest(tmp_path: Path) -> None:
@@ -174,6 +180,51 @@ def test_parts_that_hang_or_break_down(tmp_path: Path, monkeypatch, code: str, t
     found = gpu.run_apart("decode", options, 3)
     assert found["status"] == "failed" and found.get("found") == (1 if begins else None)
     assert told in found["failures"]["decode"]
+
+
+@pytest.mark.parametrize(
+    ("left", "skipped"),
+    [
+        (gpu_step.FULL_COMPILE_SECONDS - 1, {"whole UNet: fp16", "whole UNet: packed"}),
+        (gpu_step.FULL_COMPILE_SECONDS + 1, {"whole UNet: packed"}),
+    ],
+)
+def test_whole_unets_are_compiled_where_time_is_left(
+    tmp_path: Path, monkeypatch, one_thread, left: float, skipped: set[str]
+) -> None:
+    """The first one's time is the estimate for the next."""
+
+    def first_call(*args: object) -> tuple[Callable[[], None], dict[str, float]]:
+        return lambda: None, {"first_call_s": left + 1}
+
+    monkeypatch.setattr(gpu_step, "without_diffusers", lambda part: False)
+    monkeypatch.setattr(gpu_step, "_first_call", first_call)
+    monkeypatch.setattr(GpuPart, "left", lambda self: left)
+    part = GpuPart(CPU, True, 0, tmp_path / "part.json")
+    gpu_step.compiled(part)
+    assert part.skipped.keys() == skipped | {"transformer blocks: packed"} and not part.failures
+
+
+def test_loras_are_on_every_linear_layer_of_the_transformers(monkeypatch) -> None:
+    for name in gpu.UNNEEDED:
+        monkeypatch.setitem(sys.modules, name, None)
+    generator = torch.Generator().manual_seed(0)
+    unet = gpu_step.make_unet(gpu_bench.SMALL, gpu_bench.random_unet(gpu_bench.SMALL, generator))
+    gpu_step.add_low_rank(unet, 1, generator)
+    layers = packed_layers(unet)
+    changed = {name for name, layer in layers.items() if layer.low_rank is not None}
+    ends = {name.rpartition("attentions.")[2].partition(".")[2] for name in changed}
+    assert {"proj_in", "proj_out", "transformer_blocks.0.ff.net.2", "transformer_blocks.0.attn2.to_k"} <= ends
+    assert all(".resnets." not in name and not name.startswith("time_") for name in changed)
+    one = layers["mid_block.attentions.0.proj_in"]
+    change = (one.low_rank.up @ one.low_rank.down).float()
+    assert 0.008 < change.std() / one.packed.dequantize().float().std() < 0.012
+
+
+def test_a_device_that_is_not_there() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cuda:99"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("cannot measure cuda:99: ") and done.stderr.count("\n") == 1
 
 
 def test_what_does_not_fit_is_skipped(tmp_path: Path) -> None:
