@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from nfq_core import NFTensor, quantize
-from nfq_core.policy import DEFAULTS, plan_tensors
+from nfq_core.policy import DEFAULTS, Settings, plan_tensors
 from nfq_core.state import describe
 from nfq_core.unet_keys import UNetArchitecture, tensor_shapes
 
@@ -68,15 +68,17 @@ def random_adapter(architecture: UNetArchitecture, kind: str, seed: int, rank: i
     return {key: value.half() if value.dim() else value for key, value in result.items()}
 
 
-def packed_unet(architecture: UNetArchitecture, layout: str) -> dict[str, NFTensor | torch.Tensor]:
-    """A UNet quantised by the default rules, its codes random instead of fitted: quick at any size.
+def packed_unet(
+    architecture: UNetArchitecture, layout: str, settings: Settings = DEFAULTS
+) -> dict[str, NFTensor | torch.Tensor]:
+    """A UNet quantised by the usual rules, its codes random instead of fitted: quick at any size.
 
     The same weight has the same codes in every layout.
     """
     names = list(tensor_shapes(architecture, layout))
     shapes = tensor_shapes(architecture, "ldm")
     state = {name: torch.empty(shape, dtype=torch.float16, device="meta") for name, shape in shapes.items()}
-    plans = plan_tensors(describe(state), DEFAULTS)[1]
+    plans = plan_tensors(describe(state), settings)[1]
     result: dict[str, NFTensor | torch.Tensor] = {}
     for seed, (name, (key, shape)) in enumerate(zip(names, shapes.items(), strict=True)):
         generator = torch.Generator().manual_seed(seed)
@@ -87,8 +89,8 @@ def packed_unet(architecture: UNetArchitecture, layout: str) -> dict[str, NFTens
             weight *= 1 / sqrt(prod(shape[1:])) if len(shape) > 1 else 0.05
             result[name] = (weight + (1.0 if is_norm else 0.0)).half()
             continue
-        # Levels and scale parameters come from a small weight; 16 and 32 levels use every byte value.
-        sample = quantize(torch.empty(64, 64).normal_(generator=generator) / sqrt(prod(shape[1:])), fmt.levels)
+        # Levels and scale parameters come from a small weight; 16 and 32 levels and trellises use every byte value.
+        sample = quantize(torch.empty(64, 64).normal_(generator=generator) / sqrt(prod(shape[1:])), format=fmt.id)
         sections, small = fmt.sections(prod(shape)), fmt.sections(sample.numel())
         data = torch.randint(0, 256, (sections.end,), dtype=torch.uint8, generator=generator)
         data[: sections.coarse] = sample.data[: small.coarse]

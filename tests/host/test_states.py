@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import DENSE, OURS, lora, sample
+from graphs import DENSE, OURS, loader, lora, sample
 from models import packed_unet
 
 import nfq_core
+from nfq_core.convert import dequantize_file
+from nfq_core.policy import Settings
 from nfq_core.unet_keys import KOALA_1B, KOALA_700M, SDXL_BASE, SDXL_INPAINTING, SDXL_REFINER, SSD_1B
 
 MODEL = ["model", 0]
@@ -154,6 +156,20 @@ def test_key_layouts(host, base, layout: str) -> None:
     nfq_core.save(packed_unet(KOALA_700M, "ldm"), wanted)
     assert torch.equal(latent, host.latent(sample({"model": {**OURS, "inputs": {"unet_name": wanted.name}}}, MODEL)))
     wanted.unlink()
+
+
+@pytest.mark.parametrize("formats", [("t4w8_b64", "t5w9_b64"), ("t2w8_b64", "t3w8_b64")], ids=["4 and 5", "2 and 3"])
+def test_trellis_formats(host, base, formats: tuple[str, str]) -> None:
+    """Random codes of the trellis formats: the same latents as from their dequantised file and the stock loader."""
+    unets = base / "models" / "diffusion_models"
+    path, dense = unets / "trellis.nfq.safetensors", unets / "trellis-dense.safetensors"
+    nfq_core.save(packed_unet(KOALA_700M, "ldm", Settings(format=formats[0], conv_format=formats[1])), path)
+    dequantize_file(path, dense)
+    ours, wanted = (host.latent(sample({"model": loader(file.name)}, MODEL, steps=1)) for file in (path, dense))
+    path.unlink()
+    dense.unlink()
+    assert torch.isfinite(ours).all() and ours.std() > 0
+    assert torch.equal(ours, wanted)
 
 
 @pytest.mark.parametrize(
