@@ -36,7 +36,7 @@ def test_choosing_a_file_tells_what_it_is(page: Page, hostile: str) -> None:
     page.shows("facts", "as fp16 1.49 GB")
     recipe = json.loads(page.workflow()["nodes"][0]["widgets_values"][1])
     assert recipe["source"] == "vega.safetensors"
-    assert len(page.workflow()["nodes"][0]["widgets_values"]) == 2
+    assert len(page.workflow()["nodes"][0]["widgets_values"]) == 3
 
 
 def test_a_hostile_header_is_text(page: Page, hostile: str) -> None:
