@@ -111,7 +111,7 @@ def test_another_file_never_gets_the_recipe_of_the_last(page: Page, base: Path) 
         page.set("NFQuantizedUNetLoader", "unet_name", cut.name)
         page.shows("facts", f"{cut.name} is cut short")
         assert str(base) not in page.panel("facts").inner_text()
-        assert page.workflow()["nodes"][0]["widgets_values"] == [cut.name, ""]
+        assert page.workflow()["nodes"][0]["widgets_values"] == [cut.name, "", "packed"]
     finally:
         cut.unlink()
     page.script("await app.refreshComboInNodes();")
