@@ -43,17 +43,17 @@ Measured on the demo model, those of a role together. Keys of cross-attention ar
 published work finds them sensitive in SDXL (MixDQ, arXiv 2405.17873).
 """
 
-NEAR = 0.99
-"""How much of the size asked for a file has at least."""
-
-MAX_TRIES = 4
-"""Files written in search of a size, the best of which is written again where none is near enough."""
-
 CONVOLUTION = 16.0
 """Likewise of its other convolutions."""
 
 OTHER = 1.0
 """Likewise of what is not known."""
+
+NEAR = 0.99
+"""How much of the size asked for a file has at least."""
+
+MAX_TRIES = 4
+"""Files written in search of a size, the best of which is written again where none is near enough."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ def allocate(
         NFQError: not even the smallest format fits.
     """
     menu = [FORMATS[id] for id in EXPECTED_SQNR_DB]
-    bytes_in = {name: [fmt.packed_bytes(prod(shape)) for fmt in menu] for name, shape in shapes.items()}
+    counts = {name: prod(shape) for name, shape in shapes.items()}
+    bytes_in = {name: [fmt.packed_bytes(count) for fmt in menu] for name, count in counts.items()}
     noise = [10 ** (-EXPECTED_SQNR_DB[fmt.id] / 10) for fmt in menu]
     weight_of = _completed(shapes, sensitivities)
     left = budget - sum(sizes[0] for sizes in bytes_in.values())
@@ -113,7 +114,6 @@ def allocate(
         if step.nbytes <= left and chosen[step.layer] == step.number - 1:
             chosen[step.layer] = step.number
             left -= step.nbytes
-    counts = {name: prod(shape) for name, shape in shapes.items()}
     mean = sum(weight_of.values()) / max(1, sum(counts.values())) or 1.0
     return {
         name: (menu[number], float(f"{weight_of[name] / counts[name] / mean:.4g}")) for name, number in chosen.items()
@@ -145,10 +145,10 @@ class SizeSearch:
         """
         if self._target is None or NEAR * self._target <= file_bytes <= self._target:
             return True
-        formats = {name: plan.format for name, plan in plans.items() if plan.format}
-        packed = sum(fmt.packed_bytes(prod(plans[name].shape)) for name, fmt in formats.items())
+        quantized = [plan for plan in plans.values() if plan.format]
+        packed = sum(plan.format.packed_bytes(prod(plan.shape)) for plan in quantized)
         fits = file_bytes <= self._target
-        if fits and all(fmt.id == LARGEST for fmt in formats.values()):
+        if fits and all(plan.format.id == LARGEST for plan in quantized):
             self.warnings.append(f"every layer has {LARGEST}, the most there is; the file is smaller than asked for")
             return True
         if fits and self._tries == MAX_TRIES:
