@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from modules import devices, sd_models, shared
 
-from ..nfq_core import NFQError
 from .loading import NFQLoading, is_ours
-from .patching import argument, tell, wrap
+from .patching import argument, model_change, wrap
 
 REMEDY = "this program needs a whole checkpoint: quantise one with its text encoder and VAE"
 
@@ -32,15 +31,10 @@ def install(loading: NFQLoading) -> None:
         def reload_model_weights(*args: Any, **kwargs: Any) -> Any:
             info = argument(1, "info", args, kwargs) or sd_models.select_checkpoint()
             forced = argument(2, "forced_reload", args, kwargs)
-            try:
+            with model_change(loading):
                 if is_ours(info.filename) and (forced or not _is_loaded(info)):
                     loading.read_ahead(info.filename, REMEDY)
                 return previous(*args, **kwargs)
-            except NFQError as error:
-                tell(str(error))
-                raise
-            finally:
-                loading.forget()
 
         return reload_model_weights
 

@@ -10,10 +10,9 @@ import torch
 from backend.args import dynamic_args
 from modules import processing, sd_models, shared
 
-from ..nfq_core import NFQError
 from .loading import KEEP_PACKED, NFQLoading, is_ours
 from .packed import keep_packed
-from .patching import argument, tell, wrap
+from .patching import argument, model_change, wrap
 
 REMEDY = "choose what is missing under 'VAE / Text Encoder', or a file of a whole checkpoint"
 
@@ -44,15 +43,10 @@ def install(loading: NFQLoading) -> None:
             wanted = sd_models.model_data.forge_loading_parameters
             info = wanted.get("checkpoint_info")
             changes = sd_models.model_data.forge_hash != str(wanted)
-            try:
+            with model_change(loading):
                 if changes and info is not None and is_ours(info.filename):
                     loading.read_ahead(info.filename, "" if wanted.get("additional_modules") else REMEDY)
                 return previous(*args, **kwargs)
-            except NFQError as error:
-                tell(str(error))
-                raise
-            finally:
-                loading.forget()
 
         return forge_model_reload
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import gradio
 from modules import patches, script_callbacks
+
+from ..nfq_core import NFQError
+from .loading import NFQLoading
 
 log = logging.getLogger("nfq")
 
@@ -29,3 +33,15 @@ def tell(message: str) -> None:
     """Show one sentence in the page, where a request from the page is being served, and in the log."""
     log.error("%s", message)
     gradio.Warning(message)
+
+
+@contextmanager
+def model_change(loading: NFQLoading) -> Iterator[None]:
+    """Around the program's change of its model: an error of ours is told, and nothing that was read ahead stays."""
+    try:
+        yield
+    except NFQError as error:
+        tell(str(error))
+        raise
+    finally:
+        loading.forget()
