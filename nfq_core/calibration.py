@@ -21,8 +21,9 @@ from .atomic import AtomicFile
 from .container import UNRECORDED, Source
 from .errors import CorruptFileError, NFQError, UnsupportedFileError
 from .feedback import SecondMoment
-from .safefile import Entry, SafetensorsFile, aligned_entries, header_bytes, is_count, parse_json, tensor_bytes
+from .safefile import Entry, SafetensorsFile, aligned_entries, header_bytes, tensor_bytes
 from .unet import UNKNOWN, UNetInfo, ldm_names
+from .untrusted import is_count, parse_json
 from .writer import Plan
 
 CALIBRATION_KEY = "nfq_calibration"
@@ -32,6 +33,12 @@ CALIBRATION_VERSION = 1
 
 MIN_ROWS = 32
 """Inputs of a layer, tokens or pixels, below which its statistics are not used."""
+
+MAX_IMPORTANCE = 1e30
+"""Of a channel; fp16 activations reach 4.3e9, and beyond this no product of two roots is sure to be finite."""
+
+MAX_CORRELATION = 1.01
+"""1, and what rounding to fp16 may add to it."""
 
 MIN_MATCHING = 0.5
 """Share of a model's quantised weights that a calibration must fit, to be taken for one of its architecture."""
@@ -56,10 +63,14 @@ class LayerInputs:
         """What is wrong with the numbers; nothing where they are sound."""
         if not torch.isfinite(self.importance).all() or (self.importance < 0).any():
             return "its importance holds NaN, Inf or negative numbers"
+        if self.importance.amax() > MAX_IMPORTANCE:
+            return f"its importance holds numbers beyond {MAX_IMPORTANCE:g}"
         if not self.importance.any():
             return "its inputs were all zero"
         if self.correlation is not None and not torch.isfinite(self.correlation).all():
             return "its correlation holds NaN or Inf"
+        if self.correlation is not None and self.correlation.abs().amax() > MAX_CORRELATION:
+            return "its correlation holds numbers beyond 1"
         return f"only {self.rows} inputs were seen, {MIN_ROWS} are needed" if self.rows < MIN_ROWS else ""
 
     def second_moment(self) -> SecondMoment | None:

@@ -22,7 +22,7 @@ from .allocation import PRESETS
 from .article_import import import_article
 from .calibration import Calibration
 from .codebook import EFFORTS
-from .errors import NFQError
+from .errors import NFQError, printable
 from .formats import LEVELS, WRITABLE_IDS
 from .memory import check_device
 from .parallel import Progress
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         message = f"{error.filename or 'the file'}: {error.strerror or error}"
-    print(f"nfq: {' '.join(message.split())}", file=sys.stderr)
+    print(f"nfq: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 1
 
 
@@ -219,10 +219,11 @@ def _verify(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     with _progress("comparing", options) as progress:
         result = examine.compare_files(options.original, options.file, progress=progress)
-    width = max((len(layer["name"]) for layer in result["layers"]), default=0)
+    names = [printable(layer["name"], examine.MAX_LINE) for layer in result["layers"]]
+    width = max(map(len, names), default=0)
     lines = [
-        f"{layer['name']:{width}}  {layer['format']:12}  {layer['bits_per_weight']:6.3f} bits  {_db(layer['sqnr_db'])}"
-        for layer in result["layers"]
+        f"{name:{width}}  {layer['format']:12}  {layer['bits_per_weight']:6.3f} bits  {_db(layer['sqnr_db'])}"
+        for name, layer in zip(names, result["layers"], strict=True)
     ]
     lines.append(f"mean over {len(result['layers'])} layers, by weights: {_db(result['sqnr_db'])}")
     return _show(options, result, "\n".join(lines))
@@ -283,7 +284,7 @@ def _progress(title: str, options: argparse.Namespace, unit: str = "B") -> Itera
 
         def report(done: int, total: int, name: str) -> None:
             bar.total = total
-            bar.set_postfix_str(name[-40:], refresh=False)
+            bar.set_postfix_str(printable(name[-40:]), refresh=False)
             bar.update(done - bar.n)
 
         yield report

@@ -22,6 +22,7 @@ from .calibration import Calibration
 from .codec import encode
 from .container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source
 from .errors import CannotQuantizeError, NFQError, UnsupportedFileError
+from .memory import refuse_beyond_memory
 from .parallel import IN_FLIGHT_BYTES, Progress, no_progress, ordered_map
 from .policy import DEFAULTS, Settings, plan_tensors
 from .quantizer import quantize
@@ -43,6 +44,9 @@ PAGE_METADATA = ("workflow", "prompt")
 
 MAX_METADATA_BYTES = 1 << 20
 """So much of a source's metadata finds room in a container's header, as it stands there."""
+
+MAX_METADATA_WARNINGS = 8
+"""Entries left out that are named one by one."""
 
 
 def quantize_file(
@@ -190,13 +194,16 @@ def dequantize_file(
     started = perf_counter()
     with NFQFile(source) as file:
         refuse_same(source, target)
+        refuse_beyond_memory(file, max(map(file.dense_bytes, file.keys()), default=0))
         outputs = {key: (file.entries[key].dtype, file.entries[key].shape) for key in file.kept}
         for key, quantized in file.quantized.items():
             outputs[key] = (DTYPE_NAMES[dtype] if dtype else quantized.dtype, quantized.shape)
         entries = aligned_entries(outputs)
         total = sum(entry.nbytes for entry in entries.values())
         page = {name: file.metadata[name] for name in PAGE_METADATA if name in file.metadata}
-        header = header_bytes(entries, {"format": "pt", **file.facts.source.metadata, **page})
+        # The container's mark would make of the result something that no program reads.
+        metadata = {name: text for name, text in file.facts.source.metadata.items() if name != FACTS_KEY}
+        header = header_bytes(entries, {"format": "pt", **metadata, **page})
 
         def work(key: str) -> tuple[str, memoryview]:
             if key in file.kept:
@@ -255,9 +262,15 @@ def split_metadata(metadata: dict[str, str]) -> tuple[dict[str, str], dict[str, 
     sizes = {name: _stored_bytes(name) + _stored_bytes(text) for name, text in metadata.items()}
     kept = dict(sorted(metadata.items(), key=lambda item: sizes[item[0]]))
     warnings = []
-    while sum(sizes[name] for name in kept) > MAX_METADATA_BYTES:
+    total, left_out = sum(sizes.values()), 0
+    while total > MAX_METADATA_BYTES:
         name, text = kept.popitem()
-        warnings.append(f"metadata {name!r} is left out: {len(text):,} characters are too many for the header")
+        total -= sizes[name]
+        left_out += 1
+        if left_out <= MAX_METADATA_WARNINGS:
+            warnings.append(f"metadata {name!r} is left out: {len(text):,} characters are too many for the header")
+    if left_out > MAX_METADATA_WARNINGS:
+        warnings.append(f"{left_out - MAX_METADATA_WARNINGS:,} more entries of the metadata are left out")
     page = {name: kept.pop(name) for name in PAGE_METADATA if name in kept}
     return {name: metadata[name] for name in metadata if name in kept}, page, warnings
 

@@ -113,7 +113,12 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
 
     Returns:
         fp32 of the same shape, ``U.T @ U`` being the inverse. Damping grows tenfold until the factor is finite.
+
+    Raises:
+        ValueError: the moment holds NaN or Inf, which no damping mends.
     """
+    if not torch.isfinite(hessian).all():
+        raise ValueError("the Hessian must be finite, and so must the products of its diagonal's roots")
     mean = hessian.diagonal().mean()
     damping = DAMPING
     while True:

@@ -17,7 +17,7 @@ from .codec import encode
 from .container import UNRECORDED, Facts, NFQFile, Source
 from .errors import CannotQuantizeError, NFQError
 from .examine import sqnr_db
-from .memory import check_device, choose, free_bytes, is_out_of_memory, needed_bytes
+from .memory import check_device, choose, free_bytes, is_out_of_memory, needed_bytes, refuse_beyond_memory
 from .parallel import Progress, default_threads, no_progress, ordered_map
 from .policy import Settings, plan_tensors
 from .quantizer import quantize
@@ -241,6 +241,8 @@ def load_tensors(
     mode, reason = choose(memory, *sizes, free_bytes(device) if memory == "auto" else None)
     if memory == "auto":
         log.info("%s: weights are held %s on %s: %s", file.path, mode, device, reason)
+    if device.type == "cpu":
+        refuse_beyond_memory(file, sizes[0] if mode == "resident" else sizes[1])
     result: StateDict = {}
     try:
         _load_into(result, file, wanted, device, mode == "resident", progress)

@@ -194,7 +194,7 @@ DAMAGED = {
     ),
     "an overflow that would wrap to the right size": (
         raw(field(shape=[1 << 62, 16, 6], data_offsets=[0, 12]), bytes(12)),
-        "does not fit its 12 bytes",
+        "needs more memory than there can be",
     ),
     "an unknown dtype": (raw(field(dtype="F17"), bytes(12)), "unknown dtype 'F17'"),
     "the wrong length": (raw(field(shape=[7]), bytes(12)), "'a' of F16 [7] does not fit its 12 bytes"),
