@@ -21,7 +21,7 @@ from .atomic import AtomicFile
 from .calibration import Calibration
 from .codec import encode
 from .container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source
-from .errors import CannotQuantizeError, NFQError, UnsupportedFileError
+from .errors import CannotQuantizeError, NFQError, UnsupportedFileError, printable
 from .memory import refuse_beyond_memory
 from .parallel import IN_FLIGHT_BYTES, Progress, no_progress, ordered_map
 from .policy import DEFAULTS, Settings, plan_tensors
@@ -156,6 +156,7 @@ def conversion_result(
     started: float,
 ) -> dict:
     """Log a conversion's warnings; returns what `quantize_file` does. `started` is a `perf_counter` reading."""
+    warnings = list(map(printable, warnings))
     for warning in warnings:
         log.warning("%s: %s", source, warning)
     return {

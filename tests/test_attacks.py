@@ -92,3 +92,18 @@ def test_memory_is_bounded_by_what_a_file_holds(results, attacks):
         allowed = ROOM + HEADER_FACTOR * header + 2 * size
         greedy |= {(attack, name): (grown, allowed) for name, (_, grown) in told.items() if grown > allowed}
     assert greedy == {}
+
+
+def test_the_page_is_told_of_every_file(plugin, attacks, tmp_path):
+    folder = tmp_path / "models" / "diffusion_models"
+    for path in attacks.values():
+        (folder / path.name).symlink_to(path)
+    routes, report = (sys.modules[f"{plugin.__name__}.nodes.{name}"] for name in ("routes", "report"))
+    told = {attack: routes._about(folder.name, path.name) for attack, path in attacks.items()}
+    assert {attack for attack, (status, _) in told.items() if status == 200} == SOUND_HEADERS
+    for status, answer in told.values():
+        json.dumps(answer, allow_nan=False)
+        assert status == 200 or answer["error"].isprintable()
+    for attack in SOUND_HEADERS:
+        with plugin.nfq_core.NFQFile(attacks[attack]) as file:
+            assert report.as_text(report.file_facts(file, "a")).replace("\n", "").isprintable()

@@ -331,6 +331,8 @@ BAD_LAYERS = {
     "negative": (set_value("importance.0", -1.0), None, "NaN, Inf or negative"),
     "all zero": (lambda tensors: tensors["importance.0"].zero_(), None, "all zero"),
     "NaN in the correlation": (set_value("correlation.0", torch.nan), None, "correlation holds NaN or Inf"),
+    "beyond all sums": (set_value("importance.0", 1e31), None, "beyond 1e+30"),
+    "a correlation beyond 1": (set_value("correlation.0", 1.02), None, "correlation holds numbers beyond 1"),
     "too few": (None, lambda facts: facts["rows"].__setitem__(0, 31), "only 31 inputs were seen, 32 are needed"),
 }
 

@@ -49,6 +49,11 @@ def test_two_columns_by_hand(monkeypatch):
     assert codes.tolist() == [[1, 2], [1, 0]]
 
 
+def test_no_damping_is_sought_where_none_can_help():
+    with pytest.raises(ValueError, match="must be finite"):
+        inverse_factor(torch.tensor([[1.0, torch.inf], [torch.inf, 1.0]]))
+
+
 def test_the_inverse_factor_by_hand(monkeypatch):
     monkeypatch.setattr(module, "DAMPING", 0.0)
     # The inverse of [[4, 2], [2, 2]] is [[0.5, -0.5], [-0.5, 1]].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,17 @@ def test_missing_file(tmp_path):
 
 def test_directory(tmp_path):
     assert "is a directory" in refusal(tmp_path, NFQError)
+
+
+def test_a_name_that_no_file_can_have(tmp_path):
+    with pytest.raises(NFQError, match="cannot be opened"):
+        SafetensorsFile(str(tmp_path / "a\0b"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a")
+    assert "is not a regular file" in refusal(tmp_path / "a", NFQError)
 
 
 def test_file_below_a_file(tmp_path):

@@ -240,7 +240,9 @@ FILES: dict[str, Callable[[], bytes]] = {
     "zeros": lambda: bytes(MEBIBYTE),
     "a pickle": lambda: b"PK\x03\x04" + b"\x80\x02cos\nsystem\nS'touch /tmp/nfq-attack'\n\x85R.",
     "a calibration of huge numbers": lambda: calibration(importance=torch.full((64,), 3e38)),
-    "a calibration of correlations beyond 1": lambda: calibration(correlation=torch.full((64, 64), 6e4).half()),
+    "a calibration of correlations beyond 1": lambda: calibration(
+        importance=torch.full((64,), 3e38), correlation=torch.full((64, 64), 6e4).half()
+    ),
     "a calibration of no correlation": lambda: calibration(correlation=-torch.ones(64, 64).half()),
     "a calibration of tiny numbers": lambda: calibration(importance=torch.full((64,), 1e-45)),
     "a calibration nested 990 deep": lambda: calibration(
