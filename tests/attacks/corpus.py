@@ -281,7 +281,7 @@ OBJECTS: dict[str, Callable[[Path], object]] = {
     "a link to nothing": lambda path: path.symlink_to("nothing"),
     "a device": lambda path: path.symlink_to("/dev/zero"),
     "a terminal": lambda path: path.symlink_to("/dev/tty"),
-    "a pipe": os.mkfifo,
+    "a pipe": lambda path: os.mkfifo(path),
 }
 """What can stand under a file's name and is none."""
 
