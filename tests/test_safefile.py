@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,25 @@ def test_bytes_and_tensors_are_inverse():
     tensor = torch.arange(6, dtype=torch.int16).view(2, 3)
     assert bytes(tensor_bytes(tensor.T)) == bytes([0, 0, 3, 0, 1, 0, 4, 0, 2, 0, 5, 0])
     assert torch.equal(tensor_from_bytes(bytearray(tensor_bytes(tensor)), "I16", (2, 3)), tensor)
+
+
+def test_a_file_that_changes_while_it_is_open(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(raw(GOOD, bytes(12)))
+    with SafetensorsFile(path) as file:
+        file.refuse_changed()
+        os.utime(path, (1, 1))
+        with pytest.raises(NFQError, match="a changed while it was read; nothing was written, try again"):
+            file.refuse_changed()
+    with SafetensorsFile(path) as file:
+        (tmp_path / "b").write_bytes(path.read_bytes())
+        os.utime(tmp_path / "b", (1, 1))
+        os.replace(tmp_path / "b", path)
+        with pytest.raises(NFQError, match="changed while it was read"):
+            file.refuse_changed()
+    with SafetensorsFile(path) as file:
+        path.unlink()
+        file.refuse_changed()
 
 
 def refusal(path, error):
