@@ -48,7 +48,7 @@ class AtomicFile:
         self._target = Path(os.path.realpath(self.path))
         self._refuse_existing()
         remove_leftovers(self._target)
-        with self._named_errors():
+        with named_errors(self.path):
             self._file, self._temporary = _held_file(self._target)
 
     def __enter__(self) -> AtomicFile:
@@ -64,7 +64,7 @@ class AtomicFile:
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Write bytes at an offset; gaps are filled with zeros."""
-        with self._named_errors():
+        with named_errors(self.path):
             self._file.seek(offset)
             rest = memoryview(data)
             while rest:
@@ -72,7 +72,7 @@ class AtomicFile:
 
     def commit(self) -> None:
         """Make the file durable and visible under its name."""
-        with self._named_errors():
+        with named_errors(self.path):
             os.fsync(self._file.fileno())
             if fcntl is None:
                 # Windows renames no open file; elsewhere it is held until it has its name.
@@ -94,13 +94,15 @@ class AtomicFile:
         if not self._overwrite and self._target.exists():
             raise TargetExistsError(f"{self.path} exists already; --force overwrites it")
 
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else NFQError
-            raise kind(f"{self.path} could not be written: {error.strerror}; nothing was changed") from None
+
+@contextmanager
+def named_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Has an OSError that is raised inside say which file could not be written, as NFQError or DiskFullError."""
+    try:
+        yield
+    except OSError as error:
+        kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else NFQError
+        raise kind(f"{path} could not be written: {error.strerror}; nothing was changed") from None
 
 
 def remove_leftovers(path: str | os.PathLike) -> bool:

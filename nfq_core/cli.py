@@ -18,6 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import backends, convert, examine
 from .article_import import import_article
+from .batch import batch_lines, convert_folders
 from .conversion_options import add_conversion_options, conversion
 from .errors import NFQError
 from .parallel import Progress
@@ -76,6 +77,15 @@ def _parser() -> argparse.ArgumentParser:
     add_conversion_options(sub)
     sub.add_argument("--force", action="store_true", help="overwrite DST")
 
+    sub = command("batch", _batch, "convert every SDXL-type model in some folders, those not converted yet")
+    sub.add_argument("folders", nargs="+", metavar="DIR", help="a folder, with all its subfolders, or a file")
+    sub.add_argument("--out", required=True, metavar="DIR", help="where the .nfq.safetensors files go")
+    sub.add_argument("--any", action="store_true", help="convert LoRAs, VAEs and all other safetensors files too")
+    add_conversion_options(sub)
+    sub.add_argument("--dry-run", action="store_true", help="tell what would be done, and do nothing")
+    sub.add_argument("--rehash", action="store_true", help="tell by SHA-256 alone whether a file is converted already")
+    sub.add_argument("--force", action="store_true", help="overwrite files that were made from others, or otherwise")
+
     sub = command("calibrate-demo", _calibrate_demo, "collect a calibration of the demo model while it is sampled")
     sub.add_argument("target", metavar="DST", help="the .safetensors file to write")
     sub.add_argument("--prompts", type=int, default=32, metavar="N", help="captions to sample (default: 32)")
@@ -112,6 +122,27 @@ def _quantize(options: argparse.Namespace) -> int:
             options.source, options.target, **conversion(options), overwrite=options.force, progress=progress
         )
     return _show_conversion(options, result)
+
+
+def _batch(options: argparse.Namespace) -> int:
+    with _progress("converting", options) as progress:
+        report = convert_folders(
+            options.folders,
+            options.out,
+            **conversion(options),
+            any_kind=options.any,
+            overwrite=options.force,
+            rehash=options.rehash,
+            dry_run=options.dry_run,
+            progress=progress,
+        )
+    _show(options, report, "\n".join(batch_lines(report)))
+    if report["stopped"]:
+        raise NFQError(f"{report['stopped']}; the same command goes on where it stopped")
+    failed = report["totals"]["failed"]
+    if failed:
+        raise NFQError(f"{failed} of {len(report['files'])} files failed, see above")
+    return 0
 
 
 def _import(options: argparse.Namespace) -> int:
