@@ -106,7 +106,7 @@ class SafetensorsFile:
         self._file.close()
 
     def refuse_changed(self) -> None:
-        """NFQError when the file was written to since it was opened, or another has its name now; a removed one is fine."""
+        """NFQError when the file was written to since it was opened, or another has its name now."""
         now = os.fstat(self._file.fileno())
         changed = (now.st_size, now.st_mtime_ns) != (self._status.st_size, self._status.st_mtime_ns)
         if changed or (self.path.exists() and not os.path.samestat(self.path.stat(), now)):
