@@ -82,7 +82,7 @@ class SafetensorsFile:
         except FileNotFoundError:
             raise NFQError(f"{self.path}: no such file") from None
         except PermissionError:
-            reason = "is a directory; name the .safetensors file in it" if self.path.is_dir() else "cannot be read"
+            reason = "is a directory; name the .safetensors file in it" if os.path.isdir(path) else "cannot be read"
             raise NFQError(f"{self.path} {reason} (permission denied)") from None
         except OSError as error:
             raise NFQError(f"{self.path} cannot be opened: {error.strerror}") from None

@@ -155,6 +155,19 @@ def test_directory(tmp_path):
     assert "is a directory" in refusal(tmp_path, NFQError)
 
 
+def test_a_file_that_may_not_be_looked_at(tmp_path, monkeypatch):
+    """In a folder without permission even the question what it is fails; root may do everything, so it is played."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", refuse)
+        patch.setattr(os, "stat", refuse)
+        message = refusal(tmp_path / "a", NFQError)
+    assert "cannot be read (permission denied)" in message
+
+
 def test_file_below_a_file(tmp_path):
     (tmp_path / "a").write_bytes(b"")
     assert "cannot be opened" in refusal(tmp_path / "a" / "b", NFQError)
