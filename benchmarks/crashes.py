@@ -48,6 +48,9 @@ OPERATIONS = ("save", "quantize", "batch", "import")
 AIMS = tuple((when, call) for call in ("write", "fsync", "replace") for when in ("before", "after"))
 """Steps of a write, and on which side of them the process is killed."""
 
+PRELOADED = ["nfq_core.article_import", "nfq_core.batch", "benchmarks.synthetic"]
+"""What takes long to import."""
+
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 OLD = Settings(levels=7, conv_levels=7)
@@ -121,7 +124,7 @@ def start(work: Callable[[], None], aim: tuple[str, str] | None = None) -> multi
     """Start work in a process of its own; returns when it begins."""
     # It forks from a process that has imported everything and has no threads: not importing is to be disturbed.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.crashes"])
+    context.set_forkserver_preload(PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_begin, args=(sender, work, aim))
     process.start()
@@ -340,16 +343,18 @@ def measure(kills: int, seed: int = 0) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         bench.prepare()
-        results: dict = {
-            "random_kills": {name: dict(random_kills(bench, name, -(-kills // 4), chance)) for name in OPERATIONS},
-            "aimed_kills": {name: dict(aimed_kills(bench, name)) for name in OPERATIONS},
+        results = {
+            "random_kills": {name: random_kills(bench, name, -(-kills // 4), chance) for name in OPERATIONS},
+            "aimed_kills": {name: aimed_kills(bench, name) for name in OPERATIONS},
             "full_disk": {name: full_disks(bench, name) for name in OPERATIONS},
             "locked_folder": {name: locked_folder(bench, name) for name in OPERATIONS},
-            "changed_while_loaded": dict(changes_while_loading(bench, 3 * kills, chance)),
+            "changed_while_loaded": {"load": changes_while_loading(bench, 3 * kills, chance)},
         }
-    groups = [*results["random_kills"].values(), *results["aimed_kills"].values(), *results["full_disk"].values()]
-    groups += [*results["locked_folder"].values(), results["changed_while_loaded"]]
-    return results | {"faults": sum(group.get("faults", 0) for group in groups)}
+    groups = [group for kind in results.values() for group in kind.values()]
+    return results | {
+        "killed": sum(group.get("kills", 0) for group in groups),
+        "faults": sum(group.get("faults", 0) for group in groups),
+    }
 
 
 if __name__ == "__main__":
@@ -358,5 +363,5 @@ if __name__ == "__main__":
     count = parser.parse_args().kills
     outcome = measure(count)
     print(write_results("crashes", f"python -m benchmarks.crashes --kills {count}", outcome))
-    print(f"{outcome['faults']} faults")
+    print(f"{outcome['killed']} kills, {outcome['faults']} faults in all")
     sys.exit(outcome["faults"] > 0)

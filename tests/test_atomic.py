@@ -180,6 +180,21 @@ def test_a_writer_at_work_is_told_and_left_alone(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"whole"
 
 
+@with_locks
+def test_a_file_is_held_until_it_has_its_name(tmp_path, monkeypatch):
+    rename, held = os.replace, []
+
+    def replace(source, target):
+        held.append(remove_leftovers(target))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with AtomicFile(tmp_path / "a") as file:
+        file.commit()
+    assert held == [True]
+    assert names(tmp_path) == ["a"]
+
+
 def test_leftovers_of_what_a_link_points_to(tmp_path):
     (tmp_path / "far").mkdir()
     (tmp_path / "a").symlink_to(tmp_path / "far" / "b")
