@@ -26,7 +26,7 @@ except ImportError:
     fcntl = None
 
 SETTLED_SECONDS = 60
-"""Where there are no locks, a temporary file younger than this is left alone: its writer may be about to rename it."""
+"""Under Windows a temporary file younger than this is left: its writer has to close it before it can rename it."""
 
 
 class AtomicFile:
@@ -83,8 +83,10 @@ class AtomicFile:
         # The file is there now; not every system can make a folder's change durable on request.
         with suppress(OSError, AttributeError):
             folder = os.open(self._target.parent, os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     def _refuse_existing(self) -> None:
         if self._target.is_dir():
@@ -129,12 +131,13 @@ def _removed(temporary: Path) -> bool:
     if not stat.S_ISREG(status.st_mode):
         return True
     if fcntl is None:
-        if time.time() - status.st_mtime < SETTLED_SECONDS:
-            return False
         try:
-            temporary.unlink()
+            # Windows renames no open file, not even to its own name.
+            os.rename(temporary, temporary)
         except PermissionError:
             return False
+        if time.time() - status.st_mtime > SETTLED_SECONDS:
+            temporary.unlink()
         return True
     # Network file systems lock only what is open for writing.
     with open(temporary, "rb+", buffering=0) as file:
