@@ -29,7 +29,8 @@ from nfq_core.calibration import CALIBRATION_KEY, Calibration, LayerInputs
 from nfq_core.convert import dequantize_file, quantize_file
 from nfq_core.errors import NFQError
 from nfq_core.examine import compare_files, file_info, info_lines, verify_file
-from nfq_core.safefile import DTYPE_NAMES, tensor_bytes
+from nfq_core.kinds import kind_of
+from nfq_core.safefile import DTYPE_NAMES, SafetensorsFile, tensor_bytes
 from nfq_core.tensor import NFTensor
 from nfq_core.unet import detect, ldm_names, what_is_missing
 from nfq_core.unet_keys import tensor_shapes
@@ -108,7 +109,7 @@ def try_container(path: Path, scratch: Path, more: int = 0) -> str:
 
 
 def _more(path: Path, target: Path, which: int, sound: bool) -> None:
-    """Info, and back to plain safetensors, which is read again and compared."""
+    """One of: info; back to plain safetensors, and compare; compare with itself, and quantise; tell its kind."""
     if which == 0:
         info, _ = guarded(lambda: file_info(path))
         if info is not None:
@@ -124,6 +125,13 @@ def _more(path: Path, target: Path, which: int, sound: bool) -> None:
     elif which == 2:
         guarded(lambda: compare_files(path, path))
         guarded(lambda: quantize_file(path, target, overwrite=True))
+    else:
+        guarded(lambda: _kind(path))
+
+
+def _kind(path: Path) -> None:
+    with SafetensorsFile(path) as file:
+        kind_of(file)
 
 
 def try_calibration(path: Path, used: bool) -> str:

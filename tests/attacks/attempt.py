@@ -28,6 +28,7 @@ from nfq_core.calibration import Calibration
 from nfq_core.checkpoint import checkpoint_names
 from nfq_core.convert import dequantize_file, quantize_file
 from nfq_core.examine import compare_files, file_info, verify_file
+from nfq_core.kinds import kind_of
 from nfq_core.safefile import SafetensorsFile
 from nfq_core.unet import detect
 
@@ -60,6 +61,12 @@ def names(path: Path) -> None:
         checkpoint_names(file)
 
 
+def kind(path: Path) -> None:
+    """What `nfq batch` calls a file."""
+    with SafetensorsFile(path) as file:
+        kind_of(file)
+
+
 def command(path: Path) -> None:
     """`nfq info` and `nfq verify`, whose lines must not move a terminal's cursor."""
     for arguments in (["info", path], ["verify", path]):
@@ -84,6 +91,7 @@ def readers(target: Path) -> dict[str, Callable[[Path], object]]:
         "import": lambda path: import_article(path, target, overwrite=True),
         "calibrate": calibrate,
         "names": names,
+        "kind": kind,
         "command": command,
     }
 
