@@ -292,6 +292,7 @@ class NFQFile(SafetensorsFile):
             _text(item["crc32"]),
             None if item.get("sensitivity") is None else _number(item["sensitivity"]),
         )
+        # Refuses what no tensor can be, before anything is multiplied.
         element_count(entry.shape)
         stored = self.entries[PREFIX + key]
         if stored.dtype != "U8" or len(stored.shape) != 1:

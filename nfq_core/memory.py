@@ -49,11 +49,11 @@ def free_bytes(device: torch.device | str) -> int | None:
 
 
 def _meminfo() -> dict[str, int]:
-    """Bytes by name, as Linux tells them; nothing elsewhere."""
+    """Bytes that are available and free for swapping, by the names that Linux gives them; nothing elsewhere."""
     if not MEMINFO.exists():
         return {}
     fields = (line.partition(":") for line in MEMINFO.read_text(encoding="ascii").splitlines())
-    return {name: int(rest.split()[0]) * 1024 for name, _, rest in fields}
+    return {name: int(rest.split()[0]) * 1024 for name, _, rest in fields if name in ("MemAvailable", "SwapFree")}
 
 
 def refuse_beyond_memory(file: NFQFile, needed: int) -> None:
