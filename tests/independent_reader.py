@@ -20,7 +20,7 @@ import numpy as np
 import zstandard
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "FORMAT.md"
-ROW = re.compile(r"^\| (`\w+`(?:, `\w+`)*) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (?:\d+|–) \|", re.MULTILINE)
+ROW = re.compile(r"^\| (`\w+`(?:, `\w+`)*) \| ([\d,]+) \| (\d+) \| (\d+) \| (\d+) \| (?:\d+|–) \|", re.MULTILINE)
 MANTISSAS = re.compile(r"^ +M = ([\d ]+)$", re.MULTILINE)
 
 BLOCK = 64
@@ -83,7 +83,7 @@ def document() -> tuple[dict[str, Parameters], np.ndarray]:
     formats = {}
     for names, *numbers in ROW.findall(text):
         for name in re.findall(r"\w+", names):
-            formats[name] = Parameters(name, *map(int, numbers))
+            formats[name] = Parameters(name, *(int(number.replace(",", "")) for number in numbers))
     return formats, np.array(MANTISSAS.search(text)[1].split(), dtype=np.int64)
 
 
