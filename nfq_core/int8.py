@@ -11,6 +11,7 @@ import logging
 from functools import lru_cache
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 log = logging.getLogger("nfq")
 
@@ -26,6 +27,11 @@ MULTIPLE = 8
 
 MAX_COLUMNS = (2**31 - 1) // STEPS**2
 """Terms of a sum that int32 holds whatever they are."""
+
+CHUNK_NUMBERS = 1 << 20
+MIN_CHUNK_TOKENS = 128
+"""A CPU multiplies so few tokens at once that temporaries hold hardly more numbers: fresh memory costs more time than
+the products do."""
 
 
 def round_rows(matrix: torch.Tensor, *, overwrite: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,13 +61,23 @@ def int8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     Returns:
         Of the dtype of `x`, shape (…, rows). Where a token of `x` is not finite, neither is what comes of it.
     """
-    tokens, token_scales = round_rows(x.reshape(-1, x.shape[-1]))
     rows, row_scales = round_rows(weight, overwrite=True)
-    sums = torch._int_mm(tokens, rows.t())
-    products = (sums * token_scales.unsqueeze(1)).mul_(row_scales)
-    if bias is not None:
-        products.add_(bias)
-    return products.to(x.dtype).view(*x.shape[:-1], len(rows))
+
+    def product(part: torch.Tensor) -> torch.Tensor:
+        tokens, token_scales = round_rows(part)
+        sums = torch._int_mm(tokens, rows.t())
+        products = (sums * token_scales.unsqueeze(1)).mul_(row_scales)
+        return (products if bias is None else products.add_(bias)).to(x.dtype)
+
+    every = x.reshape(-1, x.shape[-1])
+    chunk = max(MIN_CHUNK_TOKENS, CHUNK_NUMBERS // max(weight.shape))
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or len(every) <= chunk:
+        result = product(every)
+    else:
+        result = x.new_empty(len(every), len(rows))
+        for part, out in zip(every.split(chunk), result.split(chunk), strict=True):
+            out.copy_(product(part))
+    return result.view(*x.shape[:-1], len(rows))
 
 
 def unfit(x: torch.Tensor, rows: int) -> str:
@@ -84,7 +100,7 @@ def obstacle(device: torch.device) -> str:
 
 @lru_cache(32)
 def _obstacle(device: torch.device) -> str:
-    reason = _fails(device) if device.type in ("cpu", "cuda") else "torch has CPUs and CUDA devices do it alone"
+    reason = _fails(device) if device.type in ("cpu", "cuda") else "torch does it on CPUs and CUDA devices alone"
     if reason and device.type != "meta":
         log.warning("nothing is multiplied in int8 on %s: %s", device, reason)
     return reason
@@ -92,10 +108,12 @@ def _obstacle(device: torch.device) -> str:
 
 def _fails(device: torch.device) -> str:
     """Try a small product: a GPU may be too old, torch too. What went wrong; empty where nothing did."""
-    numbers = torch.arange(-STEPS, STEPS + 1, dtype=torch.int32)
-    left, right = (numbers.repeat(5)[: count * 32].view(count, 32) for count in (MIN_TOKENS, 24))
-    try:
-        product = torch._int_mm(left.to(device, torch.int8), right.to(device, torch.int8).t())
-    except Exception as error:
-        return f"torch fails here ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
-    return "" if torch.equal(product.cpu(), left @ right.t()) else "torch computes other products here"
+    # The answer is kept, so it must not be that of fake tensors.
+    with _disable_current_modes():
+        numbers = torch.arange(-STEPS, STEPS + 1, dtype=torch.int32, device="cpu")
+        left, right = (numbers.repeat(5)[: count * 32].view(count, 32) for count in (MIN_TOKENS, 24))
+        try:
+            product = torch._int_mm(left.to(device, torch.int8), right.to(device, torch.int8).t())
+        except Exception as error:
+            return f"torch fails here ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+        return "" if torch.equal(product.cpu(), left @ right.t()) else "torch computes other products here"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from samples import random_weight
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from nfq_core import NFQError, int8, quantize
 from nfq_core.layers import PackedLinear, int8_layers, pack_layers
@@ -77,6 +78,20 @@ def test_a_layer_multiplies_as_the_reference(shape: tuple[int, ...], levels: int
     # A quotient beside the middle of two steps may be rounded to the other one in fp32; here there is none such.
     assert (np.abs(found.view(-1, 48).numpy() - wanted) <= limit).all()
     assert not torch.equal(found, in_floating_point(layer, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_many_tokens_are_multiplied_in_parts(dtype: torch.dtype, monkeypatch) -> None:
+    layer = packed_linear(48, 64, dtype)
+    x = random_weight(2, 3, 50, 64, seed=8).to(dtype)
+    wanted = layer(x)
+    monkeypatch.setattr(int8, "CHUNK_NUMBERS", 0)
+    monkeypatch.setattr(int8, "MIN_CHUNK_TOKENS", 64)
+    products = []
+    real = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda left, right: products.append(len(left)) or real(left, right))
+    found = layer(x)
+    assert products == [64, 64, 64, 64, 44] and torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -184,6 +199,11 @@ def test_a_device_that_cannot_is_named_and_left_alone(monkeypatch, caplog) -> No
 def test_a_device_that_multiplies_wrongly_is_not_used(monkeypatch) -> None:
     monkeypatch.setattr(torch, "_int_mm", lambda left, right: torch.zeros(len(left), right.shape[1], dtype=torch.int32))
     assert int8._fails(torch.device("cpu")) == "torch computes other products here"
+
+
+def test_a_device_is_tried_with_real_numbers() -> None:
+    with FakeTensorMode():
+        assert int8._fails(torch.device("cpu")) == ""
 
 
 def test_only_cpus_and_cuda_devices_are_asked() -> None:
