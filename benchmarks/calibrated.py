@@ -9,7 +9,7 @@ convolutions too; the first and last convolution are kept throughout, for the ar
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -39,20 +39,25 @@ OUTPUT_BATCH = 128
 Weights = dict[str, torch.Tensor]
 
 
+def held_out_batch(calibrated: Sequence[str] = ()) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `TinyPipeline` takes: noisy pictures, timesteps and the ids of captions that are none of those given."""
+    rng = np.random.default_rng(HELD_OUT_SEED)
+    scenes = [random_scene(rng) for _ in range(2 * OUTPUT_BATCH)]
+    scenes = [scene for scene in scenes if describe_scene(scene) not in calibrated][:OUTPUT_BATCH]
+    pictures = torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes])).permute(0, 3, 1, 2) * 2 - 1
+    ids = torch.from_numpy(tokenise([describe_scene(scene) for scene in scenes]))
+    torch.manual_seed(HELD_OUT_SEED)
+    timesteps = torch.randint(SCHEDULER_CONFIG["num_train_timesteps"], (OUTPUT_BATCH,))
+    noising = import_diffusers().DDPMScheduler(**SCHEDULER_CONFIG)
+    return noising.add_noise(pictures, torch.randn(pictures.shape), timesteps), timesteps, ids
+
+
 class Judge:
     """Compares models of other weights with the original's outputs and pictures."""
 
     def __init__(self, weights: Weights) -> None:
         calibrated = random_captions(PROMPTS)
-        rng = np.random.default_rng(HELD_OUT_SEED)
-        scenes = [random_scene(rng) for _ in range(2 * OUTPUT_BATCH)]
-        scenes = [scene for scene in scenes if describe_scene(scene) not in calibrated][:OUTPUT_BATCH]
-        pictures = torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes])).permute(0, 3, 1, 2) * 2 - 1
-        ids = torch.from_numpy(tokenise([describe_scene(scene) for scene in scenes]))
-        torch.manual_seed(HELD_OUT_SEED)
-        timesteps = torch.randint(SCHEDULER_CONFIG["num_train_timesteps"], (OUTPUT_BATCH,))
-        noising = import_diffusers().DDPMScheduler(**SCHEDULER_CONFIG)
-        self._batch = noising.add_noise(pictures, torch.randn(pictures.shape), timesteps), timesteps, ids
+        self._batch = held_out_batch(calibrated)
         self._captions = random_captions(HELD_OUT, HELD_OUT_SEED, without=calibrated)
         self._output, self._pictures = self._run(build_pipeline(weights))
 

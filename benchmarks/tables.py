@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 
-from . import calibrated, decode, fullsize, gpu, host, quality
+from . import article, calibrated, decode, fullsize, gpu, host, int8, quality
 from .report import RESULTS, ROOT
 
 BY_NAME = {
     "quality": quality.table,
     "calibrated": calibrated.table,
+    "article": article.table,
+    "int8": int8.table,
     "fullsize": fullsize.table,
     "host": host.table,
     "decode": decode.table,
