@@ -60,7 +60,7 @@ class Model:
     weights: Callable[[], dict[str, torch.Tensor]]
     """Reads the UNet's state dict."""
     draw: Callable[[nn.Module], np.ndarray]
-    """Draws all captions from SEED with a UNet: uint8 of shape (captions, height, width, 3)."""
+    """Draws all captions with a UNet, each from SEED on the CPU: uint8 of shape (captions, height, width, 3)."""
 
     @property
     def device(self) -> torch.device:
