@@ -133,7 +133,8 @@ def folder_model(folder: str | Path, *, device: str | None = None, steps: int | 
     pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
         pipeline.scheduler.config, algorithm_type="dpmsolver++", solver_order=2
     )
-    pipeline.to(device).set_progress_bar_config(disable=True)
+    # Some versions load a part in the dtype of its file.
+    pipeline.to(device, dtype).set_progress_bar_config(disable=True)
     steps = steps or STEPS
 
     def draw(unet: nn.Module) -> np.ndarray:

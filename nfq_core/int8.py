@@ -25,6 +25,9 @@ MIN_TOKENS = 17
 MULTIPLE = 8
 """The least tokens, and the divisor of a weight's sides, that torch multiplies on CUDA devices."""
 
+DEVICES = ("cpu", "cuda")
+"""Types of device that have the product; ROCm's are called cuda too."""
+
 MAX_COLUMNS = (2**31 - 1) // STEPS**2
 """Terms of a sum that int32 holds whatever they are."""
 
@@ -89,21 +92,21 @@ def unfit(x: torch.Tensor, rows: int) -> str:
         return f"the sides of {rows} × {columns} must be multiples of {MULTIPLE}, columns at most {MAX_COLUMNS:,}"
     if x.requires_grad and torch.is_grad_enabled():
         return "rounding has no gradient"
-    return obstacle(x.device)
-
-
-@torch.compiler.assume_constant_result
-def obstacle(device: torch.device) -> str:
-    """Why a device does not multiply in int8; empty where it does. What keeps a device from it is logged once."""
-    return _obstacle(device)
+    # Trying a device is no part of a graph: `layers.int8_layers` has done it.
+    return _other_kind(x.device) if torch.compiler.is_compiling() else obstacle(x.device)
 
 
 @lru_cache(32)
-def _obstacle(device: torch.device) -> str:
-    reason = _fails(device) if device.type in ("cpu", "cuda") else "torch does it on CPUs and CUDA devices alone"
+def obstacle(device: torch.device) -> str:
+    """Why a device does not multiply in int8; empty where it does. What keeps a device from it is logged once."""
+    reason = _other_kind(device) or _fails(device)
     if reason and device.type != "meta":
         log.warning("nothing is multiplied in int8 on %s: %s", device, reason)
     return reason
+
+
+def _other_kind(device: torch.device) -> str:
+    return "" if device.type in DEVICES else f"torch does it on {' and '.join(DEVICES)} devices alone"
 
 
 def _fails(device: torch.device) -> str:

@@ -180,7 +180,7 @@ def test_a_device_that_cannot_is_named_and_left_alone(monkeypatch, caplog) -> No
         raise RuntimeError("no kernel image is available\nsecond line")
 
     monkeypatch.setattr(torch, "_int_mm", refuse)
-    int8._obstacle.cache_clear()
+    int8.obstacle.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "nfq"):
             assert torch.equal(layer(x), in_floating_point(layer, x))
@@ -193,7 +193,7 @@ def test_a_device_that_cannot_is_named_and_left_alone(monkeypatch, caplog) -> No
             int8_layers(model)
         assert not layer.int8
     finally:
-        int8._obstacle.cache_clear()
+        int8.obstacle.cache_clear()
 
 
 def test_a_device_that_multiplies_wrongly_is_not_used(monkeypatch) -> None:
@@ -207,8 +207,8 @@ def test_a_device_is_tried_with_real_numbers() -> None:
 
 
 def test_only_cpus_and_cuda_devices_are_asked() -> None:
-    assert "CPUs and CUDA devices" in int8.obstacle(torch.device("mps"))
-    int8._obstacle.cache_clear()
+    assert "cpu and cuda devices alone" in int8.obstacle(torch.device("mps"))
+    int8.obstacle.cache_clear()
 
 
 def test_a_model_is_switched_copied_and_switched_back() -> None:
