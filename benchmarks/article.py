@@ -293,7 +293,7 @@ def _remarks(results: dict) -> str:
     said = f"{len(results['captions'])} pictures, {results['steps']} steps of {results['sampler']}, guidance "
     said += f"{results['guidance']:g}, seed {results['seed']} for each. {results['note']} ¹ Scaled by the number of "
     said += "weights from what it took for a Gaussian sample, `benchmarks/results/article_by_hand.json`. "
-    said += f"{found['processors']} processors ({found['processor']}), {results['threads']} threads, "
+    said += f"{found['processors']} processors ({found['processor']}), threads: {results['threads']}, "
     return f"{said}torch {found['torch']}, {found['date']}."
 
 
