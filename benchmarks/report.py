@@ -1,7 +1,8 @@
-"""What every benchmark shares: the machine's description, medians with spread, results as JSON, Markdown tables."""
+"""What every benchmark shares: the machine, what is missing on it, medians with spread, JSON, Markdown tables."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -9,6 +10,7 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 
@@ -34,6 +36,17 @@ def machine() -> dict:
         "torch": torch.__version__,
         "date": date.today().isoformat(),
     }
+
+
+def unavailable(package: str) -> str:
+    """Why a package cannot be used; empty where it can."""
+    if find_spec(package) is None:
+        return f"{package} is not installed"
+    try:
+        importlib.import_module(package)
+    except Exception as error:
+        return f"{package} cannot be imported ({type(error).__name__}: {error})"
+    return ""
 
 
 def timed(work: Callable[[], object]) -> float:

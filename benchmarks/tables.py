@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 
-from . import calibrated, decode, fullsize, gpu, host, quality
+from . import calibrated, decode, fullsize, gpu, host, levels, quality_tables
 from .report import RESULTS, ROOT
 
 BY_NAME = {
-    "quality": quality.table,
+    "quality": quality_tables.table,
+    "levels": levels.table,
     "calibrated": calibrated.table,
     "fullsize": fullsize.table,
     "host": host.table,
