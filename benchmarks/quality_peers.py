@@ -131,18 +131,20 @@ def _sdnq() -> list[Contestant]:
     from sdnq.quantizer import sdnq_quantize_layer_weight
 
     def store(dtype: str, weight: torch.Tensor) -> Stored:
-        # Its own choice of groups; scales in fp16, for which `dequantize_fp32` has to be off, are the smaller ones.
+        # Its own choice of groups; unsigned codes and quantised scales are what errs least at the same size.
         decode, parts = sdnq_quantize_layer_weight(
             weight.half(),
             layer_class_name="Linear" if weight.dim() == 2 else "Conv2d",
             weights_dtype=dtype,
+            scale_dtype="uint8",
             torch_dtype=torch.float16,
-            dequantize_fp32=False,
         )
         nbytes = sum(part.nbytes for part in parts.values() if part is not None)
         return Stored(decode(**parts, dtype=torch.float32, skip_compile=True), nbytes, nbytes)
 
-    return [Contestant(f"SDNQ {dtype}", "SDNQ", partial(store, dtype)) for dtype in ("uint3", "uint4", "int5", "int6")]
+    return [
+        Contestant(f"SDNQ {dtype}", "SDNQ", partial(store, dtype)) for dtype in ("uint3", "uint4", "uint5", "uint6")
+    ]
 
 
 def _torch_int8() -> list[Contestant]:

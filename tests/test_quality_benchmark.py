@@ -193,11 +193,12 @@ def test_floors():
     ]
     found = {line["peer"]: line for line in checks([*PEERS, *ours], []) if line["measure"] == "weights"}
     assert found["Q4_K"]["met"] is True and found["Q4_K"]["ours"] == "t4"
-    assert found["Q4_K"]["gain_db"] == pytest.approx(0.2)
+    assert found["Q4_K"]["gain_db"] == pytest.approx(0.2) and found["Q4_K"]["strictly_met"] is True
     # At ≤ 3.15 bits there is none of ours.
     assert found["Q3_K"]["met"] is False and found["Q3_K"]["ours"] is None
-    # The mean of dB would do, the mean noise does not.
-    assert found["NF4"]["met"] is False and found["NF4"]["gain_db"] == pytest.approx(-0.2)
+    # The mean of dB does, the mean noise does not.
+    assert found["NF4"]["met"] is True and found["NF4"]["gain_db"] == pytest.approx(0.3)
+    assert found["NF4"]["strictly_met"] is False and found["NF4"]["strict_gain_db"] == pytest.approx(-0.2)
     # A peer that was not measured is neither.
     assert found["Q5_K"]["met"] is None
 
@@ -241,13 +242,14 @@ def test_calibrated_peers_are_compared_with_calibrated_rows_only():
 
 
 def test_tables():
-    rows = [*PEERS, point("t4", 4.14, 23.2, noise_db=23.0)]
+    rows = [*PEERS, point("t4", 4.14, 23.2, noise_db=23.0), point("mix", 3.8, 21.0, noise_db=20.5)]
     results = quality.results_of(rows, {"HQQ": "hqq is not installed"})
     text = quality_tables.table(results)
     assert (
-        "| s | weights: as good as Q4_K at ≤ 4.15 bits | 23.00 dB at 4.50 | t4: 23.20 dB at 4.14 | +0.00 | yes |"
+        "| s | weights: as good as Q4_K at ≤ 4.15 bits | 23.00 dB at 4.50 | t4: 23.20 dB at 4.14 | +0.20 | yes |"
         in text
     )
+    assert "| mix: 21.00 dB at 3.80 | +0.30 | by the mean of dB; by mean noise -0.20 |" in text
     assert "| not measured | – | – | – |" in text
     assert "| **t4** | 4.140 | 4.140 | 23.20 (23.00) |" in text
     assert "| NF4 (bitsandbytes) | 4.130 |" in text
