@@ -12,10 +12,12 @@ one layer at a time; `--quick` small random weights alone.
 from __future__ import annotations
 
 import argparse
-import tempfile
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
+
+import torch
 
 from nfq_core.calibration import Calibration
 from nfq_core.codebook import EFFORTS
@@ -23,7 +25,7 @@ from nfq_core.demo.calibrate import collect_demo
 
 from .judge import HELD_OUT, OUTPUT_BATCH, PROMPTS
 from .quality_checks import checks, left_of
-from .quality_demo import calibration_file, demo_rows
+from .quality_demo import demo_rows
 from .quality_peers import ARTICLE, Contestant, our_formats, peers
 from .quality_plot import PLOT, plot
 from .quality_tables import table
@@ -51,31 +53,36 @@ def run_random(contestants: Sequence[Contestant], quick: bool) -> list[dict]:
 def run_demo(contestants: Sequence[Contestant], effort: str, calibration: str | None) -> list[dict]:
     """The rows of the demo model, its calibration collected unless there is a file of one."""
     started = perf_counter()
-    print("calibration" if calibration is None else f"calibration {calibration}", flush=True)
-    if calibration is None:
-        with tempfile.TemporaryDirectory() as folder:
-            statistics = calibration_file(collect_demo(PROMPTS), Path(folder) / "demo-calibration.safetensors")
-    else:
-        statistics = Calibration.load(calibration)
-    print(f"demo model, after {perf_counter() - started:.0f} s", flush=True)
+    statistics = Calibration.load(calibration) if calibration else collect_demo(PROMPTS)
+    print(f"demo model, its calibration there after {perf_counter() - started:.0f} s", flush=True)
     rows = demo_rows(contestants, statistics, effort)
     print(f"demo model: {perf_counter() - started:.0f} s", flush=True)
     return rows
 
 
-def main() -> None:
-    """Measure, print, write."""
+def parsed() -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--effort", choices=list(EFFORTS), default="fast", help="effort of our formats")
+    parser.add_argument(
+        "--effort", choices=list(EFFORTS), default="fast", help="effort of our formats; random weights have both"
+    )
     parser.add_argument("--model", type=Path, help="a .safetensors file; its weights alone are measured then")
     parser.add_argument("--layers", type=int, help="how many of its layers, spread evenly; by default all")
     parser.add_argument("--calibration", help="what `nfq calibrate-demo` wrote; by default it is collected anew")
     parser.add_argument("--quick", action="store_true", help="small random weights alone")
     parser.add_argument("--out", type=Path, help="JSON; with --model and --quick nothing is written unless it is given")
     parser.add_argument("--plot", type=Path, help=f"PNG; likewise, else {PLOT.name} in docs")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = parsed()
     whole = not options.quick and options.model is None
     started = perf_counter()
+    if hasattr(torch.compiler, "set_stance"):
+        # A peer that compiles its decode would do so anew for every shape.
+        torch.compiler.set_stance("force_eager")
     print(machine())
     theirs, skipped = peers()
     for family, reason in skipped.items():
@@ -83,19 +90,23 @@ def main() -> None:
     contestants = [*theirs, *our_formats(options.effort)]
     if options.model is not None:
         rows = weight_rows(options.model.name, model_layers(options.model, options.layers), contestants)
+    elif options.quick:
+        rows = run_random(contestants, quick=True)
     else:
-        rows = run_random(contestants, options.quick)
+        rows = run_random([*theirs, *(one for effort in EFFORTS for one in our_formats(effort))], quick=False)
+    facts: dict[str, object] = {"effort": options.effort}
     if whole:
+        facts |= {"prompts": PROMPTS, "held_out": HELD_OUT, "output_batch": OUTPUT_BATCH}
         missing = unavailable("diffusers")
         if missing:
             skipped[DEMO] = missing
         else:
             rows += run_demo(contestants, options.effort, options.calibration)
-    facts = {"effort": options.effort, "prompts": PROMPTS, "held_out": HELD_OUT, "output_batch": OUTPUT_BATCH}
     results = results_of(rows, skipped, seconds=round(perf_counter() - started), **facts)
     print(table(results))
     if whole or options.out:
-        print(write_results("quality", "python -m benchmarks.quality", results, options.out))
+        command = " ".join(["python -m benchmarks.quality", *sys.argv[1:]])
+        print(write_results("quality", command, results, options.out))
     if whole or options.plot:
         missing = unavailable("matplotlib")
         print(f"no plot: {missing}" if missing else plot(results, options.plot or PLOT))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from nfq_core.container import NFQFile
 from nfq_core.convert import quantize_file
 from nfq_core.demo.model import bundled_weights_path, load_weights
 from nfq_core.errors import NFQError
-from nfq_core.formats import LEVELS
+from nfq_core.formats import LEVELS, TRELLIS_IDS
 from nfq_core.parallel import ordered_map
 from nfq_core.policy import DEFAULTS, Settings, plan_tensors
 from nfq_core.state import describe
@@ -25,8 +24,11 @@ from .judge import Judge, Weights
 from .quality_peers import OURS, Contestant, Stored, ggml_stored
 from .quality_weights import DEMO, Layer, Layers, figures, mix_rows, row
 
-TARGETS = (2.6, 3.0, 3.15, 3.7, 4.15, 4.7, 5.1)
-"""Packed bits per weight that a model is made for."""
+TARGETS = (2.6, 3.0, 3.15, 3.7, 4.15, 4.7, 5.1, 5.5, 6.5, 8.0)
+"""Packed bits per weight that a model is made for; of sizes that come to the same, the first."""
+
+SHOWN = ("packed_bits_per_weight", "sqnr_db", "output_db", "picture_db")
+"""Figures that are printed while the models are judged."""
 
 StoredWeights = dict[str, Stored]
 
@@ -39,17 +41,13 @@ class Model:
     family: str
     calibrated: bool
     made: StoredWeights
+    judged: bool = True
+    """Whether output and pictures are judged too."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights as decoded."""
         return sum(part.weight.nbytes for part in self.made.values())
-
-
-def calibration_file(calibration: Calibration, path: str | os.PathLike) -> Calibration:
-    """A calibration as a user has it, read back from a file."""
-    calibration.save(path)
-    return Calibration.load(path)
 
 
 class DemoModels:
@@ -65,26 +63,32 @@ class DemoModels:
         }
         self.shapes = {key: plan.shape for key, plan in self._plans.items()}
         self.layers: dict[str, Layers] = {}
-        """What became of each weight in each of our formats, by format id; filled while models are made."""
+        """What became of each weight in each of our formats, by contestant; filled while models are made."""
 
     def models(self) -> Iterator[Model]:
-        """The model in each contestant's format, at each target size, and calibrated."""
+        """The model in each contestant's format, at each target size, and calibrated.
+
+        Of trellis formats by themselves the weights alone are judged: a user gets them mixed.
+        """
         ours = {}
         for one in self._contestants:
             made = self._each(lambda key, one=one: one.store(self.weights[key]))
             if one.ours:
-                ours[one.name] = made
+                ours[one.format] = made
                 self.layers[one.name] = self.measured(made)
-            yield Model(one.name, one.family, False, made)
+            yield Model(one.name, one.family, False, made, one.format not in TRELLIS_IDS)
+        sizes, before = [], None
         for bits in TARGETS:
             plans = self._planned(bits)
-            if plans is not None:
+            if plans is not None and plans != before:
+                sizes.append(bits)
                 yield Model(f"size {bits}", OURS, False, {key: ours[id][key] for key, id in plans.items()})
+            before = plans
         yield from self._calibrated_peers()
-        for name, settings in self._calibrated_settings():
-            made = self._through_a_file(settings)
-            if made is not None:
-                yield Model(name, OURS, True, made)
+        settings = {f"nf{levels}": Settings(levels, levels, self._effort) for levels in LEVELS}
+        settings |= {f"size {bits}": Settings(effort=self._effort, target_bpw=bits) for bits in sizes}
+        for name, chosen in settings.items():
+            yield Model(f"{name}, calibrated", OURS, True, self._through_a_file(chosen))
 
     def measured(self, made: StoredWeights) -> dict[str, Layer]:
         """Sizes and errors of a model's weights."""
@@ -102,15 +106,10 @@ class DemoModels:
             return None
         return {key: plans[key].format.id for key in self._plans}
 
-    def _calibrated_settings(self) -> Iterator[tuple[str, Settings]]:
-        for levels in LEVELS:
-            yield f"nf{levels}, calibrated", Settings(levels, levels, self._effort)
-        for bits in TARGETS:
-            yield f"size {bits}, calibrated", Settings(effort=self._effort, target_bpw=bits)
-
     def _calibrated_peers(self) -> Iterator[Model]:
         """The K-quants with an importance matrix from the same calibration."""
-        inputs = self._calibration.for_plans(detect(self.shapes_of_all()), self._plans)[0]
+        shapes = {key: tuple(tensor.shape) for key, tensor in self.weights.items()}
+        inputs = self._calibration.for_plans(detect(shapes), self._plans)[0]
 
         def make(name: str, key: str) -> Stored:
             weight = self.weights[key]
@@ -122,19 +121,11 @@ class DemoModels:
             if name in taking_part:
                 yield Model(f"{name} imatrix", "GGUF", True, self._each(partial(make, name)))
 
-    def shapes_of_all(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of all tensors, those that are kept included."""
-        return {key: tuple(tensor.shape) for key, tensor in self.weights.items()}
-
-    def _through_a_file(self, settings: Settings) -> StoredWeights | None:
-        """The model as quantised with the calibration, written and read; None where the size is too small."""
+    def _through_a_file(self, settings: Settings) -> StoredWeights:
+        """The model as quantised with the calibration, written and read."""
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "demo.nfq.safetensors"
-            try:
-                quantize_file(bundled_weights_path(), target, settings, calibration=self._calibration)
-            except NFQError as error:
-                print(f"  {settings.target_bpw} bits: {error}", flush=True)
-                return None
+            quantize_file(bundled_weights_path(), target, settings, calibration=self._calibration)
             with NFQFile(target) as file:
                 return {
                     key: Stored(file.load(key).dequantize(), file.stored_bytes(key), file.packed_bytes(key))
@@ -143,16 +134,13 @@ class DemoModels:
 
 
 def demo_rows(contestants: Sequence[Contestant], calibration: Calibration, effort: str) -> list[dict]:
-    """The figures of the demo model in every setting.
-
-    Our formats by themselves are judged by their weights alone: a user gets them mixed.
-    """
+    """The figures of the demo model in every setting, our formats by themselves and mixed."""
     models = DemoModels(contestants, calibration, effort)
     judge = Judge(models.weights)
 
     def measure(model: Model) -> dict:
         values: Mapping[str, float] = figures(models.measured(model.made).values())
-        if not (model.family == OURS and model.name in models.layers):
+        if model.judged:
             decoded: Weights = {key: part.weight for key, part in model.made.items()}
             values = values | judge.judge(models.weights | decoded)
         return row(DEMO, model.name, model.family, calibrated=model.calibrated, **values)
@@ -160,5 +148,6 @@ def demo_rows(contestants: Sequence[Contestant], calibration: Calibration, effor
     rows = []
     for measured in ordered_map(measure, models.models(), size=lambda model: model.nbytes):
         rows.append(measured)
-        print(f"  {measured}", flush=True)
-    return rows + mix_rows(DEMO, models.layers, models.shapes)
+        shown = (f"{name} {measured[name]:.2f}" for name in SHOWN if measured.get(name) is not None)
+        print(f"  {measured['name']}: {', '.join(shown)}", flush=True)
+    return rows + mix_rows(DEMO, contestants, models.layers, models.shapes)

@@ -18,6 +18,7 @@ from nfq_core import NFTensor, quantize
 from nfq_core.article import article_dequantize, article_disk_bytes, article_quantize
 from nfq_core.codec import encode
 from nfq_core.formats import LEVELS, WRITABLE_IDS, article_format
+from nfq_core.policy import DEFAULTS
 
 from . import ggml
 from .report import unavailable
@@ -38,11 +39,13 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Contestant:
-    """One setting of one program, or one of our formats."""
+    """One setting of one program, or one of our formats at one effort."""
 
     name: str
     family: str
     store: Callable[[torch.Tensor], Stored]
+    format: str = ""
+    effort: str = ""
 
     @property
     def ours(self) -> bool:
@@ -57,12 +60,13 @@ def stored(tensor: NFTensor) -> Stored:
 
 
 def our_formats(effort: str) -> list[Contestant]:
-    """Every format of ours, by its id."""
+    """Every format of ours; its name is its id, and the effort where that is not the default."""
 
     def store(id: str, weight: torch.Tensor) -> Stored:
         return stored(quantize(weight, format=id, effort=effort))
 
-    return [Contestant(id, OURS, partial(store, id)) for id in WRITABLE_IDS]
+    suffix = "" if effort == DEFAULTS.effort else f", {effort}"
+    return [Contestant(id + suffix, OURS, partial(store, id), id, effort) for id in WRITABLE_IDS]
 
 
 def article(weight: torch.Tensor, levels: int) -> Stored:

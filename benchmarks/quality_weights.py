@@ -26,7 +26,7 @@ QUICK_SHAPE, QUICK_CONVOLUTION = (512, 512), (320, 64, 3, 3)
 
 GAUSSIAN, STUDENT_T, SPREAD, DEMO = "gaussian", "student_t5", "convolution", "demo"
 
-MIX_TARGETS = (2.3, 2.6, 3.0, 3.15, 3.4, 3.7, 3.85, 4.0, 4.15, 4.5, 5.0, 5.3)
+MIX_TARGETS = (2.3, 2.6, 3.0, 3.15, 3.4, 3.7, 3.85, 4.0, 4.15, 4.5, 5.0, 5.3, 5.5, 6.0, 6.5, 8.0)
 """Packed bits per weight of the mixes of our formats."""
 
 HALVES = (2, 4, 8, 16, 16)
@@ -114,7 +114,13 @@ def measure_layers(
 
 
 def mix(found: Mapping[str, Layers], shapes: Mapping[str, tuple[int, ...]], bits: float) -> dict[str, Layer] | None:
-    """The formats that `allocate` chooses where the relative noise of all weights counts alike; None: too few bits."""
+    """What `allocate` chooses where the relative noise of all weights counts alike; None: too few bits.
+
+    Args:
+        found: what became of each layer, by format id and name.
+        shapes: of the layers.
+        bits: packed bits per weight, at most.
+    """
     counts = {key: prod(shape) for key, shape in shapes.items()}
     try:
         chosen = allocate(shapes, int(bits * sum(counts.values()) / 8), counts)
@@ -160,10 +166,25 @@ def weight_rows(
     if not shapes:
         raise NFQError(f"{source}: no layer could be quantised")
     rows = [row(source, one.name, one.family, **figures(found[one.name].values())) for one in contestants]
-    return rows + mix_rows(source, found, shapes)
+    return rows + mix_rows(source, contestants, found, shapes)
 
 
-def mix_rows(source: str, found: Mapping[str, Layers], shapes: Mapping[str, tuple[int, ...]]) -> list[dict]:
-    """The mixes of our formats on one source."""
-    mixes = {bits: mix(found, shapes, bits) for bits in MIX_TARGETS}
-    return [row(source, f"mix {bits}", OURS, **figures(chosen.values())) for bits, chosen in mixes.items() if chosen]
+def mix_rows(
+    source: str,
+    contestants: Sequence[Contestant],
+    found: Mapping[str, Layers],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> list[dict]:
+    """The mixes of our formats on one source, those of each effort by themselves."""
+    rows = []
+    for effort in dict.fromkeys(one.effort for one in contestants if one.ours):
+        of_effort = {one.format: one for one in contestants if one.effort == effort}
+        layers = {id: found[one.name] for id, one in of_effort.items()}
+        suffix = next(one.name.removeprefix(id) for id, one in of_effort.items())
+        before = None
+        for bits in MIX_TARGETS:
+            chosen = mix(layers, shapes, bits)
+            if chosen and chosen != before:
+                rows.append(row(source, f"mix {bits}{suffix}", OURS, **figures(chosen.values())))
+            before = chosen
+    return rows

@@ -177,6 +177,26 @@ def test_a_mix_takes_what_was_measured_and_keeps_its_size():
     assert quality_weights.mix(measured, shapes, 0.5) is None
 
 
+def test_mixes_are_of_one_effort_each():
+    contestants = quality_peers.our_formats("fast") + quality_peers.our_formats("best")
+    shapes = {"a": (64, 64), "b": (128, 64)}
+    found = {
+        one.name: {
+            key: Layer(
+                rows * 64, 0, FORMATS[one.format].packed_bytes(rows * 64), 20.0 if one.effort == "best" else 10.0
+            )
+            for key, (rows, _) in shapes.items()
+        }
+        for one in contestants
+    }
+    rows = quality_weights.mix_rows("s", contestants, found, shapes)
+    fast, best = ([row for row in rows if row["name"].endswith(", best") == kind] for kind in (False, True))
+    assert {row["sqnr_db"] for row in fast} == {10.0} and {row["sqnr_db"] for row in best} == {20.0}
+    assert fast[0]["name"].startswith("mix ") and fast[0]["ours"]
+    # Where the largest format is everywhere, more bits make no other mix.
+    assert len({row["packed_bits_per_weight"] for row in fast}) == len(fast)
+
+
 PEERS = [
     point("Q4_K", 4.5, 23.0, family="GGUF", output_db=27.0, picture_db=None),
     point("Q3_K", 3.44, 16.4, family="GGUF"),
