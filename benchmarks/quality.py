@@ -22,6 +22,7 @@ import torch
 from nfq_core.calibration import Calibration
 from nfq_core.codebook import EFFORTS
 from nfq_core.demo.calibrate import collect_demo
+from nfq_core.errors import NFQError
 
 from .judge import HELD_OUT, OUTPUT_BATCH, PROMPTS
 from .quality_checks import checks, left_of
@@ -60,29 +61,30 @@ def run_demo(contestants: Sequence[Contestant], effort: str, calibration: str | 
     return rows
 
 
-def parsed() -> argparse.Namespace:
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--effort", choices=list(EFFORTS), default="fast", help="effort of our formats; random weights have both"
     )
-    parser.add_argument("--model", type=Path, help="a .safetensors file; its weights alone are measured then")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--model", type=Path, help="a .safetensors file; its weights alone are measured then")
+    instead.add_argument("--quick", action="store_true", help="small random weights alone")
     parser.add_argument("--layers", type=int, help="how many of its layers, spread evenly; by default all")
     parser.add_argument("--calibration", help="what `nfq calibrate-demo` wrote; by default it is collected anew")
-    parser.add_argument("--quick", action="store_true", help="small random weights alone")
     parser.add_argument("--out", type=Path, help="JSON; with --model and --quick nothing is written unless it is given")
     parser.add_argument("--plot", type=Path, help=f"PNG; likewise, else {PLOT.name} in docs")
-    return parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.layers is not None and options.layers < 1:
+        parser.error("--layers must be at least 1")
+    return options
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Measure, print, write."""
-    options = parsed()
+    options = parsed(arguments)
     whole = not options.quick and options.model is None
     started = perf_counter()
-    if hasattr(torch.compiler, "set_stance"):
-        # A peer that compiles its decode would do so anew for every shape.
-        torch.compiler.set_stance("force_eager")
     print(machine())
     theirs, skipped = peers()
     for family, reason in skipped.items():
@@ -105,7 +107,7 @@ def main() -> None:
     results = results_of(rows, skipped, seconds=round(perf_counter() - started), **facts)
     print(table(results))
     if whole or options.out:
-        command = " ".join(["python -m benchmarks.quality", *sys.argv[1:]])
+        command = " ".join(["python -m benchmarks.quality", *arguments])
         print(write_results("quality", command, results, options.out))
     if whole or options.plot:
         missing = unavailable("matplotlib")
@@ -113,4 +115,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if hasattr(torch.compiler, "set_stance"):
+        # A peer that compiles its decode would do so anew for every shape.
+        torch.compiler.set_stance("force_eager")
+    try:
+        main(sys.argv[1:])
+    except NFQError as error:
+        sys.exit(f"error: {error}")

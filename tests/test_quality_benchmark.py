@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 from benchmarks import ggml, quality, quality_peers, quality_plot, quality_tables, quality_weights, report
 from benchmarks.quality_checks import checks, left_of
+from benchmarks.quality_peers import Contestant, Stored
 from benchmarks.quality_weights import Layer, figures, row
 from nfq_core.errors import NFQError
 from nfq_core.formats import FORMATS, WRITABLE_IDS
@@ -274,6 +277,34 @@ def test_tables():
     assert "| **t4** | 4.140 | 4.140 | 23.20 (23.00) |" in text
     assert "| NF4 (bitsandbytes) | 4.130 |" in text
     assert text.endswith("Left out: HQQ (hqq is not installed).")
+
+
+def rounded(format: str, weight: torch.Tensor) -> Stored:
+    nbytes = FORMATS[format].packed_bytes(weight.numel())
+    return Stored((weight * 100).round() / 100, nbytes, nbytes)
+
+
+def test_the_command_runs_without_any_peer(tmp_path, monkeypatch, capsys):
+    ours = [Contestant(id, "NFQ", partial(rounded, id), id, "fast") for id in WRITABLE_IDS]
+    monkeypatch.setattr(quality, "peers", lambda: ([], {"GGUF": "xllamacpp is not installed"}))
+    monkeypatch.setattr(quality, "our_formats", lambda effort: ours)
+    monkeypatch.setattr(quality_weights, "QUICK_SHAPE", (64, 512))
+    monkeypatch.setattr(quality_weights, "QUICK_CONVOLUTION", (64, 64, 3, 3))
+    quality.main(["--quick", "--out", str(tmp_path / "quality.json")])
+    printed = capsys.readouterr().out
+    assert "GGUF is left out: xllamacpp is not installed" in printed
+    results = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))
+    assert {row["source"] for row in results["rows"]} == {"gaussian", "student_t5", "convolution"}
+    assert {check["met"] for check in results["checks"]} == {None}
+    assert results["skipped"] == {"GGUF": "xllamacpp is not installed"}
+    assert results["command"].startswith("python -m benchmarks.quality --quick --out")
+
+
+@pytest.mark.parametrize("arguments", [["--layers", "0"], ["--model", "a", "--quick"], ["--effort", "some"]])
+def test_wrong_usage(arguments):
+    with pytest.raises(SystemExit) as refused:
+        quality.parsed(arguments)
+    assert refused.value.code == 2
 
 
 def test_the_curve_is_what_nothing_smaller_equals():
