@@ -22,6 +22,7 @@ from .formats import LEVELS, WRITABLE_IDS
 from .memory import check_device
 from .policy import DEFAULTS, Settings
 from .quantizer import FIT_DTYPE
+from .report.command import add_card_command, add_report_command
 from .terminal import Run, decibels, progress_bar, show
 from .version import __version__
 
@@ -107,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("compare", _compare, "measure how far an .nfq.safetensors file is from its original")
     sub.add_argument("original", metavar="ORIGINAL", help="the safetensors file that F was made from")
     sub.add_argument("file", metavar="F", help=CONTAINER)
+
+    add_report_command(command)
+    add_card_command(command)
 
     sub = command("dequantize", _dequantize, "turn an .nfq.safetensors file back into plain safetensors")
     sub.add_argument("file", metavar="F", help=CONTAINER)
