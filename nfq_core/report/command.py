@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from pathlib import Path
 
 from ..atomic import prepare_folder
 from ..demo.model import bundled_weights_path
+from ..demo.run import STEPS
 from ..errors import NFQError
 from ..markdown import ratio_in_words, size_in_words
 from ..sheet import check_pillow
@@ -33,7 +35,7 @@ def add_report_command(command: AddCommand) -> None:
         "--pipeline", metavar="DIR", help="draw with this SDXL folder of diffusers, or demo: with the demo model"
     )
     group.add_argument("--prompts", metavar="FILE", help="a text file, a prompt per line (default: eight)")
-    group.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps (default: %(default)s)")
+    group.add_argument("--steps", type=int, default=STEPS, metavar="N", help="denoising steps (default: %(default)s)")
     group.add_argument("--guidance", type=float, metavar="X", help="scale of CFG (default: the pipeline's)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture (default: %(default)s)")
     group.add_argument("--side", type=int, metavar="N", help="width and height in pixels (default: the model's)")
@@ -99,6 +101,10 @@ def _drawing(options: argparse.Namespace) -> Drawing:
     for name in ("steps", "side"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise NFQError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.guidance is not None and not math.isfinite(options.guidance):
+        raise NFQError(f"--guidance must be a number, got {options.guidance}")
+    if not 0 <= options.seed < 1 << 32:
+        raise NFQError(f"--seed must be from 0 to {(1 << 32) - 1:,}, got {options.seed}")
     prompts = _prompts(options.prompts) if options.prompts else None
     return Drawing(prompts, options.seed, options.steps, options.guidance, options.side, options.device)
 

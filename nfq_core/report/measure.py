@@ -44,7 +44,7 @@ def measure(
     """
     names = short_names(files)
     with SafetensorsFile(original) as file:
-        before = {"name": file.path.name, "bytes": file.file_bytes, "sha256": file.sha256()}
+        before = {"name": _readable(file.path.name), "bytes": file.file_bytes, "sha256": file.sha256()}
     found = []
     for number, (path, name) in enumerate(zip(files, names, strict=True)):
 
@@ -66,10 +66,15 @@ def short_names(files: Sequence[str | os.PathLike]) -> list[str]:
     if twice is not None:
         raise NFQError(f"{twice} is named twice; name it once")
     for length in range(1, 1 + max(len(path.parts) for path in paths)):
-        names = ["/".join(path.parts[-length:]) for path in paths]
+        names = [_readable("/".join(path.parts[-length:])) for path in paths]
         if len(set(names)) == len(names):
             break
     return names
+
+
+def _readable(name: str) -> str:
+    """Not every file name is Unicode."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def by_size(files: Iterable[str | os.PathLike]) -> list[str | os.PathLike]:

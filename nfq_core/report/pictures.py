@@ -15,6 +15,7 @@ import torch
 from ..checkpoint import dense
 from ..container import FACTS_KEY, NFQFile
 from ..demo.model import build_pipeline, load_weights, sample
+from ..demo.run import GUIDANCE, STEPS
 from ..demo.shapes import CAPTIONS
 from ..errors import NFQError
 from ..memory import check_device
@@ -42,7 +43,7 @@ class Drawing:
     prompts: tuple[str, ...] | None = None
     seed: int = 0
     """Picture i starts from the noise of seed + i."""
-    steps: int = 20
+    steps: int = STEPS
     guidance: float | None = None
     side: int | None = None
     """Width and height, in pixels."""
@@ -156,7 +157,8 @@ class DemoPainter:
 
     def __init__(self, drawing: Drawing) -> None:
         chosen = drawing.prompts or CAPTIONS
-        self.drawing = Drawing(chosen, drawing.seed, drawing.steps, drawing.guidance or 3.0, device="cpu")
+        guidance = GUIDANCE if drawing.guidance is None else drawing.guidance
+        self.drawing = Drawing(chosen, drawing.seed, drawing.steps, guidance)
         if drawing.side is not None or drawing.device != "cpu":
             raise NFQError("the demo model draws 32 × 32 pixels on the CPU; leave --side and --device out")
         self._pipeline = build_pipeline()
@@ -256,17 +258,19 @@ class PipelinePainter:
 
     def _draw(self, prompt: str, seed: int, steps: int, side: int, kind: str, guidance: float | None) -> Any:
         options = {} if guidance is None else {"guidance_scale": guidance}
-        generator = torch.Generator().manual_seed(seed)
-        return self._pipeline(
-            prompt,
-            negative_prompt="",
-            num_inference_steps=steps,
-            height=side,
-            width=side,
-            output_type=kind,
-            generator=generator,
-            **options,
-        ).images[0]
+        try:
+            return self._pipeline(
+                prompt,
+                negative_prompt="",
+                num_inference_steps=steps,
+                height=side,
+                width=side,
+                output_type=kind,
+                generator=torch.Generator().manual_seed(seed),
+                **options,
+            ).images[0]
+        except ValueError as error:
+            raise NFQError(f"{self._folder} cannot draw this: {error}") from None
 
 
 def _is_packed(path: str | os.PathLike) -> bool:

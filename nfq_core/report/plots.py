@@ -115,6 +115,7 @@ def _figure(height: float) -> Figure:
 
 def _plain(text: str, length: int = 48) -> str:
     """A file's name as matplotlib draws it: no formula, and with its beginning left out where it is long."""
+    text = " ".join(text.split())
     return (text if len(text) <= length else "…" + text[1 - length :]).replace("$", r"\$")
 
 
