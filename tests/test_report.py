@@ -413,6 +413,15 @@ def test_folders_that_are_no_sdxl_pipelines(capsys, folder, files, tmp_path):
     assert not any((tmp_path / "out").iterdir())
 
 
+def test_a_folder_without_transformers(capsys, folder, files, tmp_path, monkeypatch):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    arguments = ["--out", tmp_path / "out", "--pipeline", tmp_path]
+    assert "pictures of a pipeline need diffusers and" in refused(
+        capsys, folder / "ldm.safetensors", files[0], *arguments
+    )
+
+
 def test_odd_choices(capsys, folder, files, tmp_path):
     (tmp_path / "empty").write_text(" \n\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")

@@ -112,7 +112,7 @@ def _read_report(folder: Path) -> dict[str, Any]:
         {file["header_sha256"] for file in report["files"]}
     except OSError as error:
         raise NFQError(f"{path} cannot be read ({error.strerror}); `nfq report --out {folder}` writes it") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError):
         raise CorruptFileError(f"{path} is damaged; `nfq report --out {folder} --force` writes it again") from None
     return report
 

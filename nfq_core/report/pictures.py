@@ -35,6 +35,9 @@ DEMO = "demo"
 
 PIPELINE = "StableDiffusionXLPipeline"
 
+PIPELINE_GUIDANCE = 5.0
+"""Its own default."""
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -186,20 +189,19 @@ class DemoPainter:
 
 
 class PipelinePainter:
-    """Draws with an SDXL folder of diffusers, whose own UNet weights are not even read. See `Painter`."""
+    """Draws with an SDXL folder of diffusers, whose own UNet weights are not read. See `Painter`."""
 
     def __init__(self, folder: str | os.PathLike, drawing: Drawing) -> None:
         check_device(drawing.device, torch.float32)
         self._folder = Path(folder)
         _check_folder(self._folder)
-        self._device = torch.device(drawing.device)
-        self._pipeline = _load_pipeline(self._folder, self._device)
+        self._pipeline = _load_pipeline(self._folder, torch.device(drawing.device))
         own = self._pipeline.unet.config.sample_size * self._pipeline.vae_scale_factor
         self.drawing = Drawing(
             drawing.prompts or protocol.PROMPTS,
             drawing.seed,
             drawing.steps,
-            5.0 if drawing.guidance is None else drawing.guidance,
+            PIPELINE_GUIDANCE if drawing.guidance is None else drawing.guidance,
             drawing.side or own,
             drawing.device,
         )

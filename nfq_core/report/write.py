@@ -90,39 +90,38 @@ def _sheet(report: Mapping[str, Any], drawn: Sequence[np.ndarray]) -> bytes:
     return png_bytes.getvalue()
 
 
-def markdown(report: Mapping[str, Any], images: Sequence[str], beside: str = "") -> str:
+def markdown(report: Mapping[str, Any], images: Sequence[str]) -> str:
     """The report in words and tables, ready for a model card.
 
     Args:
         report: as for `write_report`.
         images: those of PLOT_TITLES that lie beside it as PNG files.
-        beside: what precedes their names, such as "report/".
     """
     original, files = report["original"], report["files"]
     parts = [
         f"## How far from the original: {as_text(label(original['name']))}",
         f"Measured with `nfq report` of ComfyUI-NFQ {report['version']} against {as_code(original['name'])} "
         f"({size_in_words(original['bytes'])}, SHA-256 `{original['sha256'][:16]}…`).",
-        files_table(report),
+        _files_table(report),
         MEANINGS,
         *(f"{as_code(file['name'])} was {as_text(file['note'])}." for file in files if file["note"]),
-        *_image("size", images, beside),
+        *_image("size", images),
         "### By kind of layer",
         _roles_table(files),
-        *_image("roles", images, beside),
+        *_image("roles", images),
         "### By layer",
-        *_image("layers", images, beside),
+        *_image("layers", images),
         f"The {WORST} layers with the largest error of each file:",
         _worst_table(files),
     ]
     if "pictures" in report:
-        parts += ["### Pictures", *_image("pictures", images, beside), _how_drawn(report), _pictures_table(report)]
+        parts += ["### Pictures", *_image("pictures", images), _how_drawn(report), _pictures_table(report)]
     if "protocol" in report:
         parts += ["### Latents after one step", _about_protocol(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def files_table(report: Mapping[str, Any]) -> str:
+def _files_table(report: Mapping[str, Any]) -> str:
     """Size and errors of every file."""
     header = ["file", "size", "of the original", "bits per weight", "packed bits", "SQNR, dB"]
     header += ["PSNR, dB", "SSIM"] if "pictures" in report else []
@@ -141,8 +140,8 @@ def files_table(report: Mapping[str, Any]) -> str:
     return markdown_table(header, rows)
 
 
-def _image(name: str, images: Sequence[str], beside: str) -> list[str]:
-    return [f"![{PLOT_TITLES[name]}]({beside}{name}.png)"] if name in images else []
+def _image(name: str, images: Sequence[str]) -> list[str]:
+    return [f"![{PLOT_TITLES[name]}]({name}.png)"] if name in images else []
 
 
 def _roles_table(files: Sequence[Mapping[str, Any]]) -> str:
