@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 import signal
 import sys
@@ -13,15 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from . import backends, convert, examine
-from .allocation import PRESETS
 from .article_import import import_article
-from .calibration import Calibration
-from .codebook import EFFORTS
+from .batch import batch_lines, convert_folders
+from .conversion_options import add_conversion_options, conversion
 from .errors import NFQError
-from .formats import LEVELS, WRITABLE_IDS
-from .memory import check_device
-from .policy import DEFAULTS, Settings
-from .quantizer import FIT_DTYPE
 from .report.command import add_card_command, add_report_command
 from .terminal import Run, decibels, progress_bar, show
 from .version import __version__
@@ -76,21 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("quantize", _quantize, "convert a safetensors UNet, checkpoint or state dict to .nfq.safetensors")
     sub.add_argument("source", metavar="SRC", help="a .safetensors file")
     sub.add_argument("target", metavar="DST", help="the .nfq.safetensors file to write")
-    either = sub.add_mutually_exclusive_group()
-    either.add_argument("--preset", choices=tuple(PRESETS), help=f"instead of all formats: {_presets_in_words()}")
-    either.add_argument("--target-size", type=_size, metavar="SIZE", help="likewise: size of DST, such as 1.2GB")
-    either.add_argument("--target-bpw", type=_positive, metavar="X", help="likewise: packed bits per weight")
-    # No defaults here: argparse does not take a default that is given for given.
-    either.add_argument("--levels", type=int, choices=LEVELS, help="levels of Linear weights (default: 16)")
-    either.add_argument("--format", choices=WRITABLE_IDS, metavar="ID", help=f"instead: {', '.join(WRITABLE_IDS)}")
-    either = sub.add_mutually_exclusive_group()
-    either.add_argument("--conv-levels", type=int, choices=LEVELS, help="levels of convolutions (default: 32)")
-    either.add_argument("--conv-format", choices=WRITABLE_IDS, metavar="ID", help="instead: one of the same")
-    sub.add_argument("--effort", choices=tuple(EFFORTS), default="fast", help="how long to fit (default: fast)")
-    sub.add_argument("--quantize-first-last", action="store_true", help="quantise a UNet's outermost convolutions too")
-    sub.add_argument("--calibration", metavar="F", help="what the model's layers are fed, see README")
-    sub.add_argument("--device", metavar="D", help="where to quantise, such as cuda (default: cpu)")
+    add_conversion_options(sub)
     sub.add_argument("--force", action="store_true", help="overwrite DST")
+
+    sub = command("batch", _batch, "convert every SDXL-type model in some folders, those not converted yet")
+    sub.add_argument("folders", nargs="+", metavar="DIR", help="a folder, with all its subfolders, or a file")
+    sub.add_argument("--out", required=True, metavar="DIR", help="where the .nfq.safetensors files go")
+    sub.add_argument("--any", action="store_true", help="convert LoRAs, VAEs and all other safetensors files too")
+    add_conversion_options(sub)
+    sub.add_argument("--dry-run", action="store_true", help="tell what would be done, and do nothing")
+    sub.add_argument("--rehash", action="store_true", help="tell by SHA-256 alone whether a file is converted already")
+    sub.add_argument("--force", action="store_true", help="overwrite files that were made from others, or otherwise")
 
     sub = command("calibrate-demo", _calibrate_demo, "collect a calibration of the demo model while it is sampled")
     sub.add_argument("target", metavar="DST", help="the .safetensors file to write")
@@ -125,53 +115,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _presets_in_words() -> str:
-    return ", ".join(f"{name} ({bits} packed bits per weight)" for name, bits in PRESETS.items())
-
-
-def _positive(text: str) -> float:
-    """A finite number above zero."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above zero")
-    return number
-
-
-def _size(text: str) -> int:
-    """A number of bytes, with or without a unit of thousands."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    unit = units.get(text[-2:].upper())
-    return int(_positive(text[:-2]) * unit) if unit else int(_positive(text))
-
-
 def _quantize(options: argparse.Namespace) -> int:
-    settings = Settings(
-        options.levels or DEFAULTS.levels,
-        options.conv_levels or DEFAULTS.conv_levels,
-        options.effort,
-        options.quantize_first_last,
-        options.format,
-        options.conv_format,
-        PRESETS[options.preset] if options.preset else options.target_bpw,
-        options.target_size,
-    )
-    if options.device is not None:
-        check_device(options.device, FIT_DTYPE)
-    calibration = Calibration.load(options.calibration) if options.calibration else None
     with progress_bar("quantising", options) as progress:
         result = convert.quantize_file(
-            options.source,
-            options.target,
-            settings,
-            device=options.device,
-            calibration=calibration,
-            overwrite=options.force,
-            progress=progress,
+            options.source, options.target, **conversion(options), overwrite=options.force, progress=progress
         )
     return _show_conversion(options, result)
+
+
+def _batch(options: argparse.Namespace) -> int:
+    with progress_bar("converting", options) as progress:
+        report = convert_folders(
+            options.folders,
+            options.out,
+            **conversion(options),
+            any_kind=options.any,
+            overwrite=options.force,
+            rehash=options.rehash,
+            dry_run=options.dry_run,
+            progress=progress,
+        )
+    show(options, report, "\n".join(batch_lines(report)))
+    if report["stopped"]:
+        raise NFQError(f"{report['stopped']}; the same command goes on where it stopped")
+    failed = report["totals"]["failed"]
+    if failed:
+        raise NFQError(f"{failed} of {len(report['files'])} files failed, see above")
+    return 0
 
 
 def _import(options: argparse.Namespace) -> int:

@@ -83,12 +83,13 @@ class SafetensorsFile:
         except FileNotFoundError:
             raise NFQError(f"{self.path}: no such file") from None
         except PermissionError:
-            reason = "is a directory; name the .safetensors file in it" if self.path.is_dir() else "cannot be read"
+            reason = "is a directory; name the .safetensors file in it" if os.path.isdir(path) else "cannot be read"
             raise NFQError(f"{self.path} {reason} (permission denied)") from None
         except OSError as error:
             raise NFQError(f"{self.path} cannot be opened: {error.strerror}") from None
         try:
-            self.file_bytes = os.fstat(self._file.fileno()).st_size
+            self._status = os.fstat(self._file.fileno())
+            self.file_bytes = self._status.st_size
             self.raw_header = self._read_header()
             self.entries, self.metadata = self._parse_header()
         except BaseException:
@@ -104,6 +105,13 @@ class SafetensorsFile:
     def close(self) -> None:
         """Close the file; reading fails from then on."""
         self._file.close()
+
+    def refuse_changed(self) -> None:
+        """NFQError when the file was written to since it was opened, or another has its name now."""
+        now = os.fstat(self._file.fileno())
+        changed = (now.st_size, now.st_mtime_ns) != (self._status.st_size, self._status.st_mtime_ns)
+        if changed or (self.path.exists() and not os.path.samestat(self.path.stat(), now)):
+            raise NFQError(f"{self.path} changed while it was read; nothing was written, try again")
 
     def read(self, name: str) -> bytearray:
         """The bytes of one tensor."""

@@ -67,6 +67,7 @@ def leftovers(folder) -> set[str]:
 COMMANDS = [
     "demo",
     "quantize",
+    "batch",
     "calibrate-demo",
     "info",
     "verify",
