@@ -9,6 +9,8 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nfq_core.report.plots import COLOURS, check_matplotlib, png
+
 from .quality_checks import PACKED, measured
 from .quality_weights import DEMO, GAUSSIAN
 from .report import RESULTS, ROOT
@@ -37,17 +39,18 @@ FARTHER, LESS_USUAL = 60.0, 12.0
 NEARBY = 8
 """Pixels around a point that labels keep clear of."""
 
-OURS, CALIBRATED, INK = "#0072B2", "#D55E00", "#333333"
+INK = "#333333"
+OURS, CALIBRATED, GREEN, PINK, _, _, BLACK = COLOURS
 FAMILIES = {
-    "GGUF": ("#000000", "o"),
-    "bitsandbytes": ("#CC79A7", "s"),
-    "HQQ": ("#009E73", "D"),
+    "GGUF": (BLACK, "o"),
+    "bitsandbytes": (PINK, "s"),
+    "HQQ": (GREEN, "D"),
     "SDNQ": ("#7A4FA3", "^"),
     "palettisation": ("#B07800", "v"),
     "article": ("#888888", "X"),
     "torch": ("#888888", "P"),
 }
-"""Colours that are told apart whatever one's eyes (Okabe and Ito), and marks that are without any."""
+"""A colour and a mark for each, so that they are told apart without the colour too."""
 
 
 JOINED = {"article": "the article", "HQQ": "HQQ", "SDNQ": "SDNQ", "palettisation": "palettisation (k-means)"}
@@ -98,10 +101,8 @@ def plot(results: dict, path: Path = PLOT) -> Path:
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('the plot needs matplotlib: pip install "comfyui-nfq[bench]"') from error
+    check_matplotlib()
+    from matplotlib.figure import Figure
 
     panels = panels_of(results["rows"])
     figure = Figure(figsize=(WIDTH, HEIGHT * len(panels)), dpi=DPI, layout="constrained")
@@ -116,7 +117,7 @@ def plot(results: dict, path: Path = PLOT) -> Path:
     for axes, (panel, rows) in zip(drawn, panels, strict=True):
         _name_points(axes, panel.measure, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    path.write_bytes(png(figure))
     return path
 
 

@@ -320,6 +320,6 @@ def test_plot(tmp_path):
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"comfyui-nfq\[bench\]"):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"comfyui-nfq\[report\]"):
         quality_plot.plot({"rows": PEERS})
