@@ -28,7 +28,7 @@ from nfq_core.op import dequantize_for_one_use
 
 from .article import dynamic_int8
 from .article_models import Model, demo_model
-from .calibrated import held_out_batch
+from .judge import held_out_batch
 from .report import machine, markdown_table, summary, timed, write_results
 
 LEVELS = (32, 16, 7)

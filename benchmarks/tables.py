@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 
-from . import article, calibrated, decode, fullsize, gpu, host, int8, quality
+from . import article, calibrated, decode, fullsize, gpu, host, int8, levels, quality_tables
 from .report import RESULTS, ROOT
 
 BY_NAME = {
-    "quality": quality.table,
+    "quality": quality_tables.table,
+    "levels": levels.table,
     "calibrated": calibrated.table,
     "article": article.table,
     "int8": int8.table,

@@ -17,7 +17,7 @@ pytest.importorskip("PIL", reason="the grid needs Pillow")
 
 from PIL import Image
 
-from benchmarks import article, article_models, calibrated, int8
+from benchmarks import article, article_models, int8, judge
 from benchmarks.report import call_seconds, machine
 from nfq_core import NFQError, load
 from nfq_core.examine import verify_file
@@ -199,7 +199,7 @@ def test_wrong_usage_ends_with_two(arguments: list[str]) -> None:
 
 
 def test_int8_is_measured_on_the_demo_model(demo: article_models.Model, monkeypatch) -> None:
-    monkeypatch.setattr(calibrated, "OUTPUT_BATCH", 2)
+    monkeypatch.setattr(judge, "OUTPUT_BATCH", 2)
     monkeypatch.setattr(int8, "demo_model", lambda steps: demo)
     found = int8.demo(levels=(16,), rounds=2)
     row = found["levels"][0]
