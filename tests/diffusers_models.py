@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from samples import TINY, random_weight
 
@@ -15,7 +16,15 @@ from nfq_core.policy import Settings, plan_tensors
 from nfq_core.safefile import Entry
 from nfq_core.unet_keys import Layout, UNetArchitecture, tensor_shapes
 
+diffusers = pytest.importorskip("diffusers", reason="what is tested works in diffusers")
+pytest.importorskip("accelerate", reason="diffusers quantises only with it")
+
 LEVELS = Settings()
+
+reads_folders = pytest.mark.skipif(
+    not hasattr(diffusers.quantizers.base.DiffusersQuantizer, "maybe_update_loaded_keys"),
+    reason="this diffusers does not read packed folders",
+)
 
 
 def unet_config(architecture: UNetArchitecture = TINY) -> dict[str, Any]:

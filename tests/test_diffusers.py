@@ -28,7 +28,7 @@ from nfq_core.unet_keys import CHECKPOINT_PREFIX, diffusers_to_ldm
 diffusers = pytest.importorskip("diffusers", reason="what is tested works in diffusers")
 pytest.importorskip("accelerate", reason="diffusers quantises only with it")
 
-from diffusers_models import noise_of, packed_unet, stock_unet, write_config  # noqa: E402
+from diffusers_models import noise_of, packed_unet, reads_folders, stock_unet, write_config  # noqa: E402
 
 import nfq_core.diffusers as nfq_diffusers  # noqa: E402
 from nfq_core.diffusers import NFQConfig, load_unet  # noqa: E402
@@ -125,6 +125,7 @@ def test_memory(folders: Path, noise: torch.Tensor, memory: str) -> None:
     assert torch.equal(noise_of(unet), noise)
 
 
+@reads_folders
 @pytest.mark.parametrize("variant", [None, "nf16"])
 def test_saved_and_back(
     folders: Path, loaded: torch.nn.Module, noise: torch.Tensor, tmp_path: Path, variant: str | None
@@ -173,6 +174,7 @@ def test_formats(folders: Path, quantised: list[dict]) -> None:
     assert found == {("t2w8_b64", 2), ("t3w8_b64", 4)}
 
 
+@reads_folders
 def test_calibration(folders: Path, tmp_path: Path, quantised: list[dict]) -> None:
     ldm = diffusers_to_ldm(TINY)
     weights = {key: value for key, value in stock_unet().state_dict().items() if value.dim() > 1 and "emb" not in key}
@@ -225,6 +227,7 @@ def test_dequantize_gives_a_stock_model(folders: Path, loaded: torch.nn.Module, 
     assert packed_layers(loaded), "the copy was another model"
 
 
+@reads_folders
 @pytest.mark.parametrize("way", ["copy", "pickle"])
 def test_copies(loaded: torch.nn.Module, noise: torch.Tensor, tmp_path: Path, way: str) -> None:
     twin = copy.deepcopy(loaded) if way == "copy" else pickle.loads(pickle.dumps(loaded))
@@ -241,6 +244,7 @@ def test_a_compiled_unet_is_one_graph(tmp_path: Path) -> None:
     torch.compiler.reset()
 
 
+@reads_folders
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])
 def test_device_maps(
     folders: Path, loaded: torch.nn.Module, noise: torch.Tensor, quantised: list[dict], tmp_path: Path, device_map: str
@@ -261,6 +265,7 @@ def test_a_weight_that_cannot_be_quantised_is_kept(tmp_path: Path, caplog: pytes
     assert torch.equal(unet.get_parameter(name), stock.get_parameter(name))
 
 
+@reads_folders
 def test_a_file_of_the_articles_code_and_mixed_formats(folders: Path, tmp_path: Path) -> None:
     tensors = packed_unet(TINY, "diffusers")
     name = next(key for key, value in tensors.items() if isinstance(value, NFTensor))

@@ -4,15 +4,22 @@ Importing this package tells diffusers of the quantisation method "nfq", which `
 that a packed model's `save_pretrained` writes.
 """
 
-try:
-    from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-except ImportError as error:
-    raise ImportError(
-        'nfq_core.diffusers needs diffusers 0.31 or newer: pip install "comfyui-nfq[diffusers]"'
-    ) from error
+from __future__ import annotations
 
-from .config import METHOD, NFQConfig
-from .loading import load_unet
+_NEEDED = 'nfq_core.diffusers needs diffusers 0.33 or newer{found}: pip install -U "comfyui-nfq[diffusers]"'
+
+try:
+    import diffusers
+except ImportError as error:
+    raise ImportError(_NEEDED.format(found="")) from error
+# Before 0.33 its interface for quantisers served one of them alone.
+if tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 33):
+    raise ImportError(_NEEDED.format(found=f", this is {diffusers.__version__}"))
+
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING  # noqa: E402
+
+from .config import METHOD, NFQConfig  # noqa: E402
+from .loading import load_unet  # noqa: E402
 
 __all__ = ["NFQConfig", "load_unet"]
 

@@ -177,6 +177,7 @@ def become_stock(model: nn.Module) -> nn.Module:
     dense_layers(model, model.dtype)
     model.__class__ = stock_class(type(model))
     del model.quantization_method
+    model.is_quantized = False
     config = {name: value for name, value in model.config.items() if name != "quantization_config"}
     model._internal_dict = type(model.config)(config)
     return model
