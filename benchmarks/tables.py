@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 
-from . import calibrated, decode, fullsize, gpu, host, quality
+from . import calibrated, decode, diffusers_load, fullsize, gpu, host, quality
 from .report import RESULTS, ROOT
 
 BY_NAME = {
     "quality": quality.table,
     "calibrated": calibrated.table,
     "fullsize": fullsize.table,
+    "diffusers_load": diffusers_load.table,
     "host": host.table,
     "decode": decode.table,
     "gpu": gpu.table,
