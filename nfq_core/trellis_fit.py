@@ -45,7 +45,7 @@ class TrellisEffort:
     scale_steps: tuple[int, ...]
 
 
-TRELLIS_EFFORTS = {"fast": TrellisEffort(1024, 3, (0,)), "best": TrellisEffort(4096, 10, (-2, 0, 2))}
+TRELLIS_EFFORTS = {"fast": TrellisEffort(2048, 3, (0,)), "best": TrellisEffort(4096, 10, (-2, 0, 2))}
 
 
 @dataclass(frozen=True)

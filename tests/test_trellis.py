@@ -73,12 +73,12 @@ def test_codes_are_nearly_the_best_of_all(format_id):
 
 @pytest.mark.parametrize("format_id", TRELLIS_IDS)
 def test_circular_blocks_cost_little_beside_one_long_stream(format_id):
-    values, bits = random_weight(256, 64), parse_trellis(format_id)[0]
+    values, (bits, window) = random_weight(256, 64), parse_trellis(format_id)
     errors = coder(format_id).encode(values)[1].double().sum().item()
     levels = levels_of(format_id).double().numpy()
     long = least_errors(values.double().numpy().reshape(-1), levels, bits, np.zeros(len(levels) >> bits)).min()
-    # Measured: 0.06 dB at 2 bits, 0.01 to 0.03 at the others.
-    assert errors <= long * 10 ** ((0.08 if bits == 2 else 0.05) / 10)
+    # Measured with narrow windows: 0.06 dB at 2 bits, 0.03 at most at the others; with wide ones 0.05 more.
+    assert errors <= long * 10 ** ((0.08 if bits == 2 else 0.05) / 10 + (0.006 if window == 10 else 0))
 
 
 @pytest.mark.parametrize("format_id", TRELLIS_IDS)
