@@ -86,7 +86,8 @@ def test_levels_have_their_advice() -> None:
 
     english = words("en")
     scalar = [format_by_id(id).levels for id in WRITABLE_IDS if id not in TRELLIS_IDS]
-    assert {f"goodFor.{levels}" for levels in scalar} | {f"takes.{effort}" for effort in EFFORTS} <= english.keys()
+    assert {f"goodFor.{levels}" for levels in scalar} <= english.keys()
+    assert {f"takes.{way}{effort}" for way in ("", "preset.") for effort in EFFORTS} <= english.keys()
     assert {f"goodFor.t{format_by_id(id).code_bits}" for id in TRELLIS_IDS} <= english.keys()
     for name, bits in PRESETS.items():
         assert f" {bits} bits per weight" in english[f"preset.{name}"]
