@@ -14,6 +14,8 @@ from time import perf_counter
 
 import torch
 
+from nfq_core.markdown import markdown_table as markdown_table
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -55,9 +57,3 @@ def write_results(name: str, command: str, results: dict, path: Path | None = No
     text = json.dumps({"command": command, "machine": machine(), **results}, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
     return path
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

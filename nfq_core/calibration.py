@@ -8,7 +8,6 @@ take 12 GB.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -203,10 +202,7 @@ class Calibration:
         with SafetensorsFile(path) as file:
             if CALIBRATION_KEY not in file.metadata:
                 raise UnsupportedFileError(f"{file.path} is no calibration; `nfq_core.collect` makes one")
-            digest = hashlib.sha256(file.raw_header)
-            for name in sorted(file.entries, key=lambda name: file.entries[name].start):
-                for piece in file.read_chunks(name):
-                    digest.update(piece)
+            sha256 = file.sha256()
             try:
                 facts = parse_json(file.metadata[CALIBRATION_KEY])
                 if is_count(facts["version"]) and facts["version"] > CALIBRATION_VERSION:
@@ -225,7 +221,7 @@ class Calibration:
                 )
                 for index, rows in enumerate(facts["rows"])
             ]
-            source = Source(file.path.name, file.file_bytes, digest.hexdigest())
+            source = Source(file.path.name, file.file_bytes, sha256)
         faults = [inputs.fault() for inputs in loaded]
         return cls(
             {name: loaded[index] for name, index in facts["weights"].items() if not faults[index]},
