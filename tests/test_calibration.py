@@ -264,7 +264,8 @@ def test_a_size_met_by_several_files_warns_once(saved, model_file, tmp_path, mon
     settings = Settings(target_bytes=11_000)
     result = quantize_file(model_file, tmp_path / "nfq", settings, calibration=Calibration.load(saved))
     assert len(tries) > 1
-    assert result["warnings"].count(TRELLIS_WARNING.replace("4", "5")) == 1
+    # How many weights get a trellis format is a matter of the size.
+    assert sum(warning.endswith("trellis formats do not use it yet") for warning in result["warnings"]) == 1
 
 
 @pytest.mark.parametrize("layout", ["ldm", "prefixed", "diffusers"])
