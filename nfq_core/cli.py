@@ -25,10 +25,13 @@ from .codebook import EFFORTS
 from .errors import NFQError
 from .formats import LEVELS, WRITABLE_IDS
 from .memory import check_device
+from .merging import merge_calibrations
 from .parallel import Progress
 from .policy import DEFAULTS, Settings
 from .quantizer import FIT_DTYPE
 from .version import __version__
+
+log = logging.getLogger("nfq")
 
 CONTAINER = "an .nfq.safetensors file"
 
@@ -99,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("calibrate-demo", _calibrate_demo, "collect a calibration of the demo model while it is sampled")
     sub.add_argument("target", metavar="DST", help="the .safetensors file to write")
     sub.add_argument("--prompts", type=int, default=32, metavar="N", help="captions to sample (default: 32)")
+    sub.add_argument("--force", action="store_true", help="overwrite DST")
+
+    sub = command("merge-calibrations", _merge_calibrations, "make one calibration of several of one architecture")
+    sub.add_argument("sources", nargs="+", metavar="F", help="calibrations; each layer's count by the inputs they saw")
+    sub.add_argument("target", metavar="DST", help="the .safetensors file to write")
     sub.add_argument("--force", action="store_true", help="overwrite DST")
 
     sub = command("info", _info, "tell what an .nfq.safetensors file is")
@@ -249,6 +257,22 @@ def _calibrate_demo(options: argparse.Namespace) -> int:
     with _progress("calibrating", options, "caption") as progress:
         result = calibrate_demo(options.target, options.prompts, overwrite=options.force, progress=progress)
     text = "{target}: {weights} weights, {prompts} captions, {file_bytes:,} bytes in {seconds:.1f} s".format(**result)
+    return _show(options, result, text)
+
+
+def _merge_calibrations(options: argparse.Namespace) -> int:
+    calibration, warnings = merge_calibrations([Calibration.load(path) for path in options.sources])
+    for warning in warnings:
+        log.warning("%s", warning)
+    result = {
+        "target": options.target,
+        "weights": len(calibration.inputs),
+        "prompts": calibration.prompts,
+        "file_bytes": calibration.save(options.target, overwrite=options.force),
+        "warnings": warnings,
+    }
+    prompts = "an unknown number of" if calibration.prompts is None else f"{calibration.prompts:,}"
+    text = f"{options.target}: {result['weights']} weights, {prompts} prompts, {result['file_bytes']:,} bytes"
     return _show(options, result, text)
 
 
