@@ -18,11 +18,11 @@ from nfq_core import NFTensor, quantize
 from nfq_core.article import article_dequantize, article_disk_bytes, article_quantize
 from nfq_core.calibration import Calibration
 from nfq_core.codec import encode
-from nfq_core.demo.calibrate import HELD_OUT_SEED, collect_demo, random_captions
-from nfq_core.demo.model import SCHEDULER_CONFIG, TinyPipeline, build_pipeline, import_diffusers, load_weights, sample
+from nfq_core.demo.calibrate import HELD_OUT_SEED, collect_demo, noisy_pictures, random_captions
+from nfq_core.demo.model import SCHEDULER_CONFIG, TinyPipeline, build_pipeline, load_weights, sample
 from nfq_core.demo.run import GUIDANCE, STEPS
 from nfq_core.demo.shapes import describe as describe_scene
-from nfq_core.demo.shapes import draw, random_scene, tokenise
+from nfq_core.demo.shapes import random_scene
 from nfq_core.examine import sqnr_db
 from nfq_core.formats import LEVELS
 from nfq_core.metrics import psnr_db
@@ -47,12 +47,9 @@ class Judge:
         rng = np.random.default_rng(HELD_OUT_SEED)
         scenes = [random_scene(rng) for _ in range(2 * OUTPUT_BATCH)]
         scenes = [scene for scene in scenes if describe_scene(scene) not in calibrated][:OUTPUT_BATCH]
-        pictures = torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes])).permute(0, 3, 1, 2) * 2 - 1
-        ids = torch.from_numpy(tokenise([describe_scene(scene) for scene in scenes]))
-        torch.manual_seed(HELD_OUT_SEED)
-        timesteps = torch.randint(SCHEDULER_CONFIG["num_train_timesteps"], (OUTPUT_BATCH,))
-        noising = import_diffusers().DDPMScheduler(**SCHEDULER_CONFIG)
-        self._batch = noising.add_noise(pictures, torch.randn(pictures.shape), timesteps), timesteps, ids
+        generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+        timesteps = torch.randint(SCHEDULER_CONFIG["num_train_timesteps"], (OUTPUT_BATCH,), generator=generator)
+        self._batch = noisy_pictures(scenes, timesteps, rng, HELD_OUT_SEED)
         self._captions = random_captions(HELD_OUT, HELD_OUT_SEED, without=calibrated)
         self._output, self._pictures = self._run(build_pipeline(weights))
 

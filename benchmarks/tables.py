@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 
-from . import calibrated, decode, fullsize, gpu, host, quality
+from . import calibrated, decode, fullsize, gpu, host, quality, sizes
 from .report import RESULTS, ROOT
 
 BY_NAME = {
     "quality": quality.table,
     "calibrated": calibrated.table,
+    "sizes": sizes.table,
     "fullsize": fullsize.table,
     "host": host.table,
     "decode": decode.table,

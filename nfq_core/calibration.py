@@ -20,7 +20,7 @@ import torch
 from .atomic import AtomicFile
 from .container import UNRECORDED, Source
 from .errors import CorruptFileError, NFQError, UnsupportedFileError
-from .feedback import SecondMoment
+from .feedback import SecondMoment, share_left
 from .safefile import Entry, SafetensorsFile, aligned_entries, header_bytes, is_count, parse_json, tensor_bytes
 from .unet import UNKNOWN, UNetInfo, detect, ldm_names
 from .writer import Plan
@@ -139,7 +139,9 @@ class Calibration:
         return found, warnings
 
     def sensitivities_of(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
-        """Those measured for the weights of one model, by its own names, as `allocation.allocate` takes them.
+        """How sensitive the weights of one model are, by its own names, as `allocation.allocate` takes it.
+
+        That is what was measured, less what error feedback will take off, where there is a Hessian.
 
         Args:
             shapes: shape of every tensor of the model by its name.
@@ -148,7 +150,17 @@ class Calibration:
             NFQError: the calibration belongs to another architecture.
         """
         names = self._names(detect(shapes), shapes)
-        return {key: self.sensitivities[name] for key, name in names.items() if name in self.sensitivities}
+        left: dict[int, float] = {}
+        found = {}
+        for key, name in names.items():
+            if name not in self.sensitivities:
+                continue
+            inputs = self.inputs.get(name)
+            moment = inputs.second_moment() if inputs else None
+            if moment is not None and id(inputs) not in left:
+                left[id(inputs)] = share_left(moment)
+            found[key] = self.sensitivities[name] * left.get(id(inputs), 1.0)
+        return found
 
     def _names(self, info: UNetInfo | None, keys: Iterable[str]) -> dict[str, str]:
         """The names of a model's weights here; NFQError where it is of another architecture."""
@@ -172,7 +184,7 @@ class Calibration:
         return ""
 
     def for_plans(self, info: UNetInfo | None, plans: Mapping[str, Plan]) -> tuple[dict[str, LayerInputs], list[str]]:
-        """`for_weights` of those that are to be quantised, but for trellis formats without Hessians, which gain nothing.
+        """`for_weights` of those that are to be quantised, but for trellis formats without Hessians: no gain.
 
         Where formats were chosen by size, another warning tells what was chosen without a measured sensitivity.
         """

@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("calibrate-demo", _calibrate_demo, "collect a calibration of the demo model while it is sampled")
     sub.add_argument("target", metavar="DST", help="the .safetensors file to write")
     sub.add_argument("--prompts", type=int, default=32, metavar="N", help="captions to sample (default: 32)")
+    sub.add_argument("--no-sensitivities", action="store_true", help="leave out what sizes need, a third of the time")
     sub.add_argument("--force", action="store_true", help="overwrite DST")
 
     sub = command("merge-calibrations", _merge_calibrations, "make one calibration of several of one architecture")
@@ -255,7 +256,13 @@ def _calibrate_demo(options: argparse.Namespace) -> int:
     if options.prompts < 1:
         raise NFQError(f"--prompts must be at least 1, got {options.prompts}")
     with _progress("calibrating", options, "caption") as progress:
-        result = calibrate_demo(options.target, options.prompts, overwrite=options.force, progress=progress)
+        result = calibrate_demo(
+            options.target,
+            options.prompts,
+            sensitivities=not options.no_sensitivities,
+            overwrite=options.force,
+            progress=progress,
+        )
     text = "{target}: {weights} weights, {prompts} captions, {file_bytes:,} bytes in {seconds:.1f} s".format(**result)
     return _show(options, result, text)
 

@@ -101,9 +101,13 @@ class Collector:
         ]
         self._probe = None
         if passes:
-            plans = plan_tensors(describe({key: t for key, t in tensors.items() if t.dtype in DTYPE_NAMES}), DEFAULTS)[1]
+            plans = plan_tensors(describe({key: t for key, t in tensors.items() if t.dtype in DTYPE_NAMES}), DEFAULTS)[
+                1
+            ]
             quantized = {key for key, plan in plans.items() if plan.format}
-            tried = {names[name]: layer for name, layer in layers.items() if name in names and f"{name}.weight" in quantized}
+            tried = {
+                names[name]: layer for name, layer in layers.items() if name in names and f"{name}.weight" in quantized
+            }
             self._probe = SensitivityProbe(model, tried, passes)
 
     def close(self) -> None:

@@ -81,9 +81,7 @@ def _merged(name: str, parts: list[LayerInputs]) -> LayerInputs:
     columns, taps = len(parts[0].correlation), parts[0].taps
     scale = inverse_root(importance.repeat_interleave(taps))
     # What each part's columns weigh in the result, so that its correlation becomes a part of the result's.
-    shares = [
-        scale * (part.rows / rows * part.importance.double().repeat_interleave(taps)).sqrt() for part in parts
-    ]
+    shares = [scale * (part.rows / rows * part.importance.double().repeat_interleave(taps)).sqrt() for part in parts]
     rank = max(part.correlation.shape[1] for part in parts)
     if rank == columns:
         correlation = torch.zeros(columns, columns, dtype=torch.float64)
@@ -92,6 +90,8 @@ def _merged(name: str, parts: list[LayerInputs]) -> LayerInputs:
             own = own if len(own) == own.shape[1] else own @ own.T
             correlation += own * share[:, None] * share
         return LayerInputs(importance.float(), rows, correlation.half())
-    factor = torch.cat([part.correlation.double() * share[:, None] for part, share in zip(parts, shares, strict=True)], 1)
+    factor = torch.cat(
+        [part.correlation.double() * share[:, None] for part, share in zip(parts, shares, strict=True)], 1
+    )
     left, sizes, _ = torch.linalg.svd(factor, full_matrices=False)
     return LayerInputs(importance.float(), rows, (left * sizes)[:, :rank].half())
