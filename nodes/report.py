@@ -16,7 +16,7 @@ from ..nfq_core.formats import format_by_id
 from .bake import UNET
 from .host import finite, made
 from .ops import unwrap
-from .patcher import packed_layers
+from .patcher import nf_layers
 
 
 def file_facts(file: NFQFile, name: str) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
     facts = made(model, "this MODEL is not quantised; connect one from NFQuantizeUNet or an NFQ loader")
     before = original.get_key_patches(UNET) if original is not None else {}
     layers, weights, packed_bytes = [], 0, 0
-    for key, layer in packed_layers(model.model):
+    for key, layer in nf_layers(model.model):
         packed, name = unwrap(layer.weight), key.removeprefix(UNET)
         sqnr = facts.sqnr.get(name)
         if before:

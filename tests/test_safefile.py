@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import save_file
 
@@ -35,12 +36,22 @@ def field(**changes: object) -> dict:
     return {"a": GOOD["a"] | changes}
 
 
+def library_writes(dtype: torch.dtype) -> bool:
+    """Whether the installed version of the library knows the dtype; older ones know fewer."""
+    try:
+        return bool(safetensors.torch.save({"a": torch.zeros(1, dtype=dtype)}))
+    except KeyError:
+        return False
+
+
 def test_reads_what_the_library_writes(tmp_path):
     bits = torch.randint(0, 256, (1024,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     tensors = {
         name: (bits > 127 if dtype is torch.bool else bits.clone().view(dtype)).view(2, -1)
         for name, dtype in TORCH_DTYPES.items()
+        if library_writes(dtype)
     }
+    assert len(tensors) >= 12
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4, dtype=torch.int16)}
     save_file(tensors, tmp_path / "a.safetensors", metadata={"ä": "b\n"})
     with SafetensorsFile(tmp_path / "a.safetensors") as file:
