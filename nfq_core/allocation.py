@@ -8,6 +8,7 @@ more fits. Where every further bit gains less than the one before, that is a Lag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -90,8 +91,11 @@ def allocate(
         More than the largest format takes is not used.
 
     Raises:
-        NFQError: not even the smallest format fits.
+        NFQError: not even the smallest format fits, or a sensitivity is NaN, infinite or negative.
     """
+    for name, value in (sensitivities or {}).items():
+        if not 0 <= value < math.inf:
+            raise NFQError(f"the sensitivity of {name!r} is {value}; it must be a number from 0 up")
     menu = [FORMATS[id] for id in EXPECTED_SQNR_DB]
     counts = {name: prod(shape) for name, shape in shapes.items()}
     bytes_in = {name: [fmt.packed_bytes(count) for fmt in menu] for name, count in counts.items()}

@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("calibrate-demo", _calibrate_demo, "collect a calibration of the demo model while it is sampled")
     sub.add_argument("target", metavar="DST", help="the .safetensors file to write")
     sub.add_argument("--prompts", type=int, default=32, metavar="N", help="captions to sample (default: 32)")
-    sub.add_argument("--no-sensitivities", action="store_true", help="leave out what sizes need, a third of the time")
+    sub.add_argument("--no-sensitivities", action="store_true", help="leave out what sizes need, half of the time")
     sub.add_argument("--force", action="store_true", help="overwrite DST")
 
     sub = command("merge-calibrations", _merge_calibrations, "make one calibration of several of one architecture")

@@ -59,7 +59,7 @@ class SensitivityProbe:
         self._arguments = None
 
     def result(self) -> dict[str, float]:
-        """Relative noise power of the model's output ÷ that of the weight, in the mean, of each layer that was tried."""
+        """Relative noise power of the model's output ÷ that of the weight, in the mean, of each layer tried."""
         return {name: self._sums[name] / count for name, count in self._counts.items() if count}
 
     def _names(self) -> Iterator[str]:

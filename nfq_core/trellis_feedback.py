@@ -305,8 +305,8 @@ class _Lines:
             pull = pull - before @ moment
             turned = moment[order][:, order]
             gains, weights = _feedback(turned)
-            # The error that the others' would want of this block, were it free.
-            wanted = torch.linalg.solve(moment, pull.T).T
+            # The error that the others' would want of this block, were it free; where there is none, nothing is taken.
+            wanted = torch.linalg.solve_ex(moment, pull.T).result.T
             values = _divided(self._values[:, place] + wanted, scales)
             codes = self._coder.encode(values[:, order], weights, gains)[0].roll(turn, dims=1)
             after = self._values[:, place] - self._decoded(codes, scales)

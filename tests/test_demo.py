@@ -60,7 +60,7 @@ def test_a_picture_depends_on_its_own_seed_alone(pictures):
 
 
 def test_the_demo_model_is_calibrated(tmp_path, monkeypatch):
-    for name, value in {"STEPS": 2, "BATCH": 2, "NOISY_BATCHES": 1, "LAYERS_PER_BATCH": 3}.items():
+    for name, value in {"STEPS": 2, "NOISY_BATCHES": 1, "LAYERS_PER_BATCH": 3}.items():
         monkeypatch.setattr(calibrate, name, value)
     report = calibrate.calibrate_demo(tmp_path / "a", 2)
     assert (report["prompts"], report["file_bytes"]) == (2, (tmp_path / "a").stat().st_size)

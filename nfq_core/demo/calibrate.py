@@ -27,8 +27,8 @@ CALIBRATION_SEED, HELD_OUT_SEED = 1, 2
 
 FIRST_NOISE_SEED = 10_000
 
-NOISY_BATCHES = 2
-"""Batches of noisy pictures, at timesteps spread evenly, on which sensitivities are measured ..."""
+NOISY_BATCHES, NOISY_BATCH = 2, 4
+"""Noisy pictures, at timesteps spread evenly, on which sensitivities are measured ..."""
 
 LAYERS_PER_BATCH = 1000
 """... of so many layers each: all of them."""
@@ -76,10 +76,11 @@ def collect_demo(prompts: int, *, sensitivities: bool = True, progress: Progress
     if not sensitivities:
         return calibration
     rng = np.random.default_rng(CALIBRATION_SEED)
-    timesteps = ((torch.arange(BATCH) + 0.5) * (SCHEDULER_CONFIG["num_train_timesteps"] / BATCH)).long()
+    spread = torch.linspace(0, SCHEDULER_CONFIG["num_train_timesteps"] - 1, NOISY_BATCHES * NOISY_BATCH).long()
     with collect(pipeline.unet, sensitivities=True, passes=LAYERS_PER_BATCH) as measured, torch.no_grad():
         for number in range(NOISY_BATCHES):
-            scenes = [random_scene(rng) for _ in range(BATCH)]
+            scenes = [random_scene(rng) for _ in range(NOISY_BATCH)]
+            timesteps = spread[number::NOISY_BATCHES]
             pipeline(*noisy_pictures(scenes, timesteps, rng, FIRST_NOISE_SEED + number))
             progress(prompts, prompts, f"sensitivities {number + 1} of {NOISY_BATCHES}")
     return replace(calibration, sensitivities=measured.calibration().sensitivities)
