@@ -68,6 +68,10 @@ def test_more_passes_than_layers() -> None:
     assert model.calls == 1 + 4
 
 
+def test_names_choose_what_is_tried() -> None:
+    assert used(Model(), names={"strong": "first", "tiny": "second"}).keys() == {"first"}
+
+
 def test_weights_and_statistics_stay_what_they_were() -> None:
     model, other = Model(), Model()
     other.load_state_dict(model.state_dict())

@@ -74,9 +74,9 @@ def test_feedback_is_looked_ahead_to() -> None:
 SHAPES = {
     "blocks within rows": (33, 128),
     "two rows in a block": (40, 32),
-    "blocks across rows": (40, 50),
-    "a convolution": (24, 5, 3, 3),
-    "rows that hardly ever end with a block": (70, 19),
+    "blocks across rows": (10, 48),
+    "a convolution": (24, 8, 3, 3),
+    "a last block that is short": (9, 40),
     "columns of several stretches": (8, 192),
 }
 
@@ -91,18 +91,18 @@ def test_outputs_are_nearer_than_without(shape: tuple[int, ...], monkeypatch) ->
     assert output_error(inputs, weight, fed) < 0.8 * output_error(inputs, weight, plain)
 
 
-@pytest.mark.parametrize("shape", [(33, 128), (40, 48)])
+@pytest.mark.parametrize("shape", [(33, 64), (8, 48)])
 def test_searching_again_never_loses(shape: tuple[int, int], monkeypatch) -> None:
     weight, inputs = random_weight(*shape, seed=7), correlated(500, shape[1])
     hessian, errors = second_moment(inputs), []
     # What is lowered is the error under the moment that feedback uses.
     damped = hessian + feedback.DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian))
-    for turns in ((), (16,), (16, 32)):
+    for turns in ((), (16,), (16, 48)):
         monkeypatch.setitem(module.TURNS, "fast", turns)
         decoded = quantize(weight, format="t3w8_b64", hessian=hessian).dequantize(torch.float32)
         difference = (decoded - weight).double()
         errors.append(float(((difference @ damped.double()) * difference).sum()))
-    assert errors[1] < 0.97 * errors[0] and errors[2] < errors[1]
+    assert errors[1] < 0.97 * errors[0] and errors[2] <= errors[1]
 
 
 def test_stretches_do_not_feed_one_another(monkeypatch) -> None:
@@ -116,7 +116,7 @@ def test_stretches_do_not_feed_one_another(monkeypatch) -> None:
 
 
 def test_a_moment_of_low_rank() -> None:
-    weight, inputs = random_weight(16, 192), correlated(400, 192)
+    weight, inputs = random_weight(16, 128), correlated(400, 128)
     whole = SecondMoment.of(second_moment(inputs))
     values, vectors = torch.linalg.eigh(whole.correlation)
     factor = vectors[:, -64:] * values[-64:].clamp_min(0).sqrt()
@@ -126,10 +126,10 @@ def test_a_moment_of_low_rank() -> None:
     assert output_error(inputs, weight, fed) < 0.7 * output_error(inputs, weight, plain)
 
 
-@pytest.mark.parametrize("hessian", SINGULAR.values(), ids=SINGULAR)
-def test_unfit_hessians_are_dampened(hessian: torch.Tensor) -> None:
+@pytest.mark.parametrize("name", ["no input at all", "all inputs alike", "not positive semi-definite", "wide range"])
+def test_unfit_hessians_are_dampened(name: str) -> None:
     # Of 64 columns, for speed: those of 70 would make a line of 35 blocks.
-    weight, hessian = random_weight(10, 64), hessian[:64, :64]
+    weight, hessian = random_weight(10, 64), SINGULAR[name][:64, :64]
     decoded = quantize(weight, format="t4w8_b64", hessian=hessian).dequantize(torch.float32)
     assert torch.isfinite(decoded).all()
     assert (decoded - weight).square().mean() < weight.square().mean()
@@ -143,14 +143,14 @@ def test_zero_blocks_stay_zero() -> None:
 
 
 def test_the_result_is_the_same_each_time_and_the_weight_untouched() -> None:
-    weight, hessian = random_weight(40, 96), second_moment(correlated(200, 96))
+    weight, hessian = random_weight(40, 64), second_moment(correlated(200, 64))
     before = weight.clone()
     first, second = (quantize(weight, format="t3w8_b64", hessian=hessian).data for _ in range(2))
     assert torch.equal(first, second) and torch.equal(weight, before)
 
 
 def test_chunks_meet_without_a_seam(monkeypatch) -> None:
-    weight, hessian = random_weight(99, 128), second_moment(correlated(200, 128))
+    weight, hessian = random_weight(99, 64), second_moment(correlated(200, 64))
     whole = quantize(weight, format="t3w8_b64", hessian=hessian)
     monkeypatch.setattr(sys.modules["nfq_core.quantizer"], "CHUNK_BLOCKS", whole.format.blocks_per_group)
     assert torch.equal(quantize(weight, format="t3w8_b64", hessian=hessian).data, whole.data)
