@@ -19,7 +19,7 @@ from nfq_core.demo.model import load_weights
 from nfq_core.policy import Settings, plan_tensors
 from nfq_core.state import describe
 
-from .calibrated import PROMPTS, Judge
+from .judge import PROMPTS, Judge
 from .report import machine, markdown_table, write_results
 
 SIZES = {**PRESETS, "": 4.15}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 
-from . import calibrated, decode, fullsize, gpu, host, quality, sizes
+from . import calibrated, decode, fullsize, gpu, host, levels, quality_tables, sizes
 from .report import RESULTS, ROOT
 
 BY_NAME = {
-    "quality": quality.table,
+    "quality": quality_tables.table,
+    "levels": levels.table,
     "calibrated": calibrated.table,
     "sizes": sizes.table,
     "fullsize": fullsize.table,

@@ -19,9 +19,9 @@ from nfq_core.examine import sqnr_db
 from nfq_core.formats import BLOCK, TRELLIS_IDS, BlockFormat, Scales
 from nfq_core.trellis import TrellisCoder
 
-from .quality import SHAPE, demo_weights
+from .quality_weights import DEMO, SHAPE, demo_weights, random_weights
 from .report import machine, markdown_table, summary, timed, write_results
-from .synthetic import channel_spread, gaussian, student_t
+from .synthetic import gaussian
 
 SCALAR_IDS = ("nf7_b64", "nf16_b64", "nf32_b64")
 WINDOWS = (8, 9, 10, 12)
@@ -31,12 +31,7 @@ TIMED_BLOCKS = 2048
 
 def sources() -> dict[str, list[torch.Tensor]]:
     """The weights to measure on, by name."""
-    return {
-        "gaussian": [gaussian(SHAPE, 1)],
-        "student_t5": [student_t(SHAPE, 2)],
-        "convolution": [channel_spread((1280, 320, 3, 3), 3)],
-        "demo": list(demo_weights()),
-    }
+    return {name: [weight] for name, weight in random_weights().items()} | {DEMO: list(demo_weights())}
 
 
 def measure(weights: list[torch.Tensor], format: str, effort: str) -> dict:

@@ -8,7 +8,6 @@ take 12 GB.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -21,6 +20,7 @@ from .atomic import AtomicFile
 from .container import UNRECORDED, Source
 from .errors import CorruptFileError, NFQError, UnsupportedFileError
 from .feedback import SecondMoment, share_left
+from .formats import BlockFormat
 from .safefile import Entry, SafetensorsFile, aligned_entries, header_bytes, is_count, parse_json, tensor_bytes
 from .unet import UNKNOWN, UNetInfo, detect, ldm_names
 from .writer import Plan
@@ -104,6 +104,14 @@ class Calibration:
     def as_dict(self) -> dict[str, str]:
         """What the header of a file quantised with it records among the settings."""
         return {"calibration": self.source.name, "calibration_sha256": self.source.sha256}
+
+    def helps(self, formats: Iterable[BlockFormat], by_size: bool) -> bool:
+        """Whether weights in these formats, or where a size is asked for in those chosen then, come out otherwise."""
+        if by_size and self.sensitivities:
+            return True
+        if any(inputs.correlation is not None for inputs in self.inputs.values()):
+            return True
+        return not by_size and not all(fmt.window for fmt in formats)
 
     def for_weights(
         self, info: UNetInfo | None, shapes: Mapping[str, tuple[int, ...]]
@@ -247,10 +255,7 @@ class Calibration:
         with SafetensorsFile(path) as file:
             if CALIBRATION_KEY not in file.metadata:
                 raise UnsupportedFileError(f"{file.path} is no calibration; `nfq_core.collect` makes one")
-            digest = hashlib.sha256(file.raw_header)
-            for name in sorted(file.entries, key=lambda name: file.entries[name].start):
-                for piece in file.read_chunks(name):
-                    digest.update(piece)
+            sha256 = file.sha256()
             try:
                 facts = parse_json(file.metadata[CALIBRATION_KEY])
                 if is_count(facts["version"]) and facts["version"] > CALIBRATION_VERSION:
@@ -269,7 +274,7 @@ class Calibration:
                 )
                 for index, rows in enumerate(facts["rows"])
             ]
-            source = Source(file.path.name, file.file_bytes, digest.hexdigest())
+            source = Source(file.path.name, file.file_bytes, sha256)
         faults = [inputs.fault() for inputs in loaded]
         return cls(
             {name: loaded[index] for name, index in facts["weights"].items() if not faults[index]},

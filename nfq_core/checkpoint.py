@@ -27,8 +27,7 @@ def unet_names(file: NFQFile) -> dict[str, str]:
     Raises:
         UnsupportedFileError: there is no UNet of the SDXL family, or an incomplete one.
     """
-    shapes = {key: tuple(entry.shape) for key, entry in file.quantized.items()}
-    shapes |= {key: tuple(file.entries[key].shape) for key in file.kept}
+    shapes = file.shapes()
     info = detect(shapes)
     if info is None:
         raise UnsupportedFileError(f"{file.path} holds no UNet of the SDXL family; choose a quantised SDXL-type model")

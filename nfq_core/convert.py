@@ -138,6 +138,7 @@ def quantize_file(
                 if not size.accepts(writer.file_bytes, plans):
                     continue
                 facts = replace(facts, source=replace(facts.source, sha256=source_hash.hexdigest()))
+                file.refuse_changed()
                 file_bytes = writer.finish(facts)
                 break
         warnings += uncalibrated + unfit + size.warnings

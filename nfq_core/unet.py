@@ -14,6 +14,7 @@ from .unet_keys import (
     Shape,
     UNetArchitecture,
     diffusers_to_ldm,
+    ldm_to_diffusers,
     tensor_shapes,
 )
 
@@ -83,6 +84,21 @@ def ldm_names(info: UNetInfo, keys: Iterable[str]) -> dict[str, str]:
     if info.architecture is None:
         raise ValueError("the diffusers names of an unknown architecture have no LDM names")
     renamed = diffusers_to_ldm(info.architecture)
+    return {key: renamed[name] for key, name in stripped.items()}
+
+
+def diffusers_names(info: UNetInfo, keys: Iterable[str]) -> dict[str, str]:
+    """The name in diffusers' layout, without prefix, of each of `keys` that belongs to the UNet.
+
+    Raises:
+        ValueError: the keys are in LDM's layout and the architecture is unknown, so that they cannot be renamed.
+    """
+    stripped = {key: key[len(info.prefix) :] for key in keys if is_unet_key(info, key)}
+    if info.layout == "diffusers":
+        return stripped
+    if info.architecture is None:
+        raise ValueError("the LDM names of an unknown architecture have no diffusers names")
+    renamed = ldm_to_diffusers(info.architecture)
     return {key: renamed[name] for key, name in stripped.items()}
 
 

@@ -22,6 +22,7 @@ from nfq_core.convert import quantize_file
 from nfq_core.errors import CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError
 from nfq_core.examine import file_info
 from nfq_core.feedback import share_left
+from nfq_core.formats import FORMATS
 from nfq_core.policy import Settings, plan_tensors
 from nfq_core.state import describe, quantize_tensors
 from nfq_core.unet import detect
@@ -286,6 +287,21 @@ def test_sensitivities_are_saved_and_loaded(calibration, saved, tmp_path):
     # A file without them, as older ones are.
     assert "sensitivities" not in saved.read_bytes().decode("latin-1")
     assert Calibration.load(saved).sensitivities == {}
+
+
+def test_what_a_calibration_helps(calibration):
+    scalar, trellis = FORMATS["nf16_b64"], FORMATS["t3w8_b64"]
+    plain = Calibration({"a": LayerInputs(torch.ones(4), 99)})
+    measured = dataclasses.replace(plain, sensitivities={"a": 1.0})
+    answers = [
+        [
+            each.helps((scalar, trellis), False),
+            each.helps((trellis, trellis), False),
+            each.helps((scalar, scalar), True),
+        ]
+        for each in (plain, measured, calibration)
+    ]
+    assert answers == [[True, False, False], [True, False, True], [True, True, True]]
 
 
 def test_feedback_lowers_sensitivities(calibration):

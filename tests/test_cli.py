@@ -67,11 +67,14 @@ def leftovers(folder) -> set[str]:
 COMMANDS = [
     "demo",
     "quantize",
+    "batch",
     "calibrate-demo",
     "merge-calibrations",
     "info",
     "verify",
     "compare",
+    "report",
+    "card",
     "dequantize",
     "import-article",
 ]

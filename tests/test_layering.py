@@ -24,7 +24,7 @@ LIGHT = {"numpy", "safetensors", "torch", "tqdm", "zstandard"}
 ON_CHOICE = {"nfq_core.triton_kernels": {"triton"}}
 """What modules need that are imported only after they were chosen."""
 
-EXTRAS = {"PIL", "diffusers", "matplotlib", "numba"}
+EXTRAS = {"PIL", "diffusers", "matplotlib", "numba", "transformers"}
 """What only some features need: imported where such a feature starts."""
 
 

@@ -46,11 +46,11 @@ def random_captions(count: int, seed: int = CALIBRATION_SEED, without: tuple[str
 
 
 def noisy_pictures(
-    scenes: Sequence[Scene], timesteps: torch.Tensor, rng: np.random.Generator, seed: int
+    scenes: Sequence[Scene], timesteps: torch.Tensor, rng: np.random.Generator, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What `TinyPipeline` is called with: scenes drawn and noised up to `timesteps`, these, and their captions' ids."""
     pictures = torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes])).permute(0, 3, 1, 2) * 2 - 1
-    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(pictures.shape, generator=generator)
     noisy = import_diffusers().DDPMScheduler(**SCHEDULER_CONFIG).add_noise(pictures, noise, timesteps)
     return noisy, timesteps, torch.from_numpy(tokenise([describe(scene) for scene in scenes]))
 
@@ -75,13 +75,13 @@ def collect_demo(prompts: int, *, sensitivities: bool = True, progress: Progress
     calibration = collected.calibration(prompts=prompts, steps=STEPS)
     if not sensitivities:
         return calibration
-    rng = np.random.default_rng(CALIBRATION_SEED)
+    rng, generator = np.random.default_rng(CALIBRATION_SEED), torch.Generator().manual_seed(FIRST_NOISE_SEED)
     spread = torch.linspace(0, SCHEDULER_CONFIG["num_train_timesteps"] - 1, NOISY_BATCHES * NOISY_BATCH).long()
     with collect(pipeline.unet, sensitivities=True, passes=LAYERS_PER_BATCH) as measured, torch.no_grad():
         for number in range(NOISY_BATCHES):
             scenes = [random_scene(rng) for _ in range(NOISY_BATCH)]
             timesteps = spread[number::NOISY_BATCHES]
-            pipeline(*noisy_pictures(scenes, timesteps, rng, FIRST_NOISE_SEED + number))
+            pipeline(*noisy_pictures(scenes, timesteps, rng, generator))
             progress(prompts, prompts, f"sensitivities {number + 1} of {NOISY_BATCHES}")
     return replace(calibration, sensitivities=measured.calibration().sensitivities)
 
