@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 
-from . import calibrated, decode, fullsize, gpu, host, levels, quality_tables
+from . import calibrated, decode, fullsize, gpu, host, levels, quality_tables, sizes
 from .report import RESULTS, ROOT
 
 BY_NAME = {
     "quality": quality_tables.table,
     "levels": levels.table,
     "calibrated": calibrated.table,
+    "sizes": sizes.table,
     "fullsize": fullsize.table,
     "host": host.table,
     "decode": decode.table,

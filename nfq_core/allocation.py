@@ -10,6 +10,7 @@ take as much of a small one as of a large one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -141,8 +142,11 @@ def allocate(
         More than the largest format takes is not used.
 
     Raises:
-        NFQError: not even the smallest format fits.
+        NFQError: not even the smallest format fits, or a sensitivity is NaN, infinite or negative.
     """
+    for name, value in (sensitivities or {}).items():
+        if not 0 <= value < math.inf:
+            raise NFQError(f"the sensitivity of {name!r} is {value}; it must be a number from 0 up")
     counts = {name: prod(shape) for name, shape in shapes.items()}
     worth = lru_cache(None)(partial(worthwhile, formats=tuple(menu(effort))))
     options = {name: worth(count) for name, count in counts.items()}

@@ -143,6 +143,19 @@ def test_too_small_a_size_is_told() -> None:
         allocate({"a": (64, 64)}, 10)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_impossible_sensitivities_are_told(value: float) -> None:
+    with pytest.raises(NFQError, match=r"the sensitivity of 'a' is .*; it must be a number from 0 up"):
+        allocate({"a": (64, 64)}, 10**6, {"a": value})
+
+
+def test_layers_that_change_nothing_get_the_least() -> None:
+    shapes = dict.fromkeys("abc", (64, 64))
+    budget = 2 * MENU[0].packed_bytes(64 * 64) + MENU[3].packed_bytes(64 * 64)
+    found = allocate(shapes, budget, {"a": 0.0, "b": 5.0, "c": 0.0})
+    assert [fmt for fmt, _ in found.values()] == [MENU[0], MENU[3], MENU[0]]
+
+
 def search(*sizes: int) -> SizeSearch:
     """A search for a file of 1,000,000 bytes that was told these sizes of files, none of which it took."""
     found = SizeSearch(1_000_000)
