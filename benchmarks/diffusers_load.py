@@ -2,8 +2,8 @@
 
 Makes a folder of synthetic fp16 weights (5.14 GB) in DIR and a quantised file of it, unless they are there, and loads
 each way in a process of its own. Peaks are Linux's: of all resident memory (VmHWM), and of what the process has to
-itself (its anonymous pages, seen fifty times a second); pages of mapped files, which the system takes back when it needs
-them, are in the first alone.
+itself (its anonymous pages, seen fifty times a second); pages of mapped files, which the system takes back when it
+needs them, are in the first alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What every benchmark shares: the machine's description, medians with spread, results as JSON, Markdown tables."""
+"""What every benchmark shares: the machine, what is missing on it, medians with spread, JSON, Markdown tables."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -9,10 +10,13 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 
 import torch
+
+from nfq_core.markdown import markdown_table as markdown_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,6 +40,17 @@ def machine() -> dict:
     }
 
 
+def unavailable(package: str) -> str:
+    """Why a package cannot be used; empty where it can."""
+    if find_spec(package) is None:
+        return f"{package} is not installed"
+    try:
+        importlib.import_module(package)
+    except Exception as error:
+        return f"{package} cannot be imported ({type(error).__name__}: {error})"
+    return ""
+
+
 def timed(work: Callable[[], object]) -> float:
     """Seconds that one call takes."""
     started = perf_counter()
@@ -55,9 +70,3 @@ def write_results(name: str, command: str, results: dict, path: Path | None = No
     text = json.dumps({"command": command, "machine": machine(), **results}, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
     return path
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 
-from . import calibrated, decode, diffusers_load, fullsize, gpu, host, quality
+from . import calibrated, decode, diffusers_load, fullsize, gpu, host, levels, quality_tables, sizes
 from .report import RESULTS, ROOT
 
 BY_NAME = {
-    "quality": quality.table,
+    "quality": quality_tables.table,
+    "levels": levels.table,
     "calibrated": calibrated.table,
+    "sizes": sizes.table,
     "fullsize": fullsize.table,
     "diffusers_load": diffusers_load.table,
     "host": host.table,

@@ -3,7 +3,14 @@
 from .calibration import Calibration
 from .collector import collect
 from .container import NFQFile
-from .errors import CannotQuantizeError, CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError
+from .errors import (
+    CannotQuantizeError,
+    CorruptFileError,
+    DiskFullError,
+    NFQError,
+    TargetExistsError,
+    UnsupportedFileError,
+)
 from .policy import Settings
 from .quantizer import quantize
 from .state import load, quantize_state_dict, save
@@ -14,6 +21,7 @@ __all__ = [
     "Calibration",
     "CannotQuantizeError",
     "CorruptFileError",
+    "DiskFullError",
     "NFQError",
     "NFQFile",
     "NFTensor",

@@ -88,6 +88,7 @@ def import_article(
                         writer.write_kept(key, [tensor_bytes(result)])
                     done += plans[key].nbytes
                     progress(done, total, key)
+                file.refuse_changed()
                 file_bytes = writer.finish()
         except (CorruptFileError, UnsupportedFileError) as error:
             prefix = "" if str(error).startswith(str(file.path)) else f"{file.path}: "

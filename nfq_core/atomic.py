@@ -1,14 +1,57 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, also when their writer is killed.
+
+A temporary file is held by its writer: under POSIX by a lock, which ends with the process however that ends; under
+Windows by being open, for there an open file cannot be removed. One that nobody holds was left behind by a writer that
+was killed, and the next write to its target removes it.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import secrets
-from collections.abc import Iterator
+import stat
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
-from .errors import NFQError, TargetExistsError
+from .errors import DiskFullError, NFQError, TargetExistsError
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
+SETTLED_SECONDS = 60
+"""Under Windows a temporary file younger than this is left: its writer has to close it before it can rename it."""
+
+
+def write_whole(path: str | os.PathLike, data: bytes, overwrite: bool = False) -> None:
+    """Write a file that appears whole or not at all; see `AtomicFile`."""
+    with AtomicFile(path, overwrite) as file:
+        file.write_at(0, data)
+        file.commit()
+
+
+def prepare_folder(folder: Path, names: Iterable[str], overwrite: bool) -> None:
+    """Make a folder, if it is missing, that files of these names are about to be written to.
+
+    Raises:
+        TargetExistsError: one of them is there already and `overwrite` is false.
+        NFQError: the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NFQError(f"{folder} cannot be made a folder: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise NFQError(f"{folder} cannot be written; name another folder")
+    found = next((folder / name for name in names if (folder / name).exists()), None)
+    if found is not None and not overwrite:
+        raise TargetExistsError(f"{found} exists already; --force overwrites it")
 
 
 class AtomicFile:
@@ -19,7 +62,8 @@ class AtomicFile:
 
     Raises:
         TargetExistsError: the target exists and `overwrite` is false.
-        NFQError: the folder is missing or cannot be written, or the disk is full.
+        DiskFullError: the disk is full.
+        NFQError: the folder is missing or cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike, overwrite: bool = False) -> None:
@@ -28,9 +72,9 @@ class AtomicFile:
         # A link stays a link: what it points to is replaced.
         self._target = Path(os.path.realpath(self.path))
         self._refuse_existing()
-        self._temporary = self._target.with_name(f".{self._target.name}.{secrets.token_hex(4)}.tmp")
-        with self._named_errors():
-            self._file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115
+        remove_leftovers(self._target)
+        with named_errors(self.path):
+            self._file, self._temporary = _held_file(self._target)
 
     def __enter__(self) -> AtomicFile:
         return self
@@ -45,7 +89,7 @@ class AtomicFile:
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Write bytes at an offset; gaps are filled with zeros."""
-        with self._named_errors():
+        with named_errors(self.path):
             self._file.seek(offset)
             rest = memoryview(data)
             while rest:
@@ -53,16 +97,21 @@ class AtomicFile:
 
     def commit(self) -> None:
         """Make the file durable and visible under its name."""
-        with self._named_errors():
+        with named_errors(self.path):
             os.fsync(self._file.fileno())
-            self._file.close()
+            if fcntl is None:
+                # Windows renames no open file; elsewhere it is held until it has its name.
+                self._file.close()
             self._refuse_existing()
             os.replace(self._temporary, self._target)
+            self._file.close()
         # The file is there now; not every system can make a folder's change durable on request.
         with suppress(OSError, AttributeError):
             folder = os.open(self._target.parent, os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     def _refuse_existing(self) -> None:
         if self._target.is_dir():
@@ -72,9 +121,74 @@ class AtomicFile:
         if not self._overwrite and self._target.exists():
             raise TargetExistsError(f"{self.path} exists already; --force overwrites it")
 
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
+
+@contextmanager
+def named_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Has an OSError that is raised inside say which file could not be written, as NFQError or DiskFullError."""
+    try:
+        yield
+    except OSError as error:
+        kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else NFQError
+        raise kind(f"{path} could not be written: {error.strerror}; nothing was changed") from None
+
+
+def remove_leftovers(path: str | os.PathLike) -> bool:
+    """Remove the temporary files of `path` whose writers were killed.
+
+    Returns:
+        Whether another writer is at work on `path` now.
+    """
+    target = Path(os.path.realpath(path))
+    ours = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{8}[.]tmp")
+    at_work = False
+    # Who may not list the folder, or not touch such a file, leaves them to somebody who may.
+    with suppress(OSError):
+        for name in os.listdir(target.parent):
+            if ours.fullmatch(name):
+                with suppress(OSError):
+                    at_work |= not _removed(target.with_name(name))
+    return at_work
+
+
+def _removed(temporary: Path) -> bool:
+    """Remove a temporary file unless it is held; returns False when it is. OSError when neither can be told."""
+    status = os.lstat(temporary)
+    if not stat.S_ISREG(status.st_mode):
+        return True
+    if fcntl is None:
         try:
-            yield
-        except OSError as error:
-            raise NFQError(f"{self.path} could not be written: {error.strerror}; nothing was changed") from None
+            # Windows renames no open file, not even to its own name.
+            os.rename(temporary, temporary)
+        except PermissionError:
+            return False
+        if time.time() - status.st_mtime > SETTLED_SECONDS:
+            temporary.unlink()
+        return True
+    # Network file systems lock only what is open for writing.
+    with open(temporary, "rb+", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        temporary.unlink()
+    return True
+
+
+def _held_file(target: Path) -> tuple[FileIO, Path]:
+    """A new temporary file for `target`, open for writing and held."""
+    while True:
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        file = open(temporary, "xb", buffering=0)  # noqa: SIM115
+        if fcntl is None:
+            return file, temporary
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        except OSError:
+            # A file system without locks: nobody else can lock the file there either, and so it is never removed.
+            return file, temporary
+        # Another writer may have taken the new file for a leftover before it was locked.
+        if temporary.exists():
+            return file, temporary
+        file.close()

@@ -47,14 +47,8 @@ def diffusers_unet_names(file: NFQFile) -> dict[str, str]:
     return diffusers_names(info, shapes)
 
 
-def file_shapes(file: NFQFile) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a file by its original name, as it is dequantised."""
-    shapes = {key: tuple(entry.shape) for key, entry in file.quantized.items()}
-    return shapes | {key: tuple(file.entries[key].shape) for key in file.kept}
-
-
 def _recognised(file: NFQFile) -> tuple[UNetInfo, dict[str, tuple[int, ...]]]:
-    shapes = file_shapes(file)
+    shapes = file.shapes()
     info = detect(shapes)
     if info is None:
         raise UnsupportedFileError(f"{file.path} holds no UNet of the SDXL family; choose a quantised SDXL-type model")

@@ -17,5 +17,9 @@ class TargetExistsError(NFQError):
     """The target of a write exists and overwriting it was not asked for."""
 
 
+class DiskFullError(NFQError):
+    """A file could not be written because the disk, or the user's share of it, is full."""
+
+
 class CannotQuantizeError(NFQError, ValueError):
     """A tensor holds nothing that a block format can represent (NaN, Inf, integers, too few or too large weights)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -82,12 +83,13 @@ class SafetensorsFile:
         except FileNotFoundError:
             raise NFQError(f"{self.path}: no such file") from None
         except PermissionError:
-            reason = "is a directory; name the .safetensors file in it" if self.path.is_dir() else "cannot be read"
+            reason = "is a directory; name the .safetensors file in it" if os.path.isdir(path) else "cannot be read"
             raise NFQError(f"{self.path} {reason} (permission denied)") from None
         except OSError as error:
             raise NFQError(f"{self.path} cannot be opened: {error.strerror}") from None
         try:
-            self.file_bytes = os.fstat(self._file.fileno()).st_size
+            self._status = os.fstat(self._file.fileno())
+            self.file_bytes = self._status.st_size
             self.raw_header = self._read_header()
             self.entries, self.metadata = self._parse_header()
         except BaseException:
@@ -103,6 +105,13 @@ class SafetensorsFile:
     def close(self) -> None:
         """Close the file; reading fails from then on."""
         self._file.close()
+
+    def refuse_changed(self) -> None:
+        """NFQError when the file was written to since it was opened, or another has its name now."""
+        now = os.fstat(self._file.fileno())
+        changed = (now.st_size, now.st_mtime_ns) != (self._status.st_size, self._status.st_mtime_ns)
+        if changed or (self.path.exists() and not os.path.samestat(self.path.stat(), now)):
+            raise NFQError(f"{self.path} changed while it was read; nothing was written, try again")
 
     def read(self, name: str) -> bytearray:
         """The bytes of one tensor."""
@@ -122,6 +131,14 @@ class SafetensorsFile:
             piece = buffer[: min(COPY_BYTES, entry.end - start)]
             self._read_at(piece, self._data_start + start)
             yield piece
+
+    def sha256(self) -> str:
+        """SHA-256 of the whole file in hexadecimal, taken while it is read once more."""
+        digest = hashlib.sha256(self.raw_header)
+        for name in sorted(self.entries, key=lambda name: self.entries[name].start):
+            for piece in self.read_chunks(name):
+                digest.update(piece)
+        return digest.hexdigest()
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, in memory of its own.

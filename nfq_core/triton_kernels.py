@@ -3,8 +3,7 @@
 Importing this module needs Triton. With ``TRITON_INTERPRET=1`` set before that, the kernel runs on a CPU, slowly.
 """
 
-from __future__ import annotations
-
+# No annotations from __future__: the interpreter of Triton 3.0 knows constants by what their annotations are.
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 

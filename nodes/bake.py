@@ -22,7 +22,7 @@ from ..nfq_core.safefile import DTYPE_NAMES, Entry
 from ..nfq_core.state import StateDict, quantize_tensors
 from .host import MADE, LayerProgress, Made, finite
 from .ops import NFOps, wrap
-from .patcher import NFModelPatcher, adopt, packed_layers
+from .patcher import NFModelPatcher, adopt, nf_layers
 from .recipe import Origin
 
 log = logging.getLogger("nfq")
@@ -86,7 +86,7 @@ def quantize_model(
 
 
 def _refuse_unfit(model: Any) -> None:
-    if any(True for _ in packed_layers(model.model)):
+    if any(True for _ in nf_layers(model.model)):
         raise NFQError("this MODEL is quantised already; connect the fp16 model's loader to NFQuantizeUNet instead")
     if model.get_injections(BYPASS_LORA):
         raise NFQError("LoraLoaderBypass works behind NFQuantizeUNet only; load a LoRA before it with LoraLoader")

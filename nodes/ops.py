@@ -88,7 +88,7 @@ def unwrap(weight: QuantizedTensor) -> NFTensor:
     return NFTensor(weight._qdata, params.format, params.orig_shape, params.source_dtype)
 
 
-class PackedLayer:
+class NFLayer:
     """What Linear and Conv2d share when their weight may be packed.
 
     The weight is created without memory; `load_state_dict` puts a packed weight in its place as it is, and gives a
@@ -111,7 +111,7 @@ class PackedLayer:
             self.weight = _parameter(torch.empty(self.weight.shape, dtype=shown, device=self.dense_device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> PackedLayer:
+    def _apply(self, fn: Callable, recurse: bool = True) -> NFLayer:
         """Move or cast the parameters: assigning to a packed parameter's data, as torch does, would leave it behind."""
         if recurse:
             for child in self.children():
@@ -121,7 +121,7 @@ class PackedLayer:
                 self._parameters[name] = _parameter(fn(parameter))
         return self
 
-    def __deepcopy__(self, memo: dict) -> PackedLayer:
+    def __deepcopy__(self, memo: dict) -> NFLayer:
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         if is_packed(self.weight):
@@ -174,7 +174,7 @@ def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(tensor, requires_grad=False)
 
 
-def _without_weight(layer: PackedLayer, device: torch.device | str | None) -> None:
+def _without_weight(layer: NFLayer, device: torch.device | str | None) -> None:
     layer.dense_device = device
     if layer.bias is not None:
         layer.bias = _parameter(torch.empty(layer.bias.shape, dtype=layer.bias.dtype, device=device))
@@ -183,7 +183,7 @@ def _without_weight(layer: PackedLayer, device: torch.device | str | None) -> No
 class NFOps(comfy.ops.manual_cast):
     """The host's set of operations, with Linear and Conv2d that take packed weights."""
 
-    class Linear(PackedLayer, comfy.ops.manual_cast.Linear):
+    class Linear(NFLayer, comfy.ops.manual_cast.Linear):
         """`torch.nn.Linear` whose weight may be packed."""
 
         def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None) -> None:
@@ -194,7 +194,7 @@ class NFOps(comfy.ops.manual_cast):
             """The product with a dense weight."""
             return torch.nn.functional.linear(x, weight, bias)
 
-    class Conv2d(PackedLayer, comfy.ops.manual_cast.Conv2d):
+    class Conv2d(NFLayer, comfy.ops.manual_cast.Conv2d):
         """`torch.nn.Conv2d` whose weight may be packed."""
 
         def __init__(self, *args: Any, device=None, **kwargs: Any) -> None:

@@ -20,45 +20,45 @@ import comfy.utils
 import torch
 
 from .lora import WeightPatch
-from .ops import PackedLayer, is_packed, unwrap
+from .ops import NFLayer, is_packed, unwrap
 
 
-def packed_layers(model: torch.nn.Module) -> Iterator[tuple[str, PackedLayer]]:
+def nf_layers(model: torch.nn.Module) -> Iterator[tuple[str, NFLayer]]:
     """The name of the weight, and the layer, of everything packed in a model."""
     for name, module in model.named_modules():
-        if isinstance(module, PackedLayer) and is_packed(module.weight):
+        if isinstance(module, NFLayer) and is_packed(module.weight):
             yield f"{name}.weight", module
 
 
-def _packed_layer(model: torch.nn.Module, key: str) -> PackedLayer | None:
+def _nf_layer(model: torch.nn.Module, key: str) -> NFLayer | None:
     """The layer whose packed weight `key` names; None for any other parameter."""
     name, _, parameter = key.rpartition(".")
     if parameter != "weight":
         return None
     layer = comfy.utils.get_attr(model, name) if name else model
-    return layer if isinstance(layer, PackedLayer) and is_packed(layer.weight) else None
+    return layer if isinstance(layer, NFLayer) and is_packed(layer.weight) else None
 
 
 def _is_patch(function: object) -> bool:
     return isinstance(function, (WeightPatch, comfy.model_patcher.LowVramPatch))
 
 
-def _attach(layer: PackedLayer, patch: WeightPatch | None) -> None:
+def _attach(layer: NFLayer, patch: WeightPatch | None) -> None:
     """Make `patch` the layer's only patch, before other weight functions; the host's own would apply it twice."""
     others = [function for function in layer.weight_function if not _is_patch(function)]
     layer.weight_function = [patch, *others] if patch else others
 
 
-def _attached(layer: PackedLayer) -> WeightPatch | None:
+def _attached(layer: NFLayer) -> WeightPatch | None:
     return next((function for function in layer.weight_function if isinstance(function, WeightPatch)), None)
 
 
-def _is_loaded(layer: PackedLayer) -> bool:
+def _is_loaded(layer: NFLayer) -> bool:
     """Whether the host put the layer on the device that computes, and did not leave it to be copied each time."""
     return getattr(layer, "comfy_patched_weights", False)
 
 
-def dense_weight(layer: PackedLayer, patches: list | None = None, key: str = "") -> torch.Tensor:
+def dense_weight(layer: NFLayer, patches: list | None = None, key: str = "") -> torch.Tensor:
     """A packed weight with its patches, rounded once to the dtype it had before it was quantised, where it lies.
 
     Args:
@@ -82,7 +82,7 @@ def _patches(function: WeightPatch | comfy.model_patcher.LowVramPatch) -> list:
 class _DenseOnDemand(UserDict):
     """A model's state dict in which a packed weight is made dense, with its patches, when it is asked for."""
 
-    def __init__(self, state_dict: Mapping[str, torch.Tensor], layers: Mapping[str, PackedLayer]) -> None:
+    def __init__(self, state_dict: Mapping[str, torch.Tensor], layers: Mapping[str, NFLayer]) -> None:
         super().__init__(state_dict)
         self._layers = layers
 
@@ -117,7 +117,7 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
     def _factor_bytes(self) -> dict[str, int]:
         """Bytes of the factors of each patched packed weight on a device."""
         if getattr(self, "_factors_of", None) != self.patches_uuid:
-            patches = ((key, self._patch(key, layer)) for key, layer in packed_layers(self.model))
+            patches = ((key, self._patch(key, layer)) for key, layer in nf_layers(self.model))
             self._factors = {key: patch.factor_bytes(self._compute_dtype()) for key, patch in patches if patch}
             self._factors_of = self.patches_uuid
         return self._factors
@@ -131,7 +131,7 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
         The factors of layers that are loaded are put beside them now, while the host reckons with it.
         """
         result = super().load(device_to, *args, **kwargs)
-        for key, layer in packed_layers(self.model):
+        for key, layer in nf_layers(self.model):
             self._attach_to(key, layer)
             patch = _attached(layer)
             if patch and _is_loaded(layer):
@@ -146,7 +146,7 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
         if getattr(self.model, "nf_hooked", None):
             self.unpatch_hooks()
         freed = super().partially_unload(*args, **kwargs)
-        for layer in self._packed_layers():
+        for layer in self._nf_layers():
             patch = _attached(layer)
             if patch and not _is_loaded(layer):
                 patch.release()
@@ -157,7 +157,7 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
         """Restore as the host does, and take the patches out of the layers."""
         result = super().unpatch_model(device_to, unpatch_weights=unpatch_weights, **kwargs)
         if unpatch_weights:
-            for layer in self._packed_layers():
+            for layer in self._nf_layers():
                 _attach(layer, None)
         return result
 
@@ -165,17 +165,17 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
         self, key: str, device_to: torch.device | None = None, inplace_update: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         """Patch a dense parameter as the host does; a packed weight is only moved, later and by the host."""
-        layer = _packed_layer(self.model, key)
+        layer = _nf_layer(self.model, key)
         if layer is None:
             return super().patch_weight_to_device(key, device_to, inplace_update, *args, **kwargs)
         if kwargs.get("return_weight", bool(args and args[0])):
             return dense_weight(layer, self.patches.get(key, []), key)
         return layer.weight
 
-    def _packed_layers(self) -> Iterator[PackedLayer]:
-        return (layer for _, layer in packed_layers(self.model))
+    def _nf_layers(self) -> Iterator[NFLayer]:
+        return (layer for _, layer in nf_layers(self.model))
 
-    def _attach_to(self, key: str, layer: PackedLayer, hook_patches: Iterable = (), originals: Any = None) -> None:
+    def _attach_to(self, key: str, layer: NFLayer, hook_patches: Iterable = (), originals: Any = None) -> None:
         """Scheduled hooks change too often for their factors to stay anywhere."""
         resident = _is_loaded(layer) and not hook_patches
         _attach(layer, self._patch(key, layer, resident, hook_patches, originals))
@@ -183,7 +183,7 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
     def _patch(
         self,
         key: str,
-        layer: PackedLayer,
+        layer: NFLayer,
         resident: bool = False,
         hook_patches: Iterable = (),
         originals: Any = None,
@@ -202,7 +202,7 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
         self, hooks: Any, combined_patches: dict, key: str, original_weights: dict, *args: Any, **kwargs: Any
     ) -> Any:
         """Attach a scheduled hook's patches to a packed layer, behind those of the model."""
-        layer = _packed_layer(self.model, key)
+        layer = _nf_layer(self.model, key)
         if layer is None or key not in combined_patches:
             return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, *args, **kwargs)
         self._attach_to(key, layer, combined_patches[key], original_weights)
@@ -212,7 +212,7 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
     def unpatch_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """Take hooks out of packed layers, and restore the rest as the host does."""
         for key in getattr(self.model, "nf_hooked", ()):
-            layer = _packed_layer(self.model, key)
+            layer = _nf_layer(self.model, key)
             if layer is not None:
                 self._attach_to(key, layer)
         self.model.nf_hooked = set()
@@ -220,12 +220,12 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def model_state_dict(self, filter_prefix: str | None = None) -> Mapping[str, torch.Tensor]:
         """The model's state dict; a packed weight is made dense when it is asked for, as LoraSave does."""
-        return _DenseOnDemand(super().model_state_dict(filter_prefix), dict(packed_layers(self.model)))
+        return _DenseOnDemand(super().model_state_dict(filter_prefix), dict(nf_layers(self.model)))
 
     def model_state_dict_for_saving(self, model: torch.nn.Module | None = None, prefix: str = "") -> dict:
         """The state dict that stock nodes save: packed weights dense, with their patches."""
         saved = super().model_state_dict_for_saving(model, prefix)
-        for key, layer in packed_layers(self.model if model is None else model):
+        for key, layer in nf_layers(self.model if model is None else model):
             saved[key] = dense_weight(layer, self.patches.get(prefix + key, []), prefix + key).cpu()
         return saved
 
@@ -237,7 +237,7 @@ class _SavesDense:
         """The host's state dict for saving, packed weights dense, with the patches attached to them."""
         unet = self.diffusion_model
         saved = super().state_dict_for_saving(*args, **kwargs)
-        dense = {key: dense_weight(layer, key=key).cpu() for key, layer in packed_layers(unet)}
+        dense = {key: dense_weight(layer, key=key).cpu() for key, layer in nf_layers(unet)}
         return saved | self.model_config.process_unet_state_dict_for_saving(dense)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from reference import pack_plane, parse
 
 from nfq_core.formats import format_by_id
-from nfq_core.unet_keys import UNetArchitecture
+from nfq_core.unet_keys import UNetArchitecture, tensor_shapes
 
 TINY = UNetArchitecture(
     name="tiny",
@@ -20,6 +21,9 @@ TINY = UNetArchitecture(
     context_width=48,
     added_width=80,
 )
+
+SMALLEST = replace(TINY, channels=(32,), down_depths=((0,),), middle_depth=None, up_depths=((0, 0),), context_width=0)
+"""A UNet of SDXL's structure without attention, converted in an instant."""
 
 
 def unet_config(architecture: UNetArchitecture = TINY) -> dict[str, Any]:
@@ -58,6 +62,11 @@ def random_weight(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def random_half(*shape: int, seed: int = 0) -> torch.Tensor:
     return random_weight(*shape, seed=seed).half()
+
+
+def random_unet(layout: str = "ldm", seed: int = 0) -> dict[str, torch.Tensor]:
+    shapes = tensor_shapes(SMALLEST, layout)
+    return {key: random_half(*shape, seed=seed + index) for index, (key, shape) in enumerate(shapes.items())}
 
 
 SMALL_MODEL = {

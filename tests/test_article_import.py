@@ -285,3 +285,15 @@ def test_workflow_and_prompt_stand_where_the_page_looks(model, tmp_path):
     with NFQFile(tmp_path / "b") as file:
         assert file.metadata["workflow"] == "{}"
         assert file.facts.source.metadata == {"title": "t"}
+
+
+def test_a_source_that_changes_while_it_is_read(model, tmp_path):
+    write_article_file(tmp_path / "a", model, 16, 32)
+
+    def append(*_: object) -> None:
+        with open(tmp_path / "a", "ab") as file:
+            file.write(b"!")
+
+    with pytest.raises(NFQError, match="a changed while it was read; nothing was written, try again"):
+        import_article(tmp_path / "a", tmp_path / "b", progress=append)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

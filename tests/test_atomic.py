@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 
 import pytest
 
-from nfq_core.atomic import AtomicFile
-from nfq_core.errors import NFQError, TargetExistsError
+from nfq_core import atomic
+from nfq_core.atomic import SETTLED_SECONDS, AtomicFile, remove_leftovers
+from nfq_core.errors import DiskFullError, NFQError, TargetExistsError
+
+fcntl = atomic.fcntl
+with_locks = pytest.mark.skipif(fcntl is None, reason="this system has no such locks")
 
 
 def names(folder):
@@ -116,10 +121,154 @@ def test_a_disk_that_fails_at_the_last_moment(tmp_path, monkeypatch, call):
         file.write_at(0, b"new")
         with monkeypatch.context() as patch:
             patch.setattr(os, call, fail)
-            with pytest.raises(NFQError, match=r"a could not be written: No space left on device; nothing was changed"):
+            with pytest.raises(
+                DiskFullError, match=r"a could not be written: No space left on device; nothing was changed"
+            ):
                 file.commit()
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == b"old"
+
+
+LEFTOVER = ".a.0123abcd.tmp"
+
+
+def leave(path):
+    """What a writer left that was killed a while ago."""
+    path.write_bytes(b"half a fi")
+    before = time.time() - 2 * SETTLED_SECONDS
+    os.utime(path, (before, before))
+
+
+def test_the_next_write_removes_what_a_killed_writer_left(tmp_path):
+    leave(tmp_path / LEFTOVER)
+    with AtomicFile(tmp_path / "a") as file:
+        file.commit()
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "name", [".ab.0123abcd.tmp", "a.0123abcd.tmp", ".a.0123abcd.tmp2", ".a.0123ABCD.tmp", ".a.tmp", ".a.0123abcde.tmp"]
+)
+def test_files_of_other_names_stay(tmp_path, name):
+    leave(tmp_path / name)
+    assert not remove_leftovers(tmp_path / "a")
+    assert names(tmp_path) == [name]
+
+
+def test_a_folder_or_link_with_such_a_name_stays(tmp_path):
+    (tmp_path / "precious").write_bytes(b"!")
+    (tmp_path / ".a.00000000.tmp").mkdir()
+    (tmp_path / ".a.00000001.tmp").symlink_to(tmp_path / "precious")
+    assert not remove_leftovers(tmp_path / "a")
+    assert names(tmp_path) == [".a.00000000.tmp", ".a.00000001.tmp", "precious"]
+
+
+def test_names_with_the_signs_of_patterns(tmp_path):
+    leave(tmp_path / ".[a]*.0123abcd.tmp")
+    leave(tmp_path / LEFTOVER)
+    assert not remove_leftovers(tmp_path / "[a]*")
+    assert names(tmp_path) == [LEFTOVER]
+
+
+def test_a_writer_at_work_is_told_and_left_alone(tmp_path):
+    with AtomicFile(tmp_path / "a") as file:
+        assert remove_leftovers(tmp_path / "a")
+        assert not remove_leftovers(tmp_path / "b")
+        file.write_at(0, b"whole")
+        file.commit()
+        assert not remove_leftovers(tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"whole"
+
+
+@with_locks
+def test_a_file_is_held_until_it_has_its_name(tmp_path, monkeypatch):
+    rename, held = os.replace, []
+
+    def replace(source, target):
+        held.append(remove_leftovers(target))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with AtomicFile(tmp_path / "a") as file:
+        file.commit()
+    assert held == [True]
+    assert names(tmp_path) == ["a"]
+
+
+def test_leftovers_of_what_a_link_points_to(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "a").symlink_to(tmp_path / "far" / "b")
+    leave(tmp_path / "far" / ".b.0123abcd.tmp")
+    assert not remove_leftovers(tmp_path / "a")
+    assert names(tmp_path / "far") == []
+
+
+@with_locks
+def test_a_new_file_that_another_writer_takes_for_a_leftover(tmp_path, monkeypatch):
+    """The other one comes between the file's making and its lock, once before and once after it could lock."""
+    faults = ["held", "removed"]
+    lock = fcntl.flock
+
+    def disturbed(file, operation):
+        fault = faults.pop() if faults else ""
+        if fault:
+            os.unlink(file.name)
+        if fault == "held":
+            raise BlockingIOError
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", disturbed)
+    with AtomicFile(tmp_path / "a") as file:
+        file.write_at(0, b"whole")
+        file.commit()
+    assert not faults
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"whole"
+
+
+@with_locks
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """Nobody can tell there whether a writer lives, so nothing is removed."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    leave(tmp_path / LEFTOVER)
+    with AtomicFile(tmp_path / "a") as file:
+        assert not remove_leftovers(tmp_path / "a")
+        file.commit()
+    assert names(tmp_path) == [LEFTOVER, "a"]
+
+
+def test_a_system_without_locks(tmp_path, monkeypatch):
+    """As on Windows: who has a file open keeps others from renaming it; one that was just closed is about to be."""
+    monkeypatch.setattr(atomic, "fcntl", None)
+    with AtomicFile(tmp_path / "a") as file:
+        assert not remove_leftovers(tmp_path / "a")
+        file.commit()
+    assert names(tmp_path) == ["a"]
+    leave(tmp_path / LEFTOVER)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse)
+        assert remove_leftovers(tmp_path / "a")
+    assert names(tmp_path) == [LEFTOVER, "a"]
+    assert not remove_leftovers(tmp_path / "a")
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_spent_quota_is_a_full_disk(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with AtomicFile(tmp_path / "a") as file, pytest.raises(DiskFullError, match="quota exceeded"):
+        file.commit()
+    assert names(tmp_path) == []
 
 
 def test_two_writers_of_one_target_do_not_mix(tmp_path):

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
-from ..checkpoint import file_shapes
 from ..container import NFQFile
 from ..errors import NFQError, UnsupportedFileError
 from ..layers import dense_layers, packed_layers
@@ -195,7 +194,7 @@ def check_fits(file: NFQFile, names: Mapping[str, str], shapes: Mapping[str, tup
     Raises:
         UnsupportedFileError: a tensor is missing, too much, or of another shape.
     """
-    stored = file_shapes(file)
+    stored = file.shapes()
     found = {name: stored[key] for key, name in names.items()}
     unfit = [name for name in {**shapes, **found} if found.get(name) != shapes.get(name)]
     if not unfit:

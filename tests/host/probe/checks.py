@@ -49,8 +49,8 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def sizes(package: str, model, other) -> dict:
     """Sizes as the host sees them, and as they are."""
     patcher = _module(package, "patcher")
-    packed = sum(layer.weight._qdata.nbytes for _, layer in patcher.packed_layers(model.model))
-    names = {name for name, _ in patcher.packed_layers(model.model)}
+    packed = sum(layer.weight._qdata.nbytes for _, layer in patcher.nf_layers(model.model))
+    names = {name for name, _ in patcher.nf_layers(model.model)}
     dense = {name: value for name, value in model.model.state_dict().items() if name not in names}
     weights = sum(parameter.numel() for parameter in model.model.parameters())
     return {
@@ -75,7 +75,7 @@ def memory_states(package: str, model, other) -> dict:
     result = {}
 
     def look(state: str) -> None:
-        functions = [len(m.weight_function) for _, m in _module(package, "patcher").packed_layers(model.model)]
+        functions = [len(m.weight_function) for _, m in _module(package, "patcher").nf_layers(model.model)]
         result[state] = {
             "difference": _difference(_forward(model), wanted),
             "loaded": model.loaded_size(),
@@ -92,7 +92,7 @@ def memory_states(package: str, model, other) -> dict:
     look("loaded again")
     model.detach()
     result["detached functions"] = sum(
-        len(m.weight_function) for _, m in _module(package, "patcher").packed_layers(model.model)
+        len(m.weight_function) for _, m in _module(package, "patcher").nf_layers(model.model)
     )
     # The host keeps room aside for the largest layer, dense and with its patches.
     model.patch_model(device, lowvram_model_memory=model.model_size() * 6 // 10)
@@ -120,7 +120,7 @@ def lora_factors(package: str, model, other) -> dict:
 
     def look(state: str) -> None:
         _forward(model)
-        layers = [layer for _, layer in patcher.packed_layers(model.model)]
+        layers = [layer for _, layer in patcher.nf_layers(model.model)]
         patches = [patcher._attached(layer) for layer in layers]
         kept = [step for layer in layers for step in _ready_steps(patcher, layer)]
         result[state] = {
@@ -132,7 +132,7 @@ def lora_factors(package: str, model, other) -> dict:
 
     model.patch_model(device)
     result["counted at load"] = sum(
-        step.nbytes for _, layer in patcher.packed_layers(model.model) for step in _ready_steps(patcher, layer)
+        step.nbytes for _, layer in patcher.nf_layers(model.model) for step in _ready_steps(patcher, layer)
     )
     look("full")
     result["freed"] = model.partially_unload(torch.device("cpu"), model.model_size() // 2)
@@ -183,7 +183,7 @@ def hooks_and_unloading(package: str, model, other) -> dict:
 def copies(package: str, model, other) -> dict:
     """Deep copies of layers, casts, clones, and a compiled layer."""
     patcher = _module(package, "patcher")
-    name, layer = next(item for item in patcher.packed_layers(model.model) if item[1].weight.dim() == 2)
+    name, layer = next(item for item in patcher.nf_layers(model.model) if item[1].weight.dim() == 2)
     x = torch.randn(3, layer.weight.shape[1])
     wanted = layer(x)
     twin = copy.deepcopy(layer)
@@ -208,7 +208,7 @@ def compiled_lora(package: str, model, other) -> dict:
     patcher = _module(package, "patcher")
     comfy.model_management.unload_all_models()
     model.patch_model(comfy.model_management.get_torch_device())
-    layer = next(layer for _, layer in patcher.packed_layers(model.model) if patcher._attached(layer))
+    layer = next(layer for _, layer in patcher.nf_layers(model.model) if patcher._attached(layer))
     graphs = []
 
     def count(graph, _):
@@ -238,7 +238,7 @@ def host_copies(package: str, model, other) -> dict:
     memory = getattr(comfy, "memory_management", None)
     if memory is None or not hasattr(model, "deepclone_multigpu"):
         return {"supported": False}
-    _, layer = next(_module(package, "patcher").packed_layers(model.model))
+    _, layer = next(_module(package, "patcher").nf_layers(model.model))
     buffer = torch.zeros(memory.vram_aligned_size([layer.weight, layer.bias]), dtype=torch.uint8)
     weight, _ = memory.interpret_gathered_like([layer.weight, layer.bias], buffer)
     comfy.model_management.cast_to(layer.weight, None, torch.device("meta"), r=weight)

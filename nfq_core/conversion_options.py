@@ -1,0 +1,79 @@
+"""The options of the commands that quantise, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+from .allocation import PRESETS
+from .calibration import Calibration
+from .codebook import EFFORTS
+from .formats import LEVELS, WRITABLE_IDS
+from .memory import check_device
+from .policy import DEFAULTS, Settings
+from .quantizer import FIT_DTYPE
+
+
+def add_conversion_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how weights are quantised, and where."""
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--preset", choices=tuple(PRESETS), help=f"instead of all formats: {_presets_in_words()}")
+    either.add_argument("--target-size", type=_size, metavar="SIZE", help="likewise: size of the file, such as 1.2GB")
+    either.add_argument("--target-bpw", type=_positive, metavar="X", help="likewise: packed bits per weight")
+    # No defaults here: argparse does not take a default that is given for given.
+    either.add_argument("--levels", type=int, choices=LEVELS, help="levels of Linear weights (default: 16)")
+    either.add_argument("--format", choices=WRITABLE_IDS, metavar="ID", help=f"instead: {', '.join(WRITABLE_IDS)}")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--conv-levels", type=int, choices=LEVELS, help="levels of convolutions (default: 32)")
+    either.add_argument("--conv-format", choices=WRITABLE_IDS, metavar="ID", help="instead: one of the same")
+    parser.add_argument("--effort", choices=tuple(EFFORTS), default="fast", help="how long to fit (default: fast)")
+    parser.add_argument(
+        "--quantize-first-last", action="store_true", help="quantise a UNet's outermost convolutions too"
+    )
+    parser.add_argument("--calibration", metavar="F", help="what the model's layers are fed, see README")
+    parser.add_argument("--device", metavar="D", help="where to quantise, such as cuda (default: cpu)")
+
+
+def conversion(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments `settings`, `device` and `calibration` of `convert.quantize_file` that the options stand for.
+
+    Raises:
+        NFQError: the device is not there, or the calibration cannot be read.
+    """
+    settings = Settings(
+        options.levels or DEFAULTS.levels,
+        options.conv_levels or DEFAULTS.conv_levels,
+        options.effort,
+        options.quantize_first_last,
+        options.format,
+        options.conv_format,
+        PRESETS[options.preset] if options.preset else options.target_bpw,
+        options.target_size,
+    )
+    if options.device is not None:
+        check_device(options.device, FIT_DTYPE)
+    calibration = Calibration.load(options.calibration) if options.calibration else None
+    return {"settings": settings, "device": options.device, "calibration": calibration}
+
+
+def _presets_in_words() -> str:
+    return ", ".join(f"{name} ({bits} packed bits per weight)" for name, bits in PRESETS.items())
+
+
+def _positive(text: str) -> float:
+    """A finite number above zero."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above zero")
+    return number
+
+
+def _size(text: str) -> int:
+    """A number of bytes, with or without a unit of thousands."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    unit = units.get(text[-2:].upper())
+    return int(_positive(text[:-2]) * unit) if unit else int(_positive(text))
