@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nfq_core.demo.calibrate import HELD_OUT_SEED, random_captions
-from nfq_core.demo.model import SCHEDULER_CONFIG, TinyPipeline, build_pipeline, import_diffusers, sample
+from nfq_core.demo.calibrate import HELD_OUT_SEED, noisy_pictures, random_captions
+from nfq_core.demo.model import SCHEDULER_CONFIG, TinyPipeline, build_pipeline, sample
 from nfq_core.demo.run import GUIDANCE, STEPS
-from nfq_core.demo.shapes import describe, draw, random_scene, tokenise
+from nfq_core.demo.shapes import describe, random_scene
 from nfq_core.examine import sqnr_db
 from nfq_core.metrics import psnr_db, ssim
 
@@ -30,12 +30,9 @@ def held_out_batch(calibrated: Sequence[str] = ()) -> tuple[torch.Tensor, torch.
     rng = np.random.default_rng(HELD_OUT_SEED)
     scenes = [random_scene(rng) for _ in range(2 * OUTPUT_BATCH)]
     scenes = [scene for scene in scenes if describe(scene) not in calibrated][:OUTPUT_BATCH]
-    pictures = torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes])).permute(0, 3, 1, 2) * 2 - 1
-    ids = torch.from_numpy(tokenise([describe(scene) for scene in scenes]))
-    torch.manual_seed(HELD_OUT_SEED)
-    timesteps = torch.randint(SCHEDULER_CONFIG["num_train_timesteps"], (OUTPUT_BATCH,))
-    noising = import_diffusers().DDPMScheduler(**SCHEDULER_CONFIG)
-    return noising.add_noise(pictures, torch.randn(pictures.shape), timesteps), timesteps, ids
+    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+    timesteps = torch.randint(SCHEDULER_CONFIG["num_train_timesteps"], (OUTPUT_BATCH,), generator=generator)
+    return noisy_pictures(scenes, timesteps, rng, generator)
 
 
 class Judge:

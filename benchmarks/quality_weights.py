@@ -113,17 +113,20 @@ def measure_layers(
     return found, shapes
 
 
-def mix(found: Mapping[str, Layers], shapes: Mapping[str, tuple[int, ...]], bits: float) -> dict[str, Layer] | None:
+def mix(
+    found: Mapping[str, Layers], shapes: Mapping[str, tuple[int, ...]], bits: float, effort: str
+) -> dict[str, Layer] | None:
     """What `allocate` chooses where the relative noise of all weights counts alike; None: too few bits.
 
     Args:
         found: what became of each layer, by format id and name.
         shapes: of the layers.
         bits: packed bits per weight, at most.
+        effort: decides which formats are chosen from.
     """
     counts = {key: prod(shape) for key, shape in shapes.items()}
     try:
-        chosen = allocate(shapes, int(bits * sum(counts.values()) / 8), counts)
+        chosen = allocate(shapes, int(bits * sum(counts.values()) / 8), counts, effort=effort)
     except NFQError:
         return None
     return {key: found[fmt.id][key] for key, (fmt, _) in chosen.items()}
@@ -183,7 +186,7 @@ def mix_rows(
         suffix = next(one.name.removeprefix(id) for id, one in of_effort.items())
         before = None
         for bits in MIX_TARGETS:
-            chosen = mix(layers, shapes, bits)
+            chosen = mix(layers, shapes, bits, effort)
             if chosen and chosen != before:
                 rows.append(row(source, f"mix {bits}{suffix}", OURS, **figures(chosen.values())))
             before = chosen

@@ -14,11 +14,15 @@ import torch
 from . import backends, convert, examine
 from .article_import import import_article
 from .batch import batch_lines, convert_folders
+from .calibration import Calibration
 from .conversion_options import add_conversion_options, conversion
 from .errors import NFQError
+from .merging import merge_calibrations
 from .report.command import add_card_command, add_report_command
 from .terminal import Run, decibels, progress_bar, show
 from .version import __version__
+
+log = logging.getLogger("nfq")
 
 CONTAINER = "an .nfq.safetensors file"
 
@@ -85,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("calibrate-demo", _calibrate_demo, "collect a calibration of the demo model while it is sampled")
     sub.add_argument("target", metavar="DST", help="the .safetensors file to write")
     sub.add_argument("--prompts", type=int, default=32, metavar="N", help="captions to sample (default: 32)")
+    sub.add_argument("--no-sensitivities", action="store_true", help="leave out what sizes need, half of the time")
+    sub.add_argument("--force", action="store_true", help="overwrite DST")
+
+    sub = command("merge-calibrations", _merge_calibrations, "make one calibration of several of one architecture")
+    sub.add_argument("sources", nargs="+", metavar="F", help="calibrations; each layer's count by the inputs they saw")
+    sub.add_argument("target", metavar="DST", help="the .safetensors file to write")
     sub.add_argument("--force", action="store_true", help="overwrite DST")
 
     sub = command("info", _info, "tell what an .nfq.safetensors file is")
@@ -217,8 +227,30 @@ def _calibrate_demo(options: argparse.Namespace) -> int:
     if options.prompts < 1:
         raise NFQError(f"--prompts must be at least 1, got {options.prompts}")
     with progress_bar("calibrating", options, "caption") as progress:
-        result = calibrate_demo(options.target, options.prompts, overwrite=options.force, progress=progress)
+        result = calibrate_demo(
+            options.target,
+            options.prompts,
+            sensitivities=not options.no_sensitivities,
+            overwrite=options.force,
+            progress=progress,
+        )
     text = "{target}: {weights} weights, {prompts} captions, {file_bytes:,} bytes in {seconds:.1f} s".format(**result)
+    return show(options, result, text)
+
+
+def _merge_calibrations(options: argparse.Namespace) -> int:
+    calibration, warnings = merge_calibrations([Calibration.load(path) for path in options.sources])
+    for warning in warnings:
+        log.warning("%s", warning)
+    result = {
+        "target": options.target,
+        "weights": len(calibration.inputs),
+        "prompts": calibration.prompts,
+        "file_bytes": calibration.save(options.target, overwrite=options.force),
+        "warnings": warnings,
+    }
+    prompts = "an unknown number of" if calibration.prompts is None else f"{calibration.prompts:,}"
+    text = f"{options.target}: {result['weights']} weights, {prompts} prompts, {result['file_bytes']:,} bytes"
     return show(options, result, text)
 
 

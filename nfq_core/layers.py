@@ -1,13 +1,15 @@
 """Linear and Conv2d layers of any PyTorch model with their weights packed, dequantised whenever the layer runs.
 
 A layer's packed buffer is its parameter `weight`, of uint8: moving, copying and saving a model take it along, and casts
-to another dtype leave it as it is.
+to another dtype leave it as it is. It has as many dimensions as the stock layer's weight, by which PEFT tells layers
+apart; all but the last are of size 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,20 +32,20 @@ class PackedLayer:
         self.format_id = tensor.format.id
         self.weight_shape = tuple(tensor.shape)
         self.weight_dtype = tensor.dtype
-        self.weight = nn.Parameter(tensor.data, requires_grad=False)
+        data = tensor.data.view(*[1] * (len(tensor.shape) - 1), -1)
+        self.weight = nn.Parameter(data, requires_grad=False)
         self.bias = bias
-        self.register_buffer("up", None, persistent=False)
-        self.register_buffer("down", None, persistent=False)
 
     @property
     def packed(self) -> NFTensor:
         """The packed weight, sharing its buffer."""
-        return NFTensor(self.weight.data, format_by_id(self.format_id), self.weight_shape, self.weight_dtype)
+        return NFTensor(self.weight.data.view(-1), format_by_id(self.format_id), self.weight_shape, self.weight_dtype)
 
     @property
     def low_rank(self) -> LowRank | None:
         """What is added to the weight, in the dtype and on the device of the layer's input; None: nothing."""
-        return None if self.up is None else LowRank(self.up, self.down)
+        up = getattr(self, "up", None)
+        return None if up is None else LowRank(up, self.down)
 
     @low_rank.setter
     def low_rank(self, change: LowRank | None) -> None:
@@ -53,15 +55,20 @@ class PackedLayer:
                 f"a low-rank change of {change.up.shape[0]} × {change.down.shape[1]} does not fit a weight of shape "
                 f"{self.weight_shape}, which is {rows} × {columns}"
             )
-        self.up, self.down = (None, None) if change is None else (change.up, change.down)
+        # Buffers without a tensor would be there for accelerate to move.
+        for name in ("up", "down"):
+            if change is not None:
+                self.register_buffer(name, getattr(change, name), persistent=False)
+            elif hasattr(self, name):
+                delattr(self, name)
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight in `dtype` with its low-rank changes, new."""
-        return self._changed(dequantize(self.weight, self.format_id, self.weight_shape, dtype))
+        return self._changed(dequantize(self.weight.view(-1), self.format_id, self.weight_shape, dtype))
 
     def _weight_now(self, dtype: torch.dtype) -> torch.Tensor:
         """`dense_weight`, which need not last beyond this layer's forward."""
-        return self._changed(dequantize_for_one_use(self.weight, self.format_id, self.weight_shape, dtype))
+        return self._changed(dequantize_for_one_use(self.weight.view(-1), self.format_id, self.weight_shape, dtype))
 
     def _changed(self, weight: torch.Tensor) -> torch.Tensor:
         change = self._low_rank_for(weight)
@@ -112,6 +119,15 @@ class PackedLinear(PackedLayer, nn.Linear):
 
 class PackedConv2d(PackedLayer, nn.Conv2d):
     """`torch.nn.Conv2d` with a packed weight, in the place of `layer`, whose bias it takes over."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> nn.Conv2d:
+        """A packed layer; a stock one where a stock layer's numbers are given.
+
+        PEFT makes a LoRA's two factors by calling the class of the convolution that they stand beside.
+        """
+        if args and isinstance(args[0], int):
+            return nn.Conv2d(*args, **kwargs)
+        return super().__new__(cls)
 
     def __init__(self, layer: nn.Conv2d, tensor: NFTensor) -> None:
         super().__init__(**_settings(layer))

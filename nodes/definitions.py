@@ -173,7 +173,7 @@ class NFQuantizeUNet(io.ComfyNode):
                     options=[NO_PRESET, *PRESETS],
                     default=NO_PRESET,
                     optional=True,
-                    tooltip="A size instead of levels, from best to tiny: each layer gets a trellis format of 2 to 5 "
+                    tooltip="A size instead of levels, from best to tiny: each layer gets a format of 2 to 5 or 8 "
                     "bits by how sensitive it is. Closer to the original at the same size, but takes far longer.",
                 ),
             ],

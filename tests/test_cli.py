@@ -69,6 +69,7 @@ COMMANDS = [
     "quantize",
     "batch",
     "calibrate-demo",
+    "merge-calibrations",
     "info",
     "verify",
     "compare",

@@ -174,10 +174,10 @@ def test_a_mix_takes_what_was_measured_and_keeps_its_size():
         id: {key: Layer(rows * 64, 0, FORMATS[id].packed_bytes(rows * 64), 0.0) for key, (rows, _) in shapes.items()}
         for id in WRITABLE_IDS
     }
-    chosen = quality_weights.mix(measured, shapes, 5.0)
+    chosen = quality_weights.mix(measured, shapes, 5.0, "fast")
     assert chosen is not None and list(chosen) == ["a", "b"]
     assert sum(layer.packed_bytes for layer in chosen.values()) * 8 <= 5.0 * 3 * 64 * 64
-    assert quality_weights.mix(measured, shapes, 0.5) is None
+    assert quality_weights.mix(measured, shapes, 0.5, "fast") is None
 
 
 def test_mixes_are_of_one_effort_each():
