@@ -11,77 +11,29 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-import numpy as np
-import torch
-
-from nfq_core import NFTensor, quantize
-from nfq_core.article import article_dequantize, article_disk_bytes, article_quantize
+from nfq_core import quantize
 from nfq_core.calibration import Calibration
-from nfq_core.codec import encode
-from nfq_core.demo.calibrate import HELD_OUT_SEED, collect_demo, random_captions
-from nfq_core.demo.model import SCHEDULER_CONFIG, TinyPipeline, build_pipeline, import_diffusers, load_weights, sample
-from nfq_core.demo.run import GUIDANCE, STEPS
-from nfq_core.demo.shapes import describe as describe_scene
-from nfq_core.demo.shapes import draw, random_scene, tokenise
-from nfq_core.examine import sqnr_db
+from nfq_core.demo.calibrate import collect_demo
+from nfq_core.demo.model import load_weights
 from nfq_core.formats import LEVELS
-from nfq_core.metrics import psnr_db
 from nfq_core.policy import DEFAULTS, plan_tensors
 from nfq_core.state import describe
 from nfq_core.unet import detect
 
+from .judge import HELD_OUT, OUTPUT_BATCH, PROMPTS, Judge, Weights
+from .quality_peers import Stored, article, stored
 from .report import machine, markdown_table, write_results
 
-PROMPTS, HELD_OUT = 32, 24
-OUTPUT_BATCH = 128
-"""Noisy pictures in the held-out batch."""
 
-Weights = dict[str, torch.Tensor]
-
-
-class Judge:
-    """Compares models of other weights with the original's outputs and pictures."""
-
-    def __init__(self, weights: Weights) -> None:
-        calibrated = random_captions(PROMPTS)
-        rng = np.random.default_rng(HELD_OUT_SEED)
-        scenes = [random_scene(rng) for _ in range(2 * OUTPUT_BATCH)]
-        scenes = [scene for scene in scenes if describe_scene(scene) not in calibrated][:OUTPUT_BATCH]
-        pictures = torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes])).permute(0, 3, 1, 2) * 2 - 1
-        ids = torch.from_numpy(tokenise([describe_scene(scene) for scene in scenes]))
-        torch.manual_seed(HELD_OUT_SEED)
-        timesteps = torch.randint(SCHEDULER_CONFIG["num_train_timesteps"], (OUTPUT_BATCH,))
-        noising = import_diffusers().DDPMScheduler(**SCHEDULER_CONFIG)
-        self._batch = noising.add_noise(pictures, torch.randn(pictures.shape), timesteps), timesteps, ids
-        self._captions = random_captions(HELD_OUT, HELD_OUT_SEED, without=calibrated)
-        self._output, self._pictures = self._run(build_pipeline(weights))
-
-    @torch.no_grad()
-    def _run(self, pipeline: TinyPipeline) -> tuple[torch.Tensor, torch.Tensor]:
-        pictures = sample(pipeline, self._captions, seed=0, steps=STEPS, guidance=GUIDANCE)
-        return pipeline(*self._batch), torch.from_numpy(pictures)
-
-    def judge(self, weights: Weights) -> dict:
-        """`output_db` and `picture_db`."""
-        output, pictures = self._run(build_pipeline(weights))
-        return {"output_db": sqnr_db(self._output, output), "picture_db": psnr_db(self._pictures, pictures, 255)}
-
-
-def measure(
-    judge: Judge, weights: Weights, keys: list[str], make: Callable[[str], tuple[torch.Tensor, int, int]]
-) -> dict:
-    """Bits per weight and both errors where `make` gives a weight as decoded, its bytes on disk and its packed ones."""
+def measure(judge: Judge, weights: Weights, keys: list[str], make: Callable[[str], Stored]) -> dict:
+    """Bits per weight and all errors where `make` gives a weight by its name."""
     made = {key: make(key) for key in keys}
     total = sum(weights[key].numel() for key in keys)
-    stored, packed = (8 * sum(parts[i] for parts in made.values()) / total for i in (1, 2))
-    figures = judge.judge(weights | {key: parts[0] for key, parts in made.items()})
-    return {"bits_per_weight": stored, "packed_bits_per_weight": packed, **figures}
-
-
-def sizes(tensor: NFTensor) -> tuple[torch.Tensor, int, int]:
-    """A weight as decoded, its bytes on disk and its packed ones."""
-    frames = encode(tensor.data, tensor.format.sections(tensor.numel()))
-    return tensor.dequantize(), sum(map(len, frames)), tensor.nbytes
+    return {
+        "bits_per_weight": 8 * sum(part.disk_bytes for part in made.values()) / total,
+        "packed_bits_per_weight": 8 * sum(part.packed_bytes for part in made.values()) / total,
+        **judge.judge(weights | {key: part.weight for key, part in made.items()}),
+    }
 
 
 def run(calibration: Calibration) -> dict:
@@ -98,16 +50,14 @@ def run(calibration: Calibration) -> dict:
     rows = []
     for levels in LEVELS:
 
-        def article(key: str, levels: int = levels) -> tuple[torch.Tensor, int, int]:
-            tensor = article_quantize(weights[key], levels)
-            nbytes = article_disk_bytes(tensor)
-            return article_dequantize(tensor), nbytes, nbytes
+        def article_of(key: str, levels: int = levels) -> Stored:
+            return article(weights[key], levels)
 
-        row = {"levels": levels, "article": measure(judge, weights, keys, article)}
+        row = {"levels": levels, "article": measure(judge, weights, keys, article_of)}
         for name, arguments in (("fast", {}), ("importance", importance), ("feedback", feedback)):
 
-            def ours(key: str, arguments: dict = arguments, levels: int = levels) -> tuple[torch.Tensor, int, int]:
-                return sizes(quantize(weights[key], levels, **arguments.get(key, {})))
+            def ours(key: str, arguments: dict = arguments, levels: int = levels) -> Stored:
+                return stored(quantize(weights[key], levels, **arguments.get(key, {})))
 
             row[name] = measure(judge, weights, keys, ours)
         rows.append(row)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from math import prod
 
 import torch
 from torch import nn
+
+from .report import unavailable
 
 Q4_0_BLOCK = 32
 Q4_0_BYTES = 2 + Q4_0_BLOCK // 2
@@ -15,13 +16,7 @@ Q4_0_BYTES = 2 + Q4_0_BLOCK // 2
 
 def without_bitsandbytes() -> str:
     """Why bitsandbytes takes no part; empty where it does."""
-    if find_spec("bitsandbytes") is None:
-        return "bitsandbytes is not installed"
-    try:
-        import bitsandbytes  # noqa: F401
-    except Exception as error:
-        return f"bitsandbytes cannot be imported ({type(error).__name__}: {error})"
-    return ""
+    return unavailable("bitsandbytes")
 
 
 def random_q4_0(shape: Sequence[int], std: float, generator: torch.Generator) -> torch.Tensor:

@@ -1,130 +1,124 @@
-"""Size and error of every level, beside the article's format: `python -m benchmarks.quality`.
+"""Size and quality of ours beside every peer's: `python -m benchmarks.quality`.
 
-Gaussian and Student-t weights (2048 × 2048) and all weights of the demo model that are quantised; every weight at the
-given number of levels, convolutions too. Sizes count all bytes of a tensor on disk: codes, scales, levels, frames.
+Random weights (Gaussian, Student-t, a convolution whose channels differ) and the demo model, the latter with the
+output of the whole UNet and the pictures of captions that no calibration saw. The peers' own code is used: ggml's
+quantisers (`xllamacpp`), `bitsandbytes`, `hqq`, `sdnq`, torch; what is not installed (`pip install
+"comfyui-nfq[bench]"`) is left out, and said to be. Apple's palettisation is our own reading of it. All overheads count.
+
+It ends with a list of what was promised, kept or not. `--model FILE` measures the weights of any other model instead,
+one layer at a time; `--quick` small random weights alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from math import log2
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
 
 import torch
 
-from nfq_core import NFTensor, quantize
-from nfq_core.article import article_dequantize, article_disk_bytes, article_quantize
-from nfq_core.codec import encode, frame_spans
-from nfq_core.demo.model import bundled_weights_path
-from nfq_core.examine import sqnr_db
-from nfq_core.formats import BLOCK, LEVELS
-from nfq_core.packing import unpack_codes
-from nfq_core.policy import DEFAULTS, plan_tensors
-from nfq_core.safefile import SafetensorsFile
+from nfq_core.calibration import Calibration
+from nfq_core.codebook import EFFORTS
+from nfq_core.demo.calibrate import collect_demo
+from nfq_core.errors import NFQError
 
-from .report import machine, markdown_table, write_results
-from .synthetic import gaussian, student_t
-
-SHAPE = (2048, 2048)
-
-
-def demo_weights() -> Iterator[torch.Tensor]:
-    """The demo model's weights that are quantised at the defaults."""
-    with SafetensorsFile(bundled_weights_path()) as file:
-        for key, plan in plan_tensors(file.entries, DEFAULTS)[1].items():
-            if plan.format:
-                yield file.tensor(key)
+from .judge import HELD_OUT, OUTPUT_BATCH, PROMPTS
+from .quality_checks import checks, left_of
+from .quality_demo import demo_rows
+from .quality_peers import ARTICLE, Contestant, our_formats, peers
+from .quality_plot import PLOT, plot
+from .quality_tables import table
+from .quality_weights import DEMO, cut, model_layers, random_weights, weight_rows
+from .report import machine, unavailable, write_results
 
 
-def sources() -> dict[str, list[torch.Tensor]]:
-    """The weights to measure on, by name."""
-    return {
-        "gaussian": [gaussian(SHAPE, 1)],
-        "student_t5": [student_t(SHAPE, 2)],
-        "demo": list(demo_weights()),
-    }
+def results_of(rows: list[dict], skipped: dict[str, str], **facts: object) -> dict:
+    """All results: the rows, what follows from them, and what is missing and why."""
+    articles = list(dict.fromkeys(row["name"] for row in rows if row["family"] == ARTICLE))
+    return {**facts, "skipped": skipped, "checks": checks(rows, articles), "left_of": left_of(rows), "rows": rows}
 
 
-def code_entropy(tensor: NFTensor) -> float:
-    """Order-0 entropy of a tensor's codes, bits per weight."""
-    sections = tensor.format.sections(tensor.numel())
-    coarse = tensor.data[sections.coarse : sections.fine]
-    fine = tensor.data[sections.fine : sections.superblock_scales]
-    codes = unpack_codes(coarse, fine, -(-tensor.numel() // BLOCK), tensor.format)
-    shares = torch.bincount(codes.view(-1).int()).double() / codes.numel()
-    return -sum(share * log2(share) for share in shares.tolist() if share)
-
-
-def measure_ours(weights: list[torch.Tensor], levels: int, effort: str) -> dict:
-    """Bits per weight on disk and packed, SQNR (weight-count mean), and codes on disk against their entropy."""
-    total = stored = packed = planes = 0
-    noise = entropy = 0.0
-    for weight in weights:
-        tensor = quantize(weight, levels, effort=effort)
-        sections = tensor.format.sections(weight.numel())
-        frames = encode(tensor.data, sections)
-        total += weight.numel()
-        stored += sum(map(len, frames))
-        packed += tensor.nbytes
-        planes += sum(
-            len(frame)
-            for frame, (start, _) in zip(frames, frame_spans(sections), strict=True)
-            if sections.coarse <= start < sections.block_scales
-        )
-        noise += weight.numel() * sqnr_db(weight, tensor.dequantize())
-        entropy += weight.numel() * code_entropy(tensor)
-    return {
-        "bits_per_weight": 8 * stored / total,
-        "packed_bits_per_weight": 8 * packed / total,
-        "sqnr_db": noise / total,
-        "codes_above_entropy": 8 * planes / entropy - 1,
-    }
-
-
-def measure_article(weights: list[torch.Tensor], levels: int) -> dict:
-    """Bits per weight on disk and SQNR (weight-count mean) of the article's format."""
-    total = stored = 0
-    noise = 0.0
-    for weight in weights:
-        tensor = article_quantize(weight, levels)
-        total += weight.numel()
-        stored += article_disk_bytes(tensor)
-        noise += weight.numel() * sqnr_db(weight, article_dequantize(tensor))
-    return {"bits_per_weight": 8 * stored / total, "sqnr_db": noise / total}
-
-
-def run() -> dict:
-    """All measurements, as written to the results."""
+def run_random(contestants: Sequence[Contestant], quick: bool) -> list[dict]:
+    """The rows of the random sources."""
     rows = []
-    for name, weights in sources().items():
-        for levels in LEVELS:
-            row = {"source": name, "levels": levels, "article": measure_article(weights, levels)}
-            for effort in ("fast", "best"):
-                row[effort] = measure_ours(weights, levels, effort)
-            rows.append(row)
-            print(name, levels, row, flush=True)
-    return {"shape": SHAPE, "rows": rows}
+    for source, weight in random_weights(quick).items():
+        started = perf_counter()
+        print(source, flush=True)
+        rows += weight_rows(source, cut(weight).items(), contestants)
+        print(f"{source}: {perf_counter() - started:.0f} s", flush=True)
+    return rows
 
 
-def table(results: dict) -> str:
-    """The README's table."""
-    names = {"gaussian": "Gaussian", "student_t5": "Student-t, ν = 5", "demo": "demo model"}
-    rows = []
-    for row in results["rows"]:
-        article = row["article"]
-        cells = [names[row["source"]], str(row["levels"])]
-        cells += [f"{article['bits_per_weight']:.3f}", f"{article['sqnr_db']:.2f}"]
-        for effort in ("fast", "best"):
-            ours = row[effort]
-            cells += [
-                f"{ours['bits_per_weight']:.3f}",
-                f"{ours['sqnr_db']:.2f} ({ours['sqnr_db'] - article['sqnr_db']:+.2f})",
-            ]
-        cells.append(f"{row['fast']['packed_bits_per_weight']:.3f}")
-        rows.append(cells)
-    header = ["weights", "levels", "article, bits", "dB", "`fast`, bits", "dB", "`best`, bits", "dB", "packed bits"]
-    return markdown_table(header, rows)
+def run_demo(contestants: Sequence[Contestant], effort: str, calibration: str | None) -> list[dict]:
+    """The rows of the demo model, its calibration collected unless there is a file of one."""
+    started = perf_counter()
+    statistics = Calibration.load(calibration) if calibration else collect_demo(PROMPTS)
+    print(f"demo model, its calibration there after {perf_counter() - started:.0f} s", flush=True)
+    rows = demo_rows(contestants, statistics, effort)
+    print(f"demo model: {perf_counter() - started:.0f} s", flush=True)
+    return rows
+
+
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--effort", choices=list(EFFORTS), default="fast", help="effort of our formats; random weights have both"
+    )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--model", type=Path, help="a .safetensors file; its weights alone are measured then")
+    instead.add_argument("--quick", action="store_true", help="small random weights alone")
+    parser.add_argument("--layers", type=int, help="how many of its layers, spread evenly; by default all")
+    parser.add_argument("--calibration", help="what `nfq calibrate-demo` wrote; by default it is collected anew")
+    parser.add_argument("--out", type=Path, help="JSON; with --model and --quick nothing is written unless it is given")
+    parser.add_argument("--plot", type=Path, help=f"PNG; likewise, else {PLOT.name} in docs")
+    options = parser.parse_args(arguments)
+    if options.layers is not None and options.layers < 1:
+        parser.error("--layers must be at least 1")
+    return options
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure, print, write."""
+    options = parsed(arguments)
+    whole = not options.quick and options.model is None
+    started = perf_counter()
+    print(machine())
+    theirs, skipped = peers()
+    for family, reason in skipped.items():
+        print(f"{family} is left out: {reason}")
+    contestants = [*theirs, *our_formats(options.effort)]
+    if options.model is not None:
+        rows = weight_rows(options.model.name, model_layers(options.model, options.layers), contestants)
+    elif options.quick:
+        rows = run_random(contestants, quick=True)
+    else:
+        rows = run_random([*theirs, *(one for effort in EFFORTS for one in our_formats(effort))], quick=False)
+    facts: dict[str, object] = {"effort": options.effort}
+    if whole:
+        facts |= {"prompts": PROMPTS, "held_out": HELD_OUT, "output_batch": OUTPUT_BATCH}
+        missing = unavailable("diffusers")
+        if missing:
+            skipped[DEMO] = missing
+        else:
+            rows += run_demo(contestants, options.effort, options.calibration)
+    results = results_of(rows, skipped, seconds=round(perf_counter() - started), **facts)
+    print(table(results))
+    if whole or options.out:
+        command = " ".join(["python -m benchmarks.quality", *arguments])
+        print(write_results("quality", command, results, options.out))
+    if whole or options.plot:
+        missing = unavailable("matplotlib")
+        print(f"no plot: {missing}" if missing else plot(results, options.plot or PLOT))
 
 
 if __name__ == "__main__":
-    print(machine())
-    print(write_results("quality", "python -m benchmarks.quality", run()))
+    if hasattr(torch.compiler, "set_stance"):
+        # A peer that compiles its decode would do so anew for every shape.
+        torch.compiler.set_stance("force_eager")
+    try:
+        main(sys.argv[1:])
+    except NFQError as error:
+        sys.exit(f"error: {error}")

@@ -1,18 +1,24 @@
-"""What every benchmark shares: the machine's description, medians with spread, results as JSON, Markdown tables."""
+"""What every benchmark shares: the machine, what is missing on it, medians with spread, JSON, Markdown tables."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 
 import torch
+from torch import nn
+
+from nfq_core.markdown import markdown_table as markdown_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,11 +42,48 @@ def machine() -> dict:
     }
 
 
+def unavailable(package: str) -> str:
+    """Why a package cannot be used; empty where it can."""
+    if find_spec(package) is None:
+        return f"{package} is not installed"
+    try:
+        importlib.import_module(package)
+    except Exception as error:
+        return f"{package} cannot be imported ({type(error).__name__}: {error})"
+    return ""
+
+
 def timed(work: Callable[[], object]) -> float:
     """Seconds that one call takes."""
     started = perf_counter()
     work()
     return perf_counter() - started
+
+
+@contextmanager
+def call_seconds(module: nn.Module) -> Iterator[list[float]]:
+    """The seconds that each of a module's calls takes until the device has finished it."""
+    seconds: list[float] = []
+    started = 0.0
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return perf_counter()
+
+    def before(*_: object) -> None:
+        nonlocal started
+        started = now()
+
+    hooks = [
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(lambda *_: seconds.append(now() - started)),
+    ]
+    try:
+        yield seconds
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def summary(samples: Sequence[float]) -> dict:
@@ -55,9 +98,3 @@ def write_results(name: str, command: str, results: dict, path: Path | None = No
     text = json.dumps({"command": command, "machine": machine(), **results}, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
     return path
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

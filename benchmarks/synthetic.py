@@ -9,7 +9,7 @@ import torch
 
 from nfq_core.atomic import AtomicFile
 from nfq_core.safefile import aligned_entries, header_bytes, tensor_bytes
-from nfq_core.unet_keys import SDXL_BASE, tensor_shapes
+from nfq_core.unet_keys import SDXL_BASE, Layout, tensor_shapes
 
 SCALE = 0.03
 """Typical standard deviation of an SDXL weight."""
@@ -43,9 +43,9 @@ def channel_spread(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return weight.mul_(SCALE).half()
 
 
-def write_sdxl_unet(path: Path) -> int:
+def write_sdxl_unet(path: Path, layout: Layout = "ldm") -> int:
     """Write a synthetic UNet of SDXL's names and shapes in fp16 (5.14 GB); returns its number of weights."""
-    entries = aligned_entries({name: ("F16", shape) for name, shape in tensor_shapes(SDXL_BASE, "ldm").items()})
+    entries = aligned_entries({name: ("F16", shape) for name, shape in tensor_shapes(SDXL_BASE, layout).items()})
     header = header_bytes(entries, {"format": "pt"})
     with AtomicFile(path) as file:
         file.write_at(0, header)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import re
 
-from . import calibrated, decode, fullsize, gpu, host, quality
+from . import article, calibrated, decode, diffusers_load, fullsize, gpu, host, int8, levels, quality_tables, sizes
 from .report import RESULTS, ROOT
 
 BY_NAME = {
-    "quality": quality.table,
+    "quality": quality_tables.table,
+    "levels": levels.table,
     "calibrated": calibrated.table,
+    "sizes": sizes.table,
+    "article": article.table,
+    "int8": int8.table,
     "fullsize": fullsize.table,
+    "diffusers_load": diffusers_load.table,
     "host": host.table,
     "decode": decode.table,
     "gpu": gpu.table,

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from nfq_core.formats import BLOCK, FORMATS, TRELLIS_IDS, BlockFormat
 from nfq_core.trellis_fit import STARTING_LEVELS, Trellis, lloyd
@@ -52,10 +52,12 @@ def train(fmt: BlockFormat) -> Trellis:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("ids", nargs="*", default=TRELLIS_IDS, help="formats; the others' levels stay")
     parser.add_argument("--out", type=Path, default=STARTING_LEVELS)
-    path = parser.parse_args().out
-    stored = {}
-    for id in TRELLIS_IDS:
+    arguments = parser.parse_args()
+    path = arguments.out
+    stored = load_file(path) if path.exists() else {}
+    for id in arguments.ids:
         trellis = train(FORMATS[id])
         stored |= {id: trellis.levels.half(), f"{id}.ratio": torch.tensor(trellis.ratio)}
     save_file(stored, path)

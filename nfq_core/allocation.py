@@ -3,26 +3,45 @@
 Rounding a layer adds noise to its output; how much of it arrives in the model's output is the layer's *sensitivity*:
 relative noise power of the output ÷ that of the weight. The formats are chosen so that the sum of all layers' noise is
 least at the given size: every layer moves to the next larger format in the order of what a byte gains, until nothing
-more fits. Where every further bit gains less than the one before, that is a Lagrangian (Shoham and Gersho 1988).
+more fits. Formats that would break the rule that every further byte gains less than the one before are passed over, so
+that this is a Lagrangian (Shoham and Gersho 1988); which ones these are depends on the size of the layer, for levels
+take as much of a small one as of a large one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import pairwise
 from math import prod
 
 from .errors import NFQError
 from .formats import FORMATS, BlockFormat
 from .writer import Plan
 
-EXPECTED_SQNR_DB = {"t2w8_b64": 11.2, "t3w8_b64": 17.1, "t4w8_b64": 22.9, "t5w9_b64": 28.7}
-"""Formats to choose from, the smallest first, with the signal-to-quantisation-noise ratio of Gaussian weights in them.
+EXPECTED_SQNR_DB = {
+    "t2w8_b64": 11.6,
+    "t2w10_b64": 11.7,
+    "t3w8_b64": 17.57,
+    "t3w10_b64": 17.7,
+    "t4w8_b64": 23.43,
+    "t4w10_b64": 23.62,
+    "t5w9_b64": 29.42,
+    "t5w10_b64": 29.54,
+    "nf256_b64": 45.5,
+}
+"""Formats to choose from, with the signal-to-quantisation-noise ratio of Gaussian weights in them.
 
-From `benchmarks.trellis`. Heavier tails lose about as much in one as in another, which does not change the choice.
+From `benchmarks.trellis`, at `best`; `fast` loses 0.1 to 0.3 dB in each. Heavier tails lose about as much in one as in
+another, which does not change the choice.
 """
 
 LARGEST = list(EXPECTED_SQNR_DB)[-1]
+
+FAST_WINDOW = 9
+"""The widest window of a trellis format that `fast` chooses: each further bit doubles the time that searching takes."""
 
 PRESETS = {"best": 4.9, "balanced": 4.1, "small": 3.4, "tiny": 2.8}
 """Packed bits per weight."""
@@ -58,7 +77,7 @@ MAX_TRIES = 4
 
 @dataclass(frozen=True)
 class _Step:
-    """Moving a layer to the next larger format: what it gains for each byte, and how many bytes it takes."""
+    """Moving a layer to the next larger of its formats: what it gains for each byte, and how many bytes it takes."""
 
     gain: float
     layer: str
@@ -74,8 +93,40 @@ def expected_sensitivity(name: str, shape: Sequence[int]) -> float:
     return role * prod(shape)
 
 
+def menu(effort: str) -> list[BlockFormat]:
+    """The formats that are chosen from; see FAST_WINDOW."""
+    formats = [FORMATS[id] for id in EXPECTED_SQNR_DB]
+    return [fmt for fmt in formats if effort == "best" or fmt.window <= FAST_WINDOW]
+
+
+def worthwhile(weights: int, formats: Sequence[BlockFormat]) -> list[BlockFormat]:
+    """Those formats for so many weights of which each gains less for a byte than the one before, the smallest first."""
+    points = sorted((fmt.packed_bytes(weights), expected_noise(fmt), fmt.id) for fmt in formats)
+    hull: list[tuple[int, float, str]] = []
+    for size, noise, id in points:
+        if hull and noise >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], (size, noise, id)):
+            hull.pop()
+        hull.append((size, noise, id))
+    return [FORMATS[id] for _, _, id in hull]
+
+
+def expected_noise(fmt: BlockFormat) -> float:
+    """Relative noise power of weights in a format, one of EXPECTED_SQNR_DB."""
+    return 10 ** (-EXPECTED_SQNR_DB[fmt.id] / 10)
+
+
+def _gain(smaller: tuple[int, float, str], larger: tuple[int, float, str]) -> float:
+    return (smaller[1] - larger[1]) / (larger[0] - smaller[0])
+
+
 def allocate(
-    shapes: Mapping[str, Sequence[int]], budget: int, sensitivities: Mapping[str, float] | None = None
+    shapes: Mapping[str, Sequence[int]],
+    budget: int,
+    sensitivities: Mapping[str, float] | None = None,
+    *,
+    effort: str = "fast",
 ) -> dict[str, tuple[BlockFormat, float]]:
     """Choose a format for each layer.
 
@@ -84,29 +135,32 @@ def allocate(
         budget: packed bytes of all of them together, at most.
         sensitivities: measured ones by name; a layer that is missing gets a typical one. By default
             `expected_sensitivity`.
+        effort: "fast" or "best", see `menu`.
 
     Returns:
         The format of each layer, and its sensitivity per weight in terms of the mean over all weights, to four digits.
         More than the largest format takes is not used.
 
     Raises:
-        NFQError: not even the smallest format fits.
+        NFQError: not even the smallest format fits, or a sensitivity is NaN, infinite or negative.
     """
-    menu = [FORMATS[id] for id in EXPECTED_SQNR_DB]
+    for name, value in (sensitivities or {}).items():
+        if not 0 <= value < math.inf:
+            raise NFQError(f"the sensitivity of {name!r} is {value}; it must be a number from 0 up")
     counts = {name: prod(shape) for name, shape in shapes.items()}
-    bytes_in = {name: [fmt.packed_bytes(count) for fmt in menu] for name, count in counts.items()}
-    noise = [10 ** (-EXPECTED_SQNR_DB[fmt.id] / 10) for fmt in menu]
+    worth = lru_cache(None)(partial(worthwhile, formats=tuple(menu(effort))))
+    options = {name: worth(count) for name, count in counts.items()}
     weight_of = _completed(shapes, sensitivities)
-    left = budget - sum(sizes[0] for sizes in bytes_in.values())
+    left = budget - sum(fmts[0].packed_bytes(counts[name]) for name, fmts in options.items())
     if left < 0:
         raise NFQError(
             f"the quantised weights need at least {budget - left:,} bytes, {budget:,} are left for them; ask for more"
         )
     steps = []
-    for name, sizes in bytes_in.items():
-        for number in range(1, len(menu)):
-            nbytes = sizes[number] - sizes[number - 1]
-            gain = weight_of[name] * (noise[number - 1] - noise[number]) / nbytes
+    for name, fmts in options.items():
+        for number, (smaller, larger) in enumerate(pairwise(fmts), 1):
+            nbytes = larger.packed_bytes(counts[name]) - smaller.packed_bytes(counts[name])
+            gain = weight_of[name] * (expected_noise(smaller) - expected_noise(larger)) / nbytes
             steps.append(_Step(gain, name, number, nbytes))
     chosen = dict.fromkeys(shapes, 0)
     # Names decide between equals, so that the order of the tensors does not.
@@ -116,7 +170,8 @@ def allocate(
             left -= step.nbytes
     mean = sum(weight_of.values()) / max(1, sum(counts.values())) or 1.0
     return {
-        name: (menu[number], float(f"{weight_of[name] / counts[name] / mean:.4g}")) for name, number in chosen.items()
+        name: (options[name][number], float(f"{weight_of[name] / counts[name] / mean:.4g}"))
+        for name, number in chosen.items()
     }
 
 

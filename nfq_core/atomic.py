@@ -13,7 +13,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -27,6 +27,31 @@ except ImportError:
 
 SETTLED_SECONDS = 60
 """Under Windows a temporary file younger than this is left: its writer has to close it before it can rename it."""
+
+
+def write_whole(path: str | os.PathLike, data: bytes, overwrite: bool = False) -> None:
+    """Write a file that appears whole or not at all; see `AtomicFile`."""
+    with AtomicFile(path, overwrite) as file:
+        file.write_at(0, data)
+        file.commit()
+
+
+def prepare_folder(folder: Path, names: Iterable[str], overwrite: bool) -> None:
+    """Make a folder, if it is missing, that files of these names are about to be written to.
+
+    Raises:
+        TargetExistsError: one of them is there already and `overwrite` is false.
+        NFQError: the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NFQError(f"{folder} cannot be made a folder: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise NFQError(f"{folder} cannot be written; name another folder")
+    found = next((folder / name for name in names if (folder / name).exists()), None)
+    if found is not None and not overwrite:
+        raise TargetExistsError(f"{found} exists already; --force overwrites it")
 
 
 class AtomicFile:

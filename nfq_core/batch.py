@@ -105,8 +105,8 @@ def convert_folders(
         raise NFQError(f"{out} is a file; name a folder for the results")
     rows = _plan(find_models(folders, out), out, settings, any_kind)
     recorded = settings.as_dict()
-    # As `quantize_file` records them: trellis formats, and so sizes, use no calibration.
-    if calibration and not settings.has_target and not all(fmt.window for fmt in settings.formats()):
+    # As `quantize_file` records them, where a calibration is of use.
+    if calibration and calibration.helps(settings.formats(), settings.has_target):
         recorded |= calibration.as_dict()
     waiting = [row for row in rows if row.result is Result.TO_CONVERT]
     done, total, stopped = 0, sum(row.original_bytes for row in waiting), ""

@@ -8,10 +8,9 @@ take 12 GB.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +19,10 @@ import torch
 from .atomic import AtomicFile
 from .container import UNRECORDED, Source
 from .errors import CorruptFileError, NFQError, UnsupportedFileError
-from .feedback import SecondMoment
+from .feedback import SecondMoment, share_left
+from .formats import BlockFormat
 from .safefile import Entry, SafetensorsFile, aligned_entries, header_bytes, tensor_bytes
-from .unet import UNKNOWN, UNetInfo, ldm_names
+from .unet import UNKNOWN, UNetInfo, detect, ldm_names
 from .untrusted import is_count, parse_json
 from .writer import Plan
 
@@ -100,6 +100,8 @@ class Calibration:
         steps: number of steps each was sampled with; None: not known.
         faults: why the statistics of a weight cannot be used, by its name.
         source: the file it was read from.
+        sensitivities: by weight name, how much noise in it disturbs the model's output, as `allocation.allocate` takes
+            it; empty where that was not measured.
     """
 
     inputs: Mapping[str, LayerInputs]
@@ -108,10 +110,19 @@ class Calibration:
     steps: int | None = None
     faults: Mapping[str, str] = field(default_factory=dict)
     source: Source = UNRECORDED
+    sensitivities: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, str]:
         """What the header of a file quantised with it records among the settings."""
         return {"calibration": self.source.name, "calibration_sha256": self.source.sha256}
+
+    def helps(self, formats: Iterable[BlockFormat], by_size: bool) -> bool:
+        """Whether weights in these formats, or where a size is asked for in those chosen then, come out otherwise."""
+        if by_size and self.sensitivities:
+            return True
+        if any(inputs.correlation is not None for inputs in self.inputs.values()):
+            return True
+        return not by_size and not all(fmt.window for fmt in formats)
 
     def for_weights(
         self, info: UNetInfo | None, shapes: Mapping[str, tuple[int, ...]]
@@ -128,14 +139,9 @@ class Calibration:
         Raises:
             NFQError: the calibration belongs to another architecture.
         """
-        architecture = info.name if info else UNKNOWN
-        if UNKNOWN not in (architecture, self.architecture) and architecture != self.architecture:
-            raise NFQError(f"the calibration was made with {self.architecture}, this model is {architecture}")
-        can_rename = info is not None and not (info.layout == "diffusers" and info.architecture is None)
-        names = ldm_names(info, shapes) if can_rename else {key: key for key in shapes}
         found, warnings, matching = {}, [], 0
-        for key, shape in shapes.items():
-            name = names.get(key, key)
+        for key, name in self._names(info, shapes).items():
+            shape = shapes[key]
             reason = self.faults.get(name) or self._misfit(name, shape)
             if reason:
                 warnings.append(f"tensor {key!r} is quantised without calibration: {reason}")
@@ -151,6 +157,39 @@ class Calibration:
             warnings.append("the calibration saw one prompt only; sample several, as different as those to come")
         return found, warnings
 
+    def sensitivities_of(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
+        """How sensitive the weights of one model are, by its own names, as `allocation.allocate` takes it.
+
+        That is what was measured, less what error feedback will take off, where there is a Hessian.
+
+        Args:
+            shapes: shape of every tensor of the model by its name.
+
+        Raises:
+            NFQError: the calibration belongs to another architecture.
+        """
+        names = self._names(detect(shapes), shapes)
+        left: dict[int, float] = {}
+        found = {}
+        for key, name in names.items():
+            if name not in self.sensitivities:
+                continue
+            inputs = self.inputs.get(name)
+            moment = inputs.second_moment() if inputs else None
+            if moment is not None and id(inputs) not in left:
+                left[id(inputs)] = share_left(moment)
+            found[key] = self.sensitivities[name] * left.get(id(inputs), 1.0)
+        return found
+
+    def _names(self, info: UNetInfo | None, keys: Iterable[str]) -> dict[str, str]:
+        """The names of a model's weights here; NFQError where it is of another architecture."""
+        architecture = info.name if info else UNKNOWN
+        if UNKNOWN not in (architecture, self.architecture) and architecture != self.architecture:
+            raise NFQError(f"the calibration was made with {self.architecture}, this model is {architecture}")
+        can_rename = info is not None and not (info.layout == "diffusers" and info.architecture is None)
+        renamed = ldm_names(info, keys) if can_rename else {}
+        return {key: renamed.get(key, key) for key in keys}
+
     def _misfit(self, name: str, shape: tuple[int, ...]) -> str:
         """Why statistics do not fit a weight; nothing where they do."""
         if name not in self.inputs:
@@ -164,13 +203,25 @@ class Calibration:
         return ""
 
     def for_plans(self, info: UNetInfo | None, plans: Mapping[str, Plan]) -> tuple[dict[str, LayerInputs], list[str]]:
-        """`for_weights` of those that are to be quantised, but for trellis formats, which use none."""
+        """`for_weights` of those that are to be quantised, but for trellis formats without Hessians: no gain.
+
+        Where formats were chosen by size, another warning tells what was chosen without a measured sensitivity.
+        """
         quantized = {key: plan for key, plan in plans.items() if plan.format}
-        scalar = {key: plan.shape for key, plan in quantized.items() if not plan.format.window}
-        found, warnings = self.for_weights(info, scalar)
-        without = len(quantized) - len(scalar)
-        if without:
-            warnings.append(f"the calibration has no effect on {without:,} weights: trellis formats do not use it yet")
+        found, warnings = self.for_weights(info, {key: plan.shape for key, plan in quantized.items()})
+        idle = [key for key, inputs in found.items() if inputs.correlation is None and quantized[key].format.window]
+        if idle:
+            found = {key: inputs for key, inputs in found.items() if key not in idle}
+            warnings.append(
+                f"the calibration has no Hessians, so that it does not help {len(idle):,} weights in trellis formats; "
+                "collect it with hessians=True"
+            )
+        sized = [key for key, plan in quantized.items() if plan.sensitivity is not None]
+        names = self._names(info, sized)
+        missing = [key for key in sized if names[key] not in self.sensitivities]
+        if missing:
+            what = "none" if len(missing) == len(sized) else f"none of {len(missing):,} weights, {missing[0]!r} first"
+            warnings.append(f"sensitivities: the calibration has {what}; how sensitive such layers are is estimated")
         return found, warnings
 
     def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> int:
@@ -193,6 +244,7 @@ class Calibration:
             "steps": self.steps,
             "rows": [inputs.rows for inputs in distinct.values()],
             "weights": {name: number[id(inputs)] for name, inputs in self.inputs.items()},
+            **({"sensitivities": dict(self.sensitivities)} if self.sensitivities else {}),
         }
         dtypes = {torch.float32: "F32", torch.float16: "F16"}
         entries = aligned_entries({name: (dtypes[t.dtype], tuple(t.shape)) for name, t in tensors.items()})
@@ -214,10 +266,7 @@ class Calibration:
         with SafetensorsFile(path) as file:
             if CALIBRATION_KEY not in file.metadata:
                 raise UnsupportedFileError(f"{file.path} is no calibration; `nfq_core.collect` makes one")
-            digest = hashlib.sha256(file.raw_header)
-            for name in sorted(file.entries, key=lambda name: file.entries[name].start):
-                for piece in file.read_chunks(name):
-                    digest.update(piece)
+            sha256 = file.sha256()
             try:
                 facts = parse_json(file.metadata[CALIBRATION_KEY])
                 if is_count(facts["version"]) and facts["version"] > CALIBRATION_VERSION:
@@ -236,7 +285,7 @@ class Calibration:
                 )
                 for index, rows in enumerate(facts["rows"])
             ]
-            source = Source(file.path.name, file.file_bytes, digest.hexdigest())
+            source = Source(file.path.name, file.file_bytes, sha256)
         faults = [inputs.fault() for inputs in loaded]
         return cls(
             {name: loaded[index] for name, index in facts["weights"].items() if not faults[index]},
@@ -245,6 +294,7 @@ class Calibration:
             facts["steps"],
             {name: faults[index] for name, index in facts["weights"].items() if faults[index]},
             source,
+            facts.get("sensitivities", {}),
         )
 
 
@@ -256,6 +306,11 @@ def _check_facts(facts: Mapping, entries: Mapping[str, Entry]) -> None:
         raise ValueError("a number or name is none")
     if any(index >= len(facts["rows"]) for index in facts["weights"].values()):
         raise ValueError("a weight's statistics are missing")
+    for name, value in facts.get("sensitivities", {}).items():
+        if name not in facts["weights"]:
+            raise ValueError(f"there is a sensitivity of {name!r}, which is no weight in it")
+        if type(value) not in (int, float) or value < 0:
+            raise ValueError(f"the sensitivity of {name!r} is no number from 0 up")
     for index in range(len(facts["rows"])):
         importance = entries[f"importance.{index}"]
         if importance.dtype != "F32" or len(importance.shape) != 1 or not importance.shape[0]:

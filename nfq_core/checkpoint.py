@@ -12,7 +12,7 @@ from .errors import UnsupportedFileError
 from .parallel import ordered_map
 from .state import StateDict
 from .tensor import NFTensor
-from .unet import detect, ldm_names, what_is_missing
+from .unet import UNetInfo, detect, diffusers_names, ldm_names, what_is_missing
 from .unet_keys import CHECKPOINT_PREFIX
 
 COMPANIONS = {
@@ -28,17 +28,37 @@ def unet_names(file: NFQFile) -> dict[str, str]:
     Raises:
         UnsupportedFileError: there is no UNet of the SDXL family, or an incomplete one.
     """
-    shapes = {key: tuple(entry.shape) for key, entry in file.quantized.items()}
-    shapes |= {key: tuple(file.entries[key].shape) for key in file.kept}
-    info = detect(shapes)
-    if info is None:
-        raise UnsupportedFileError(f"{file.path} holds no UNet of the SDXL family; choose a quantised SDXL-type model")
+    info, shapes = _recognised(file)
     if info.architecture is None:
         missing = what_is_missing(info, shapes)
         if missing or info.layout == "diffusers":
-            reason = missing or "its UNet is not of the SDXL family"
-            raise UnsupportedFileError(f"{file.path} cannot be used: {reason}; quantise the original again")
+            raise _unusable(file, missing)
     return ldm_names(info, shapes)
+
+
+def diffusers_unet_names(file: NFQFile) -> dict[str, str]:
+    """What diffusers calls every UNet tensor in a file.
+
+    Raises:
+        UnsupportedFileError: there is no UNet, or one in LDM's layout that is not of the SDXL family or incomplete.
+    """
+    info, shapes = _recognised(file)
+    if info.architecture is None and info.layout != "diffusers":
+        raise _unusable(file, what_is_missing(info, shapes))
+    return diffusers_names(info, shapes)
+
+
+def _recognised(file: NFQFile) -> tuple[UNetInfo, dict[str, tuple[int, ...]]]:
+    shapes = file.shapes()
+    info = detect(shapes)
+    if info is None:
+        raise UnsupportedFileError(f"{file.path} holds no UNet of the SDXL family; choose a quantised SDXL-type model")
+    return info, shapes
+
+
+def _unusable(file: NFQFile, missing: str) -> UnsupportedFileError:
+    reason = missing or "its UNet is not of the SDXL family"
+    return UnsupportedFileError(f"{file.path} cannot be used: {reason}; quantise the original again")
 
 
 def checkpoint_names(file: NFQFile) -> dict[str, str]:

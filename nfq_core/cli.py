@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import backends, convert, examine
 from .article_import import import_article
 from .batch import batch_lines, convert_folders
+from .calibration import Calibration
 from .conversion_options import add_conversion_options, conversion
 from .errors import NFQError, printable
-from .parallel import Progress
+from .merging import merge_calibrations
+from .report.command import add_card_command, add_report_command
+from .terminal import Run, decibels, progress_bar, show
 from .version import __version__
+
+log = logging.getLogger("nfq")
 
 CONTAINER = "an .nfq.safetensors file"
 
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nfq {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], help_text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Run, help_text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
         sub.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else, on stdout")
         sub.set_defaults(run=run)
@@ -89,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("calibrate-demo", _calibrate_demo, "collect a calibration of the demo model while it is sampled")
     sub.add_argument("target", metavar="DST", help="the .safetensors file to write")
     sub.add_argument("--prompts", type=int, default=32, metavar="N", help="captions to sample (default: 32)")
+    sub.add_argument("--no-sensitivities", action="store_true", help="leave out what sizes need, half of the time")
+    sub.add_argument("--force", action="store_true", help="overwrite DST")
+
+    sub = command("merge-calibrations", _merge_calibrations, "make one calibration of several of one architecture")
+    sub.add_argument("sources", nargs="+", metavar="F", help="calibrations; each layer's count by the inputs they saw")
+    sub.add_argument("target", metavar="DST", help="the .safetensors file to write")
     sub.add_argument("--force", action="store_true", help="overwrite DST")
 
     sub = command("info", _info, "tell what an .nfq.safetensors file is")
@@ -102,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("compare", _compare, "measure how far an .nfq.safetensors file is from its original")
     sub.add_argument("original", metavar="ORIGINAL", help="the safetensors file that F was made from")
     sub.add_argument("file", metavar="F", help=CONTAINER)
+
+    add_report_command(command)
+    add_card_command(command)
 
     sub = command("dequantize", _dequantize, "turn an .nfq.safetensors file back into plain safetensors")
     sub.add_argument("file", metavar="F", help=CONTAINER)
@@ -117,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quantize(options: argparse.Namespace) -> int:
-    with _progress("quantising", options) as progress:
+    with progress_bar("quantising", options) as progress:
         result = convert.quantize_file(
             options.source, options.target, **conversion(options), overwrite=options.force, progress=progress
         )
@@ -125,7 +134,7 @@ def _quantize(options: argparse.Namespace) -> int:
 
 
 def _batch(options: argparse.Namespace) -> int:
-    with _progress("converting", options) as progress:
+    with progress_bar("converting", options) as progress:
         report = convert_folders(
             options.folders,
             options.out,
@@ -136,7 +145,7 @@ def _batch(options: argparse.Namespace) -> int:
             dry_run=options.dry_run,
             progress=progress,
         )
-    _show(options, report, "\n".join(batch_lines(report)))
+    show(options, report, "\n".join(batch_lines(report)))
     if report["stopped"]:
         raise NFQError(f"{report['stopped']}; the same command goes on where it stopped")
     failed = report["totals"]["failed"]
@@ -146,18 +155,18 @@ def _batch(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    with _progress("importing", options) as progress:
+    with progress_bar("importing", options) as progress:
         result = import_article(options.file, options.target, overwrite=options.force, progress=progress)
     return _show_conversion(options, result)
 
 
 def _dequantize(options: argparse.Namespace) -> int:
     dtype = OUTPUT_DTYPES[options.dtype] if options.dtype else None
-    with _progress("dequantising", options) as progress:
+    with progress_bar("dequantising", options) as progress:
         result = convert.dequantize_file(
             options.file, options.target, dtype, overwrite=options.force, progress=progress
         )
-    return _show(
+    return show(
         options,
         result,
         f"{options.target}: {result['tensors']} tensors, {result['file_bytes']:,} bytes, {result['seconds']:.1f} s",
@@ -166,20 +175,20 @@ def _dequantize(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     info = examine.file_info(options.file)
-    return _show(options, info, "\n".join(f"{name:14}{text}" for name, text in examine.info_lines(options.file, info)))
+    return show(options, info, "\n".join(f"{name:14}{text}" for name, text in examine.info_lines(options.file, info)))
 
 
 def _backends(options: argparse.Namespace) -> int:
     found = backends.available()
     facts = {device: {"backend": backend.name, "reason": backend.reason} for device, backend in found.items()}
     lines = [f"{device:<8} {backend.name:<7} {backend.reason}" for device, backend in found.items()]
-    return _show(options, facts, "\n".join(lines))
+    return show(options, facts, "\n".join(lines))
 
 
 def _verify(options: argparse.Namespace) -> int:
-    with _progress("verifying", options) as progress:
+    with progress_bar("verifying", options) as progress:
         result = examine.verify_file(options.file, progress=progress)
-    _show(options, result, f"{options.file}: all {result['tensors']} tensors are sound" if result["ok"] else "")
+    show(options, result, f"{options.file}: all {result['tensors']} tensors are sound" if result["ok"] else "")
     if not result["ok"]:
         more = len(result["errors"]) - 1
         raise NFQError(result["errors"][0] + (f" (and {more} more tensors, --json lists them)" if more else ""))
@@ -187,29 +196,29 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    with _progress("comparing", options) as progress:
+    with progress_bar("comparing", options) as progress:
         result = examine.compare_files(options.original, options.file, progress=progress)
     names = [printable(layer["name"], examine.MAX_LINE) for layer in result["layers"]]
     width = max(map(len, names), default=0)
     lines = [
-        f"{name:{width}}  {layer['format']:12}  {layer['bits_per_weight']:6.3f} bits  {_db(layer['sqnr_db'])}"
+        f"{name:{width}}  {layer['format']:12}  {layer['bits_per_weight']:6.3f} bits  {decibels(layer['sqnr_db'])}"
         for name, layer in zip(names, result["layers"], strict=True)
     ]
-    lines.append(f"mean over {len(result['layers'])} layers, by weights: {_db(result['sqnr_db'])}")
-    return _show(options, result, "\n".join(lines))
+    lines.append(f"mean over {len(result['layers'])} layers, by weights: {decibels(result['sqnr_db'])}")
+    return show(options, result, "\n".join(lines))
 
 
 def _demo(options: argparse.Namespace) -> int:
     from .demo.run import run_demo
 
-    with _progress("demo", options, "model") as progress:
+    with progress_bar("demo", options, "model") as progress:
         report = run_demo(options.out, overwrite=options.force, progress=progress)
     lines = ["levels  bits/weight  file bytes  SQNR dB  picture PSNR dB"]
     for row in report["levels"]:
         figures = f"{row['levels']:6}  {row['bits_per_weight']:11.3f}  {row['file_bytes']:10,}  {row['sqnr_db']:7.2f}"
-        lines.append(f"{figures}  {_db(row['psnr_db']):>15}")
+        lines.append(f"{figures}  {decibels(row['psnr_db']):>15}")
     lines.append(f"pictures: {report['comparison']}")
-    return _show(options, report, "\n".join(lines))
+    return show(options, report, "\n".join(lines))
 
 
 def _calibrate_demo(options: argparse.Namespace) -> int:
@@ -217,44 +226,38 @@ def _calibrate_demo(options: argparse.Namespace) -> int:
 
     if options.prompts < 1:
         raise NFQError(f"--prompts must be at least 1, got {options.prompts}")
-    with _progress("calibrating", options, "caption") as progress:
-        result = calibrate_demo(options.target, options.prompts, overwrite=options.force, progress=progress)
+    with progress_bar("calibrating", options, "caption") as progress:
+        result = calibrate_demo(
+            options.target,
+            options.prompts,
+            sensitivities=not options.no_sensitivities,
+            overwrite=options.force,
+            progress=progress,
+        )
     text = "{target}: {weights} weights, {prompts} captions, {file_bytes:,} bytes in {seconds:.1f} s".format(**result)
-    return _show(options, result, text)
+    return show(options, result, text)
+
+
+def _merge_calibrations(options: argparse.Namespace) -> int:
+    calibration, warnings = merge_calibrations([Calibration.load(path) for path in options.sources])
+    for warning in warnings:
+        log.warning("%s", warning)
+    result = {
+        "target": options.target,
+        "weights": len(calibration.inputs),
+        "prompts": calibration.prompts,
+        "file_bytes": calibration.save(options.target, overwrite=options.force),
+        "warnings": warnings,
+    }
+    prompts = "an unknown number of" if calibration.prompts is None else f"{calibration.prompts:,}"
+    text = f"{options.target}: {result['weights']} weights, {prompts} prompts, {result['file_bytes']:,} bytes"
+    return show(options, result, text)
 
 
 def _show_conversion(options: argparse.Namespace, result: dict) -> int:
-    return _show(
+    return show(
         options,
         result,
         f"{options.target}: {result['quantized']} tensors quantised, {result['kept']} kept, "
         f"{result['original_bytes']:,} → {result['file_bytes']:,} bytes in {result['seconds']:.1f} s",
     )
-
-
-def _show(options: argparse.Namespace, result: Any, text: str) -> int:
-    output = json.dumps(result, indent=2) if options.json else text
-    if output:
-        # Neither every terminal nor every file name is Unicode.
-        encoding = sys.stdout.encoding or "utf-8"
-        print(output.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    return 0
-
-
-def _db(ratio: float | None) -> str:
-    return "  equal" if ratio is None else f"{ratio:6.2f} dB"
-
-
-@contextmanager
-def _progress(title: str, options: argparse.Namespace, unit: str = "B") -> Iterator[Progress]:
-    """A progress callback that draws a bar on a terminal, and nothing elsewhere or with --json."""
-    hidden = True if options.json else None
-    bar = tqdm(desc=title, unit=unit, unit_scale=unit == "B", disable=hidden, leave=False)
-    with logging_redirect_tqdm(), bar:
-
-        def report(done: int, total: int, name: str) -> None:
-            bar.total = total
-            bar.set_postfix_str(printable(name[-40:]), refresh=False)
-            bar.update(done - bar.n)
-
-        yield report

@@ -14,7 +14,8 @@ from .search import BlockQuantizer, ScaleGrid, largest_magnitudes
 STORED_BITS = {32: 4.93, 24: 4.50, 16: 3.915, 12: 3.49, 7: 2.78}
 """Bits per code on disk, at each number of levels, that the codes of Gaussian weights do not exceed.
 
-Weights with lighter tails use all levels about equally often, which no entropy coder can shorten.
+Weights with lighter tails use all levels about equally often, which no entropy coder can shorten. 256 levels are for
+layers whose size matters least, and have no limit.
 """
 
 RATE_ROUNDS = 10
@@ -97,7 +98,7 @@ def fit_codebook(
     if not len(blocks):
         return Codebook(levels, torch.zeros_like(levels), torch.ones(fmt.levels, dtype=torch.int64), 0.0)
     book = _lloyd(blocks, largest, grid, levels, 0.0, effort.rounds, importance)
-    if not effort.limit_size:
+    if not effort.limit_size or fmt.levels not in STORED_BITS:
         return book
 
     def fits(candidate: Codebook) -> bool:

@@ -16,6 +16,10 @@ from torch.nn import functional
 from .calibration import Calibration, LayerInputs
 from .errors import NFQError
 from .feedback import SecondMoment, low_rank
+from .policy import DEFAULTS, plan_tensors
+from .safefile import DTYPE_NAMES
+from .sensitivity import PASSES, SensitivityProbe
+from .state import describe
 from .unet import UNKNOWN, detect, ldm_names
 
 RANK = 64
@@ -27,13 +31,19 @@ PATCHES_PER_CALL = 2048
 
 @contextmanager
 def collect(
-    model: nn.Module, names: Mapping[str, str] | None = None, *, hessians: bool = False, rank: int = RANK
+    model: nn.Module,
+    names: Mapping[str, str] | None = None,
+    *,
+    hessians: bool = False,
+    rank: int = RANK,
+    sensitivities: bool = False,
+    passes: int = PASSES,
 ) -> Iterator[Collector]:
     """Collect what the Linear and Conv2d layers of a model are fed while it is used inside the `with`.
 
     ::
 
-        with collect(pipeline.unet, hessians=True) as collected:
+        with collect(pipeline.unet, hessians=True, sensitivities=True) as collected:
             for prompt in prompts:
                 pipeline(prompt, num_inference_steps=20)
         collected.calibration(prompts=len(prompts), steps=20).save("sdxl.calibration.safetensors")
@@ -46,8 +56,13 @@ def collect(
             layout if a UNet of the family is recognised.
         hessians: whether second moments between columns are collected too, for error feedback.
         rank: rank to which they are reduced; those of up to twice as many columns stay whole.
+        sensitivities: whether it is measured too how much noise in each weight that would be quantised disturbs the
+            model's output, for sizes. The model then takes ``1 + passes`` times as long; it must do the same again when
+            it is called again, and hooks or wrappers that count its steps must stand around it, not within.
+        passes: how many layers are tried each time that the model is called, in turn; each of them should have its
+            turn a few times.
     """
-    collector = Collector(model, names, hessians, rank)
+    collector = Collector(model, names, hessians, rank, passes if sensitivities else 0)
     try:
         yield collector
     finally:
@@ -57,15 +72,20 @@ def collect(
 class Collector:
     """The sums of one `collect`; `calibration` makes the result of them."""
 
-    def __init__(self, model: nn.Module, names: Mapping[str, str] | None, hessians: bool, rank: int) -> None:
+    def __init__(
+        self, model: nn.Module, names: Mapping[str, str] | None, hessians: bool, rank: int, passes: int
+    ) -> None:
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
+        if passes < 0:
+            raise ValueError(f"passes must not be negative, got {passes}")
         layers = {
             name: module
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
         }
-        info = detect({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()})
+        tensors = model.state_dict()
+        info = detect({key: tuple(tensor.shape) for key, tensor in tensors.items()})
         self._architecture = info.name if info else UNKNOWN
         if names is None:
             own = {name: f"{name}.weight" for name in layers}
@@ -79,11 +99,23 @@ class Collector:
             for name, module in layers.items()
             if name in names
         ]
+        self._probe = None
+        if passes:
+            plans = plan_tensors(describe({key: t for key, t in tensors.items() if t.dtype in DTYPE_NAMES}), DEFAULTS)[
+                1
+            ]
+            quantized = {key for key, plan in plans.items() if plan.format}
+            tried = {
+                names[name]: layer for name, layer in layers.items() if name in names and f"{name}.weight" in quantized
+            }
+            self._probe = SensitivityProbe(model, tried, passes)
 
     def close(self) -> None:
         """Take the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
+        if self._probe:
+            self._probe.close()
 
     def calibration(self, *, prompts: int | None = None, steps: int | None = None) -> Calibration:
         """What was collected so far.
@@ -99,11 +131,13 @@ class Collector:
             raise NFQError("nothing was collected: sample with the model inside `with collect(model)`")
         results = {id(sums): sums.result() for sums in self._sums.values()}
         inputs = {name: results[id(sums)] for name, sums in self._sums.items()}
-        return Calibration(inputs, self._architecture, prompts, steps)
+        measured = self._probe.result() if self._probe else {}
+        sensitivities = {name: value for name, value in measured.items() if name in inputs}
+        return Calibration(inputs, self._architecture, prompts, steps, sensitivities=sensitivities)
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            if arguments and arguments[0].numel():
+            if arguments and arguments[0].numel() and not (self._probe and self._probe.busy):
                 self._add(name, _Kind.of(module), arguments[0])
 
         return hook

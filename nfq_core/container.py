@@ -174,6 +174,11 @@ class NFQFile(SafetensorsFile):
         """Original names of all tensors, the kept ones first."""
         return [*self.kept, *self.quantized]
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor by its original name, in the order of `keys`."""
+        kept = {key: self.entries[key].shape for key in self.kept}
+        return kept | {key: entry.shape for key, entry in self.quantized.items()}
+
     def stored_bytes(self, key: str) -> int:
         """Bytes that a tensor takes in the file, by its original name."""
         return self.entries[PREFIX + key if key in self.quantized else key].nbytes

@@ -69,8 +69,7 @@ def quantize_file(
         settings: formats and effort.
         device: where to quantise, such as "cuda"; by default the CPU.
         calibration: statistics of the layers' inputs; a weight that they do not cover is quantised without, with a
-            warning naming it. Trellis formats use none. Where one was used, the header records the name and hash of
-            its file.
+            warning naming it. Where one was used, the header records the name and hash of its file.
         overwrite: whether an existing target may be replaced.
         progress: see `Progress`.
 
@@ -122,12 +121,15 @@ def quantize_file(
             done += file.entries[key].nbytes
             progress(done, total, key)
 
+        sensitivities = None
+        if calibration and settings.has_target:
+            sensitivities = calibration.sensitivities_of({key: entry.shape for key, entry in file.entries.items()})
         size = SizeSearch(settings.target_bytes)
         while True:
             done, unfit = 0, []
-            info, plans = plan_tensors(file.entries, settings, packed_bytes=size.packed_bytes)
+            info, plans = plan_tensors(file.entries, settings, sensitivities, size.packed_bytes)
             inputs, uncalibrated = calibration.for_plans(info, plans) if calibration else ({}, [])
-            recorded = settings.as_dict() | (calibration.as_dict() if inputs else {})
+            recorded = settings.as_dict() | (calibration.as_dict() if inputs or sensitivities else {})
             facts = Facts.of(info, recorded, Source(source_name(source), file.file_bytes, NO_SHA256, metadata))
             with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
                 for key, frames, raw, reason in ordered_map(work, jobs(), size=lambda job: len(job[1])):

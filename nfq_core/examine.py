@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from .errors import CorruptFileError, NFQError, printable
 from .memory import refuse_beyond_memory
 from .parallel import Progress, no_progress, ordered_map
 from .safefile import SafetensorsFile
+from .unet import detect, ldm_names
 
 MAX_LINE = 500
 """Characters of a line about a file: what it says of itself may be megabytes long."""
@@ -148,7 +149,8 @@ def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progr
     """Measure how far a container's quantised weights are from the original's.
 
     Args:
-        original: the safetensors file it was made from, or any with the same names and shapes.
+        original: the safetensors file it was made from, or any with the same names and shapes; the UNet's names may be
+            those of another layout.
         path: the `.nfq.safetensors` file.
         progress: see `parallel.Progress`.
 
@@ -160,18 +162,19 @@ def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progr
         NFQError: a file is missing or unsound, or a quantised tensor has no counterpart of its shape in the original.
     """
     with SafetensorsFile(original) as before, NFQFile(path) as after:
+        names = _counterparts(before, after)
         for key, entry in after.quantized.items():
-            found = before.entries[key].shape if key in before.entries else None
+            found = before.entries[names[key]].shape if key in names else None
             if found != entry.shape:
                 raise NFQError(f"{before.path}: tensor {key!r} has shape {found}, {after.path} has {entry.shape}")
 
         refuse_beyond_memory(after, max((8 * entry.weights for entry in after.quantized.values()), default=0))
 
         def measure(key: str) -> float:
-            return sqnr_db(before.tensor(key), after.load(key).dequantize(torch.float32))
+            return sqnr_db(before.tensor(names[key]), after.load(key).dequantize(torch.float32))
 
         layers = []
-        done, total = 0, sum(before.entries[key].nbytes for key in after.quantized)
+        done, total = 0, sum(before.entries[names[key]].nbytes for key in after.quantized)
         results = ordered_map(measure, after.quantized, size=lambda key: 8 * after.quantized[key].weights)
         for (key, entry), ratio in zip(after.quantized.items(), results, strict=True):
             if math.isnan(ratio) or ratio == -math.inf:
@@ -184,9 +187,36 @@ def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progr
                     "sqnr_db": ratio if math.isfinite(ratio) else None,
                 }
             )
-            done += before.entries[key].nbytes
+            done += before.entries[names[key]].nbytes
             progress(done, total, key)
-        weights = [after.quantized[layer["name"]].weights for layer in layers if layer["sqnr_db"] is not None]
-        sums = [layer["sqnr_db"] for layer in layers if layer["sqnr_db"] is not None]
-        mean = sum(w * s for w, s in zip(weights, sums, strict=True)) / sum(weights) if weights else None
-        return {"sqnr_db": mean, "layers": layers}
+        return {
+            "sqnr_db": mean_sqnr_db((after.quantized[each["name"]].weights, each["sqnr_db"]) for each in layers),
+            "layers": layers,
+        }
+
+
+def mean_sqnr_db(layers: Iterable[tuple[int, float | None]]) -> float | None:
+    """Mean over layers, given by their numbers of weights and ratios in dB, weighted by the former.
+
+    Layers without a ratio do not count; None where there is no other.
+    """
+    known = [(weights, ratio) for weights, ratio in layers if ratio is not None]
+    total = sum(weights for weights, _ in known)
+    return sum(weights * ratio for weights, ratio in known) / total if total else None
+
+
+def _counterparts(before: SafetensorsFile, after: NFQFile) -> dict[str, str]:
+    """What the original calls each quantised tensor, as far as it has it: the same, or the UNet's in another layout."""
+    if any(key in before.entries for key in after.quantized):
+        return {key: key for key in after.quantized if key in before.entries}
+    ours, theirs = _ldm_names(after.shapes()), _ldm_names({key: entry.shape for key, entry in before.entries.items()})
+    known = {ldm: key for key, ldm in theirs.items()}
+    return {key: known[ldm] for key, ldm in ours.items() if ldm in known and key in after.quantized}
+
+
+def _ldm_names(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """LDM's names of a UNet's tensors; nothing where they are not known."""
+    info = detect(shapes)
+    if info is None or (info.layout == "diffusers" and info.architecture is None):
+        return {}
+    return ldm_names(info, shapes)

@@ -130,20 +130,30 @@ def _sections(fmt: BlockFormat, weights: int) -> Sections:
 
 
 LEVELS = (32, 24, 16, 12, 7)
+"""The article's numbers of levels."""
+
 _PACKING = {32: (16, 2, 1), 24: (6, 3, 2), 16: (16, 2, 0), 12: (6, 3, 1), 7: (4, 4, 1)}
 
-_TRELLISES = {2: (8, 4, 4, 0), 3: (8, 4, 4, 1), 4: (8, 16, 2, 0), 5: (9, 16, 2, 1)}
-"""Bits of a code: the window, and how codes are packed."""
+_TRELLIS_PACKING = {2: (4, 4, 0), 3: (4, 4, 1), 4: (16, 2, 0), 5: (16, 2, 1)}
+"""By the bits of a code."""
+
+_WINDOWS = {2: (8, 10), 3: (8, 10), 4: (8, 10), 5: (9, 10)}
+"""Bits of a trellis format's window, by those of a code."""
 
 FORMATS = {
     fmt.id: fmt
-    for prefix, scales in (("nf", Scales.LOGARITHMIC), ("article", Scales.ARTICLE))
-    for fmt in (BlockFormat(f"{prefix}{n}_b{BLOCK}", n, *_PACKING[n], scales) for n in LEVELS)
-} | {
-    fmt.id: fmt
     for fmt in (
-        BlockFormat(f"t{bits}w{window}_b{BLOCK}", 1 << window, *packing, Scales.LOGARITHMIC, window)
-        for bits, (window, *packing) in _TRELLISES.items()
+        *(
+            BlockFormat(f"{prefix}{n}_b{BLOCK}", n, *_PACKING[n], scales)
+            for prefix, scales in (("nf", Scales.LOGARITHMIC), ("article", Scales.ARTICLE))
+            for n in LEVELS
+        ),
+        BlockFormat(f"nf256_b{BLOCK}", 256, 256, 1, 0, Scales.LOGARITHMIC),
+        *(
+            BlockFormat(f"t{bits}w{window}_b{BLOCK}", 1 << window, *_TRELLIS_PACKING[bits], Scales.LOGARITHMIC, window)
+            for bits, windows in _WINDOWS.items()
+            for window in windows
+        ),
     )
 }
 

@@ -142,6 +142,9 @@ class _Buffers:
             _split(fine, 1 << fmt.fine_bits, fmt.fine_digits, first, blocks, self._fine)
         index = self._index[: blocks * BLOCK // 2]
         index.copy_(self._stream_pairs(blocks) if fmt.window else self._code_pairs(blocks))
+        if fmt.codes == 256:
+            # Two whole bytes: the upper half of their pairs are negative in 16 bits.
+            index.bitwise_and_(0xFFFF)
         values = torch.index_select(pairs, 0, index, out=self._pairs[: blocks * BLOCK // 2])
         return values.view(torch.float16).view(blocks, BLOCK)
 
@@ -193,6 +196,9 @@ def _split(plane: torch.Tensor, radix: int, digits: int, first: int, blocks: int
     groups = -(-blocks // digits)
     words = plane[first // digits : first // digits + groups].unsqueeze(1)
     rows = out[: groups * digits].view(groups, digits, -1)
+    if digits == 1:
+        rows.copy_(words)
+        return
     if radix != 6:
         bits = radix.bit_length() - 1
         torch.bitwise_right_shift(words, _shifts(bits, digits, plane.device), out=rows)

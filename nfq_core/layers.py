@@ -1,19 +1,22 @@
 """Linear and Conv2d layers of any PyTorch model with their weights packed, dequantised whenever the layer runs.
 
 A layer's packed buffer is its parameter `weight`, of uint8: moving, copying and saving a model take it along, and casts
-to another dtype leave it as it is.
+to another dtype leave it as it is. It has as many dimensions as the stock layer's weight, by which PEFT tells layers
+apart; all but the last are of size 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
 
 from .errors import NFQError
 from .formats import format_by_id
+from .int8 import int8_linear, obstacle, unfit
 from .low_rank import LowRank
 from .op import dequantize, dequantize_for_one_use
 from .tensor import NFTensor
@@ -29,20 +32,20 @@ class PackedLayer:
         self.format_id = tensor.format.id
         self.weight_shape = tuple(tensor.shape)
         self.weight_dtype = tensor.dtype
-        self.weight = nn.Parameter(tensor.data, requires_grad=False)
+        data = tensor.data.view(*[1] * (len(tensor.shape) - 1), -1)
+        self.weight = nn.Parameter(data, requires_grad=False)
         self.bias = bias
-        self.register_buffer("up", None, persistent=False)
-        self.register_buffer("down", None, persistent=False)
 
     @property
     def packed(self) -> NFTensor:
         """The packed weight, sharing its buffer."""
-        return NFTensor(self.weight.data, format_by_id(self.format_id), self.weight_shape, self.weight_dtype)
+        return NFTensor(self.weight.data.view(-1), format_by_id(self.format_id), self.weight_shape, self.weight_dtype)
 
     @property
     def low_rank(self) -> LowRank | None:
         """What is added to the weight, in the dtype and on the device of the layer's input; None: nothing."""
-        return None if self.up is None else LowRank(self.up, self.down)
+        up = getattr(self, "up", None)
+        return None if up is None else LowRank(up, self.down)
 
     @low_rank.setter
     def low_rank(self, change: LowRank | None) -> None:
@@ -52,26 +55,34 @@ class PackedLayer:
                 f"a low-rank change of {change.up.shape[0]} × {change.down.shape[1]} does not fit a weight of shape "
                 f"{self.weight_shape}, which is {rows} × {columns}"
             )
-        self.up, self.down = (None, None) if change is None else (change.up, change.down)
+        # Buffers without a tensor would be there for accelerate to move.
+        for name in ("up", "down"):
+            if change is not None:
+                self.register_buffer(name, getattr(change, name), persistent=False)
+            elif hasattr(self, name):
+                delattr(self, name)
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight in `dtype` with its low-rank changes, new."""
-        return self._changed(dequantize(self.weight, self.format_id, self.weight_shape, dtype))
+        return self._changed(dequantize(self.weight.view(-1), self.format_id, self.weight_shape, dtype))
 
     def _weight_now(self, dtype: torch.dtype) -> torch.Tensor:
         """`dense_weight`, which need not last beyond this layer's forward."""
-        return self._changed(dequantize_for_one_use(self.weight, self.format_id, self.weight_shape, dtype))
+        return self._changed(dequantize_for_one_use(self.weight.view(-1), self.format_id, self.weight_shape, dtype))
 
     def _changed(self, weight: torch.Tensor) -> torch.Tensor:
+        change = self._low_rank_for(weight)
+        return weight if change is None else change.add_to(weight)
+
+    def _low_rank_for(self, tensor: torch.Tensor) -> LowRank | None:
+        """`low_rank`; NFQError where it cannot be computed with `tensor`."""
         change = self.low_rank
-        if change is None:
-            return weight
-        if change.up.dtype != weight.dtype or change.up.device != weight.device:
+        if change is not None and (change.up.dtype != tensor.dtype or change.up.device != tensor.device):
             raise NFQError(
                 f"the low-rank change is {change.up.dtype} on {change.up.device}, the layer computes in "
-                f"{weight.dtype} on {weight.device}; make it anew for these"
+                f"{tensor.dtype} on {tensor.device}; make it anew for these"
             )
-        return change.add_to(weight)
+        return change
 
     def extra_repr(self) -> str:
         """The stock layer's, and the format."""
@@ -81,13 +92,24 @@ class PackedLayer:
 class PackedLinear(PackedLayer, nn.Linear):
     """`torch.nn.Linear` with a packed weight, in the place of `layer`, whose bias it takes over."""
 
+    int8 = False
+    """Whether the product is computed in int8 wherever `int8.unfit` allows it; see `int8_layers`."""
+
     def __init__(self, layer: nn.Linear, tensor: NFTensor) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self._hold(tensor, layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The product with the weight dequantised to the dtype of `x`."""
-        return nn.functional.linear(x, self._weight_now(x.dtype), self.bias)
+        """The product with the weight dequantised to the dtype of `x`, or in int8, where changes are not rounded."""
+        if not self.int8 or unfit(x, self.out_features):
+            return nn.functional.linear(x, self._weight_now(x.dtype), self.bias)
+        weight = dequantize_for_one_use(self.weight, self.format_id, self.weight_shape, torch.float32)
+        result, change = int8_linear(x, weight, self.bias), self._low_rank_for(x)
+        return result if change is None else result.add_(change.product(x))
+
+    def extra_repr(self) -> str:
+        """The stock layer's, the format, and whether it multiplies in int8."""
+        return f"{super().extra_repr()}{', int8' if self.int8 else ''}"
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """The stock layer with the weight in `dtype`, changes included."""
@@ -97,6 +119,15 @@ class PackedLinear(PackedLayer, nn.Linear):
 
 class PackedConv2d(PackedLayer, nn.Conv2d):
     """`torch.nn.Conv2d` with a packed weight, in the place of `layer`, whose bias it takes over."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> nn.Conv2d:
+        """A packed layer; a stock one where a stock layer's numbers are given.
+
+        PEFT makes a LoRA's two factors by calling the class of the convolution that they stand beside.
+        """
+        if args and isinstance(args[0], int):
+            return nn.Conv2d(*args, **kwargs)
+        return super().__new__(cls)
 
     def __init__(self, layer: nn.Conv2d, tensor: NFTensor) -> None:
         super().__init__(**_settings(layer))
@@ -174,6 +205,31 @@ def dense_layers(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
     """
     for path, layer in packed_layers(model).items():
         _put(model, path, layer.dense(dtype))
+
+
+def int8_layers(model: nn.Module, enabled: bool = True) -> None:
+    """Have a model's packed Linear layers multiply in int8 from now on, see `nfq_core.int8`, or no longer.
+
+    Weights stay packed, their int8 rows are made whenever a layer runs; low-rank changes and biases are added in
+    floating point. An input that cannot be multiplied so (`int8.unfit`) is multiplied in its own dtype as before.
+
+    Args:
+        model: its layers are switched, nothing else is changed.
+        enabled: False switches back.
+
+    Raises:
+        NFQError: there is no packed Linear layer, or one of them lies on a device that does not multiply in int8; the
+            model is as it was then.
+    """
+    layers = {name: layer for name, layer in packed_layers(model).items() if isinstance(layer, PackedLinear)}
+    if not layers:
+        raise NFQError("the model has no packed Linear layer; pack_layers makes them")
+    devices = {layer.weight.device: name for name, layer in layers.items() if enabled and not layer.weight.is_meta}
+    for device, name in devices.items():
+        if obstacle(device):
+            raise NFQError(f"layer {name!r} cannot multiply in int8 on {device}: {obstacle(device)}")
+    for layer in layers.values():
+        layer.int8 = enabled
 
 
 def _put(model: nn.Module, path: str, layer: nn.Module) -> None:

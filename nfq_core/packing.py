@@ -43,6 +43,8 @@ def _pack_plane(digits: torch.Tensor, radix: int, per_byte: int) -> torch.Tensor
 
 
 def _unpack_plane(plane: torch.Tensor, radix: int, per_byte: int) -> torch.Tensor:
+    if per_byte == 1:
+        return plane.view(-1, BLOCK)
     rest = plane.view(-1, 1, BLOCK)
     digits = []
     for _ in range(per_byte):

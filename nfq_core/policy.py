@@ -133,7 +133,7 @@ def plan_tensors(
     if settings.has_target:
         shapes = {key: plan.shape for key, plan in plans.items() if plan.format}
         budget = _budget(plans, settings) if packed_bytes is None else packed_bytes
-        for key, (fmt, sensitivity) in allocate(shapes, budget, sensitivities).items():
+        for key, (fmt, sensitivity) in allocate(shapes, budget, sensitivities, effort=settings.effort).items():
             plans[key] = replace(plans[key], format=fmt, sensitivity=sensitivity)
     return info, plans
 

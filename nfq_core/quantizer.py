@@ -14,6 +14,7 @@ from .formats import BLOCK, BlockFormat, nf_format, writable_format
 from .packing import pack_codes
 from .search import BlockQuantizer, ScaleGrid, largest_magnitudes
 from .tensor import QUANTIZABLE_DTYPES, NFTensor
+from .trellis_feedback import TURNS, code_with_feedback
 from .trellis_fit import TRELLIS_EFFORTS, TrellisQuantizer, fit_trellis
 
 CHUNK_BLOCKS = 12 * 1024
@@ -65,7 +66,7 @@ def quantize(
             the least error where inputs are strong. Without effect beside `hessian`, which does better alone, and on
             trellis formats.
         hessian: E[x xᵀ] of the inputs, floating of shape (columns, columns) for a weight seen as (rows, columns), or a
-            `SecondMoment`: codes are chosen with error feedback, see `feedback`. Without effect on trellis formats.
+            `SecondMoment`: codes are chosen with error feedback, see `feedback` and `trellis_feedback`.
 
     Returns:
         The packed weight; zero blocks come back as exact zeros.
@@ -96,7 +97,13 @@ def quantize(
         work = TRELLIS_EFFORTS[effort]
         trellis = fit_trellis(_sample(flat, work.sample_blocks)[0], fmt, work)
         quantizer = TrellisQuantizer(trellis, fmt, grid, flat.device, work.scale_steps)
-        fitted, parts = trellis.levels, (quantizer.encode(*chunk) for _, *chunk in _chunks(flat, largest))
+        fitted = trellis.levels
+        if moment is None:
+            parts = (quantizer.encode(*chunk) for _, *chunk in _chunks(flat, largest))
+        else:
+            matrix = flat.view(-1, len(moment.diagonal)).float()
+            found = code_with_feedback(matrix, moment, quantizer, fitted, grid.table, fmt, TURNS[effort])
+            parts = zip(*(tensor.split(chunk_blocks(flat.device)) for tensor in found), strict=True)
     else:
         columns = None
         if importance is not None and moment is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -137,6 +138,14 @@ class SafetensorsFile:
             piece = buffer[: min(COPY_BYTES, entry.end - start)]
             self._read_at(piece, self._data_start + start)
             yield piece
+
+    def sha256(self) -> str:
+        """SHA-256 of the whole file in hexadecimal, taken while it is read once more."""
+        digest = hashlib.sha256(self.raw_header)
+        for name in sorted(self.entries, key=lambda name: self.entries[name].start):
+            for piece in self.read_chunks(name):
+                digest.update(piece)
+        return digest.hexdigest()
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, in memory of its own.

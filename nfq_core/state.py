@@ -56,7 +56,7 @@ def quantize_state_dict(
         conv_format: likewise instead of `conv_levels`.
         device: where to work; by default where each tensor is.
         calibration: statistics of the layers' inputs; a weight that they do not cover is quantised without, with a
-            warning in the log naming it. Trellis formats use none.
+            warning in the log naming it.
 
     Returns:
         The same names, in the same order: an NFTensor for each quantised weight, the tensor itself for a kept one. A
@@ -97,7 +97,10 @@ def quantize_tensors(
     Returns:
         As `quantize_state_dict`; packed weights lie on the CPU when `device` is given.
     """
-    info, plans = plan_tensors(entries, settings)
+    sensitivities = None
+    if calibration and settings.has_target:
+        sensitivities = calibration.sensitivities_of({key: entry.shape for key, entry in entries.items()})
+    info, plans = plan_tensors(entries, settings, sensitivities)
     inputs, warnings = calibration.for_plans(info, plans) if calibration else ({}, [])
     for warning in warnings:
         log.warning("%s", warning)

@@ -20,8 +20,11 @@ LEAD_BITS = 96
 CACHED_BYTES = 512 * 1024
 """A CPU's chunk of blocks is such that the errors of one step take this: half a core's usual cache of its own."""
 
+KEPT_BYTES = 16 << 20
+"""What a CPU's errors of all steps may take: many chunks, for going back costs the same for one and for several."""
+
 DEVICE_BYTES = 256 << 20
-"""What all errors of a chunk may take on other devices."""
+"""What all errors of a batch of blocks may take on other devices."""
 
 
 class TrellisCoder:
@@ -40,11 +43,14 @@ class TrellisCoder:
         self._states = fmt.levels // fmt.codes
         # A number is, from the top, `code_bits` bits that leave the window next, then the state after it.
         self._by_next = self._levels.view(fmt.codes, self._states)
+        self._leaving = torch.arange(fmt.codes, dtype=torch.int32, device=device).view(-1, 1)
         self._shared_bits = fmt.window - 2 * fmt.code_bits
+        kept = 4 * (max(2 * self._lead, BLOCK) + 1) * self._states
         if device.type == "cpu":
             self.chunk = CACHED_BYTES // (4 * fmt.levels)
+            self.batch = -(-KEPT_BYTES // kept // self.chunk) * self.chunk
         else:
-            self.chunk = DEVICE_BYTES // (4 * (fmt.levels + (BLOCK + 1) * self._states))
+            self.chunk = self.batch = DEVICE_BYTES // (4 * fmt.levels + kept)
 
     def encode(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The codes of least squared error, nearly.
@@ -55,20 +61,21 @@ class TrellisCoder:
         Returns:
             The codes, uint8 of shape (blocks, 64), and each block's squared error, fp32 of shape (blocks,).
         """
-        parts = [self._encode(part) for part in values.split(self.chunk)]
+        parts = [self._encode(part) for part in values.split(self.batch)]
         return torch.cat([codes for codes, _ in parts]), torch.cat([errors for _, errors in parts])
 
     def _encode(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`encode` for one chunk: a search around the start finds the state there, then one goes from it back to it."""
+        """`encode` for one batch: a search around the start finds the state there, then one goes from it back to it."""
         steps = values.t().contiguous()
         around = torch.cat([steps[-self._lead :], steps[: self._lead]])
         errors = self._forward(around, torch.zeros_like(steps[:1]).expand(self._states, -1))
-        start = self._back(around, errors, errors[-1].argmin(dim=0), self._lead)
-        only_start = torch.full_like(errors[0], math.inf).scatter_(0, start.unsqueeze(0), 0.0)
+        last = errors[-1].argmin(dim=0).int()
+        start = self._back(around, errors, last, self._lead)
+        only_start = torch.full_like(errors[0], math.inf).scatter_(0, start.long().unsqueeze(0), 0.0)
         errors = self._forward(steps, only_start)
         codes = torch.empty(steps.shape, dtype=torch.uint8, device=steps.device)
         self._back(steps, errors, start, 0, codes)
-        return codes.t().contiguous(), errors[-1].gather(0, start.unsqueeze(0)).squeeze(0)
+        return codes.t().contiguous(), errors[-1].gather(0, start.long().unsqueeze(0)).squeeze(0)
 
     def _forward(self, steps: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         """The least error that leads to each state before and after each step, fp32 (steps + 1, states, blocks).
@@ -77,16 +84,18 @@ class TrellisCoder:
             steps: the values, fp32 of shape (steps, blocks).
             first: errors before the first step, fp32 of shape (states, blocks).
         """
-        blocks = steps.shape[1]
-        errors = torch.empty(len(steps) + 1, self._states, blocks, device=steps.device)
+        fmt = self._format
+        errors = torch.empty(len(steps) + 1, *first.shape, device=steps.device)
         errors[0] = first
-        added = torch.empty(self._format.levels, blocks, device=steps.device)
-        by_last = added.view(self._states, self._format.codes, blocks)
-        by_next = added.view(self._format.codes, self._states, blocks)
-        for step, values in enumerate(steps):
-            torch.sub(values, self._levels, out=added)
-            torch.addcmul(errors[step].unsqueeze(1), by_last, by_last, out=by_last)
-            torch.amin(by_next, dim=0, out=errors[step + 1])
+        parts = zip(steps.split(self.chunk, dim=1), errors.split(self.chunk, dim=2), strict=True)
+        for values_of, errors_of in parts:
+            added = torch.empty(fmt.levels, values_of.shape[1], device=steps.device)
+            by_last = added.view(self._states, fmt.codes, -1)
+            by_next = added.view(fmt.codes, self._states, -1)
+            for step, values in enumerate(values_of):
+                torch.sub(values, self._levels, out=added)
+                torch.addcmul(errors_of[step].unsqueeze(1), by_last, by_last, out=by_last)
+                torch.amin(by_next, dim=0, out=errors_of[step + 1])
         return errors
 
     def _back(
@@ -97,15 +106,19 @@ class TrellisCoder:
         stop: int,
         codes: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The state before step `stop` of the best way to a last state; its codes are written to `codes`.
+        """The state before step `stop` of the best way to a last state, int32; its codes are written to `codes`.
 
         The survivors are found again from the errors, along one way per block: cheaper than remembering all of them.
         """
         fmt = self._format
         for step in reversed(range(stop, len(steps))):
-            own = (steps[step] - self._by_next.index_select(1, state)).square_()
-            best = own.add_(self._before(errors[step], state)).min(dim=0).indices
-            number = best * self._states + state
+            own = steps[step] - self._by_next.index_select(1, state)
+            own = torch.addcmul(self._before(errors[step], state), own, own, out=own)
+            # Errors are not negative and so in the order of their bits, the last of which make room for the leaving
+            # code: the least of them then names it, several times faster than argmin would.
+            keyed = own.view(torch.int32).bitwise_and_(-fmt.codes).bitwise_or_(self._leaving)
+            best = keyed.amin(dim=0).bitwise_and_(fmt.codes - 1)
+            number = torch.add(state, best, alpha=self._states)
             if codes is not None:
                 codes[step] = number & (fmt.codes - 1)
             state = number >> fmt.code_bits
@@ -116,5 +129,5 @@ class TrellisCoder:
         codes = self._format.codes
         if self._shared_bits <= 0:
             return errors.repeat_interleave(1 << -self._shared_bits, dim=0) if self._shared_bits else errors
-        shared = (state >> self._format.code_bits).expand(codes, 1, -1)
+        shared = (state >> self._format.code_bits).long().expand(codes, 1, -1)
         return errors.view(codes, 1 << self._shared_bits, -1).gather(1, shared).squeeze(1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from .formats import SCALE_STEPS_PER_OCTAVE, TRELLIS_IDS, BlockFormat
+from .formats import BLOCK, SCALE_STEPS_PER_OCTAVE, TRELLIS_IDS, BlockFormat
 from .search import ScaleGrid, largest_magnitudes
 from .trellis import TrellisCoder
 
@@ -45,7 +45,7 @@ class TrellisEffort:
     scale_steps: tuple[int, ...]
 
 
-TRELLIS_EFFORTS = {"fast": TrellisEffort(1024, 3, (0,)), "best": TrellisEffort(4096, 10, (-2, 0, 2))}
+TRELLIS_EFFORTS = {"fast": TrellisEffort(2048, 3, (0,)), "best": TrellisEffort(4096, 10, (-2, 0, 2))}
 
 
 @dataclass(frozen=True)
@@ -90,21 +90,15 @@ class TrellisQuantizer:
         usual = usual_scales(blocks, self._ratio)
         octaves = usual.clamp_min(self._magnitudes[0]).log2() - self._grid.exponent
         middle = (octaves * (SCALE_STEPS_PER_OCTAVE / self._grid.stride)).round().to(torch.int32)
-        best_codes, best_scales, least = None, None, None
-        for sign in (1, -1):
-            for step in self._steps:
-                index = (middle + step).clamp_(0, len(self._magnitudes) - 1)
-                scales = self._magnitudes[index]
-                codes, errors = self._coder.encode(blocks / (sign * scales)[:, None])
-                errors *= scales.square()
-                scale_codes = (index + (1 if sign > 0 else 129)).to(torch.uint8)
-                if least is None:
-                    best_codes, best_scales, least = codes, scale_codes, errors
-                    continue
-                better = errors < least
-                best_codes = torch.where(better[:, None], codes, best_codes)
-                best_scales = torch.where(better, scale_codes, best_scales)
-                least = torch.minimum(errors, least)
+        indices = torch.stack([middle + step for step in self._steps]).clamp_(0, len(self._magnitudes) - 1)
+        scales = self._magnitudes[indices]
+        signed = torch.stack([scales, -scales]).flatten(0, 1)
+        names = torch.stack([indices + 1, indices + 129]).flatten(0, 1).to(torch.uint8)
+        # All of them at once: small tensors are a matter of calls.
+        codes, errors = self._coder.encode((blocks / signed[:, :, None]).view(-1, BLOCK))
+        best = (errors.view(signed.shape) * signed.square()).argmin(dim=0, keepdim=True)
+        best_scales = names.gather(0, best).squeeze(0)
+        best_codes = codes.view(*signed.shape, BLOCK).gather(0, best[:, :, None].expand(-1, -1, BLOCK)).squeeze(0)
         # As far below the smallest scale as this, zero is the nearest.
         return best_scales.masked_fill_(largest < self._magnitudes[0] / 8, 0), best_codes
 
@@ -137,8 +131,10 @@ def fit_trellis(blocks: torch.Tensor, fmt: BlockFormat, effort: TrellisEffort) -
         return start
     few = blocks[:: -(-len(blocks) // RATIO_BLOCKS)]
     ratios = [start.ratio * 2 ** (step / SCALE_STEPS_PER_OCTAVE) for step in RATIO_STEPS]
-    ratio = min(ratios, key=lambda ratio: _coded(few, Trellis(start.levels, ratio), fmt)[0])
-    return lloyd(blocks, Trellis(start.levels, ratio), fmt, effort.rounds, PRIOR_USES)[0]
+    scales = torch.stack([usual_scales(few, ratio) for ratio in ratios])
+    errors = TrellisCoder(start.levels, fmt, few.device).encode((few / scales[:, :, None]).view(-1, BLOCK))[1]
+    best = (errors.view(scales.shape) * scales.square()).sum(dim=1).argmin().item()
+    return lloyd(blocks, Trellis(start.levels, ratios[best]), fmt, effort.rounds, PRIOR_USES)[0]
 
 
 def lloyd(

@@ -14,6 +14,7 @@ from .unet_keys import (
     Shape,
     UNetArchitecture,
     diffusers_to_ldm,
+    ldm_to_diffusers,
     tensor_shapes,
 )
 
@@ -77,13 +78,16 @@ def ldm_names(info: UNetInfo, keys: Iterable[str]) -> dict[str, str]:
     Raises:
         ValueError: the keys are in diffusers' layout and the architecture is unknown, so that they cannot be renamed.
     """
-    stripped = {key: key[len(info.prefix) :] for key in keys if is_unet_key(info, key)}
-    if info.layout != "diffusers":
-        return stripped
-    if info.architecture is None:
-        raise ValueError("the diffusers names of an unknown architecture have no LDM names")
-    renamed = diffusers_to_ldm(info.architecture)
-    return {key: renamed[name] for key, name in stripped.items()}
+    return _in_layout(info, keys, "LDM")
+
+
+def diffusers_names(info: UNetInfo, keys: Iterable[str]) -> dict[str, str]:
+    """The name in diffusers' layout, without prefix, of each of `keys` that belongs to the UNet.
+
+    Raises:
+        ValueError: the keys are in LDM's layout and the architecture is unknown, so that they cannot be renamed.
+    """
+    return _in_layout(info, keys, "diffusers")
 
 
 def what_is_missing(info: UNetInfo, shapes: Mapping[str, Sequence[int]]) -> str:
@@ -111,25 +115,46 @@ class _Names(NamedTuple):
     last_convolution: str
     time_embedding: str
     added_embedding: str
+    guidance_embedding: str
     roots: frozenset[str]
+
+
+def _in_layout(info: UNetInfo, keys: Iterable[str], wanted: str) -> dict[str, str]:
+    """See `ldm_names` and `diffusers_names`."""
+    stripped = {key: key[len(info.prefix) :] for key in keys if is_unet_key(info, key)}
+    own = "diffusers" if info.layout == "diffusers" else "LDM"
+    if own == wanted:
+        return stripped
+    if info.architecture is None:
+        raise ValueError(f"the {own} names of an unknown architecture have no {wanted} names")
+    renamed = (diffusers_to_ldm if wanted == "LDM" else ldm_to_diffusers)(info.architecture)
+    return {key: renamed[name] for key, name in stripped.items()}
 
 
 def _root(key: str) -> str:
     return key.partition(".")[0]
 
 
-def _layout_names(layout: Layout, first: str, last: str, time_embedding: str, added_embedding: str) -> _Names:
+def _layout_names(layout: Layout, *names: str) -> _Names:
     roots = frozenset(_root(key) for known in KNOWN_ARCHITECTURES for key in tensor_shapes(known, layout))
-    return _Names(layout, first, last, time_embedding, added_embedding, roots)
+    return _Names(layout, *names, roots)
 
 
-_LDM = _layout_names("ldm", "input_blocks.0.0.weight", "out.2.weight", "time_embed.0.weight", "label_emb.0.0.weight")
+_LDM = _layout_names(
+    "ldm",
+    "input_blocks.0.0.weight",
+    "out.2.weight",
+    "time_embed.0.weight",
+    "label_emb.0.0.weight",
+    "time_embed.cond_proj.weight",
+)
 _DIFFUSERS = _layout_names(
     "diffusers",
     "conv_in.weight",
     "conv_out.weight",
     "time_embedding.linear_1.weight",
     "add_embedding.linear_1.weight",
+    "time_embedding.cond_proj.weight",
 )
 
 
@@ -174,10 +199,13 @@ def _infer(unet: Mapping[str, Shape], names: _Names) -> UNetArchitecture | None:
         added_width=size(names.added_embedding, 1),
         in_channels=size(names.first_convolution, 1),
         out_channels=size(names.last_convolution, 0),
+        guidance_width=size(names.guidance_embedding, 1),
     )
     if tensor_shapes(inferred, names.layout) != unet:
         return None
-    return next((known for known in KNOWN_ARCHITECTURES if replace(known, name=UNKNOWN) == inferred), inferred)
+    plain = replace(inferred, guidance_width=0)
+    name = next((known.name for known in KNOWN_ARCHITECTURES if replace(known, name=UNKNOWN) == plain), UNKNOWN)
+    return replace(inferred, name=name)
 
 
 class _Block(NamedTuple):

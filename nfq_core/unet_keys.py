@@ -41,6 +41,8 @@ class UNetArchitecture:
     """Width of the pooled text and picture size that are added to the time embedding."""
     in_channels: int = 4
     out_channels: int = 4
+    guidance_width: int = 0
+    """Width of the guidance scale's embedding, which LCM UNets add to the time embedding; 0: it has none."""
 
 
 SDXL_BASE = UNetArchitecture(
@@ -153,6 +155,8 @@ def _walk(architecture: UNetArchitecture) -> Iterator[UNetTensor]:
     ):
         yield from _layer(f"{ldm}.0", f"{diffusers}.linear_1", (time_width, width))
         yield from _layer(f"{ldm}.2", f"{diffusers}.linear_2", (time_width, time_width))
+    if arch.guidance_width:
+        yield from _layer("time_embed.cond_proj", "time_embedding.cond_proj", (finest, arch.guidance_width), bias=False)
 
     yield from _layer("input_blocks.0.0", "conv_in", (finest, arch.in_channels, 3, 3))
     width, skips, n = finest, [finest], 1

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import secrets
 from typing import Any
 
 import comfy.model_management
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from ..nfq_core import NFQError, NFQFile, Settings
+from ..nfq_core import Settings
 from ..nfq_core.allocation import PRESETS
 from ..nfq_core.formats import LEVELS
 from ..nfq_core.memory import MODES
-from . import bake, compare, host, load, report, save
+from . import bake, host, load, report, save
+from .measuring import NFCompare, NFInspect, NFQualityReport
 from .recipe import missing_file, origin_in_graph
-
-CATEGORY = "NFQ"
-
-COMPARED = 8
-"""The most that NFCompare takes."""
-
-NOTHING = "(none)"
-"""The choice of no file."""
+from .schema import schema
 
 NO_PRESET = "none"
 """The choice of levels instead of a preset."""
-
-
-def _schema(*, search_aliases: list[str], **arguments: Any) -> io.Schema:
-    """A node's schema; hosts before 0.22 know no search aliases, and do not repeat what a cached node showed."""
-    newer = {"search_aliases": search_aliases, "has_intermediate_output": True}
-    known = {name: value for name, value in newer.items() if name in io.Schema.__dataclass_fields__}
-    return io.Schema(category=CATEGORY, **known, **arguments)
 
 
 def _file_input(name: str, folder: str) -> io.Combo.Input:
@@ -71,7 +56,7 @@ class NFQuantizedUNetLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """The node's inputs and outputs."""
-        return _schema(
+        return schema(
             node_id="NFQuantizedUNetLoader",
             search_aliases=[
                 "nfq loader",
@@ -109,7 +94,7 @@ class NFQuantizedCheckpointLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """The node's inputs and outputs."""
-        return _schema(
+        return schema(
             node_id="NFQuantizedCheckpointLoader",
             search_aliases=["nfq checkpoint", "load quantized checkpoint", "low vram checkpoint"],
             display_name="Load NFQ Checkpoint",
@@ -141,7 +126,7 @@ class NFQuantizeUNet(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         """The node's inputs and outputs."""
         levels = sorted(LEVELS, reverse=True)
-        return _schema(
+        return schema(
             node_id="NFQuantizeUNet",
             search_aliases=["quantise", "quantize model", "compress unet", "normalfloat", "nf4", "shrink sdxl"],
             display_name="NFQ Quantize UNet",
@@ -188,7 +173,7 @@ class NFQuantizeUNet(io.ComfyNode):
                     options=[NO_PRESET, *PRESETS],
                     default=NO_PRESET,
                     optional=True,
-                    tooltip="A size instead of levels, from best to tiny: each layer gets a trellis format of 2 to 5 "
+                    tooltip="A size instead of levels, from best to tiny: each layer gets a format of 2 to 5 or 8 "
                     "bits by how sensitive it is. Closer to the original at the same size, but takes far longer.",
                 ),
             ],
@@ -221,7 +206,7 @@ class NFSaveCheckpoint(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """The node's inputs and outputs."""
-        return _schema(
+        return schema(
             node_id="NFSaveCheckpoint",
             search_aliases=["save nfq", "save quantized model", "export nfq"],
             display_name="Save NFQ Checkpoint",
@@ -261,125 +246,6 @@ class NFSaveCheckpoint(io.ComfyNode):
         return io.NodeOutput(ui={"text": (f"saved {host.output_name(path)}",)})
 
 
-class NFInspect(io.ComfyNode):
-    """What a MODEL or a file is."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        """The node's inputs and outputs."""
-        names = [f"{folder}/{name}" for folder in (host.UNETS, host.CHECKPOINTS) for name in host.file_names(folder)]
-        return _schema(
-            node_id="NFInspect",
-            search_aliases=["nfq info", "bits per weight", "model size", "quantisation error"],
-            display_name="NFQ Inspect",
-            description="Tells bits per weight, size, and each layer's format and error, of a MODEL or of a file.",
-            inputs=[
-                io.Model.Input("model", optional=True, tooltip="A quantised MODEL."),
-                io.Model.Input(
-                    "original", optional=True, tooltip="The MODEL before it was quantised, to measure errors against."
-                ),
-                io.Combo.Input(
-                    "file_name",
-                    options=[NOTHING, *names],
-                    default=NOTHING,
-                    optional=True,
-                    tooltip="A file to read the header of, where no MODEL is connected.",
-                ),
-            ],
-            outputs=[io.String.Output("report", display_name="report"), io.String.Output("json", display_name="json")],
-            is_output_node=True,
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls, file_name: str = NOTHING, **_: Any) -> str:
-        """A file that changed on disk is read again."""
-        folder, _, name = (file_name or "").partition("/")
-        return host.fingerprint(folder, name) if folder in (host.UNETS, host.CHECKPOINTS) else ""
-
-    @classmethod
-    def execute(cls, model: Any = None, original: Any = None, file_name: str = NOTHING) -> io.NodeOutput:
-        """Describe."""
-        if model is not None:
-            facts = report.model_facts(model, original)
-        elif file_name != NOTHING:
-            folder, _, name = file_name.partition("/")
-            with NFQFile(host.file_path(folder, name)) as file:
-                facts = report.file_facts(file, name)
-        else:
-            raise NFQError("connect a MODEL to NFInspect, or choose a file")
-        text = report.as_text(facts)
-        return io.NodeOutput(text, json.dumps(facts), ui={"text": (text,), "nfq": (facts,)})
-
-
-class NFCompare(io.ComfyNode):
-    """Images or latents side by side, with PSNR and SSIM against the first."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        """The node's inputs and outputs."""
-        kinds = [io.Image, io.Latent]
-        others = [
-            io.MultiType.Input(
-                f"image_{number}",
-                types=kinds,
-                optional=number > 2,
-                tooltip="An image or a latent of the same size, sampled with the same seed.",
-            )
-            for number in range(2, COMPARED + 1)
-        ]
-        return _schema(
-            node_id="NFCompare",
-            search_aliases=["psnr", "ssim", "compare images", "side by side", "image difference", "xy plot"],
-            display_name="NFQ Compare",
-            description="Shows images or latents side by side, with PSNR and SSIM of each against the first.",
-            inputs=[
-                io.MultiType.Input(
-                    "image_1", types=kinds, tooltip="The reference, such as what the fp16 model draws: image or latent."
-                ),
-                *others,
-                io.Vae.Input("vae", optional=True, tooltip="Decodes latents, so that pictures are compared."),
-                io.String.Input(
-                    "labels",
-                    default="fp16\n16 levels",
-                    multiline=True,
-                    optional=True,
-                    tooltip="A label on each line, in the order of the inputs.",
-                ),
-                io.Int.Input(
-                    "side",
-                    default=512,
-                    min=64,
-                    max=2048,
-                    step=64,
-                    optional=True,
-                    tooltip="The longer side that each picture gets on the sheet, in pixels.",
-                ),
-            ],
-            outputs=[io.Image.Output("sheet", display_name="sheet"), io.String.Output("report", display_name="report")],
-            is_output_node=True,
-        )
-
-    @classmethod
-    def execute(cls, image_1: Any, vae: Any = None, labels: str = "", side: int = 512, **others: Any) -> io.NodeOutput:
-        """Compare."""
-        numbered = (f"image_{number}" for number in range(2, COMPARED + 1))
-        inputs = {"image_1": image_1} | {name: others[name] for name in numbered if others.get(name) is not None}
-        compared = compare.compare(inputs, labels, vae)
-        # As the host's own previews: a page that is still open must not find another picture under an old name.
-        prefix = f"nfq-compare-{secrets.token_hex(4)}"
-        shown = [
-            {
-                "label": one.label,
-                "psnr_db": one.psnr_db,
-                "ssim": one.ssim,
-                "pictures": ui.ImageSaveHelper.save_images(one.pictures, prefix, io.FolderType.temp, None, 1),
-            }
-            for one in compared
-        ]
-        text = compare.as_text(compared)
-        return io.NodeOutput(compare.sheet(compared, side), text, ui={"text": (text,), "nfq_compare": shown})
-
-
 NODES = [
     NFQuantizedUNetLoader,
     NFQuantizeUNet,
@@ -387,4 +253,5 @@ NODES = [
     NFQuantizedCheckpointLoader,
     NFInspect,
     NFCompare,
+    NFQualityReport,
 ]

@@ -60,9 +60,30 @@ def file_names(folder: str) -> list[str]:
     return [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(SUFFIX)]
 
 
+def original_names(folder: str) -> list[str]:
+    """The names of the safetensors files in one of the host's folders that are not ours."""
+    names = folder_paths.get_filename_list(folder)
+    return [name for name in names if name.lower().endswith(".safetensors") and not name.lower().endswith(SUFFIX)]
+
+
+def names_with_folder(names: Callable[[str], list[str]]) -> list[str]:
+    """What `names` gives for the folders of UNets and of checkpoints, each behind its folder and a slash."""
+    return [f"{folder}/{name}" for folder in (UNETS, CHECKPOINTS) for name in names(folder)]
+
+
+def parted(name: object) -> tuple[str, object]:
+    """One of `names_with_folder` as its folder and its name in there."""
+    folder, _, rest = name.partition("/") if isinstance(name, str) else ("", "", name)
+    return (folder, rest) if folder in (UNETS, CHECKPOINTS) else (UNETS, name)
+
+
 def listed_name(folder: str, name: str) -> str | None:
     """One of `file_names`, given with slashes of either kind; None where there is no such file."""
-    return next((known for known in file_names(folder) if _slashes(known) == _slashes(name)), None)
+    return _among(file_names(folder), name)
+
+
+def _among(names: list[str], name: str) -> str | None:
+    return next((known for known in names if _slashes(known) == _slashes(name)), None)
 
 
 def _slashes(name: str) -> str:
@@ -75,10 +96,23 @@ def file_path(folder: str, name: str) -> str:
     Raises:
         NFQError: there is none of this name, or it is not one of ours.
     """
-    known = listed_name(folder, name)
+    return _path(folder, name, file_names(folder), SUFFIX)
+
+
+def original_path(folder: str, name: str) -> str:
+    """The path of one of `original_names`.
+
+    Raises:
+        NFQError: there is none of this name.
+    """
+    return _path(folder, name, original_names(folder), ".safetensors")
+
+
+def _path(folder: str, name: str, names: list[str], kind: str) -> str:
+    known = _among(names, name)
     path = folder_paths.get_full_path(folder, known) if known else None
     if path is None:
-        raise NFQError(f"{name!r} is no {SUFFIX} file in models/{folder}; put it there, or choose another")
+        raise NFQError(f"{name!r} is no {kind} file in models/{folder}; put it there, or choose another")
     return path
 
 
@@ -90,7 +124,7 @@ def output_name(path: str) -> str:
 
 def fingerprint(folder: str, name: object) -> str:
     """Changes when the file does; empty for a file that is not there, or whose name another node will give."""
-    known = listed_name(folder, name) if isinstance(name, str) else None
+    known = _among([*file_names(folder), *original_names(folder)], name) if isinstance(name, str) else None
     path = folder_paths.get_full_path(folder, known) if known else None
     if path is None:
         return ""

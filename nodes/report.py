@@ -12,7 +12,7 @@ import torch
 
 from ..nfq_core import NFQError, NFQFile
 from ..nfq_core.errors import printable
-from ..nfq_core.examine import container_info, sqnr_db
+from ..nfq_core.examine import container_info, mean_sqnr_db, sqnr_db
 from ..nfq_core.formats import format_by_id
 from .bake import UNET
 from .host import finite, made
@@ -95,15 +95,9 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
         "packed_bits_per_weight": packed_bytes * 8 / weights if weights else 0.0,
         "model_bytes": model.model_size(),
         "fp16_bytes": model.model_size() - packed_bytes + 2 * weights,
-        "sqnr_db": _mean_sqnr(layers),
+        "sqnr_db": mean_sqnr_db((math.prod(layer["shape"]), layer["sqnr_db"]) for layer in layers),
         "layers": layers,
     }
-
-
-def _mean_sqnr(layers: list[dict[str, Any]]) -> float | None:
-    """Weight-count mean over the layers whose error is known, in dB."""
-    known = [(math.prod(layer["shape"]), layer["sqnr_db"]) for layer in layers if layer["sqnr_db"] is not None]
-    return sum(weights * sqnr for weights, sqnr in known) / sum(weights for weights, _ in known) if known else None
 
 
 def as_text(facts: Mapping[str, Any]) -> str:

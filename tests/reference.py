@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-GEOMETRY = {32: (16, 2, 1), 24: (6, 3, 2), 16: (16, 2, 0), 12: (6, 3, 1), 7: (4, 4, 1)}
+GEOMETRY = {32: (16, 2, 1), 24: (6, 3, 2), 16: (16, 2, 0), 12: (6, 3, 1), 7: (4, 4, 1), 256: (256, 1, 0)}
 """Levels: radix of a coarse digit, coarse digits per byte, fine bits."""
 
 TRELLIS_GEOMETRY = {2: (4, 4, 0), 3: (4, 4, 1), 4: (16, 2, 0), 5: (16, 2, 1)}
 """Bits of a trellis format's code: the same."""
 
-TRELLIS_IDS = ["t2w8_b64", "t3w8_b64", "t4w8_b64", "t5w9_b64"]
-FORMAT_IDS = [f"{prefix}{levels}_b64" for prefix in ("nf", "article") for levels in GEOMETRY] + TRELLIS_IDS
+ARTICLE_IDS = [f"article{levels}_b64" for levels in GEOMETRY if levels != 256]
+NF_IDS = [f"nf{levels}_b64" for levels in GEOMETRY]
+TRELLIS_IDS = [f"t{bits}w{window}_b64" for bits in TRELLIS_GEOMETRY for window in (8 if bits < 5 else 9, 10)]
+FORMAT_IDS = NF_IDS[:-1] + ARTICLE_IDS + NF_IDS[-1:] + TRELLIS_IDS
 
 
 def parse(format_id: str) -> tuple[bool, int]:

@@ -45,6 +45,13 @@ class _Schema(SimpleNamespace):
     __dataclass_fields__: ClassVar = {"search_aliases": None}
 
 
+class _NodeOutput:
+    """`io.NodeOutput`: what a node gives to others, and to the page."""
+
+    def __init__(self, *result: Any, ui: Any = None) -> None:
+        self.result, self.ui = result, ui
+
+
 class _Casting:
     """`comfy.ops.manual_cast`."""
 
@@ -71,7 +78,9 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
     """Put the stub's modules in place of the host's; `models` holds its model folders."""
     names = ("Boolean", "Clip", "Combo", "Image", "Int", "Latent", "Model", "MultiType", "String", "Vae")
     kinds = {name: _Kind for name in names}
-    schema = SimpleNamespace(**kinds, Hidden=MagicMock(), Schema=_Schema, ComfyNode=object)
+    schema = SimpleNamespace(
+        **kinds, Hidden=MagicMock(), FolderType=MagicMock(), Schema=_Schema, ComfyNode=object, NodeOutput=_NodeOutput
+    )
 
     def file_names(folder: str) -> list[str]:
         return sorted(path.relative_to(models / folder).as_posix() for path in (models / folder).rglob("*.safetensors"))

@@ -8,12 +8,24 @@ import random
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from nfq_core import NFQError
-from nfq_core.allocation import EXPECTED_SQNR_DB, MAX_TRIES, PRESETS, SizeSearch, allocate, expected_sensitivity
+from nfq_core.allocation import (
+    EXPECTED_SQNR_DB,
+    MAX_TRIES,
+    PRESETS,
+    SizeSearch,
+    allocate,
+    expected_noise,
+    expected_sensitivity,
+    menu,
+    worthwhile,
+)
 from nfq_core.cli import main
+from nfq_core.codebook import EFFORTS
 from nfq_core.convert import quantize_file
 from nfq_core.examine import file_info
 from nfq_core.formats import FORMATS
@@ -22,8 +34,8 @@ from nfq_core.safefile import Entry
 from nfq_core.unet_keys import SDXL_BASE, tensor_shapes
 from nfq_core.writer import Plan
 
-MENU = [FORMATS[id] for id in EXPECTED_SQNR_DB]
-NOISE = [10 ** (-decibels / 10) for decibels in EXPECTED_SQNR_DB.values()]
+MENU = [FORMATS[id] for id in ("t2w8_b64", "t3w8_b64", "t4w8_b64", "t5w9_b64", "nf256_b64")]
+NOISE = [10 ** (-EXPECTED_SQNR_DB[fmt.id] / 10) for fmt in MENU]
 
 
 def packed(chosen: dict, shapes: dict) -> int:
@@ -31,14 +43,40 @@ def packed(chosen: dict, shapes: dict) -> int:
 
 
 def noise(chosen: dict, sensitivities: dict) -> float:
-    return sum(sensitivities[name] * NOISE[MENU.index(fmt)] for name, (fmt, _) in chosen.items())
+    return sum(sensitivities[name] * 10 ** (-EXPECTED_SQNR_DB[fmt.id] / 10) for name, (fmt, _) in chosen.items())
 
 
-def test_the_menu_is_convex() -> None:
-    """Each further bit gains less than the one before: only then is going by gains the best that can be done."""
-    sizes = [fmt.packed_bytes(1 << 20) for fmt in MENU]
-    gains = [(NOISE[i] - NOISE[i + 1]) / (sizes[i + 1] - sizes[i]) for i in range(len(MENU) - 1)]
-    assert sizes == sorted(sizes) and gains == sorted(gains, reverse=True)
+def test_wide_windows_are_for_the_patient() -> None:
+    assert menu("fast") == MENU
+    assert [fmt.id for fmt in menu("best")] == list(EXPECTED_SQNR_DB)
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("weights", [4096, 1 << 14, 1 << 17, 1 << 20, 1 << 24])
+def test_what_is_worthwhile_is_convex(effort: str, weights: int) -> None:
+    """Each further byte gains less than the one before, and no format lies below the line that they form."""
+    found = worthwhile(weights, menu(effort))
+    points = [(fmt.packed_bytes(weights), expected_noise(fmt)) for fmt in found]
+    gains = [(a[1] - b[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(points)]
+    assert gains == sorted(gains, reverse=True) and gains[-1] > 0
+    sizes, levels = zip(*points, strict=True)
+    for fmt in menu(effort):
+        assert expected_noise(fmt) >= np.interp(fmt.packed_bytes(weights), sizes, levels) * (1 - 1e-12)
+
+
+def test_small_layers_get_narrow_windows() -> None:
+    """1,024 levels take 12,288 bits more than 256: 3 for each weight of a small layer, next to none of a large one."""
+    small, large = ([fmt.window for fmt in worthwhile(weights, menu("best"))] for weights in (4096, 1 << 24))
+    assert 10 not in small
+    # The smallest of all stays the first.
+    assert large == [8, 10, 10, 10, 10, 0]
+
+
+def test_best_gets_wide_windows_for_the_same_bytes() -> None:
+    shapes = {"a": (2048, 2048), "b": (2048, 2048)}
+    budget = int(3.85 / 8 * 2 * 2048 * 2048)
+    assert [fmt.id for fmt, _ in allocate(shapes, budget).values()] == ["t4w8_b64", "t3w8_b64"]
+    assert [fmt.id for fmt, _ in allocate(shapes, budget, effort="best").values()] == ["t4w10_b64", "t3w10_b64"]
 
 
 def test_the_sensitive_layer_gets_the_bits() -> None:
@@ -50,19 +88,23 @@ def test_the_sensitive_layer_gets_the_bits() -> None:
     assert chosen["keen"][1] == 1.998 and chosen["dull"][1] == 0.001998
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_no_other_choice_of_that_size_has_less_noise(seed: int) -> None:
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("seed", range(10))
+def test_no_other_choice_of_that_size_has_less_noise(seed: int, effort: str) -> None:
     """Against all choices: what going by gains leaves over is less than one step of the largest layer."""
+    formats = menu(effort)
     draw = random.Random(seed)
-    shapes = {f"layer{number}": (64, draw.choice([64, 128, 640])) for number in range(5)}
+    shapes = {f"layer{number}": (64, draw.choice([64, 128, 640, 6400])) for number in range(4)}
     sensitivities = {name: draw.lognormvariate(0, 2) for name in shapes}
     least, most = (sum(fmt.packed_bytes(prod(shape)) for shape in shapes.values()) for fmt in (MENU[0], MENU[-1]))
     budget = draw.randint(least, most)
-    found = allocate(shapes, budget, sensitivities)
+    found = allocate(shapes, budget, sensitivities, effort=effort)
     assert packed(found, shapes) <= budget
-    step = max(MENU[n + 1].packed_bytes(64 * 640) - MENU[n].packed_bytes(64 * 640) for n in range(3))
-    for numbers in itertools.product(range(4), repeat=5):
-        other = {name: (MENU[number], 0.0) for name, number in zip(shapes, numbers, strict=True)}
+    largest = max(map(prod, shapes.values()))
+    sizes = [fmt.packed_bytes(largest) for fmt in worthwhile(largest, formats)]
+    step = max(larger - smaller for smaller, larger in itertools.pairwise(sizes))
+    for choice in itertools.product(formats, repeat=len(shapes)):
+        other = {name: (fmt, 0.0) for name, fmt in zip(shapes, choice, strict=True)}
         if packed(other, shapes) <= budget - step:
             assert noise(found, sensitivities) <= noise(other, sensitivities) * (1 + 1e-9)
 
@@ -70,7 +112,7 @@ def test_no_other_choice_of_that_size_has_less_noise(seed: int) -> None:
 def test_the_order_of_the_tensors_does_not_matter() -> None:
     shapes = {f"layer{number}": (64, 64) for number in range(9)}
     backwards = dict(reversed(shapes.items()))
-    budget = sum(fmt.packed_bytes(64 * 64) for fmt in MENU) * 9 // 4
+    budget = sum(fmt.packed_bytes(64 * 64) for fmt in MENU[:4]) * 9 // 4
     assert allocate(shapes, budget) == allocate(backwards, budget)
 
 
@@ -99,6 +141,19 @@ def test_what_was_not_measured_counts_as_its_role_does() -> None:
 def test_too_small_a_size_is_told() -> None:
     with pytest.raises(NFQError, match=r"need at least [\d,]+ bytes, 10 are left for them; ask for more"):
         allocate({"a": (64, 64)}, 10)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_impossible_sensitivities_are_told(value: float) -> None:
+    with pytest.raises(NFQError, match=r"the sensitivity of 'a' is .*; it must be a number from 0 up"):
+        allocate({"a": (64, 64)}, 10**6, {"a": value})
+
+
+def test_layers_that_change_nothing_get_the_least() -> None:
+    shapes = dict.fromkeys("abc", (64, 64))
+    budget = 2 * MENU[0].packed_bytes(64 * 64) + MENU[3].packed_bytes(64 * 64)
+    found = allocate(shapes, budget, {"a": 0.0, "b": 5.0, "c": 0.0})
+    assert [fmt for fmt, _ in found.values()] == [MENU[0], MENU[3], MENU[0]]
 
 
 def search(*sizes: int) -> SizeSearch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -19,7 +20,11 @@ from nfq_core import Calibration, NFQFile, collect, convert, quantize
 from nfq_core.calibration import CALIBRATION_KEY, LayerInputs
 from nfq_core.convert import quantize_file
 from nfq_core.errors import CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError
+from nfq_core.examine import file_info
+from nfq_core.feedback import share_left
+from nfq_core.formats import FORMATS
 from nfq_core.policy import Settings, plan_tensors
+from nfq_core.state import describe, quantize_tensors
 from nfq_core.unet import detect
 from nfq_core.unet_keys import SDXL_BASE, SSD_1B, tensor_shapes
 
@@ -236,35 +241,98 @@ def test_without_hessians_importance_is_used():
     assert torch.equal(result["q.weight"].data, wanted.data)
 
 
-TRELLIS_WARNING = "the calibration has no effect on 4 weights: trellis formats do not use it yet"
-
-
-def test_trellis_formats_use_none(saved, model_file, tmp_path):
-    settings = Settings(format="t2w8_b64", conv_format="t3w8_b64")
-    results = [
-        quantize_file(model_file, tmp_path / name, settings, calibration=calibration)
-        for name, calibration in (("with", Calibration.load(saved)), ("without", None))
-    ]
-    assert results[0]["warnings"] == [TRELLIS_WARNING.replace("4", "5")]
-    # The header does not claim what was not used.
-    assert (tmp_path / "with").read_bytes() == (tmp_path / "without").read_bytes()
-
-
-def test_a_calibration_of_some_formats_is_recorded(saved, model_file, tmp_path):
+def test_trellis_formats_use_it(saved, model_file, tmp_path):
     calibration = Calibration.load(saved)
-    result = quantize_file(model_file, tmp_path / "nfq", Settings(format="t2w8_b64"), calibration=calibration)
-    assert result["warnings"] == [TRELLIS_WARNING]
+    quantize_file(model_file, tmp_path / "nfq", Settings(format="t2w8_b64"), calibration=calibration)
+    weights = load_file(model_file)
     with NFQFile(tmp_path / "nfq") as file:
-        assert calibration.as_dict().items() <= file.facts.settings.items()
+        hessian = calibration.inputs["q.weight"].second_moment()
+        wanted = quantize(weights["q.weight"], format="t2w8_b64", hessian=hessian)
+        assert torch.equal(file.load("q.weight").data, wanted.data)
+
+
+def test_trellis_formats_need_hessians(model_file, tmp_path):
+    settings, calibration = Settings(format="t2w8_b64"), collected(Model())
+    result = quantize_file(model_file, tmp_path / "with", settings, calibration=calibration)
+    told = "the calibration has no Hessians, so that it does not help 3 weights in trellis formats"
+    assert [warning for warning in result["warnings"] if told in warning]
+    with NFQFile(tmp_path / "with") as file:
+        weights = load_file(model_file)
+        assert torch.equal(file.load("q.weight").data, quantize(weights["q.weight"], format="t2w8_b64").data)
+    # The header does not claim what was not used.
+    bare = Calibration({name: inputs for name, inputs in calibration.inputs.items() if name != "conv.weight"})
+    settings = Settings(format="t2w8_b64", conv_format="t2w8_b64")
+    quantize_file(model_file, tmp_path / "bare", settings, calibration=bare)
+    with NFQFile(tmp_path / "bare") as file:
+        assert "calibration" not in file.facts.settings
 
 
 def test_a_size_met_by_several_files_warns_once(saved, model_file, tmp_path, monkeypatch):
     tries = []
-    monkeypatch.setattr(convert, "plan_tensors", lambda *a, **named: tries.append(1) or plan_tensors(*a, **named))
+    monkeypatch.setattr(convert, "plan_tensors", lambda *arguments: tries.append(1) or plan_tensors(*arguments))
     settings = Settings(target_bytes=11_000)
     result = quantize_file(model_file, tmp_path / "nfq", settings, calibration=Calibration.load(saved))
     assert len(tries) > 1
-    assert result["warnings"].count(TRELLIS_WARNING.replace("4", "5")) == 1
+    told = "sensitivities: the calibration has none; how sensitive such layers are is estimated"
+    assert result["warnings"].count(told) == 1
+
+
+SENSITIVITIES = {"q.weight": 9.0, "k.weight": 0.1, "conv.weight": 2, "out.weight": 1.0}
+
+
+def test_sensitivities_are_saved_and_loaded(calibration, saved, tmp_path):
+    measured = dataclasses.replace(calibration, sensitivities=SENSITIVITIES)
+    measured.save(tmp_path / "measured")
+    assert Calibration.load(tmp_path / "measured").sensitivities == SENSITIVITIES
+    # A file without them, as older ones are.
+    assert "sensitivities" not in saved.read_bytes().decode("latin-1")
+    assert Calibration.load(saved).sensitivities == {}
+
+
+def test_what_a_calibration_helps(calibration):
+    scalar, trellis = FORMATS["nf16_b64"], FORMATS["t3w8_b64"]
+    plain = Calibration({"a": LayerInputs(torch.ones(4), 99)})
+    measured = dataclasses.replace(plain, sensitivities={"a": 1.0})
+    answers = [
+        [
+            each.helps((scalar, trellis), False),
+            each.helps((trellis, trellis), False),
+            each.helps((scalar, scalar), True),
+        ]
+        for each in (plain, measured, calibration)
+    ]
+    assert answers == [[True, False, False], [True, False, True], [True, True, True]]
+
+
+def test_feedback_lowers_sensitivities(calibration):
+    plain = {name: dataclasses.replace(inputs, correlation=None) for name, inputs in calibration.inputs.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in Model().state_dict().items()}
+    plain = dataclasses.replace(calibration, inputs=plain, sensitivities=SENSITIVITIES)
+    assert plain.sensitivities_of(shapes) == SENSITIVITIES
+    fed = dataclasses.replace(calibration, sensitivities=SENSITIVITIES).sensitivities_of(shapes)
+    assert fed["q.weight"] == 9 * share_left(calibration.inputs["q.weight"].second_moment())
+
+
+def test_sizes_use_sensitivities(calibration, model_file, tmp_path):
+    calibration = dataclasses.replace(calibration, sensitivities=SENSITIVITIES)
+    # Both read the same inputs, which feedback makes the same use of.
+    assert calibration.inputs["q.weight"] is calibration.inputs["k.weight"]
+    result = quantize_file(model_file, tmp_path / "nfq", Settings(target_bpw=5.5), calibration=calibration)
+    told = "sensitivities: the calibration has none of 1 weights, 'unused.weight' first; "
+    assert told + "how sensitive such layers are is estimated" in result["warnings"]
+    layers = {layer["name"]: layer for layer in file_info(tmp_path / "nfq")["layers"]}
+    # Per weight, as the header has them.
+    ratio = layers["q.weight"]["sensitivity"] / layers["k.weight"]["sensitivity"]
+    assert ratio == pytest.approx(9 / 2000 / (0.1 / 2400), rel=1e-3)
+    in_memory = quantize_tensors(
+        describe(load_file(model_file)),
+        load_file(model_file).__getitem__,
+        Settings(target_bpw=5.5),
+        calibration=calibration,
+    )
+    assert {key: value.format.id for key, value in in_memory.items() if isinstance(value, nfq_core.NFTensor)} == {
+        name: layer["format"] for name, layer in layers.items()
+    }
 
 
 @pytest.mark.parametrize("layout", ["ldm", "prefixed", "diffusers"])
@@ -376,6 +444,11 @@ BAD_FILES = {
     "prompts that are no count": (None, lambda f: f.update({"prompts": "many"}), "is none"),
     "an architecture that is no text": (None, lambda f: f.update({"architecture": 5}), "is none"),
     "a fact is missing": (None, lambda f: f.pop("rows"), "rows"),
+    "a sensitivity of another weight": (None, lambda f: f.update(sensitivities={"p.weight": 1}), "'p.weight', which"),
+    "a negative sensitivity": (None, lambda f: f.update(sensitivities={"q.weight": -1}), "no number from 0 up"),
+    "a sensitivity that is NaN": (None, lambda f: f.update(sensitivities={"q.weight": torch.nan}), "NaN is no JSON"),
+    "a sensitivity that is true": (None, lambda f: f.update(sensitivities={"q.weight": True}), "no number from 0 up"),
+    "sensitivities that have no names": (None, lambda f: f.update(sensitivities=[1.0]), "damaged"),
     "weights that are no names": (None, lambda f: f.update({"weights": [1, 2]}), "damaged"),
 }
 

@@ -64,7 +64,20 @@ def leftovers(folder) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"model", "nfq", "article"}
 
 
-COMMANDS = ["demo", "quantize", "batch", "calibrate-demo", "info", "verify", "compare", "dequantize", "import-article"]
+COMMANDS = [
+    "demo",
+    "quantize",
+    "batch",
+    "calibrate-demo",
+    "merge-calibrations",
+    "info",
+    "verify",
+    "compare",
+    "report",
+    "card",
+    "dequantize",
+    "import-article",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

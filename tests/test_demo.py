@@ -59,11 +59,22 @@ def test_a_picture_depends_on_its_own_seed_alone(pictures):
     assert np.abs(alone[0].astype(int) - pictures[0]).max() <= 1
 
 
+def test_one_seed_can_serve_several_pictures():
+    pipeline = run.build_pipeline(load_weights())
+    twice = sample(pipeline, CAPTIONS[:1] * 2, seed=[5, 5], steps=1)
+    assert np.array_equal(twice[0], twice[1])
+    apart = sample(pipeline, CAPTIONS[:1] * 2, seed=5, steps=1)
+    assert np.array_equal(apart[0], twice[0]) and not np.array_equal(apart[1], twice[1])
+
+
 def test_the_demo_model_is_calibrated(tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrate, "STEPS", 2)
+    for name, value in {"STEPS": 2, "NOISY_BATCHES": 1, "LAYERS_PER_BATCH": 3}.items():
+        monkeypatch.setattr(calibrate, name, value)
     report = calibrate.calibrate_demo(tmp_path / "a", 2)
     assert (report["prompts"], report["file_bytes"]) == (2, (tmp_path / "a").stat().st_size)
     calibration = Calibration.load(tmp_path / "a")
+    assert report["sensitivities"] == len(calibration.sensitivities) == 3
+    assert all(value > 0 for value in calibration.sensitivities.values())
     assert (calibration.prompts, calibration.steps) == (2, 2)
     # All cross-attention reads the same captions.
     contexts = {id(inputs) for name, inputs in calibration.inputs.items() if name.endswith("attn2.to_k.weight")}

@@ -38,6 +38,13 @@ def test_these_formats_exist_and_no_others():
     assert [id for id in FORMATS if id.startswith("t")] == list(TRELLIS_IDS)
 
 
+def test_eight_bits_are_a_byte_for_each_code():
+    fmt = format_by_id("nf256_b64")
+    assert (fmt.levels, fmt.codes, fmt.window) == (256, 256, 0)
+    assert (fmt.coarse_radix, fmt.coarse_digits, fmt.fine_bits) == GEOMETRY[256]
+    assert fmt.packed_bytes(WHOLE) == 2 * 256 + 32 + WHOLE + WHOLE / 64
+
+
 @pytest.mark.parametrize(("levels", "code_bits"), [(32, 5), (24, 14 / 3), (16, 4), (12, 11 / 3), (7, 3)])
 def test_packed_bits_per_weight(levels, code_bits):
     head = -(-(2 * levels + 2) // 32) * 32

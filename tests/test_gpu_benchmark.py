@@ -75,10 +75,15 @@ def test_the_table(results: dict) -> None:
     assert told.startswith("Failed: correctness, all; decode, all")
 
 
-def test_diffusers_has_the_same_tensors_for_sdxl(monkeypatch) -> None:
-    """`empty_unet` compares every name and shape."""
-    for name in gpu.UNNEEDED:
+@pytest.fixture
+def diffusers_alone(monkeypatch) -> None:
+    """As the benchmark's own processes import it; once it is imported, it relies on what it found then."""
+    for name in () if "diffusers" in sys.modules else gpu.UNNEEDED:
         monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_diffusers_has_the_same_tensors_for_sdxl(diffusers_alone) -> None:
+    """`empty_unet` compares every name and shape."""
     assert len(gpu_step.empty_unet(SDXL_BASE).state_dict()) == 1680
     assert sum(fmt is not None for _, fmt in gpu_bench.layer_formats(SDXL_BASE).values()) == 771
 
@@ -125,13 +130,14 @@ class GpuPart(gpu_bench.Part):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_what_only_a_gpu_does(tmp_path: Path, monkeypatch, one_thread, work: Callable, results: set[str]) -> None:
+def test_what_only_a_gpu_does(
+    request, tmp_path: Path, monkeypatch, one_thread, work: Callable, results: set[str]
+) -> None:
     """Graphs, memory and Triton have stand-ins."""
     if work is gpu_decode.tuning:
         pytest.importorskip("triton", reason="Triton is not installed; it is for Linux only")
     if work is gpu_step.step:
-        for name in gpu.UNNEEDED:
-            monkeypatch.setitem(sys.modules, name, None)
+        request.getfixturevalue("diffusers_alone")
     for module in (gpu_decode, gpu_step):
         monkeypatch.setattr(module, "graphed", lambda device, work, pool=None: work)
         monkeypatch.setattr(module, "without_bitsandbytes", lambda: "it is left out")
@@ -205,9 +211,7 @@ def test_whole_unets_are_compiled_where_time_is_left(
     assert part.skipped.keys() == skipped | {"transformer blocks: packed"} and not part.failures
 
 
-def test_loras_are_on_every_linear_layer_of_the_transformers(monkeypatch) -> None:
-    for name in gpu.UNNEEDED:
-        monkeypatch.setitem(sys.modules, name, None)
+def test_loras_are_on_every_linear_layer_of_the_transformers(diffusers_alone) -> None:
     generator = torch.Generator().manual_seed(0)
     unet = gpu_step.make_unet(gpu_bench.SMALL, gpu_bench.random_unet(gpu_bench.SMALL, generator))
     gpu_step.add_low_rank(unet, 1, generator)

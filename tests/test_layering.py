@@ -21,10 +21,11 @@ HOST |= {"backend", "gradio", "launch", "modules", "nfq_webui", "scripts"}
 LIGHT = {"numpy", "safetensors", "torch", "tqdm", "zstandard"}
 """What a plain `pip install` brings."""
 
-ON_CHOICE = {"nfq_core.triton_kernels": {"triton"}}
+ON_CHOICE = {module: {"diffusers"} for module in MODULES if module.startswith("nfq_core.diffusers")}
+ON_CHOICE |= {"nfq_core.diffusers.lora": {"peft"}, "nfq_core.triton_kernels": {"triton"}}
 """What modules need that are imported only after they were chosen."""
 
-EXTRAS = {"PIL", "diffusers", "matplotlib", "numba"}
+EXTRAS = {"PIL", "diffusers", "matplotlib", "numba", "transformers"}
 """What only some features need: imported where such a feature starts."""
 
 

@@ -119,7 +119,7 @@ def test_casts_leave_packed_weights_alone(cast) -> None:
     cast(model)
     for name, tensor in tensors.items():
         layer = model.get_submodule(name.removesuffix(".weight"))
-        assert layer.weight.dtype == torch.uint8 and torch.equal(layer.weight, tensor.data)
+        assert layer.weight.dtype == torch.uint8 and torch.equal(layer.packed.data, tensor.data)
         assert layer.bias is None or layer.bias.dtype == torch.float16
     assert model[2].low_rank.up.dtype == model[2].low_rank.down.dtype == torch.float16
     assert model(PICTURE.half()).dtype == torch.float16

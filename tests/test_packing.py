@@ -7,7 +7,7 @@ import pytest
 import torch
 from reference import GEOMETRY, pack_plane
 
-from nfq_core.formats import LEVELS, nf_format
+from nfq_core.formats import LEVELS, format_by_id, nf_format
 from nfq_core.packing import pack_codes, unpack_codes
 
 
@@ -45,10 +45,10 @@ def test_bytes_by_hand(levels, codes, coarse, fine):
     assert torch.equal(found_fine.view(-1, 64), columns(*fine))
 
 
-@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("levels", [*LEVELS, 256])
 @pytest.mark.parametrize("blocks", [1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 23, 24, 25, 49])
 def test_planes_equal_the_reference_and_come_back(levels, blocks):
-    fmt = nf_format(levels)
+    fmt = format_by_id(f"nf{levels}_b64")
     radix, per_byte, fine_bits = GEOMETRY[levels]
     codes = np.random.default_rng(blocks).integers(0, levels, (blocks, 64), dtype=np.uint8)
     coarse, fine = pack_codes(torch.from_numpy(codes), fmt)

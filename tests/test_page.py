@@ -82,10 +82,12 @@ def test_each_node_has_a_help_page_that_names_its_inputs(plugin: ModuleType) -> 
 def test_levels_have_their_advice() -> None:
     from nfq_core.allocation import PRESETS
     from nfq_core.codebook import EFFORTS
-    from nfq_core.formats import LEVELS, TRELLIS_IDS, format_by_id
+    from nfq_core.formats import TRELLIS_IDS, WRITABLE_IDS, format_by_id
 
     english = words("en")
-    assert {f"goodFor.{levels}" for levels in LEVELS} | {f"takes.{effort}" for effort in EFFORTS} <= english.keys()
+    scalar = [format_by_id(id).levels for id in WRITABLE_IDS if id not in TRELLIS_IDS]
+    assert {f"goodFor.{levels}" for levels in scalar} <= english.keys()
+    assert {f"takes.{way}{effort}" for way in ("", "preset.") for effort in EFFORTS} <= english.keys()
     assert {f"goodFor.t{format_by_id(id).code_bits}" for id in TRELLIS_IDS} <= english.keys()
     for name, bits in PRESETS.items():
         assert f" {bits} bits per weight" in english[f"preset.{name}"]

@@ -62,6 +62,7 @@ INPUTS = {
     "NFSaveCheckpoint": (["model"], ["clip", "vae", "filename_prefix", "overwrite"]),
     "NFInspect": ([], ["model", "original", "file_name"]),
     "NFCompare": (["image_1", "image_2"], [*(f"image_{n}" for n in range(3, 9)), "vae", "labels", "side"]),
+    "NFQualityReport": (["original_name", "file_name"], [f"file_name_{n}" for n in range(2, 5)]),
 }
 """What saved workflows depend on: inputs that a node needs, and those it may have, in their order."""
 

@@ -60,9 +60,11 @@ def test_errors_are_those_of_the_codes(format_id):
 
 @pytest.mark.parametrize("format_id", TRELLIS_IDS)
 def test_codes_are_nearly_the_best_of_all(format_id):
-    values = random_weight(40, 64)
+    bits, window = parse_trellis(format_id)
+    # All starts are tried: many states make that slow.
+    values = random_weight(40 if window < 10 else 10, 64)
     errors = coder(format_id).encode(values)[1].double().numpy()
-    best = best_circular(values.double().numpy(), levels_of(format_id).double().numpy(), parse_trellis(format_id)[0])
+    best = best_circular(values.double().numpy(), levels_of(format_id).double().numpy(), bits)
     # 64 additions in fp32.
     assert (errors >= best * (1 - 1e-5)).all()
     # The state at the start is the best one for the weights around it. Measured: 0.2 to 1.4 %.
@@ -71,12 +73,12 @@ def test_codes_are_nearly_the_best_of_all(format_id):
 
 @pytest.mark.parametrize("format_id", TRELLIS_IDS)
 def test_circular_blocks_cost_little_beside_one_long_stream(format_id):
-    values, bits = random_weight(256, 64), parse_trellis(format_id)[0]
+    values, (bits, window) = random_weight(256, 64), parse_trellis(format_id)
     errors = coder(format_id).encode(values)[1].double().sum().item()
     levels = levels_of(format_id).double().numpy()
     long = least_errors(values.double().numpy().reshape(-1), levels, bits, np.zeros(len(levels) >> bits)).min()
-    # Measured: 0.06 dB at 2 bits, 0.01 to 0.03 at the others.
-    assert errors <= long * 10 ** ((0.08 if bits == 2 else 0.05) / 10)
+    # Measured with narrow windows: 0.06 dB at 2 bits, 0.03 at most at the others; with wide ones 0.05 more.
+    assert errors <= long * 10 ** ((0.08 if bits == 2 else 0.05) / 10 + (0.006 if window == 10 else 0))
 
 
 @pytest.mark.parametrize("format_id", TRELLIS_IDS)
@@ -87,10 +89,10 @@ def test_values_that_some_codes_stand_for_get_no_error(format_id):
     assert coder(format_id).encode(values)[1].amax() == 0
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_chunks_do_not_matter(chunk):
+@pytest.mark.parametrize(("chunk", "batch"), [(1, 1), (7, 7), (7, 21), (10, 64), (64, 64)])
+def test_chunks_and_batches_do_not_matter(chunk, batch):
     values = random_weight(64, 64)
     whole, parts = coder("t3w8_b64"), coder("t3w8_b64")
-    parts.chunk = chunk
+    parts.chunk, parts.batch = chunk, batch
     for found, expected in zip(parts.encode(values), whole.encode(values), strict=True):
         assert torch.equal(found, expected)

@@ -6,9 +6,17 @@ import math
 from dataclasses import replace
 
 import pytest
-from samples import TINY
+from samples import TINY, unet_config
 
-from nfq_core.unet import UNKNOWN, detect, first_and_last_convolution, is_unet_key, ldm_names, what_is_missing
+from nfq_core.unet import (
+    UNKNOWN,
+    detect,
+    diffusers_names,
+    first_and_last_convolution,
+    is_unet_key,
+    ldm_names,
+    what_is_missing,
+)
 from nfq_core.unet_keys import (
     CHECKPOINT_PREFIX,
     KNOWN_ARCHITECTURES,
@@ -17,13 +25,15 @@ from nfq_core.unet_keys import (
     SDXL_REFINER,
     SEGMIND_VEGA,
     SSD_1B,
-    UNetArchitecture,
     diffusers_to_ldm,
     ldm_to_diffusers,
     tensor_shapes,
 )
 
 LAYOUTS = ("ldm", "prefixed", "diffusers")
+
+LCM = replace(SDXL_BASE, guidance_width=256)
+"""SDXL distilled to latent consistency, as a UNet of its own."""
 
 BESIDE_THE_UNET = {
     "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight": (49408, 768),
@@ -98,28 +108,6 @@ def test_renaming_is_a_bijection_that_keeps_shapes(architecture):
     assert {to_ldm[key]: shape for key, shape in diffusers.items()} == ldm
 
 
-def _diffusers_config(architecture: UNetArchitecture) -> dict:
-    """What the model's own config.json says, in the form in which diffusers takes it."""
-    down, up = architecture.down_depths, architecture.up_depths
-    return {
-        "in_channels": architecture.in_channels,
-        "out_channels": architecture.out_channels,
-        "block_out_channels": architecture.channels,
-        "layers_per_block": len(down[0]),
-        "down_block_types": tuple("CrossAttnDownBlock2D" if depths[0] else "DownBlock2D" for depths in down),
-        "mid_block_type": {None: None, 0: "UNetMidBlock2D"}.get(architecture.middle_depth, "UNetMidBlock2DCrossAttn"),
-        "up_block_types": tuple("CrossAttnUpBlock2D" if depths[0] else "UpBlock2D" for depths in up),
-        "transformer_layers_per_block": [list(depths) for depths in down],
-        "reverse_transformer_layers_per_block": [list(depths) for depths in up],
-        "attention_head_dim": [max(1, width // 64) for width in architecture.channels],
-        "cross_attention_dim": architecture.context_width,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": architecture.added_width,
-        "use_linear_projection": True,
-    }
-
-
 def _diffusers_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     torch = pytest.importorskip("torch", reason="torch builds the reference UNet")
     diffusers = pytest.importorskip("diffusers", reason="diffusers is the reference for its own names")
@@ -128,15 +116,9 @@ def _diffusers_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in unet.state_dict().items()}
 
 
-@pytest.mark.parametrize("architecture", [*KNOWN_ARCHITECTURES, TINY], ids=lambda known: known.name)
+@pytest.mark.parametrize("architecture", [*KNOWN_ARCHITECTURES, LCM, TINY], ids=lambda known: known.name)
 def test_diffusers_builds_the_same_tensors(architecture):
-    config = _diffusers_config(architecture)
-    if architecture.middle_depth:
-        # diffusers takes the middle's depth from the last level, which must then be a number, not a list.
-        depths = [max(level) or architecture.middle_depth for level in architecture.down_depths]
-        assert depths[-1] == architecture.middle_depth
-        config |= {"transformer_layers_per_block": depths, "reverse_transformer_layers_per_block": None}
-    assert _diffusers_shapes(config) == tensor_shapes(architecture, "diffusers")
+    assert _diffusers_shapes(unet_config(architecture)) == tensor_shapes(architecture, "diffusers")
 
 
 @each_architecture
@@ -146,6 +128,21 @@ def test_detects_a_bare_unet(architecture, layout):
     assert info is not None
     assert (info.name, info.layout, info.architecture) == (architecture.name, layout, architecture)
     assert info.prefix == (CHECKPOINT_PREFIX if layout == "prefixed" else "")
+
+
+@each_layout
+@pytest.mark.parametrize("base", [SDXL_BASE, SSD_1B, SEGMIND_VEGA], ids=lambda known: known.name)
+def test_latent_consistency_unets_are_their_bases_with_one_tensor_more(base, layout):
+    architecture = replace(base, guidance_width=256)
+    shapes = tensor_shapes(architecture, layout)
+    info = detect(shapes)
+    assert info is not None
+    assert (info.name, info.layout, info.architecture) == (base.name, layout, architecture)
+    (extra,) = shapes.keys() - tensor_shapes(base, layout).keys()
+    assert extra.endswith("cond_proj.weight") and shapes[extra] == (320, 256)
+    spoilt = detect(shapes | {extra: (320,)})
+    assert spoilt is not None
+    assert spoilt.architecture is None
 
 
 def test_detects_the_unet_of_a_whole_checkpoint():
@@ -287,6 +284,23 @@ def test_ldm_names_of_every_layout(layout):
     names = ldm_names(detect(shapes), shapes)
     assert list(names) == list(tensor_shapes(TINY, layout))
     assert list(names.values()) == list(tensor_shapes(TINY, "ldm"))
+
+
+@pytest.mark.parametrize("layout", ["ldm", "prefixed", "diffusers"])
+@pytest.mark.parametrize("architecture", [*KNOWN_ARCHITECTURES, LCM, TINY], ids=lambda known: known.name)
+def test_diffusers_names_of_every_layout(layout, architecture):
+    shapes = tensor_shapes(architecture, layout) | {"v_pred": (0,)}
+    names = diffusers_names(detect(shapes), shapes)
+    assert {names[key]: shape for key, shape in shapes.items() if key in names} == tensor_shapes(
+        architecture, "diffusers"
+    )
+
+
+def test_ldm_names_of_an_unknown_architecture_are_refused():
+    shapes = tensor_shapes(TINY, "ldm")
+    del shapes["out.0.weight"]
+    with pytest.raises(ValueError, match="the LDM names of an unknown architecture have no diffusers names"):
+        diffusers_names(detect(shapes), shapes)
 
 
 def test_diffusers_names_of_an_unknown_architecture_are_refused():

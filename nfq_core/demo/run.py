@@ -11,9 +11,9 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from ..atomic import AtomicFile
+from ..atomic import prepare_folder, write_whole
+from ..checkpoint import dense
 from ..convert import quantize_file
-from ..errors import NFQError, TargetExistsError
 from ..examine import compare_files, file_info
 from ..formats import LEVELS
 from ..metrics import psnr_db
@@ -21,7 +21,6 @@ from ..parallel import Progress, no_progress
 from ..policy import Settings
 from ..sheet import check_pillow, comparison_sheet
 from ..state import load
-from ..tensor import NFTensor
 from .model import TinyPipeline, build_pipeline, bundled_weights_path, import_diffusers, load_weights, sample
 from .shapes import CAPTIONS
 
@@ -55,7 +54,8 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: Progress 
     folder = Path(folder)
     import_diffusers()
     check_pillow()
-    _prepare(folder, overwrite)
+    written = ["comparison.png", "report.json", *(f"demo-nf{levels}.nfq.safetensors" for levels in LEVELS)]
+    prepare_folder(folder, written, overwrite)
     original = bundled_weights_path()
     weights = load_weights()
     reference = _draw(build_pipeline(weights))
@@ -65,7 +65,7 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: Progress 
     for count, levels in enumerate(LEVELS, 2):
         target = folder / f"demo-nf{levels}.nfq.safetensors"
         quantize_file(original, target, Settings(levels), overwrite=overwrite)
-        pictures = _draw(build_pipeline(_dense(target)))
+        pictures = _draw(build_pipeline(dense(load(target))))
         psnr = psnr_db(torch.from_numpy(reference), torch.from_numpy(pictures), 255)
         info = file_info(target)
         row = {
@@ -82,7 +82,7 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: Progress 
     comparison = folder / "comparison.png"
     png = BytesIO()
     comparison_sheet(CAPTIONS, columns).save(png, "PNG", optimize=True)
-    _write(comparison, png.getvalue(), overwrite)
+    write_whole(comparison, png.getvalue(), overwrite)
     report = {
         "levels": rows,
         "comparison": str(comparison),
@@ -93,31 +93,9 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: Progress 
         "original_bytes": original.stat().st_size,
         "seconds": round(perf_counter() - started, 1),
     }
-    _write(folder / "report.json", json.dumps(report, indent=2).encode(), overwrite)
+    write_whole(folder / "report.json", json.dumps(report, indent=2).encode(), overwrite)
     return report
-
-
-def _prepare(folder: Path, overwrite: bool) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise NFQError(f"{folder} cannot be made a folder: {error.strerror}") from None
-    names = ["comparison.png", "report.json", *(f"demo-nf{levels}.nfq.safetensors" for levels in LEVELS)]
-    found = next((folder / name for name in names if (folder / name).exists()), None)
-    if found is not None and not overwrite:
-        raise TargetExistsError(f"{found} exists already; --force overwrites it")
-
-
-def _dense(path: Path) -> dict[str, torch.Tensor]:
-    """A container's tensors, quantised ones as the fp16 weights that they stand for."""
-    return {key: value.dequantize() if isinstance(value, NFTensor) else value for key, value in load(path).items()}
 
 
 def _draw(pipeline: TinyPipeline) -> np.ndarray:
     return sample(pipeline, CAPTIONS, seed=SEED, steps=STEPS, guidance=GUIDANCE)
-
-
-def _write(path: Path, data: bytes, overwrite: bool) -> None:
-    with AtomicFile(path, overwrite) as file:
-        file.write_at(0, data)
-        file.commit()

@@ -82,9 +82,25 @@ def test_nan_is_refused(host) -> None:
         host.run(graph)
 
 
+def test_quality_report(host) -> None:
+    inputs = {
+        "original_name": "diffusion_models/vega.safetensors",
+        "file_name": "diffusion_models/vega.nfq.safetensors",
+    }
+    graph = {"report": {"class_type": "NFQualityReport", "inputs": inputs}}
+    try:
+        shown = host.run(graph)["report"]
+    except HostError as error:
+        assert "plots need matplotlib" in str(error)
+        pytest.skip("the host has no matplotlib")
+    (picture,) = shown["images"]
+    assert picture["type"] == "temp" and (host.base / "temp" / picture["filename"]).exists()
+    assert "| self-attention q | 15 |" in shown["text"][0]
+
+
 def test_help_examples_and_languages_are_served(host) -> None:
     names = [name for name in host.get("/object_info") if name.startswith("NF") and "NFQTest" not in name]
-    assert len(names) == 6
+    assert len(names) == 7
     for name in names:
         assert host.get_text(f"/extensions/ComfyUI-NFQ/docs/{name}.md").startswith("# ")
     languages = host.get("/i18n")

@@ -158,11 +158,21 @@ def test_key_layouts(host, base, layout: str) -> None:
     wanted.unlink()
 
 
-@pytest.mark.parametrize("formats", [("t4w8_b64", "t5w9_b64"), ("t2w8_b64", "t3w8_b64")], ids=["4 and 5", "2 and 3"])
-def test_trellis_formats(host, base, formats: tuple[str, str]) -> None:
-    """Random codes of the trellis formats: the same latents as from their dequantised file and the stock loader."""
+@pytest.mark.parametrize(
+    "formats",
+    [
+        ("t4w8_b64", "t5w9_b64"),
+        ("t2w8_b64", "t3w8_b64"),
+        ("t4w10_b64", "t5w10_b64"),
+        ("t2w10_b64", "t3w10_b64"),
+        ("nf256_b64", "t4w10_b64"),
+    ],
+    ids=" and ".join,
+)
+def test_formats_chosen_by_size(host, base, formats: tuple[str, str]) -> None:
+    """Random codes of each format: the same latents as from their dequantised file and the stock loader."""
     unets = base / "models" / "diffusion_models"
-    path, dense = unets / "trellis.nfq.safetensors", unets / "trellis-dense.safetensors"
+    path, dense = unets / "by-size.nfq.safetensors", unets / "by-size-dense.safetensors"
     nfq_core.save(packed_unet(KOALA_700M, "ldm", Settings(format=formats[0], conv_format=formats[1])), path)
     dequantize_file(path, dense)
     ours, wanted = (host.latent(sample({"model": loader(file.name)}, MODEL, steps=1)) for file in (path, dense))

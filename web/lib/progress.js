@@ -30,7 +30,7 @@ export function addProgress(node) {
     const fixed = preset === "none";
     panel.replaceChildren(
       element("p", {}, fixed ? text(`goodFor.${setting("levels").value}`) : text(`preset.${preset}`)),
-      element("p", { className: "nfq-faint" }, text(`takes.${fixed ? setting("effort").value : "preset"}`)),
+      element("p", { className: "nfq-faint" }, text(`takes.${fixed ? "" : "preset."}${setting("effort").value}`)),
     );
   };
   for (const name of ["levels", "effort", "preset"]) after(setting(name), "callback", advice);

@@ -1,0 +1,118 @@
+"""A UNet2DConditionModel of an `.nfq.safetensors` file and a `config.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from ..checkpoint import diffusers_unet_names
+from ..container import NFQFile
+from ..errors import NFQError
+from ..layers import pack_layers
+from ..parallel import Progress, no_progress
+from ..safefile import TORCH_DTYPES
+from ..state import load_tensors
+from ..tensor import QUANTIZABLE_DTYPES, NFTensor
+from .config import NFQConfig
+from .model import become_packed, check_fits
+
+CONFIG = "config.json"
+
+
+def load_unet(
+    nfq_path: str | os.PathLike,
+    config_dir: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    memory: str = "packed",
+    progress: Progress = no_progress,
+) -> UNet2DConditionModel:
+    """Load a quantised UNet for a diffusers pipeline; its original weights are not needed, and never allocated.
+
+    Args:
+        nfq_path: the `.nfq.safetensors` file, of a UNet or a whole checkpoint, in any key layout.
+        config_dir: the folder whose `config.json` describes the UNet.
+        dtype: of what is not quantised, and what the model computes in: fp16, bf16, fp32 or fp64; by default what the
+            weights had before they were quantised.
+        device: where the model goes.
+        memory: "packed", "resident" (a stock model, each weight dequantised once) or "auto", see `nfq_core.load`.
+        progress: see `parallel.Progress`.
+
+    Returns:
+        The model, in evaluation mode. A packed one can be saved with `save_pretrained` and read by `from_pretrained`.
+
+    Raises:
+        NFQError: the file or the config is missing, damaged or newer, or they do not belong together.
+        ValueError: `dtype` or `memory` is none of those listed.
+    """
+    if dtype is not None and dtype not in QUANTIZABLE_DTYPES:
+        raise ValueError(f"dtype must be fp16, bf16, fp32 or fp64, got {dtype}")
+    config = _read_config(Path(config_dir))
+    with NFQFile(nfq_path) as file:
+        names = diffusers_unet_names(file)
+        model = _empty_model(config, Path(config_dir) / CONFIG)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        check_fits(file, names, shapes, os.fspath(Path(config_dir) / CONFIG))
+        dtype = dtype or _recorded_dtype(file)
+        loaded = load_tensors(file, names, device=device, memory=memory, progress=progress)
+        facts = file.facts
+    packed, kept = {}, {}
+    for key, name in names.items():
+        # Each is let go of when it was cast.
+        tensor = loaded.pop(key)
+        if isinstance(tensor, NFTensor):
+            packed[name] = tensor
+        else:
+            kept[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    pack_layers(model, packed)
+    model.load_state_dict(kept, strict=False, assign=True)
+    model.register_to_config(_name_or_path=os.fspath(config_dir))
+    model.eval()
+    if not packed:
+        return model
+    quantizer = NFQConfig.from_dict(facts.settings).quantizer(pre_quantized=True)
+    quantizer.facts = facts
+    return become_packed(model, quantizer)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """A folder's `config.json`, which must describe a UNet2DConditionModel."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        inner = folder / "unet" / CONFIG
+        advice = f"name {inner.parent}" if inner.exists() else "name the folder of the UNet's config.json"
+        raise NFQError(f"{path}: no such file; {advice}") from None
+    except OSError as error:
+        raise NFQError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise NFQError(f"{path} is no JSON ({error}); fetch it again") from None
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if kind != UNet2DConditionModel.__name__:
+        raise NFQError(f"{path} describes {kind or 'no model'}, a {UNet2DConditionModel.__name__}'s is needed")
+    return {name: value for name, value in config.items() if name != "quantization_config"}
+
+
+def _empty_model(config: dict[str, Any], path: Path) -> nn.Module:
+    """The model that a config describes, on torch's meta device."""
+    try:
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(config)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise NFQError(f"{path} describes no UNet that diffusers can build: {reason}") from None
+
+
+def _recorded_dtype(file: NFQFile) -> torch.dtype:
+    """What most of a file's quantised weights were before; fp16 where none is quantised."""
+    found = Counter(entry.dtype for entry in file.quantized.values()).most_common(1)
+    return TORCH_DTYPES[found[0][0]] if found else torch.float16

@@ -1,0 +1,254 @@
+"""What a packed model does otherwise than a stock one: saving, casts, LoRA."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import nn
+
+from ..container import NFQFile
+from ..errors import NFQError, UnsupportedFileError
+from ..layers import dense_layers, packed_layers
+from ..state import save
+
+if TYPE_CHECKING:
+    from .quantizer import NFQQuantizer
+
+
+class PackedModel:
+    """Goes before a diffusers model's own class, see `packed_class`."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write `config.json` and, as one `.nfq.safetensors` file under the name that diffusers expects, the weights.
+
+        The folder can be given to `from_pretrained`, the file to everything that reads such files. A weights file that
+        is there already is replaced.
+
+        Args:
+            save_directory: the folder; it is made where there is none.
+            is_main_process: nothing is written where this is false.
+            save_function: without effect.
+            safe_serialization: must be true.
+            variant: goes into the file's name, as in diffusers.
+            max_shard_size: without effect: it is always one file.
+            push_to_hub: must be false; the model's own `push_to_hub` does it.
+            kwargs: without effect.
+
+        Raises:
+            NFQError: the folder cannot be written or holds a model in several files, or a LoRA is attached. The folder
+                is then as it was.
+        """
+        if not is_main_process:
+            return
+        if not safe_serialization:
+            raise NFQError("a packed model is saved as safetensors only; leave out safe_serialization=False")
+        if push_to_hub:
+            raise NFQError("save_pretrained does not upload a packed model; use the model's push_to_hub")
+        state = _saved_tensors(self)
+        folder = Path(save_directory)
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise NFQError(f"{folder} cannot be made a folder: {error.strerror}; nothing was changed") from None
+        if index.exists():
+            raise NFQError(f"{folder} holds a model in several files; choose another folder")
+        name = SAFETENSORS_WEIGHTS_NAME
+        if variant is not None:
+            name = name.replace(".safetensors", f".{variant}.safetensors")
+        facts = self.hf_quantizer.facts
+        save(state, folder / name, settings=facts.settings, source=facts.source, overwrite=True)
+        try:
+            self.save_config(folder)
+        except OSError as error:
+            raise NFQError(f"{folder}/config.json could not be written: {error.strerror}") from None
+
+    def to(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As torch's; a cast leaves packed weights as they are."""
+        with _casts_allowed(self):
+            return super().to(*args, **kwargs)
+
+    def half(self) -> nn.Module:
+        """As torch's; packed weights stay as they are."""
+        with _casts_allowed(self):
+            return super().half()
+
+    def float(self) -> nn.Module:
+        """As torch's; packed weights stay as they are."""
+        with _casts_allowed(self):
+            return super().float()
+
+    def bfloat16(self) -> nn.Module:
+        """As torch's; packed weights stay as they are."""
+        with _casts_allowed(self):
+            return super().bfloat16()
+
+    def fuse_qkv_projections(self) -> None:
+        """NFQError: packed weights cannot be put together."""
+        raise NFQError("q, k and v cannot be fused while they are packed; unet.dequantize() comes first")
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers'; DoRA, which needs the weights themselves, is refused."""
+        given = pretrained_model_name_or_path_or_dict
+        if isinstance(given, Mapping) and any("lora_magnitude_vector" in key for key in given):
+            raise NFQError("DoRA does not work on packed weights; unet.dequantize() comes first")
+        return super().load_lora_adapter(given, *args, **kwargs)
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers'; packed weights stay as they are, and the LoRAs are added whenever they are dequantised.
+
+        Raises:
+            NFQError: an adapter is no plain LoRA.
+        """
+        from .lora import let_merge
+
+        let_merge(self, kwargs.get("adapter_names"))
+        super().fuse_lora(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        make, (_, *arguments), *state = super().__reduce_ex__(protocol)
+        return _blank, (make, stock_class(type(self)), *arguments), *state
+
+
+def _blank(make: Callable, stock: type, *arguments: Any) -> nn.Module:
+    """An empty packed model, for copy and pickle, which cannot find its class by name."""
+    return make(packed_class(stock), *arguments)
+
+
+@lru_cache
+def packed_class(stock: type) -> type:
+    """The class of packed models for a diffusers model class.
+
+    It bears the stock class's name, which diffusers writes to `config.json` and `model_index.json` and looks features
+    up by.
+    """
+    names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(stock.__name__, (PackedModel, stock), names)
+
+
+def stock_class(packed: type) -> type:
+    """The inverse of `packed_class`."""
+    return packed.__mro__[packed.__mro__.index(PackedModel) + 1]
+
+
+def become_packed(model: nn.Module, quantizer: NFQQuantizer) -> nn.Module:
+    """Finish a model whose layers were packed: its class, and what diffusers wants to know of its quantiser.
+
+    Returns:
+        The model itself.
+    """
+    model.__class__ = packed_class(type(model))
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = quantizer.quantization_config.quant_method
+    method = model.quantization_method.value
+    model.register_to_config(quantization_config={"quant_method": method, **quantizer.facts.settings})
+    _tell_compute_dtype(model)
+    return model
+
+
+def become_stock(model: nn.Module) -> nn.Module:
+    """Put stock layers and the stock class back, weights dequantised to the model's dtype, fused LoRAs in them.
+
+    Returns:
+        The model itself; diffusers takes its quantiser away.
+
+    Raises:
+        NFQError: weights are offloaded.
+    """
+    _refuse_offloaded(model)
+    dense_layers(model, model.dtype)
+    model.__class__ = stock_class(type(model))
+    del model.quantization_method
+    model.is_quantized = False
+    config = {name: value for name, value in model.config.items() if name != "quantization_config"}
+    model._internal_dict = type(model.config)(config)
+    return model
+
+
+def check_fits(file: NFQFile, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], config: str) -> None:
+    """See that a file holds exactly the tensors of a model.
+
+    Args:
+        file: the file.
+        names: the model's name of each of the file's tensors.
+        shapes: the model's tensors.
+        config: what the model was built from, for the message.
+
+    Raises:
+        UnsupportedFileError: a tensor is missing, too much, or of another shape.
+    """
+    stored = file.shapes()
+    found = {name: stored[key] for key, name in names.items()}
+    unfit = [name for name in {**shapes, **found} if found.get(name) != shapes.get(name)]
+    if not unfit:
+        return
+    name = unfit[0]
+    if name not in found:
+        reason = f"the file lacks {name!r}"
+    elif name not in shapes:
+        reason = f"the config has no {name!r}"
+    else:
+        reason = f"{name!r} is {found[name]} in the file, {shapes[name]} by the config"
+    others = f", and {len(unfit) - 1:,} tensors more differ" if len(unfit) > 1 else ""
+    raise UnsupportedFileError(
+        f"{file.path} (architecture: {file.facts.architecture}) does not fit {config}: {reason}{others}; "
+        "take the config of the model that was quantised"
+    )
+
+
+def _saved_tensors(model: nn.Module) -> dict[str, Any]:
+    """What a packed model's file holds, by name; NFQError where that would lose something."""
+    _refuse_offloaded(model)
+    state, layers = model.state_dict(), packed_layers(model)
+    if any(".base_layer." in name for name in state):
+        raise NFQError(
+            "LoRAs are attached, which a packed model's file cannot hold; unload_lora_weights() takes them away, "
+            "save_lora_adapter() keeps them"
+        )
+    fused = next((name for name, layer in layers.items() if layer.low_rank is not None), None)
+    if fused is not None:
+        raise NFQError(
+            f"a LoRA is fused into {fused!r}, which a packed model's file cannot hold; unfuse_lora() takes it away, "
+            "dequantize() makes a stock model of both"
+        )
+    return state | {f"{name}.weight": layer.packed for name, layer in layers.items()}
+
+
+def _refuse_offloaded(model: nn.Module) -> None:
+    away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if away is not None:
+        raise NFQError(f"{away!r} is offloaded; the pipeline's remove_all_hooks() brings it back")
+
+
+def _tell_compute_dtype(model: nn.Module) -> None:
+    """Tell PEFT, by the name it looks for, what dtype its factors are to have beside packed weights."""
+    for layer in packed_layers(model).values():
+        layer.compute_dtype = model.dtype
+
+
+@contextmanager
+def _casts_allowed(model: nn.Module) -> Iterator[None]:
+    """diffusers refuses to cast quantised models, for most would be damaged."""
+    model.is_quantized = False
+    try:
+        yield
+    finally:
+        model.is_quantized = True
+        _tell_compute_dtype(model)

@@ -1,0 +1,186 @@
+"""diffusers' quantiser interface: packs weights one by one while `from_pretrained` loads them, or reads packed ones."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.utils import is_accelerate_available
+from torch import nn
+
+from ..checkpoint import diffusers_unet_names
+from ..container import PREFIX, Facts, NFQFile
+from ..errors import CannotQuantizeError, NFQError, UnsupportedFileError
+from ..layers import PACKED_KINDS, pack_layers
+from ..policy import plan_tensors
+from ..quantizer import quantize
+from ..safefile import Entry
+from ..state import load_tensors
+from ..tensor import QUANTIZABLE_DTYPES, NFTensor
+from .model import become_packed, become_stock, check_fits
+
+if TYPE_CHECKING:
+    from .config import NFQConfig
+
+log = logging.getLogger("nfq")
+
+
+class NFQQuantizer(DiffusersQuantizer):
+    """Packs a model's Linear and Conv2d weights.
+
+    Where `config.json` says that the model is quantised already, its weights file is an `.nfq.safetensors` file.
+
+    Args:
+        quantization_config: an `NFQConfig`.
+        kwargs: as diffusers gives them.
+    """
+
+    def __init__(self, quantization_config: NFQConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.facts = Facts()
+        """What a container of this model says about it."""
+        self._file: NFQFile | None = None
+        self._names: dict[str, str] = {}
+        self._packed: dict[str, NFTensor] = {}
+        self._formats: dict[str, str] = {}
+        self._statistics: dict[str, dict[str, Any]] = {}
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what cannot work before anything is loaded."""
+        if not is_accelerate_available():
+            raise ImportError(
+                'quantising at load needs accelerate: pip install "comfyui-nfq[diffusers]"; load_unet goes without'
+            )
+        dtype, device_map = kwargs.get("torch_dtype"), kwargs.get("device_map")
+        if dtype is not None and dtype not in QUANTIZABLE_DTYPES:
+            raise NFQError(f"torch_dtype must be fp16, bf16, fp32 or fp64, got {dtype}")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise NFQError("packed weights cannot be left on disk; choose a device_map without 'disk'")
+
+    def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
+        """What a device map counts for a weight: more than any format takes."""
+        return torch.int8
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Sequence[str]) -> list[str]:
+        """The names in the model of what the weights file holds."""
+        if not self.pre_quantized:
+            if any(key.startswith(PREFIX) for key in loaded_keys):
+                raise NFQError(
+                    f"{checkpoint_files[0]} is quantised already, and its config.json does not say so; "
+                    "load_unet(FILE, FOLDER) reads it"
+                )
+            return loaded_keys
+        if len(checkpoint_files) > 1:
+            folder = os.path.dirname(checkpoint_files[0])
+            raise NFQError(f"{folder}: its weights are in several files; a quantised model has one")
+        self._file = NFQFile(checkpoint_files[0])
+        self._names = diffusers_unet_names(self._file)
+        self.facts = self._file.facts
+        return list(self._names.values())
+
+    def maybe_update_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of the weights file by their names in the model, packed ones as their buffers."""
+        if self._file is None:
+            return state_dict
+        with self._file as file:
+            tensors = load_tensors(file, self._names)
+        loaded = {self._names[key]: tensor for key, tensor in tensors.items()}
+        self._file, self._names = None, {}
+        self._packed = {name: tensor for name, tensor in loaded.items() if isinstance(tensor, NFTensor)}
+        return loaded | {name: tensor.data for name, tensor in self._packed.items()}
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: Mapping, **kwargs: Any
+    ) -> bool:
+        """Whether `create_quantized_param` is to deal with a tensor."""
+        return param_name in self._packed or param_name in self._formats
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: torch.Tensor,
+        param_name: str,
+        target_device: torch.device | str | int | None,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put a packed layer in the place of a stock one."""
+        device = torch.device("cpu" if target_device is None else target_device)
+        packed = self._packed.pop(param_name, None)
+        parent, _, name = param_name.removesuffix(".weight").rpartition(".")
+        module = model.get_submodule(parent)
+        if packed is None:
+            # diffusers has cast `param_value` to the dtype to compute in; the file's own number decides.
+            weight = param_value if state_dict is None else state_dict[param_name]
+            try:
+                packed = quantize(
+                    weight,
+                    format=self._formats[param_name],
+                    effort=self.facts.settings["effort"],
+                    device=device if device.type == "cuda" else "cpu",
+                    **self._statistics.get(param_name, {}),
+                )
+            except CannotQuantizeError as error:
+                log.warning("tensor %r is kept as it is: %s", param_name, error)
+                kept = nn.Parameter(param_value.to(device), requires_grad=False)
+                module.get_submodule(name).weight = kept
+                return
+        pack_layers(module, {f"{name}.weight": packed.to(device)})
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self._file is not None:
+            shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            try:
+                check_fits(self._file, self._names, shapes, "config.json")
+            except BaseException:
+                self._file.close()
+                raise
+            return model
+        # A single file is converted by diffusers, which then takes it for quantised where nothing tells otherwise.
+        if self.pre_quantized and "state_dict" not in kwargs:
+            raise UnsupportedFileError(
+                "this version of diffusers cannot read a quantised folder, 0.39 or newer can; load_unet(FILE, FOLDER) "
+                "reads it with this one"
+            )
+        settings, calibration = self.quantization_config.for_quantizing()
+        entries = {name: Entry("F16", tuple(tensor.shape), 0, 0) for name, tensor in model.state_dict().items()}
+        info, plans = plan_tensors(entries, settings)
+        layers = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, tuple(PACKED_KINDS))}
+        plans = {name: plan for name, plan in plans.items() if plan.format and name in layers}
+        inputs, warnings = calibration.for_plans(info, plans) if calibration else ({}, [])
+        for warning in warnings:
+            log.warning("%s", warning)
+        self._formats = {name: plan.format.id for name, plan in plans.items()}
+        self._statistics = {name: found.arguments() for name, found in inputs.items()}
+        self.facts = Facts.of(info, settings.as_dict() | (calibration.as_dict() if inputs else {}))
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        missing = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
+        if missing is not None:
+            raise NFQError(f"the weights lack tensor {missing!r}, which config.json asks for")
+        self._statistics = {}
+        return become_packed(model, self)
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        return become_stock(model)
+
+    @property
+    def is_serializable(self) -> bool:
+        """Packed models are saved by their own `save_pretrained`."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """LoRA factors beside packed weights are."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """A packed model is one graph."""
+        return True

@@ -1,0 +1,243 @@
+"""A model card for quantised files, in Markdown."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ..allocation import PRESETS
+from ..checkpoint import missing_companions
+from ..container import NFQFile
+from ..errors import CorruptFileError, NFQError
+from ..examine import container_info
+from ..markdown import as_code, as_text, markdown_table, ratio_in_words, size_in_words
+from ..parallel import Progress, no_progress
+from ..unet import UNKNOWN
+from ..untrusted import parse_json
+from .measure import label, measure, short_names
+from .write import JSON_NAME, MARKDOWN_NAME, MEANINGS, PLOT_TITLES, markdown
+from .yaml import front_matter
+
+PLACEHOLDERS = {"base_model": "FILL-IN/BASE-MODEL", "license": "FILL-IN-LICENSE-OF-THE-BASE-MODEL"}
+"""What stands for a fact that only the author of the card knows."""
+
+OPTIONS = {"base_model": "--base-model", "license": "--license"}
+
+RECOMMENDED_BITS = PRESETS["balanced"]
+"""Packed bits per weight of the file to recommend, about."""
+
+RATIOS = ("sqnr_db", "pictures", "latents")
+"""What a report knows of a file beyond its header."""
+
+
+def card_facts(
+    files: Sequence[str | os.PathLike],
+    *,
+    original: str | os.PathLike | None = None,
+    report_folder: str | os.PathLike | None = None,
+    recommended: str | os.PathLike | None = None,
+    base_model: str = "",
+    license: str = "",
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Gather what a card says.
+
+    Args:
+        files: `.nfq.safetensors` files.
+        original: the file that they were made from, to measure their errors.
+        report_folder: where `nfq report` wrote about them; instead of `original`.
+        recommended: one of `files`; by default the one nearest to RECOMMENDED_BITS.
+        base_model: the base model's name on the hub.
+        license: its licence.
+        progress: see `parallel.Progress`, while errors are measured.
+
+    Returns:
+        `base_model` and `license`, `placeholders` (the names of those two that were not given), `recommended`,
+        `report_folder` (its name, or None), `plots` (names of those in it) and `files`: each as
+        `examine.container_info` without `layers`, with `name`, `sha256`, `header_sha256`, `whole_checkpoint`, and
+        `sqnr_db`, `pictures` and `latents` as far as they are known.
+
+    Raises:
+        NFQError: a file is missing, damaged or named twice, not made from the original, or not in the report.
+    """
+    names = short_names(files)
+    facts = [_file_facts(path, name) for path, name in zip(files, names, strict=True)]
+    report = None
+    if original is not None:
+        report = measure(original, files, progress=progress)
+    elif report_folder is not None:
+        report = _read_report(Path(report_folder))
+    if report is not None:
+        measured = {file["header_sha256"]: file for file in report["files"]}
+        for path, one in zip(files, facts, strict=True):
+            if one["header_sha256"] not in measured:
+                raise NFQError(f"{path} is not in {report_folder}; run `nfq report` with it, or leave it out")
+            found = measured[one["header_sha256"]]
+            one.update({key: found[key] for key in RATIOS if key in found})
+    given = {"base_model": base_model, "license": license}
+    in_folder = report_folder is not None
+    return {
+        **{name: value or PLACEHOLDERS[name] for name, value in given.items()},
+        "placeholders": [name for name, value in given.items() if not value],
+        "recommended": _recommended(files, facts, recommended),
+        "report_folder": Path(os.path.abspath(report_folder)).name if in_folder else None,
+        "plots": [name for name in PLOT_TITLES if in_folder and (Path(report_folder) / f"{name}.png").is_file()],
+        "files": facts,
+    }
+
+
+def _file_facts(path: str | os.PathLike, name: str) -> dict[str, Any]:
+    with NFQFile(path) as file:
+        facts = container_info(file)
+        del facts["layers"]
+        return {
+            "name": name,
+            "sha256": file.sha256(),
+            "header_sha256": file.header_sha256,
+            "whole_checkpoint": not missing_companions(file),
+            **facts,
+        }
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    path = folder / JSON_NAME
+    try:
+        report = parse_json(path.read_text("utf-8"))
+        # Whatever a card says of it is tried here, where its file can be named.
+        markdown(report, ())
+        {file["header_sha256"] for file in report["files"]}
+    except OSError as error:
+        raise NFQError(f"{path} cannot be read ({error.strerror}); `nfq report --out {folder}` writes it") from None
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError):
+        raise CorruptFileError(f"{path} is damaged; `nfq report --out {folder} --force` writes it again") from None
+    return report
+
+
+def _recommended(
+    files: Sequence[str | os.PathLike], facts: Sequence[Mapping[str, Any]], chosen: str | os.PathLike | None
+) -> str:
+    if chosen is not None:
+        paths = [os.path.abspath(path) for path in files]
+        if os.path.abspath(chosen) not in paths:
+            raise NFQError(f"{chosen} cannot be recommended: it is none of the files of the card")
+        return facts[paths.index(os.path.abspath(chosen))]["name"]
+    nearest = min(facts, key=lambda one: (abs(one["packed_bits_per_weight"] - RECOMMENDED_BITS), one["file_bytes"]))
+    return nearest["name"]
+
+
+def card(facts: Mapping[str, Any]) -> str:
+    """The card of what `card_facts` gathered, as a repository's README.md."""
+    files = facts["files"]
+    models = sorted({one["architecture"] if one["architecture"] != UNKNOWN else "" for one in files if _is_unet(one)})
+    known = ", ".join(filter(None, models))
+    title = label(files[0]["name"]) if "base_model" in facts["placeholders"] else facts["base_model"].rpartition("/")[2]
+    fields = {
+        "base_model": facts["base_model"],
+        "base_model_relation": "quantized",
+        "license": facts["license"],
+        "library_name": "comfyui-nfq",
+        **({"pipeline_tag": "text-to-image"} if models else {}),
+        "tags": ["nfq", "quantized", *(["comfyui", "stable-diffusion-xl"] if models else [])],
+    }
+    comments = {name: f"fill in, or give {OPTIONS[name]}" for name in facts["placeholders"]}
+    parts = [
+        front_matter(fields, comments),
+        f"# {as_text(title)}, quantised",
+        f"Weights of {as_text(facts['base_model'])}{f' ({known})' if known else ''} in the NF block format of "
+        "ComfyUI-NFQ. Each file is complete: the original is not needed. Only weights are quantised, activations are "
+        "not: samplers, CFG and LoRA stay as they are. The licence is the base model's.",
+        "## Files",
+        _files_table(facts),
+        MEANINGS,
+        *_quality(facts),
+        "## How to use",
+        *_how_to_use(facts),
+        "## How it was made",
+        "\n".join(_settings(one) for one in files),
+        "## Checksums (SHA-256)",
+        "```\n" + "\n".join(f"{one['sha256']}  {' '.join(one['name'].split())}" for one in files) + "\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _is_unet(one: Mapping[str, Any]) -> bool:
+    return one["layout"] != "plain"
+
+
+def _files_table(facts: Mapping[str, Any]) -> str:
+    columns = [
+        ("SQNR, dB", "sqnr_db", lambda ratio: ratio_in_words(ratio)),
+        ("PSNR, dB", "pictures", lambda figures: ratio_in_words(figures["psnr_db"])),
+        ("SSIM", "pictures", lambda figures: f"{figures['ssim']:.4f}"),
+        ("latent PSNR, dB", "latents", lambda figures: ratio_in_words(figures["psnr_db"], 1)),
+    ]
+    known = [column for column in columns if any(column[1] in one for one in facts["files"])]
+    rows = []
+    for one in facts["files"]:
+        kind = "checkpoint" if one["whole_checkpoint"] else "UNet" if _is_unet(one) else "weights"
+        row = [as_code(one["name"]), kind, size_in_words(one["file_bytes"])]
+        row += [f"{one['bits_per_weight']:.2f}", f"{one['packed_bits_per_weight']:.2f}"]
+        row += [words(one[key]) if key in one else "–" for _, key, words in known]
+        rows.append([*row, "**recommended**" if one["name"] == facts["recommended"] else ""])
+    header = ["file", "holds", "size", "bits per weight", "packed bits", *(title for title, *_ in known), ""]
+    return markdown_table(header, rows)
+
+
+def _quality(facts: Mapping[str, Any]) -> list[str]:
+    if facts["report_folder"] is None:
+        return []
+    beside = f"{quote(facts['report_folder'])}/"
+    images = [f"![{PLOT_TITLES[name]}]({beside}{name}.png)" for name in facts["plots"]]
+    return ["## Quality", *images, f"Layer by layer: [{MARKDOWN_NAME}]({beside}{MARKDOWN_NAME})."]
+
+
+def _how_to_use(facts: Mapping[str, Any]) -> list[str]:
+    files = facts["files"]
+    chosen = facts["recommended"].rpartition("/")[2]
+    steps = []
+    if any(_is_unet(one) and not one["whole_checkpoint"] for one in files):
+        steps.append(
+            "**ComfyUI**, with the nodes of ComfyUI-NFQ: put a UNet into `models/diffusion_models`, and *Load NFQ "
+            "Diffusion Model* where *Load Diffusion Model* stands in your workflow; CLIP and VAE come from where they "
+            "came before."
+        )
+    if any(one["whole_checkpoint"] for one in files):
+        steps.append(
+            "**ComfyUI**, with the nodes of ComfyUI-NFQ: put a checkpoint into `models/checkpoints`, and *Load NFQ "
+            "Checkpoint* where *Load Checkpoint* stands in your workflow."
+        )
+    if any(map(_is_unet, files)):
+        # A string in JSON is the same in Python.
+        file, base = (json.dumps(words, ensure_ascii=False) for words in (chosen, facts["base_model"]))
+        steps += [
+            "**diffusers**, with `nfq_core` of ComfyUI-NFQ; `unet` is a folder with the `config.json` of the base "
+            "model's UNet, and no weights:",
+            f"""```python
+import torch
+from diffusers import StableDiffusionXLPipeline
+from nfq_core.diffusers import load_unet
+
+unet = load_unet({file}, "unet")
+pipeline = StableDiffusionXLPipeline.from_pretrained({base}, unet=unet, torch_dtype=torch.float16)
+```""",
+            "**Automatic1111's web UI and Forge**, with the same repository as an extension: put a checkpoint into "
+            "`models/Stable-diffusion` and choose it in the list. A UNet alone works in Forge only, with the rest "
+            "chosen under *VAE / Text Encoder*.",
+        ]
+    else:
+        steps.append("**Python**: `nfq_core.load` of ComfyUI-NFQ reads a file as a state dict of packed weights.")
+    steps.append("**Other programs**: `nfq dequantize FILE DST` writes plain safetensors under the original's names.")
+    return steps
+
+
+def _settings(one: Mapping[str, Any]) -> str:
+    values = {name: ", ".join(map(str, v)) if isinstance(v, list) else v for name, v in one["settings"].items()}
+    settings = ", ".join(f"{name} {value}" for name, value in values.items()) or "settings not recorded"
+    source = one["source"]
+    origin = as_code(source["name"]) if source["name"] else "a model that is not recorded"
+    origin += f" (SHA-256 `{source['sha256'][:16]}…`)" if source["sha256"] else ""
+    return f"- {as_code(one['name'])} from {origin}, by {as_text(one['writer'])}: {as_text(settings)}"

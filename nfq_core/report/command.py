@@ -1,0 +1,120 @@
+"""The commands `nfq report` and `nfq card`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+from ..atomic import prepare_folder
+from ..demo.model import bundled_weights_path
+from ..demo.run import STEPS
+from ..errors import NFQError
+from ..markdown import ratio_in_words, size_in_words
+from ..sheet import check_pillow
+from ..terminal import AddCommand, progress_bar, show
+from .card import RECOMMENDED_BITS, card, card_facts
+from .measure import by_size, measure
+from .pictures import DEMO, Drawing, add_pictures, painter
+from .plots import check_matplotlib
+from .write import MARKDOWN_NAME, WRITTEN, write_report
+
+
+def add_report_command(command: AddCommand) -> None:
+    """Declare `nfq report`."""
+    sub = command("report", _report, "report in words and plots how far files are from their original")
+    sub.add_argument(
+        "original", metavar="ORIGINAL", help="the safetensors file that they were made from, or demo: the bundled one"
+    )
+    sub.add_argument("files", metavar="FILE", nargs="+", help=".nfq.safetensors files")
+    sub.add_argument("--out", default="nfq-report", metavar="DIR", help="where the report goes (default: %(default)s)")
+    sub.add_argument("--force", action="store_true", help="replace what an earlier report left in DIR")
+    group = sub.add_argument_group("pictures")
+    group.add_argument(
+        "--pipeline", metavar="DIR", help="draw with this SDXL folder of diffusers, or demo: with the demo model"
+    )
+    group.add_argument("--prompts", metavar="FILE", help="a text file, a prompt per line (default: eight)")
+    group.add_argument("--steps", type=int, default=STEPS, metavar="N", help="denoising steps (default: %(default)s)")
+    group.add_argument("--guidance", type=float, metavar="X", help="scale of CFG (default: the pipeline's)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture (default: %(default)s)")
+    group.add_argument("--side", type=int, metavar="N", help="width and height in pixels (default: the model's)")
+    group.add_argument("--device", default="cpu", metavar="D", help="where to draw, such as cuda (default: cpu)")
+
+
+def _report(options: argparse.Namespace) -> int:
+    check_matplotlib()
+    check_pillow()
+    folder = Path(options.out)
+    prepare_folder(folder, WRITTEN, options.force)
+    original = bundled_weights_path() if options.original == DEMO else options.original
+    files = by_size(options.files)
+    artist = painter(options.pipeline, _drawing(options)) if options.pipeline else None
+    with progress_bar("comparing", options) as progress:
+        report = measure(original, files, progress=progress)
+    drawn = []
+    if artist:
+        with progress_bar("drawing", options, "model") as progress:
+            drawn = add_pictures(report, original, files, artist, progress=progress)
+    write_report(folder, report, drawn, overwrite=options.force)
+    lines = []
+    for file in report["files"]:
+        line = f"{file['name']}: {size_in_words(file['file_bytes'])}, {file['bits_per_weight']:.3f} bits per weight, "
+        line += f"SQNR {ratio_in_words(file['sqnr_db'])} dB"
+        if "pictures" in file:
+            line += f", PSNR {ratio_in_words(file['pictures']['psnr_db'])} dB, SSIM {file['pictures']['ssim']:.4f}"
+        if "latents" in file:
+            line += f", latent PSNR {ratio_in_words(file['latents']['psnr_db'], 1)} dB"
+        lines.append(line + (f" ({file['note']})" if file["note"] else ""))
+    return show(options, report, "\n".join([*lines, f"report: {folder / MARKDOWN_NAME}"]))
+
+
+def add_card_command(command: AddCommand) -> None:
+    """Declare `nfq card`."""
+    sub = command("card", _card, "print a model card in Markdown")
+    sub.add_argument("files", metavar="FILE", nargs="+", help=".nfq.safetensors files")
+    either = sub.add_mutually_exclusive_group()
+    either.add_argument("--original", metavar="F", help="the safetensors file that they were made from: adds errors")
+    either.add_argument("--report", metavar="DIR", help="what `nfq report` wrote of them: adds errors and plots")
+    sub.add_argument("--base-model", default="", metavar="ID", help="name of the base model on the hub")
+    sub.add_argument("--license", default="", metavar="ID", help="licence of the base model, which is inherited")
+    sub.add_argument(
+        "--recommend", metavar="FILE", help=f"one of the files (default: nearest to {RECOMMENDED_BITS} packed bits)"
+    )
+
+
+def _card(options: argparse.Namespace) -> int:
+    with progress_bar("comparing", options) as progress:
+        facts = card_facts(
+            by_size(options.files),
+            original=options.original,
+            report_folder=options.report,
+            recommended=options.recommend,
+            base_model=options.base_model,
+            license=options.license,
+            progress=progress,
+        )
+    return show(options, facts, card(facts).rstrip("\n"))
+
+
+def _drawing(options: argparse.Namespace) -> Drawing:
+    for name in ("steps", "side"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise NFQError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.guidance is not None and not math.isfinite(options.guidance):
+        raise NFQError(f"--guidance must be a number, got {options.guidance}")
+    if not 0 <= options.seed < 1 << 32:
+        raise NFQError(f"--seed must be from 0 to {(1 << 32) - 1:,}, got {options.seed}")
+    prompts = _prompts(options.prompts) if options.prompts else None
+    return Drawing(prompts, options.seed, options.steps, options.guidance, options.side, options.device)
+
+
+def _prompts(path: str | os.PathLike) -> tuple[str, ...]:
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise NFQError(f"{path} is no text in UTF-8") from None
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise NFQError(f"{path} holds no prompt; write one on each line")
+    return prompts

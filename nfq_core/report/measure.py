@@ -1,0 +1,150 @@
+"""How far files are from their original, layer by layer and by the part that layers play."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..container import NFQFile
+from ..errors import NFQError
+from ..examine import compare_files, container_info, mean_sqnr_db
+from ..parallel import Progress, no_progress
+from ..safefile import SafetensorsFile
+from ..unet import detect, is_unet_key
+from ..version import __version__
+from .layers import OTHER_CONVOLUTION, OTHER_LINEAR, ROLES, common_names, role, stage
+
+SUFFIXES = (".nfq.safetensors", ".safetensors")
+
+
+def measure(
+    original: str | os.PathLike, files: Sequence[str | os.PathLike], *, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """Compare files with the one that they were made from.
+
+    Args:
+        original: a safetensors file, in any of the layouts.
+        files: `.nfq.safetensors` files that were made from it.
+        progress: see `parallel.Progress`, over all files.
+
+    Returns:
+        `version`, `original` (`name`, `bytes`, `sha256`), `files` in the order given, each as `examine.container_info`
+        tells without `source`, further `name` (that of the file, as short as tells the files apart), `header_sha256`,
+        `unet_bits_per_weight` (stored bytes of the UNet's tensors, kept ones too, × 8 ÷ their number of weights; None
+        where there is no UNet), `sqnr_db` (see `examine.compare_files`), `note` (why its error may be another's, or
+        nothing), `roles` (each `role`, `group`, `layers`, `weights`, `bits_per_weight`, `sqnr_db`) and `layers`, in
+        forward order (each also `common_name`, `role`, `group`, `stage`, `sqnr_db`).
+
+    Raises:
+        NFQError: a file is missing, damaged, or not made from this original, or named twice.
+    """
+    names = short_names(files)
+    with SafetensorsFile(original) as file:
+        before = {"name": _readable(file.path.name), "bytes": file.file_bytes, "sha256": file.sha256()}
+    found = []
+    for number, (path, name) in enumerate(zip(files, names, strict=True)):
+
+        def report(done: int, total: int, tensor: str, number: int = number) -> None:
+            progress(number * total + done, len(files) * total, tensor)
+
+        found.append(_measure_file(original, before, path, name, report))
+    return {"version": __version__, "original": before, "files": found}
+
+
+def short_names(files: Sequence[str | os.PathLike]) -> list[str]:
+    """A name for each file: the last parts of its path, as many as tell all of them apart.
+
+    Raises:
+        NFQError: a file is named twice.
+    """
+    paths = [Path(os.path.abspath(path)) for path in files]
+    twice = next((path for path, count in Counter(paths).items() if count > 1), None)
+    if twice is not None:
+        raise NFQError(f"{twice} is named twice; name it once")
+    for length in range(1, 1 + max(len(path.parts) for path in paths)):
+        names = [_readable("/".join(path.parts[-length:])) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _readable(name: str) -> str:
+    """Not every file name is Unicode."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def by_size(files: Iterable[str | os.PathLike]) -> list[str | os.PathLike]:
+    """The largest first; files that are not there are left for `measure` to name."""
+    return sorted(files, key=lambda path: (-os.path.getsize(path) if os.path.isfile(path) else 0, str(path)))
+
+
+def label(name: str) -> str:
+    """A file's name without its suffix, for plots and tables."""
+    suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(suffix)] or name
+
+
+def _measure_file(
+    original: str | os.PathLike, before: Mapping[str, Any], path: str | os.PathLike, name: str, progress: Progress
+) -> dict[str, Any]:
+    compared = compare_files(original, path, progress=progress)
+    ratio = compared["sqnr_db"]
+    if ratio is not None and ratio <= 0:
+        raise NFQError(f"{path} was not made from {original}: its error is as large as the weights ({ratio:.1f} dB)")
+    ratios = {layer["name"]: layer["sqnr_db"] for layer in compared["layers"]}
+    with NFQFile(path) as file:
+        facts = container_info(file)
+        shapes = file.shapes()
+        info = detect(shapes)
+        common = common_names(info, shapes)
+        unet = [key for key in shapes if info and is_unet_key(info, key)]
+        unet_bytes, unet_weights = sum(map(file.stored_bytes, unet)), sum(prod(shapes[key]) for key in unet)
+        header_sha256 = file.header_sha256
+    source = facts.pop("source")
+    known = {layer["name"]: layer for layer in facts.pop("layers")}
+    layers = []
+    for key in (key for key in common if key in known):
+        part = role(common[key], known[key]["shape"])
+        place = {"common_name": common[key], "role": part.name, "group": part.group, "stage": stage(common[key])}
+        layers.append({**known[key], **place, "sqnr_db": ratios[key]})
+    return {
+        "name": name,
+        "header_sha256": header_sha256,
+        **facts,
+        "unet_bits_per_weight": unet_bytes * 8 / unet_weights if unet_weights else None,
+        "sqnr_db": ratio,
+        "note": _note(source, before),
+        "roles": _roles(layers),
+        "layers": layers,
+    }
+
+
+def _note(source: Mapping[str, str], before: Mapping[str, Any]) -> str:
+    if source["sha256"] in ("", before["sha256"]):
+        return ""
+    return f"made from another file ({source['name'] or 'without a name'}), whose difference is part of the error"
+
+
+def _roles(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for part in (*ROLES, OTHER_LINEAR, OTHER_CONVOLUTION):
+        members = [layer for layer in layers if layer["role"] == part.name]
+        weights = sum(prod(layer["shape"]) for layer in members)
+        if not members:
+            continue
+        stored = sum(layer["bits_per_weight"] * prod(layer["shape"]) for layer in members)
+        rows.append(
+            {
+                "role": part.name,
+                "group": part.group,
+                "layers": len(members),
+                "weights": weights,
+                "bits_per_weight": stored / weights,
+                "sqnr_db": mean_sqnr_db((prod(layer["shape"]), layer["sqnr_db"]) for layer in members),
+            }
+        )
+    return rows

@@ -1,0 +1,188 @@
+"""The nodes that measure: each reads its inputs, calls what does the work, and returns."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..nfq_core import NFQError, NFQFile
+from . import compare, host, quality, report
+from .schema import NOTHING, schema
+
+COMPARED = 8
+"""The most that NFCompare takes."""
+
+REPORTED = 4
+"""The most files that NFQualityReport takes."""
+
+
+class NFInspect(io.ComfyNode):
+    """What a MODEL or a file is."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        return schema(
+            node_id="NFInspect",
+            search_aliases=["nfq info", "bits per weight", "model size", "quantisation error"],
+            display_name="NFQ Inspect",
+            description="Tells bits per weight, size, and each layer's format and error, of a MODEL or of a file.",
+            inputs=[
+                io.Model.Input("model", optional=True, tooltip="A quantised MODEL."),
+                io.Model.Input(
+                    "original", optional=True, tooltip="The MODEL before it was quantised, to measure errors against."
+                ),
+                io.Combo.Input(
+                    "file_name",
+                    options=[NOTHING, *host.names_with_folder(host.file_names)],
+                    default=NOTHING,
+                    optional=True,
+                    tooltip="A file to read the header of, where no MODEL is connected.",
+                ),
+            ],
+            outputs=[io.String.Output("report", display_name="report"), io.String.Output("json", display_name="json")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file_name: str = NOTHING, **_: Any) -> str:
+        """A file that changed on disk is read again."""
+        return host.fingerprint(*host.parted(file_name))
+
+    @classmethod
+    def execute(cls, model: Any = None, original: Any = None, file_name: str = NOTHING) -> io.NodeOutput:
+        """Describe."""
+        if model is not None:
+            facts = report.model_facts(model, original)
+        elif file_name != NOTHING:
+            folder, name = host.parted(file_name)
+            with NFQFile(host.file_path(folder, name)) as file:
+                facts = report.file_facts(file, name)
+        else:
+            raise NFQError("connect a MODEL to NFInspect, or choose a file")
+        text = report.as_text(facts)
+        return io.NodeOutput(text, json.dumps(facts), ui={"text": (text,), "nfq": (facts,)})
+
+
+class NFCompare(io.ComfyNode):
+    """Images or latents side by side, with PSNR and SSIM against the first."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        kinds = [io.Image, io.Latent]
+        others = [
+            io.MultiType.Input(
+                f"image_{number}",
+                types=kinds,
+                optional=number > 2,
+                tooltip="An image or a latent of the same size, sampled with the same seed.",
+            )
+            for number in range(2, COMPARED + 1)
+        ]
+        return schema(
+            node_id="NFCompare",
+            search_aliases=["psnr", "ssim", "compare images", "side by side", "image difference", "xy plot"],
+            display_name="NFQ Compare",
+            description="Shows images or latents side by side, with PSNR and SSIM of each against the first.",
+            inputs=[
+                io.MultiType.Input(
+                    "image_1", types=kinds, tooltip="The reference, such as what the fp16 model draws: image or latent."
+                ),
+                *others,
+                io.Vae.Input("vae", optional=True, tooltip="Decodes latents, so that pictures are compared."),
+                io.String.Input(
+                    "labels",
+                    default="fp16\n16 levels",
+                    multiline=True,
+                    optional=True,
+                    tooltip="A label on each line, in the order of the inputs.",
+                ),
+                io.Int.Input(
+                    "side",
+                    default=512,
+                    min=64,
+                    max=2048,
+                    step=64,
+                    optional=True,
+                    tooltip="The longer side that each picture gets on the sheet, in pixels.",
+                ),
+            ],
+            outputs=[io.Image.Output("sheet", display_name="sheet"), io.String.Output("report", display_name="report")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, image_1: Any, vae: Any = None, labels: str = "", side: int = 512, **others: Any) -> io.NodeOutput:
+        """Compare."""
+        numbered = (f"image_{number}" for number in range(2, COMPARED + 1))
+        inputs = {"image_1": image_1} | {name: others[name] for name in numbered if others.get(name) is not None}
+        compared = compare.compare(inputs, labels, vae)
+        # As the host's own previews: a page that is still open must not find another picture under an old name.
+        prefix = f"nfq-compare-{secrets.token_hex(4)}"
+        shown = [
+            {
+                "label": one.label,
+                "psnr_db": one.psnr_db,
+                "ssim": one.ssim,
+                "pictures": ui.ImageSaveHelper.save_images(one.pictures, prefix, io.FolderType.temp, None, 1),
+            }
+            for one in compared
+        ]
+        text = compare.as_text(compared)
+        return io.NodeOutput(compare.sheet(compared, side), text, ui={"text": (text,), "nfq_compare": shown})
+
+
+class NFQualityReport(io.ComfyNode):
+    """An original and files made from it → plots and tables of their errors."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        files = host.names_with_folder(host.file_names)
+        more = [
+            io.Combo.Input(
+                f"file_name_{number}",
+                options=[NOTHING, *files],
+                default=NOTHING,
+                optional=True,
+                tooltip="Another file made from the same original, such as one of another size.",
+            )
+            for number in range(2, REPORTED + 1)
+        ]
+        return schema(
+            node_id="NFQualityReport",
+            search_aliases=["quality report", "quantisation error", "model card", "nfq report", "sqnr"],
+            display_name="NFQ Quality Report",
+            description="Measures how far files are from their original: errors by layer, kind of layer and size.",
+            inputs=[
+                io.Combo.Input(
+                    "original_name",
+                    options=host.names_with_folder(host.original_names),
+                    tooltip="The fp16, bf16 or fp32 file that they were made from; it is only read.",
+                ),
+                io.Combo.Input("file_name", options=files, tooltip=f"An {host.SUFFIX} file made from the original."),
+                *more,
+            ],
+            outputs=[io.Image.Output("plots", display_name="plots"), io.String.Output("report", display_name="report")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **names: Any) -> str:
+        """Files that changed on disk are measured again."""
+        return "|".join(host.fingerprint(*host.parted(name)) for name in names.values() if name != NOTHING)
+
+    @classmethod
+    def execute(cls, original_name: str, file_name: str, **more: str) -> io.NodeOutput:
+        """Measure and draw."""
+        numbered = (more.get(f"file_name_{number}", NOTHING) for number in range(2, REPORTED + 1))
+        files = [host.file_path(*host.parted(name)) for name in (file_name, *numbered) if name != NOTHING]
+        original = host.original_path(*host.parted(original_name))
+        plots, text = quality.quality_report(original, files, host.NodeProgress())
+        prefix = f"nfq-report-{secrets.token_hex(4)}"
+        shown = ui.ImageSaveHelper.save_images(plots, prefix, io.FolderType.temp, None, 1)
+        return io.NodeOutput(plots, text, ui={"images": shown, "text": (text,)})
