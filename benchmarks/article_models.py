@@ -73,12 +73,9 @@ class Model:
             unet = type(self.unet).from_config(self.unet.config)
         pack_layers(unet, {name: tensor for name, tensor in state.items() if isinstance(tensor, NFTensor)})
         dtype = next(self.unet.parameters()).dtype
-        placed = {
-            name: tensor.data.to(self.device) if isinstance(tensor, NFTensor) else tensor.to(self.device, dtype)
-            for name, tensor in state.items()
-        }
-        unet.load_state_dict(placed, assign=True)
-        return unet.eval().requires_grad_(False)
+        kept = {name: tensor.to(dtype) for name, tensor in state.items() if not isinstance(tensor, NFTensor)}
+        unet.load_state_dict(kept, strict=False, assign=True)
+        return unet.to(self.device).eval().requires_grad_(False)
 
 
 def demo_model(steps: int | None = None) -> Model:

@@ -95,7 +95,7 @@ def layer_times(shape: tuple[int, int, int], device: torch.device, rounds: int =
         layers[DYNAMIC] = dynamic_int8(dense)
     calls = {name: lambda layer=layer: layer(x) for name, layer in layers.items()}
     layer = layers[INT8][0]
-    decoded = partial(dequantize_for_one_use, layer.weight, layer.format_id, layer.weight_shape, torch.float32)
+    decoded = partial(dequantize_for_one_use, layer.buffer, layer.format_id, layer.weight_shape, torch.float32)
     calls[MAKING_ROWS] = lambda: round_rows(decoded(), overwrite=True)
     return in_turns(calls, device, rounds)
 

@@ -37,9 +37,14 @@ class PackedLayer:
         self.bias = bias
 
     @property
+    def buffer(self) -> torch.Tensor:
+        """The packed buffer, uint8, 1-D."""
+        return self.weight.view(-1)
+
+    @property
     def packed(self) -> NFTensor:
         """The packed weight, sharing its buffer."""
-        return NFTensor(self.weight.data.view(-1), format_by_id(self.format_id), self.weight_shape, self.weight_dtype)
+        return NFTensor(self.buffer.data, format_by_id(self.format_id), self.weight_shape, self.weight_dtype)
 
     @property
     def low_rank(self) -> LowRank | None:
@@ -64,11 +69,11 @@ class PackedLayer:
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight in `dtype` with its low-rank changes, new."""
-        return self._changed(dequantize(self.weight.view(-1), self.format_id, self.weight_shape, dtype))
+        return self._changed(dequantize(self.buffer, self.format_id, self.weight_shape, dtype))
 
     def _weight_now(self, dtype: torch.dtype) -> torch.Tensor:
         """`dense_weight`, which need not last beyond this layer's forward."""
-        return self._changed(dequantize_for_one_use(self.weight.view(-1), self.format_id, self.weight_shape, dtype))
+        return self._changed(dequantize_for_one_use(self.buffer, self.format_id, self.weight_shape, dtype))
 
     def _changed(self, weight: torch.Tensor) -> torch.Tensor:
         change = self._low_rank_for(weight)
@@ -103,7 +108,7 @@ class PackedLinear(PackedLayer, nn.Linear):
         """The product with the weight dequantised to the dtype of `x`, or in int8, where changes are not rounded."""
         if not self.int8 or unfit(x, self.out_features):
             return nn.functional.linear(x, self._weight_now(x.dtype), self.bias)
-        weight = dequantize_for_one_use(self.weight, self.format_id, self.weight_shape, torch.float32)
+        weight = dequantize_for_one_use(self.buffer, self.format_id, self.weight_shape, torch.float32)
         result, change = int8_linear(x, weight, self.bias), self._low_rank_for(x)
         return result if change is None else result.add_(change.product(x))
 
