@@ -35,6 +35,7 @@ from .safefile import (
     tensor_bytes,
     tensor_from_bytes,
 )
+from .state import sensitivities
 from .writer import ContainerWriter, Plan
 
 log = logging.getLogger("nfq")
@@ -121,15 +122,13 @@ def quantize_file(
             done += file.entries[key].nbytes
             progress(done, total, key)
 
-        sensitivities = None
-        if calibration and settings.has_target:
-            sensitivities = calibration.sensitivities_of({key: entry.shape for key, entry in file.entries.items()})
+        measured = sensitivities(file.entries, settings, calibration)
         size = SizeSearch(settings.target_bytes)
         while True:
             done, unfit = 0, []
-            info, plans = plan_tensors(file.entries, settings, sensitivities, size.packed_bytes)
+            info, plans = plan_tensors(file.entries, settings, measured, size.packed_bytes)
             inputs, uncalibrated = calibration.for_plans(info, plans) if calibration else ({}, [])
-            recorded = settings.as_dict() | (calibration.as_dict() if inputs or sensitivities else {})
+            recorded = settings.as_dict() | (calibration.as_dict() if inputs or measured else {})
             facts = Facts.of(info, recorded, Source(source_name(source), file.file_bytes, NO_SHA256, metadata))
             with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
                 for key, frames, raw, reason in ordered_map(work, jobs(), size=lambda job: len(job[1])):
