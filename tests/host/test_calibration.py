@@ -33,7 +33,8 @@ def test_collect_save_and_quantize(host) -> None:
     assert told.startswith(f"saved output/nfq_calibrations/{NAME} (") and told.endswith("2 samplings")
     found = Calibration.load(host.output / "nfq_calibrations" / NAME)
     assert (found.architecture, found.prompts, found.steps) == ("Segmind Vega", 2, 1)
-    assert len(found.inputs) > 217 and len(found.sensitivities) >= 8
+    # At so few pixels the innermost layers see too few tokens.
+    assert len(found.inputs) + len(found.faults) > 217 and len(found.sensitivities) >= 8
     made = quantize(["model", 0], levels=7, conv_levels=7, calibration=NAME)
     host.run({"model": ORIGINAL, "made": made, "saved": save(["made", 0], "calibrated")})
     with NFQFile(host.output / "diffusion_models" / "calibrated.nfq.safetensors") as file:
