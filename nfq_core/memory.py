@@ -52,7 +52,7 @@ def _meminfo() -> dict[str, int]:
     """Bytes that are available and free for swapping, by the names that Linux gives them; nothing elsewhere."""
     if not MEMINFO.exists():
         return {}
-    fields = (line.partition(":") for line in MEMINFO.read_text(encoding="ascii").splitlines())
+    fields = (line.partition(":") for line in MEMINFO.read_text(encoding="utf-8").splitlines())
     return {name: int(rest.split()[0]) * 1024 for name, _, rest in fields if name in ("MemAvailable", "SwapFree")}
 
 

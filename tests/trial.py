@@ -6,8 +6,8 @@ What is right is what `independent_reader` reads. Anything else that happens is 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -35,21 +35,18 @@ from nfq_core.tensor import NFTensor
 from nfq_core.unet import detect, ldm_names, what_is_missing
 from nfq_core.unet_keys import tensor_shapes
 
-logging.getLogger("nfq").setLevel(logging.CRITICAL)
-
-
 STATUS = Path("/proc/self/status")
 
 
 def status(name: str) -> int:
     """Bytes that Linux tells of this process under a name."""
-    line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith(name + ":"))
+    line = next(line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(name + ":"))
     return int(line.split()[1]) * 1024
 
 
 def reset_peak() -> int:
     """Have the peak of this process's memory (VmHWM) begin anew; returns the bytes in use."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return status("VmRSS")
 
 
@@ -79,16 +76,29 @@ def same(found: NFTensor | torch.Tensor, wanted: np.ndarray | Kept) -> bool:
     return values.shape == wanted.shape and bool(equal.all())
 
 
-def try_container(path: Path, scratch: Path, more: int = 0) -> str:
+Tensors = dict[str, np.ndarray | Kept]
+
+
+def by_the_document(path: Path) -> Tensors | None:
+    """The tensors that the second reader reads; None where the document calls the file unsound."""
+    try:
+        return independent_reader.read(path)
+    except Exception:
+        return None
+
+
+def try_container(path: Path, wanted: Tensors | None, scratch: Path, more: int = 0) -> str:
     """Open, load and verify a file that may be a container, and do one thing `more` of four.
+
+    Args:
+        path: the file.
+        wanted: its tensors, see `by_the_document`.
+        scratch: a folder to write into.
+        more: see `_more`.
 
     Returns:
         "loaded", or the name of the error's class.
     """
-    try:
-        wanted = independent_reader.read(path)
-    except Exception:
-        wanted = None
     found, refused = guarded(lambda: nfq_core.load(path))
     checked, unchecked = guarded(lambda: verify_file(path))
     sound = checked is not None and checked["ok"]
@@ -195,6 +205,15 @@ def mutated_names(rng: Random) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """A mutated file: its kind and size, and what tries it, which returns "loaded" or the name of an error's class."""
+
+    kind: str
+    file_bytes: int
+    run: Callable[[], str]
+
+
 class Trials:
     """Sound files of every kind, and what is done with mutated ones; `folder` holds what is written meanwhile."""
 
@@ -219,27 +238,18 @@ class Trials:
         save_file(source, self._path, metadata={"title": "a"})
         self._source = self._path.read_bytes()
 
-    @property
-    def file_bytes(self) -> int:
-        """Size of the mutated file that was drawn last."""
-        return self._path.stat().st_size if self._path.exists() else 0
-
-    def draw(self, rng: Random) -> tuple[str, Callable[[], str]]:
-        """Mutate one file.
-
-        Returns:
-            Its kind, and what tries it: returns "loaded" or the name of an error's class, and raises a Fault where what
-            came of it is wrong.
-        """
+    def draw(self, rng: Random) -> Attempt:
+        """Mutate one file; trying it raises a Fault where what comes of it is wrong."""
         kind = rng.choice(self.KINDS)
         if kind == "names":
-            return kind, partial(try_names, mutated_names(rng))
+            return Attempt(kind, 0, partial(try_names, mutated_names(rng)))
         if kind == "container":
-            self._path.write_bytes(mutated(rng, rng.choice(self._containers)))
-            return kind, partial(try_container, self._path, self._folder, rng.randrange(4))
+            size = self._path.write_bytes(mutated(rng, rng.choice(self._containers)))
+            wanted = by_the_document(self._path)
+            return Attempt(kind, size, partial(try_container, self._path, wanted, self._folder, rng.randrange(4)))
         if kind == "calibration":
-            self._path.write_bytes(mutated_plain(rng, self._calibration, CALIBRATION_KEY))
-            return kind, partial(try_calibration, self._path, rng.random() < 0.3)
-        self._path.write_bytes(mutated_plain(rng, self._article if kind == "article" else self._source))
+            size = self._path.write_bytes(mutated_plain(rng, self._calibration, CALIBRATION_KEY))
+            return Attempt(kind, size, partial(try_calibration, self._path, rng.random() < 0.3))
+        size = self._path.write_bytes(mutated_plain(rng, self._article if kind == "article" else self._source))
         convert = import_article if kind == "article" else quantize_file
-        return kind, partial(try_source, self._path, self._folder / "converted", convert)
+        return Attempt(kind, size, partial(try_source, self._path, self._folder / "converted", convert))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import resource
 import signal
 import sys
@@ -104,6 +105,8 @@ def _hangs(*_: object) -> None:
 def main(folder: Path) -> dict[str, dict[str, tuple[str, int]]]:
     """What came of every file of a folder with every reader, and the bytes that it took."""
     torch.set_num_threads(1)
+    # Of the warnings about tensors that are kept.
+    logging.getLogger("nfq").setLevel(logging.CRITICAL)
     signal.signal(signal.SIGALRM, _hangs)
     space = status("VmSize") + SPACE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (space, resource.getrlimit(resource.RLIMIT_AS)[1]))
