@@ -219,6 +219,11 @@ class Trials:
         save_file(source, self._path, metadata={"title": "a"})
         self._source = self._path.read_bytes()
 
+    @property
+    def file_bytes(self) -> int:
+        """Size of the mutated file that was drawn last."""
+        return self._path.stat().st_size if self._path.exists() else 0
+
     def draw(self, rng: Random) -> tuple[str, Callable[[], str]]:
         """Mutate one file.
 
