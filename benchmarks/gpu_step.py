@@ -93,8 +93,8 @@ def make_unet(architecture: UNetArchitecture, state: State) -> nn.Module:
     """diffusers' UNet over the tensors of `state`, which it shares; packed weights in packed layers."""
     unet = empty_unet(architecture)
     pack_layers(unet, {name: tensor for name, tensor in state.items() if isinstance(tensor, NFTensor)})
-    tensors = {name: tensor.data if isinstance(tensor, NFTensor) else tensor for name, tensor in state.items()}
-    unet.load_state_dict(tensors, assign=True)
+    kept = {name: tensor for name, tensor in state.items() if not isinstance(tensor, NFTensor)}
+    unet.load_state_dict(kept, strict=False, assign=True)
     return unet.eval().requires_grad_(False)
 
 

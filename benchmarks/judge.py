@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -23,17 +25,22 @@ PEAK = 255
 Weights = dict[str, torch.Tensor]
 
 
+def held_out_batch(calibrated: Sequence[str] = ()) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `TinyPipeline` takes: noisy pictures, timesteps and the ids of captions that are none of those given."""
+    rng = np.random.default_rng(HELD_OUT_SEED)
+    scenes = [random_scene(rng) for _ in range(2 * OUTPUT_BATCH)]
+    scenes = [scene for scene in scenes if describe(scene) not in calibrated][:OUTPUT_BATCH]
+    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+    timesteps = torch.randint(SCHEDULER_CONFIG["num_train_timesteps"], (OUTPUT_BATCH,), generator=generator)
+    return noisy_pictures(scenes, timesteps, rng, generator)
+
+
 class Judge:
     """Compares models of other weights with the original's outputs and pictures."""
 
     def __init__(self, weights: Weights) -> None:
         calibrated = random_captions(PROMPTS)
-        rng = np.random.default_rng(HELD_OUT_SEED)
-        scenes = [random_scene(rng) for _ in range(2 * OUTPUT_BATCH)]
-        scenes = [scene for scene in scenes if describe(scene) not in calibrated][:OUTPUT_BATCH]
-        generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-        timesteps = torch.randint(SCHEDULER_CONFIG["num_train_timesteps"], (OUTPUT_BATCH,), generator=generator)
-        self._batch = noisy_pictures(scenes, timesteps, rng, generator)
+        self._batch = held_out_batch(calibrated)
         self._captions = random_captions(HELD_OUT, HELD_OUT_SEED, without=calibrated)
         self._output, self._pictures = self._run(build_pipeline(weights))
 

@@ -24,7 +24,7 @@ NOTICEABLE_DB = 0.05
 
 def table(results: dict) -> str:
     """Everything: promises, whether our curve is left of the peers', and all rows, folded up."""
-    parts = [check_table(results["checks"]), left_of_table(results["left_of"])]
+    parts = [summary(results)]
     rows = results["rows"]
     if any(row["source"] == DEMO for row in rows):
         parts.append(_folded("Every row: the demo model", demo_table(rows)))
@@ -34,6 +34,11 @@ def table(results: dict) -> str:
     if results["skipped"]:
         parts.append("Left out: " + "; ".join(f"{name} ({why})" for name, why in results["skipped"].items()) + ".")
     return "\n\n".join(parts)
+
+
+def summary(results: dict) -> str:
+    """What was aimed at, and whether our curve is left of the peers'."""
+    return "\n\n".join([check_table(results["checks"]), left_of_table(results["left_of"])])
 
 
 def check_table(checks: Sequence[dict]) -> str:

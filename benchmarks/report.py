@@ -8,13 +8,15 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 
 import torch
+from torch import nn
 
 from nfq_core.markdown import markdown_table as markdown_table
 
@@ -56,6 +58,32 @@ def timed(work: Callable[[], object]) -> float:
     started = perf_counter()
     work()
     return perf_counter() - started
+
+
+@contextmanager
+def call_seconds(module: nn.Module) -> Iterator[list[float]]:
+    """The seconds that each of a module's calls takes until the device has finished it."""
+    seconds: list[float] = []
+    started = 0.0
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return perf_counter()
+
+    def before(*_: object) -> None:
+        nonlocal started
+        started = now()
+
+    hooks = [
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(lambda *_: seconds.append(now() - started)),
+    ]
+    try:
+        yield seconds
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def summary(samples: Sequence[float]) -> dict:

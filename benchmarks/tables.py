@@ -1,37 +1,36 @@
-"""The README's tables, made anew from the results: `python -m benchmarks.tables`."""
+"""The tables of README and docs, made anew from the results: `python -m benchmarks.tables`."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 
-from . import calibrated, decode, diffusers_load, fullsize, gpu, host, levels, quality_tables, sizes
+from . import article, calibrated, decode, diffusers_load, fullsize, gpu, host, int8, levels, quality_tables, sizes
 from .report import RESULTS, ROOT
 
-BY_NAME = {
-    "quality": quality_tables.table,
-    "levels": levels.table,
-    "calibrated": calibrated.table,
-    "sizes": sizes.table,
-    "fullsize": fullsize.table,
-    "diffusers_load": diffusers_load.table,
-    "host": host.table,
-    "decode": decode.table,
-    "gpu": gpu.table,
+TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
+    "quality": ("quality", quality_tables.table),
+    "quality_checks": ("quality", quality_tables.summary),
+} | {
+    module.__name__.rpartition(".")[2]: (module.__name__.rpartition(".")[2], module.table)
+    for module in (levels, calibrated, sizes, article, int8, fullsize, diffusers_load, host, decode, gpu)
 }
+"""By the name between the marks, the results it is made of, and what makes it."""
+
+PAGES = (ROOT / "README.md", ROOT / "docs" / "MEASUREMENTS.md")
 
 
 def put_tables() -> None:
-    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->` in the README by the tables of the results."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name, table in BY_NAME.items():
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            results = json.loads(path.read_text(encoding="utf-8"))
-            body = f"<!-- {name} -->\n\n{table(results)}\n\n<!-- /{name} -->"
-            text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, body=body: body, text, flags=re.DOTALL)
-    readme.write_text(text, encoding="utf-8")
+    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->` in the pages by the tables of the results."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name, (results, table) in TABLES.items():
+            path = RESULTS / f"{results}.json"
+            if path.exists() and f"<!-- {name} -->" in text:
+                body = f"<!-- {name} -->\n\n{table(json.loads(path.read_text(encoding='utf-8')))}\n\n<!-- /{name} -->"
+                text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, body=body: body, text, flags=re.DOTALL)
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

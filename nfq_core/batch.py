@@ -16,7 +16,7 @@ from .atomic import named_errors, remove_leftovers
 from .calibration import Calibration
 from .container import NFQFile
 from .convert import quantize_file, source_name
-from .errors import CorruptFileError, DiskFullError, NFQError, TargetExistsError, UnsupportedFileError
+from .errors import CorruptFileError, DiskFullError, NFQError, TargetExistsError, UnsupportedFileError, printable
 from .kinds import kind_of
 from .library import Found, find_models, target_for
 from .parallel import Progress, no_progress
@@ -277,7 +277,8 @@ def batch_lines(report: dict) -> list[str]:
     """What `convert_folders` reports, to read: a table and a line of totals."""
     rows, totals = report["files"], report["totals"]
     width = max((len(row["source"]) for row in rows), default=0)
-    lines = [f"{_words(row['result']):10}  {row['source']:{width}}  {_outcome(row)}".rstrip() for row in rows]
+    texts = (f"{_words(row['result']):10}  {row['source']:{width}}  {_outcome(row)}".rstrip() for row in rows)
+    lines = map(printable, texts)
     counts = ", ".join(f"{totals[result]} {_words(result)}" for result in Result if totals[result])
     if totals[Result.CONVERTED]:
         counts += f"; {_sizes(totals)} in {totals['seconds']:.1f} s"

@@ -19,10 +19,11 @@ import torch
 from .atomic import AtomicFile
 from .container import UNRECORDED, Source
 from .errors import CorruptFileError, NFQError, UnsupportedFileError
-from .feedback import SecondMoment, share_left
+from .feedback import SecondMoment
 from .formats import BlockFormat
-from .safefile import Entry, SafetensorsFile, aligned_entries, header_bytes, is_count, parse_json, tensor_bytes
+from .safefile import Entry, SafetensorsFile, aligned_entries, header_bytes, tensor_bytes
 from .unet import UNKNOWN, UNetInfo, detect, ldm_names
+from .untrusted import is_count, parse_json
 from .writer import Plan
 
 CALIBRATION_KEY = "nfq_calibration"
@@ -32,6 +33,12 @@ CALIBRATION_VERSION = 1
 
 MIN_ROWS = 32
 """Inputs of a layer, tokens or pixels, below which its statistics are not used."""
+
+MAX_IMPORTANCE = 1e30
+"""Of a channel; fp16 activations reach 4.3e9, and beyond this no product of two roots is sure to be finite."""
+
+MAX_CORRELATION = 1.01
+"""1, and what rounding to fp16 may add to it."""
 
 MIN_MATCHING = 0.5
 """Share of a model's quantised weights that a calibration must fit, to be taken for one of its architecture."""
@@ -56,10 +63,14 @@ class LayerInputs:
         """What is wrong with the numbers; nothing where they are sound."""
         if not torch.isfinite(self.importance).all() or (self.importance < 0).any():
             return "its importance holds NaN, Inf or negative numbers"
+        if self.importance.amax() > MAX_IMPORTANCE:
+            return f"its importance holds numbers beyond {MAX_IMPORTANCE:g}"
         if not self.importance.any():
             return "its inputs were all zero"
         if self.correlation is not None and not torch.isfinite(self.correlation).all():
             return "its correlation holds NaN or Inf"
+        if self.correlation is not None and self.correlation.abs().amax() > MAX_CORRELATION:
+            return "its correlation holds numbers beyond 1"
         return f"only {self.rows} inputs were seen, {MIN_ROWS} are needed" if self.rows < MIN_ROWS else ""
 
     def second_moment(self) -> SecondMoment | None:
@@ -147,9 +158,7 @@ class Calibration:
         return found, warnings
 
     def sensitivities_of(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
-        """How sensitive the weights of one model are, by its own names, as `allocation.allocate` takes it.
-
-        That is what was measured, less what error feedback will take off, where there is a Hessian.
+        """Those measured for the weights of one model, by its own names, as `allocation.allocate` takes them.
 
         Args:
             shapes: shape of every tensor of the model by its name.
@@ -158,17 +167,7 @@ class Calibration:
             NFQError: the calibration belongs to another architecture.
         """
         names = self._names(detect(shapes), shapes)
-        left: dict[int, float] = {}
-        found = {}
-        for key, name in names.items():
-            if name not in self.sensitivities:
-                continue
-            inputs = self.inputs.get(name)
-            moment = inputs.second_moment() if inputs else None
-            if moment is not None and id(inputs) not in left:
-                left[id(inputs)] = share_left(moment)
-            found[key] = self.sensitivities[name] * left.get(id(inputs), 1.0)
-        return found
+        return {key: self.sensitivities[name] for key, name in names.items() if name in self.sensitivities}
 
     def _names(self, info: UNetInfo | None, keys: Iterable[str]) -> dict[str, str]:
         """The names of a model's weights here; NFQError where it is of another architecture."""
@@ -192,18 +191,19 @@ class Calibration:
         return ""
 
     def for_plans(self, info: UNetInfo | None, plans: Mapping[str, Plan]) -> tuple[dict[str, LayerInputs], list[str]]:
-        """`for_weights` of those that are to be quantised, but for trellis formats without Hessians: no gain.
+        """`for_weights` of those that are to be quantised, but for what gains nothing without Hessians.
 
         Where formats were chosen by size, another warning tells what was chosen without a measured sensitivity.
         """
         quantized = {key: plan for key, plan in plans.items() if plan.format}
         found, warnings = self.for_weights(info, {key: plan.shape for key, plan in quantized.items()})
-        idle = [key for key, inputs in found.items() if inputs.correlation is None and quantized[key].format.window]
+        without = [key for key, inputs in found.items() if inputs.correlation is None]
+        idle = {key for key in without if quantized[key].format.window or quantized[key].sensitivity is not None}
         if idle:
             found = {key: inputs for key, inputs in found.items() if key not in idle}
             warnings.append(
-                f"the calibration has no Hessians, so that it does not help {len(idle):,} weights in trellis formats; "
-                "collect it with hessians=True"
+                f"the calibration has no Hessians, so that it does not help {len(idle):,} weights in trellis formats "
+                "or in formats chosen by size; collect it with hessians=True"
             )
         sized = [key for key, plan in quantized.items() if plan.sensitivity is not None]
         names = self._names(info, sized)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -64,10 +65,14 @@ def checkpoint_names(file: NFQFile) -> dict[str, str]:
     """What a whole LDM checkpoint calls each tensor of a file; all but the UNet's keep their names.
 
     Raises:
-        UnsupportedFileError: as `unet_names`.
+        UnsupportedFileError: as `unet_names`, or two tensors would get the same name.
     """
     unet = unet_names(file)
-    return {key: CHECKPOINT_PREFIX + unet[key] if key in unet else key for key in file.keys()}  # noqa: SIM118
+    names = {key: CHECKPOINT_PREFIX + unet[key] if key in unet else key for key in file.keys()}  # noqa: SIM118
+    twice = next((name for name, uses in Counter(names.values()).items() if uses > 1), None)
+    if twice is not None:
+        raise UnsupportedFileError(f"{file.path} holds two tensors that a checkpoint calls {twice!r}; leave one out")
+    return names
 
 
 def missing_companions(file: NFQFile) -> list[str]:

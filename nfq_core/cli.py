@@ -16,7 +16,7 @@ from .article_import import import_article
 from .batch import batch_lines, convert_folders
 from .calibration import Calibration
 from .conversion_options import add_conversion_options, conversion
-from .errors import NFQError
+from .errors import NFQError, printable
 from .merging import merge_calibrations
 from .report.command import add_card_command, add_report_command
 from .terminal import Run, decibels, progress_bar, show
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         message = f"{error.filename or 'the file'}: {error.strerror or error}"
-    print(f"nfq: {' '.join(message.split())}", file=sys.stderr)
+    print(f"nfq: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 1
 
 
@@ -198,11 +198,11 @@ def _verify(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     with progress_bar("comparing", options) as progress:
         result = examine.compare_files(options.original, options.file, progress=progress)
-    width = max((len(layer["name"]) for layer in result["layers"]), default=0)
+    names = [printable(layer["name"], examine.MAX_LINE) for layer in result["layers"]]
+    width = max(map(len, names), default=0)
     lines = [
-        f"{layer['name']:{width}}  {layer['format']:12}  {layer['bits_per_weight']:6.3f} bits  "
-        f"{decibels(layer['sqnr_db'])}"
-        for layer in result["layers"]
+        f"{name:{width}}  {layer['format']:12}  {layer['bits_per_weight']:6.3f} bits  {decibels(layer['sqnr_db'])}"
+        for name, layer in zip(names, result["layers"], strict=True)
     ]
     lines.append(f"mean over {len(result['layers'])} layers, by weights: {decibels(result['sqnr_db'])}")
     return show(options, result, "\n".join(lines))

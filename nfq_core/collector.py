@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -62,18 +62,27 @@ def collect(
         passes: how many layers are tried each time that the model is called, in turn; each of them should have its
             turn a few times.
     """
-    collector = Collector(model, names, hessians, rank, passes if sensitivities else 0)
-    try:
+    collector = Collector(model, names, hessians=hessians, rank=rank, passes=passes if sensitivities else 0)
+    with collector.watching():
         yield collector
-    finally:
-        collector.close()
 
 
 class Collector:
-    """The sums of one `collect`; `calibration` makes the result of them."""
+    """The sums of one `collect`, or of several times of `watching`; `calibration` makes the result of them.
+
+    Args:
+        model: as `collect` takes it; this, `names`, `hessians` and `rank` likewise.
+        passes: layers tried for their sensitivity each time that the model is called; 0: none is measured.
+    """
 
     def __init__(
-        self, model: nn.Module, names: Mapping[str, str] | None, hessians: bool, rank: int, passes: int
+        self,
+        model: nn.Module,
+        names: Mapping[str, str] | None = None,
+        *,
+        hessians: bool = False,
+        rank: int = RANK,
+        passes: int = 0,
     ) -> None:
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
@@ -94,28 +103,27 @@ class Collector:
             names = {name: renamed.get(key, key) for name, key in own.items()}
         self._rank = rank if hessians else 0
         self._sums: dict[str, _Sums] = {}
-        self._hooks = [
-            module.register_forward_pre_hook(self._hook(names[name]))
-            for name, module in layers.items()
-            if name in names
-        ]
+        self._watched = [(module, self._hook(names[name])) for name, module in layers.items() if name in names]
         self._probe = None
         if passes:
-            plans = plan_tensors(describe({key: t for key, t in tensors.items() if t.dtype in DTYPE_NAMES}), DEFAULTS)[
-                1
-            ]
+            entries = describe({key: tensor for key, tensor in tensors.items() if tensor.dtype in DTYPE_NAMES})
+            _, plans = plan_tensors(entries, DEFAULTS)
             quantized = {key for key, plan in plans.items() if plan.format}
             tried = {
                 names[name]: layer for name, layer in layers.items() if name in names and f"{name}.weight" in quantized
             }
             self._probe = SensitivityProbe(model, tried, passes)
 
-    def close(self) -> None:
-        """Take the hooks off the model."""
-        for hook in self._hooks:
-            hook.remove()
-        if self._probe:
-            self._probe.close()
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks are on the model inside the `with`; what is seen is added to what was seen before."""
+        hooks = [module.register_forward_pre_hook(hook) for module, hook in self._watched]
+        try:
+            with self._probe.watching() if self._probe else nullcontext():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def calibration(self, *, prompts: int | None = None, steps: int | None = None) -> Calibration:
         """What was collected so far.

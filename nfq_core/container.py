@@ -21,9 +21,10 @@ import torch
 from .codec import decode, frame_count
 from .errors import CorruptFileError, NFQError, UnsupportedFileError
 from .formats import BlockFormat, format_by_id
-from .safefile import TORCH_DTYPES, SafetensorsFile, dtype_bytes, is_count, parse_json
+from .safefile import METADATA_KEY, TORCH_DTYPES, SafetensorsFile, dtype_bytes
 from .tensor import QUANTIZABLE_DTYPES, NFTensor
 from .unet import UNKNOWN, UNetInfo
+from .untrusted import element_count, is_count, is_number, parse_json
 
 CONTAINER_VERSION = 1
 
@@ -123,6 +124,18 @@ def _text(value: object) -> str:
     return value
 
 
+def _number(value: object) -> float:
+    if not is_number(value):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
+
+
+def _object(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is no object")
+    return value
+
+
 def _source(fields: Mapping[str, Any]) -> Source:
     metadata = {name: _text(value) for name, value in fields["metadata"].items()}
     return Source(_text(fields["name"]), _count(fields["bytes"]), _text(fields["sha256"]), metadata)
@@ -149,6 +162,8 @@ class NFQFile(SafetensorsFile):
         except BaseException:
             self.close()
             raise
+
+    max_header_bytes = MAX_CONTAINER_HEADER_BYTES - 8
 
     @property
     def header_sha256(self) -> str:
@@ -238,11 +253,8 @@ class NFQFile(SafetensorsFile):
             self.container_version = _count(header["container_version"])
         except (ValueError, KeyError, TypeError, RecursionError):
             raise CorruptFileError(f"{self.path}: the nfq part of its header is damaged; fetch it again") from None
-        if len(self.raw_header) > MAX_CONTAINER_HEADER_BYTES or self.container_version < 1:
-            raise CorruptFileError(
-                f"{self.path}: its header breaks the format: {len(self.raw_header):,} bytes of at most "
-                f"{MAX_CONTAINER_HEADER_BYTES:,}, container version {self.container_version}"
-            )
+        if self.container_version < 1:
+            raise CorruptFileError(f"{self.path}: container version {self.container_version} is none; fetch it again")
         if self.container_version > CONTAINER_VERSION:
             raise UnsupportedFileError(
                 f"{self.path} has container version {self.container_version}, this version reads up to "
@@ -250,20 +262,23 @@ class NFQFile(SafetensorsFile):
             )
         self._check_header_hash()
         try:
-            self.writer = str(header["writer"])
+            self.writer = _text(header["writer"])
             self.facts = Facts(
-                dict(header["settings"]),
+                _object(header["settings"]),
                 _text(header["layout"]),
                 _text(header["architecture"]),
                 _source(header["source"]),
             )
             self.quantized = {key: self._quantized_entry(key, item) for key, item in header["quantized"].items()}
-            self.kept = {key: str(checksum) for key, checksum in header["kept"].items()}
+            self.kept = {key: _text(checksum) for key, checksum in header["kept"].items()}
         except UnsupportedFileError as error:
             raise UnsupportedFileError(f"{self.path}: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptFileError(f"{self.path}: the nfq part of its header is damaged ({error})") from None
         told = {PREFIX + key for key in self.quantized} | self.kept.keys()
+        taken = min((key for key in self.keys() if key.startswith(PREFIX) or key == METADATA_KEY), default=None)
+        if taken is not None:
+            raise CorruptFileError(f"{self.path}: its header breaks the format: no tensor may be called {taken!r}")
         odd = min((told ^ self.entries.keys()) | (self.quantized.keys() & self.kept.keys()), default=None)
         if odd is not None:
             raise CorruptFileError(f"{self.path}: its header disagrees with itself about tensor {odd!r}")
@@ -280,9 +295,13 @@ class NFQFile(SafetensorsFile):
             item["dtype"],
             tuple(map(_count, item["frames"])),
             _text(item["crc32"]),
-            None if item.get("sensitivity") is None else float(item["sensitivity"]),
+            None if item.get("sensitivity") is None else _number(item["sensitivity"]),
         )
+        # Refuses what no tensor can be, before anything is multiplied.
+        element_count(entry.shape)
         stored = self.entries[PREFIX + key]
+        if stored.dtype != "U8" or len(stored.shape) != 1:
+            raise ValueError(f"tensor {key!r} is stored as {stored.dtype} {list(stored.shape)}, not as 1-D U8")
         if entry.weights == 0 or TORCH_DTYPES.get(entry.dtype) not in QUANTIZABLE_DTYPES:
             raise ValueError(f"tensor {key!r} has an impossible shape or dtype")
         spans = frame_count(entry.format.sections(entry.weights))

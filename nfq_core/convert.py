@@ -21,7 +21,8 @@ from .atomic import AtomicFile
 from .calibration import Calibration
 from .codec import encode
 from .container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source
-from .errors import CannotQuantizeError, NFQError, UnsupportedFileError
+from .errors import CannotQuantizeError, NFQError, UnsupportedFileError, printable
+from .memory import refuse_beyond_memory
 from .parallel import IN_FLIGHT_BYTES, Progress, no_progress, ordered_map
 from .policy import DEFAULTS, Settings, plan_tensors
 from .quantizer import quantize
@@ -34,6 +35,7 @@ from .safefile import (
     tensor_bytes,
     tensor_from_bytes,
 )
+from .state import sensitivities
 from .writer import ContainerWriter, Plan
 
 log = logging.getLogger("nfq")
@@ -43,6 +45,9 @@ PAGE_METADATA = ("workflow", "prompt")
 
 MAX_METADATA_BYTES = 1 << 20
 """So much of a source's metadata finds room in a container's header, as it stands there."""
+
+MAX_METADATA_WARNINGS = 8
+"""Entries left out that are named one by one."""
 
 
 def quantize_file(
@@ -117,15 +122,13 @@ def quantize_file(
             done += file.entries[key].nbytes
             progress(done, total, key)
 
-        sensitivities = None
-        if calibration and settings.has_target:
-            sensitivities = calibration.sensitivities_of({key: entry.shape for key, entry in file.entries.items()})
+        measured = sensitivities(file.entries, settings, calibration)
         size = SizeSearch(settings.target_bytes)
         while True:
             done, unfit = 0, []
-            info, plans = plan_tensors(file.entries, settings, sensitivities, size.packed_bytes)
+            info, plans = plan_tensors(file.entries, settings, measured, size.packed_bytes)
             inputs, uncalibrated = calibration.for_plans(info, plans) if calibration else ({}, [])
-            recorded = settings.as_dict() | (calibration.as_dict() if inputs or sensitivities else {})
+            recorded = settings.as_dict() | (calibration.as_dict() if inputs or measured else {})
             facts = Facts.of(info, recorded, Source(source_name(source), file.file_bytes, NO_SHA256, metadata))
             with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
                 for key, frames, raw, reason in ordered_map(work, jobs(), size=lambda job: len(job[1])):
@@ -155,6 +158,7 @@ def conversion_result(
     started: float,
 ) -> dict:
     """Log a conversion's warnings; returns what `quantize_file` does. `started` is a `perf_counter` reading."""
+    warnings = list(map(printable, warnings))
     for warning in warnings:
         log.warning("%s: %s", source, warning)
     return {
@@ -193,13 +197,16 @@ def dequantize_file(
     started = perf_counter()
     with NFQFile(source) as file:
         refuse_same(source, target)
+        refuse_beyond_memory(file, max(map(file.dense_bytes, file.keys()), default=0))
         outputs = {key: (file.entries[key].dtype, file.entries[key].shape) for key in file.kept}
         for key, quantized in file.quantized.items():
             outputs[key] = (DTYPE_NAMES[dtype] if dtype else quantized.dtype, quantized.shape)
         entries = aligned_entries(outputs)
         total = sum(entry.nbytes for entry in entries.values())
         page = {name: file.metadata[name] for name in PAGE_METADATA if name in file.metadata}
-        header = header_bytes(entries, {"format": "pt", **file.facts.source.metadata, **page})
+        # The container's mark would make of the result something that no program reads.
+        metadata = {name: text for name, text in file.facts.source.metadata.items() if name != FACTS_KEY}
+        header = header_bytes(entries, {"format": "pt", **metadata, **page})
 
         def work(key: str) -> tuple[str, memoryview]:
             if key in file.kept:
@@ -258,9 +265,15 @@ def split_metadata(metadata: dict[str, str]) -> tuple[dict[str, str], dict[str, 
     sizes = {name: _stored_bytes(name) + _stored_bytes(text) for name, text in metadata.items()}
     kept = dict(sorted(metadata.items(), key=lambda item: sizes[item[0]]))
     warnings = []
-    while sum(sizes[name] for name in kept) > MAX_METADATA_BYTES:
+    total, left_out = sum(sizes.values()), 0
+    while total > MAX_METADATA_BYTES:
         name, text = kept.popitem()
-        warnings.append(f"metadata {name!r} is left out: {len(text):,} characters are too many for the header")
+        total -= sizes[name]
+        left_out += 1
+        if left_out <= MAX_METADATA_WARNINGS:
+            warnings.append(f"metadata {name!r} is left out: {len(text):,} characters are too many for the header")
+    if left_out > MAX_METADATA_WARNINGS:
+        warnings.append(f"{left_out - MAX_METADATA_WARNINGS:,} more entries of the metadata are left out")
     page = {name: kept.pop(name) for name in PAGE_METADATA if name in kept}
     return {name: metadata[name] for name in metadata if name in kept}, page, warnings
 

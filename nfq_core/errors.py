@@ -1,8 +1,36 @@
 """The errors that bad input raises; each message is one line that names the file or tensor and says what to do."""
 
+from __future__ import annotations
+
+import unicodedata
+
+MAX_MESSAGE = 2000
+"""Characters of an error's message: what a file says may be quoted in it, and be megabytes long."""
+
+
+def printable(text: str, limit: int = MAX_MESSAGE) -> str:
+    """A text out of a file, fit for a terminal: one line, nothing that moves a cursor or turns writing round.
+
+    Args:
+        text: any text.
+        limit: characters of it that are shown; of a longer one, the middle is left out.
+    """
+    if len(text) > limit:
+        text = f"{text[: limit * 3 // 4]} … {text[len(text) - limit // 4 :]}"
+    if text.isprintable():
+        return text
+    return "".join(letter if _is_harmless(letter) else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def _is_harmless(letter: str) -> bool:
+    return letter.isprintable() or unicodedata.category(letter) == "Zs"
+
 
 class NFQError(Exception):
     """Base of every error that a user can cause; its text is fit to be shown as it is."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class CorruptFileError(NFQError):

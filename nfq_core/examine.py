@@ -11,10 +11,14 @@ from typing import Any
 import torch
 
 from .container import NFQFile
-from .errors import CorruptFileError, NFQError
+from .errors import CorruptFileError, NFQError, printable
+from .memory import refuse_beyond_memory
 from .parallel import Progress, no_progress, ordered_map
 from .safefile import SafetensorsFile
 from .unet import detect, ldm_names
+
+MAX_LINE = 500
+"""Characters of a line about a file: what it says of itself may be megabytes long."""
 
 
 def file_info(path: str | os.PathLike) -> dict:
@@ -71,10 +75,10 @@ def container_info(file: NFQFile) -> dict:
 
 
 def info_lines(path: str | os.PathLike, info: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What `file_info` says of the file at `path`, to read: names with short texts."""
+    """What `file_info` says of the file at `path`, to read: names with short texts, fit for a terminal."""
     formats = Counter(layer["format"] for layer in info["layers"])
     share = f", {info['file_bytes'] / info['original_bytes']:.0%} of the original" if info["original_bytes"] else ""
-    return [
+    lines = [
         ("file", f"{path}, {info['file_bytes']:,} bytes{share}"),
         ("written by", f"{info['writer']}, container version {info['container_version']}"),
         ("model", f"{info['architecture']}, {info['layout']} keys"),
@@ -89,6 +93,7 @@ def info_lines(path: str | os.PathLike, info: Mapping[str, Any]) -> list[tuple[s
         ("kept", f"{info['kept']} tensors, {info['kept_bytes']:,} bytes"),
         ("workflow", "embedded" if info["has_workflow"] else "none"),
     ]
+    return [(name, printable(text, MAX_LINE)) for name, text in lines]
 
 
 def verify_file(path: str | os.PathLike, *, progress: Progress = no_progress) -> dict:
@@ -101,6 +106,7 @@ def verify_file(path: str | os.PathLike, *, progress: Progress = no_progress) ->
         NFQError: the header already is unsound, or the file missing or foreign.
     """
     with NFQFile(path) as file:
+        refuse_beyond_memory(file, max(map(file.packed_bytes, file.quantized), default=0))
 
         def check(key: str) -> tuple[str, str]:
             try:
@@ -135,7 +141,8 @@ def sqnr_db(original: torch.Tensor, approximation: torch.Tensor) -> float:
     variance = squares - total * total / weights
     # Below the rounding of the sums, all weights are equal.
     signal = variance if variance > 1e-12 * squares else squares
-    return 10 * math.log10(signal / error) if signal else -math.inf
+    ratio = signal / error
+    return 10 * math.log10(ratio) if ratio else -math.inf
 
 
 def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progress: Progress = no_progress) -> dict:
@@ -160,6 +167,8 @@ def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progr
             found = before.entries[names[key]].shape if key in names else None
             if found != entry.shape:
                 raise NFQError(f"{before.path}: tensor {key!r} has shape {found}, {after.path} has {entry.shape}")
+
+        refuse_beyond_memory(after, max((8 * entry.weights for entry in after.quantized.values()), default=0))
 
         def measure(key: str) -> float:
             return sqnr_db(before.tensor(names[key]), after.load(key).dequantize(torch.float32))

@@ -16,6 +16,7 @@ from torch import nn
 
 from .errors import NFQError
 from .formats import format_by_id
+from .int8 import int8_linear, obstacle, unfit
 from .low_rank import LowRank
 from .op import dequantize, dequantize_for_one_use
 from .tensor import NFTensor
@@ -36,9 +37,14 @@ class PackedLayer:
         self.bias = bias
 
     @property
+    def buffer(self) -> torch.Tensor:
+        """The packed buffer, uint8, 1-D."""
+        return self.weight.view(-1)
+
+    @property
     def packed(self) -> NFTensor:
         """The packed weight, sharing its buffer."""
-        return NFTensor(self.weight.data.view(-1), format_by_id(self.format_id), self.weight_shape, self.weight_dtype)
+        return NFTensor(self.buffer.data, format_by_id(self.format_id), self.weight_shape, self.weight_dtype)
 
     @property
     def low_rank(self) -> LowRank | None:
@@ -63,22 +69,25 @@ class PackedLayer:
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight in `dtype` with its low-rank changes, new."""
-        return self._changed(dequantize(self.weight.view(-1), self.format_id, self.weight_shape, dtype))
+        return self._changed(dequantize(self.buffer, self.format_id, self.weight_shape, dtype))
 
     def _weight_now(self, dtype: torch.dtype) -> torch.Tensor:
         """`dense_weight`, which need not last beyond this layer's forward."""
-        return self._changed(dequantize_for_one_use(self.weight.view(-1), self.format_id, self.weight_shape, dtype))
+        return self._changed(dequantize_for_one_use(self.buffer, self.format_id, self.weight_shape, dtype))
 
     def _changed(self, weight: torch.Tensor) -> torch.Tensor:
+        change = self._low_rank_for(weight)
+        return weight if change is None else change.add_to(weight)
+
+    def _low_rank_for(self, tensor: torch.Tensor) -> LowRank | None:
+        """`low_rank`; NFQError where it cannot be computed with `tensor`."""
         change = self.low_rank
-        if change is None:
-            return weight
-        if change.up.dtype != weight.dtype or change.up.device != weight.device:
+        if change is not None and (change.up.dtype != tensor.dtype or change.up.device != tensor.device):
             raise NFQError(
                 f"the low-rank change is {change.up.dtype} on {change.up.device}, the layer computes in "
-                f"{weight.dtype} on {weight.device}; make it anew for these"
+                f"{tensor.dtype} on {tensor.device}; make it anew for these"
             )
-        return change.add_to(weight)
+        return change
 
     def extra_repr(self) -> str:
         """The stock layer's, and the format."""
@@ -88,13 +97,24 @@ class PackedLayer:
 class PackedLinear(PackedLayer, nn.Linear):
     """`torch.nn.Linear` with a packed weight, in the place of `layer`, whose bias it takes over."""
 
+    int8 = False
+    """Whether the product is computed in int8 wherever `int8.unfit` allows it; see `int8_layers`."""
+
     def __init__(self, layer: nn.Linear, tensor: NFTensor) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self._hold(tensor, layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The product with the weight dequantised to the dtype of `x`."""
-        return nn.functional.linear(x, self._weight_now(x.dtype), self.bias)
+        """The product with the weight dequantised to the dtype of `x`, or in int8, where changes are not rounded."""
+        if not self.int8 or unfit(x, self.out_features):
+            return nn.functional.linear(x, self._weight_now(x.dtype), self.bias)
+        weight = dequantize_for_one_use(self.buffer, self.format_id, self.weight_shape, torch.float32)
+        result, change = int8_linear(x, weight, self.bias), self._low_rank_for(x)
+        return result if change is None else result.add_(change.product(x))
+
+    def extra_repr(self) -> str:
+        """The stock layer's, the format, and whether it multiplies in int8."""
+        return f"{super().extra_repr()}{', int8' if self.int8 else ''}"
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """The stock layer with the weight in `dtype`, changes included."""
@@ -190,6 +210,31 @@ def dense_layers(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
     """
     for path, layer in packed_layers(model).items():
         _put(model, path, layer.dense(dtype))
+
+
+def int8_layers(model: nn.Module, enabled: bool = True) -> None:
+    """Have a model's packed Linear layers multiply in int8 from now on, see `nfq_core.int8`, or no longer.
+
+    Weights stay packed, their int8 rows are made whenever a layer runs; low-rank changes and biases are added in
+    floating point. An input that cannot be multiplied so (`int8.unfit`) is multiplied in its own dtype as before.
+
+    Args:
+        model: its layers are switched, nothing else is changed.
+        enabled: False switches back.
+
+    Raises:
+        NFQError: there is no packed Linear layer, or one of them lies on a device that does not multiply in int8; the
+            model is as it was then.
+    """
+    layers = {name: layer for name, layer in packed_layers(model).items() if isinstance(layer, PackedLinear)}
+    if not layers:
+        raise NFQError("the model has no packed Linear layer; pack_layers makes them")
+    devices = {layer.weight.device: name for name, layer in layers.items() if enabled and not layer.weight.is_meta}
+    for device, name in devices.items():
+        if obstacle(device):
+            raise NFQError(f"layer {name!r} cannot multiply in int8 on {device}: {obstacle(device)}")
+    for layer in layers.values():
+        layer.int8 = enabled
 
 
 def _put(model: nn.Module, path: str, layer: nn.Module) -> None:

@@ -58,6 +58,10 @@ class LowRank:
         weight.view(self.up.shape[0], -1).addmm_(self.up, self.down)
         return weight
 
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """What the change of a Linear layer's weight adds to its output for an input of shape (…, columns)."""
+        return torch.nn.functional.linear(torch.nn.functional.linear(x, self.down), self.up)
+
 
 def _magnitude(factor: torch.Tensor) -> torch.Tensor:
     """The largest magnitude, and 1 for an all-zero factor."""

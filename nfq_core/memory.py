@@ -45,12 +45,28 @@ def free_bytes(device: torch.device | str) -> int | None:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type == "cpu" and MEMINFO.exists():
-        for line in MEMINFO.read_text(encoding="ascii").splitlines():
-            name, _, rest = line.partition(":")
-            if name == "MemAvailable":
-                return int(rest.split()[0]) * 1024
-    return None
+    return _meminfo().get("MemAvailable") if device.type == "cpu" else None
+
+
+def _meminfo() -> dict[str, int]:
+    """Bytes that are available and free for swapping, by the names that Linux gives them; nothing elsewhere."""
+    if not MEMINFO.exists():
+        return {}
+    fields = (line.partition(":") for line in MEMINFO.read_text(encoding="utf-8").splitlines())
+    return {name: int(rest.split()[0]) * 1024 for name, _, rest in fields if name in ("MemAvailable", "SwapFree")}
+
+
+def refuse_beyond_memory(file: NFQFile, needed: int) -> None:
+    """NFQError where a file needs more bytes than this machine can give, swap included: Linux would end the process.
+
+    Nothing is checked where nobody tells how much that is.
+    """
+    told = _meminfo()
+    if "MemAvailable" in told and needed > (there := told["MemAvailable"] + told.get("SwapFree", 0)):
+        raise NFQError(
+            f"{file.path}: there is not enough memory: it needs {needed:,} bytes, {there:,} can be had; free some, or "
+            "take a file of fewer or smaller weights"
+        )
 
 
 def check_device(device: torch.device | str, dtype: torch.dtype = torch.uint8) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+import stat
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .errors import CorruptFileError, NFQError, UnsupportedFileError
+from .untrusted import element_count, is_count, parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors limit on a header."""
@@ -68,16 +68,19 @@ class SafetensorsFile:
     threads.
 
     Raises:
-        NFQError: the file is missing, a directory or unreadable.
+        NFQError: the file is missing, a directory, a pipe or device, or unreadable.
         UnsupportedFileError: it is no safetensors file.
         CorruptFileError: it is cut short, or its header contradicts itself or the file's size.
     """
+
+    max_header_bytes = MAX_HEADER_BYTES
+    """Of the header without its eight bytes of length; nothing of a longer one is read."""
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self._lock = threading.Lock()
         try:
-            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115
+            self._file = open(self.path, "rb", buffering=0, opener=_open_without_waiting)  # noqa: SIM115
         except IsADirectoryError:
             raise NFQError(f"{self.path} is a directory; name the .safetensors file in it") from None
         except FileNotFoundError:
@@ -87,8 +90,12 @@ class SafetensorsFile:
             raise NFQError(f"{self.path} {reason} (permission denied)") from None
         except OSError as error:
             raise NFQError(f"{self.path} cannot be opened: {error.strerror}") from None
+        except ValueError as error:
+            raise NFQError(f"{self.path} cannot be opened: {error}") from None
         try:
             self._status = os.fstat(self._file.fileno())
+            if not stat.S_ISREG(self._status.st_mode):
+                raise NFQError(f"{self.path} is not a regular file; name a .safetensors file")
             self.file_bytes = self._status.st_size
             self.raw_header = self._read_header()
             self.entries, self.metadata = self._parse_header()
@@ -186,6 +193,11 @@ class SafetensorsFile:
         length = int.from_bytes(prefix[:8], "little")
         if length > MAX_HEADER_BYTES or prefix[8:] != b"{":
             raise UnsupportedFileError(f"{self.path} is not a safetensors file: it does not start with such a header")
+        if length > self.max_header_bytes:
+            raise UnsupportedFileError(
+                f"{self.path} is not an .nfq.safetensors file: its header has {8 + length:,} bytes, that of one at "
+                f"most {8 + self.max_header_bytes:,}"
+            )
         if 8 + length > self.file_bytes:
             raise CorruptFileError(
                 f"{self.path} is cut short: it has {self.file_bytes:,} bytes, its header alone needs {8 + length:,}; "
@@ -221,6 +233,11 @@ class SafetensorsFile:
         return entries, metadata
 
 
+def _open_without_waiting(path: str, flags: int) -> int:
+    """For `open`: a pipe that nobody writes to would be waited for."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def tensor_from_bytes(buffer: bytearray | memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     """A tensor over `buffer` (not copied)."""
     if not buffer:
@@ -243,38 +260,6 @@ def dtype_bytes(dtype: str) -> int:
     return bits // 8
 
 
-def parse_json(text: str) -> Any:
-    """JSON that holds only what can be written again; ValueError or RecursionError for anything else."""
-    value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
-    if "\\u" in text:
-        # Half of a surrogate pair is a legal escape, but no text.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    return value
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError(f"{digits} is beyond all floats")
-    return value
-
-
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands twice")
-    return found
-
-
-def is_count(value: object) -> bool:
-    """Whether a value from JSON is a size: an integer (no bool) from 0 up, below 2**63."""
-    return type(value) is int and 0 <= value < 1 << 63
-
-
 def _entry(name: str, fields: dict[str, object]) -> Entry:
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
@@ -282,7 +267,7 @@ def _entry(name: str, fields: dict[str, object]) -> Entry:
     if len(offsets) != 2 or not all(map(is_count, offsets + shape)):
         raise ValueError(f"tensor {name!r} has impossible sizes")
     start, end = offsets
-    if end - start != prod(shape) * dtype_bytes(dtype):
+    if end - start != element_count(shape) * dtype_bytes(dtype):
         raise ValueError(f"tensor {name!r} of {dtype} {shape} does not fit its {end - start} bytes")
     return Entry(dtype, tuple(shape), start, end)
 

@@ -28,7 +28,7 @@ SEED = 1_618_033
 
 
 class SensitivityProbe:
-    """Hooks on a model that try the weights of its layers.
+    """Tries the weights of a model's layers while it is used inside `watching`.
 
     Args:
         model: the model, whose forward method is run again.
@@ -47,16 +47,21 @@ class SensitivityProbe:
         self._turn = self._names()
         self._generators: dict[torch.device, torch.Generator] = {}
         self._arguments: Callable[[], tuple[tuple, dict]] | None = None
-        self._hooks = [
-            model.register_forward_pre_hook(self._remember, with_kwargs=True),
-            model.register_forward_hook(self._measure),
-        ]
+        self._model = model
 
-    def close(self) -> None:
-        """Take the hooks off the model."""
-        for hook in self._hooks:
-            hook.remove()
-        self._arguments = None
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks are on the model inside the `with`."""
+        hooks = [
+            self._model.register_forward_pre_hook(self._remember, with_kwargs=True),
+            self._model.register_forward_hook(self._measure),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._arguments = None
 
     def result(self) -> dict[str, float]:
         """Relative noise power of the model's output ÷ that of the weight, in the mean, of each layer tried."""

@@ -37,14 +37,15 @@ def check_pillow() -> None:
 
 
 def comparison_sheet(
-    captions: Sequence[str], columns: Sequence[tuple[str, np.ndarray]], *, side: int = 128
+    captions: Sequence[str], columns: Sequence[tuple[str, np.ndarray]], *, side: int = 128, note: str = ""
 ) -> Image.Image:
     """Lay pictures out as one labelled picture.
 
     Args:
-        captions: one per row, or none at all.
+        captions: one per row, or none at all; lines parted by `|`.
         columns: a label, its lines parted by `|`, and uint8 pictures of one shape (rows, height, width, 3).
         side: the longer side that each picture gets, in pixels.
+        note: what to say above the captions.
 
     Returns:
         An RGB picture.
@@ -59,14 +60,16 @@ def comparison_sheet(
     scale = side / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    words = "".join([*captions, *(label for label, _ in columns)])
+    words = "".join([note, *captions, *(label for label, _ in columns)])
     font, small = _font(words, FONT_SIZE), _font(words, FONT_SIZE - 2)
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     labels = [_wrapped(label, draw, small, size[0]) for label, _ in columns]
-    header = GAP + LINE * max(label.count("\n") + 1 for label in labels)
     margin = CAPTION_WIDTH if captions else 0
+    note = _wrapped(note, draw, small, CAPTION_WIDTH - 2 * GAP) if captions else ""
+    header = GAP + LINE * max(label.count("\n") + 1 for label in (note, *labels))
     sheet = Image.new("RGB", (margin + len(columns) * (size[0] + GAP) + GAP, header + rows * (size[1] + GAP)), "white")
     draw = ImageDraw.Draw(sheet)
+    draw.multiline_text((GAP, header // 2), note, "black", small, anchor="lm", spacing=4)
     for row, caption in enumerate(captions):
         top = header + row * (size[1] + GAP)
         text = _wrapped(caption, draw, font, CAPTION_WIDTH - 2 * GAP)

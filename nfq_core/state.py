@@ -17,7 +17,7 @@ from .codec import encode
 from .container import UNRECORDED, Facts, NFQFile, Source
 from .errors import CannotQuantizeError, NFQError
 from .examine import sqnr_db
-from .memory import check_device, choose, free_bytes, is_out_of_memory, needed_bytes
+from .memory import check_device, choose, free_bytes, is_out_of_memory, needed_bytes, refuse_beyond_memory
 from .parallel import Progress, default_threads, no_progress, ordered_map
 from .policy import Settings, plan_tensors
 from .quantizer import quantize
@@ -72,6 +72,19 @@ def quantize_state_dict(
     )
 
 
+def sensitivities(
+    entries: Mapping[str, Entry], settings: Settings, calibration: Calibration | None
+) -> dict[str, float] | None:
+    """What `plan_tensors` is given of a calibration: measured sensitivities, where a size is asked for.
+
+    Raises:
+        NFQError: the calibration belongs to another architecture.
+    """
+    if calibration is None or not settings.has_target:
+        return None
+    return calibration.sensitivities_of({key: entry.shape for key, entry in entries.items()})
+
+
 def quantize_tensors(
     entries: Mapping[str, Entry],
     read: Callable[[str], torch.Tensor],
@@ -97,10 +110,7 @@ def quantize_tensors(
     Returns:
         As `quantize_state_dict`; packed weights lie on the CPU when `device` is given.
     """
-    sensitivities = None
-    if calibration and settings.has_target:
-        sensitivities = calibration.sensitivities_of({key: entry.shape for key, entry in entries.items()})
-    info, plans = plan_tensors(entries, settings, sensitivities)
+    info, plans = plan_tensors(entries, settings, sensitivities(entries, settings, calibration))
     inputs, warnings = calibration.for_plans(info, plans) if calibration else ({}, [])
     for warning in warnings:
         log.warning("%s", warning)
@@ -244,6 +254,8 @@ def load_tensors(
     mode, reason = choose(memory, *sizes, free_bytes(device) if memory == "auto" else None)
     if memory == "auto":
         log.info("%s: weights are held %s on %s: %s", file.path, mode, device, reason)
+    if device.type == "cpu":
+        refuse_beyond_memory(file, sizes[0] if mode == "resident" else sizes[1])
     result: StateDict = {}
     try:
         _load_into(result, file, wanted, device, mode == "resident", progress)

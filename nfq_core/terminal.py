@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from .errors import printable
 from .parallel import Progress
 
 Run = Callable[[argparse.Namespace], int]
@@ -45,7 +46,7 @@ def progress_bar(title: str, options: argparse.Namespace, unit: str = "B") -> It
 
         def report(done: int, total: int, name: str) -> None:
             bar.total = total
-            bar.set_postfix_str(name[-40:], refresh=False)
+            bar.set_postfix_str(printable(name[-40:]), refresh=False)
             bar.update(done - bar.n)
 
         yield report

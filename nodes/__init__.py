@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import routes
+from . import host, routes
 from .definitions import NODES
 
 
@@ -17,6 +17,7 @@ class NFQExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> NFQExtension:
-    """The host's way in; the page's routes are added here, since hosts before 0.22 never call `on_load`."""
+    """The host's way in; folder and routes are added here, since hosts before 0.22 never call `on_load`."""
+    host.register_calibrations()
     routes.register()
     return NFQExtension()

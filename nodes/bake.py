@@ -10,17 +10,18 @@ from typing import Any
 
 import comfy.lora
 import comfy.model_management
+import comfy.patcher_extension
 import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ..nfq_core import NFQError, NFTensor, Settings
+from ..nfq_core import Calibration, NFQError, NFTensor, Settings
 from ..nfq_core.memory import check_device
 from ..nfq_core.policy import plan_tensors
 from ..nfq_core.quantizer import FIT_DTYPE
 from ..nfq_core.safefile import DTYPE_NAMES, Entry
-from ..nfq_core.state import StateDict, quantize_tensors
-from .host import MADE, LayerProgress, Made, finite
+from ..nfq_core.state import StateDict, quantize_tensors, sensitivities
+from .host import COLLECTED, MADE, LayerProgress, Made, finite
 from .ops import NFOps, wrap
 from .patcher import NFModelPatcher, adopt, nf_layers
 from .recipe import Origin
@@ -37,7 +38,12 @@ _LAYERS = {torch.nn.Linear: NFOps.Linear, torch.nn.Conv2d: NFOps.Conv2d}
 
 
 def quantize_model(
-    model: Any, settings: Settings, device: torch.device | None, origin: Origin, node_id: str | None = None
+    model: Any,
+    settings: Settings,
+    device: torch.device | None,
+    origin: Origin,
+    node_id: str | None = None,
+    calibration: Calibration | None = None,
 ) -> NFModelPatcher:
     """Quantise a MODEL's UNet, its patches (LoRA, merges) baked in, into a new MODEL; the old one stays as it is.
 
@@ -47,6 +53,7 @@ def quantize_model(
         device: where to quantise; None: on the CPU.
         origin: what it came from, for the record.
         node_id: the node to whose place on the page progress belongs.
+        calibration: what the model's layers are fed; None: not known.
 
     Raises:
         NFQError: the MODEL is no UNet of the SDXL family, is quantised or compiled already, or a LoRA of it cannot be
@@ -56,7 +63,7 @@ def quantize_model(
     if device is not None:
         check_device(device, FIT_DTYPE)
     if getattr(model, "is_dynamic", bool)():
-        model = _without_dynamic_vram(model)
+        model = without_dynamic_vram(model)
     comfy.model_management.unload_all_models()
     source = origin.hashing()
     sqnr: dict[str, float] = {}
@@ -64,7 +71,8 @@ def quantize_model(
         patches = model.get_key_patches(UNET)
         layers = _quantizable_layers(model.model.diffusion_model)
         entries = {key: _entry(key, chain[0][0], layers) for key, chain in _without_prefix(patches).items()}
-        info, plans = plan_tensors(entries, settings)
+        measured = sensitivities(entries, settings, calibration)
+        info, plans = plan_tensors(entries, settings, measured)
         if info is None or any(plan.format and key not in layers for key, plan in plans.items()):
             raise NFQError("this MODEL is no UNet of the SDXL family, which is what NFQuantizeUNet takes")
 
@@ -78,9 +86,14 @@ def quantize_model(
             device=device or "cpu",
             progress=LayerProgress(node_id, told),
             sqnr=sqnr,
+            calibration=calibration,
         )
         packed = _packed_twin(model, tensors)
+    packed.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, COLLECTED)
+    packed.remove_attachments(COLLECTED)
     recorded = settings.as_dict() | ({"baked": list(origin.baked)} if origin.baked else {})
+    if calibration and calibration.helps(settings.formats(), settings.has_target):
+        recorded |= calibration.as_dict()
     packed.set_attachments(MADE, Made(recorded, source(), sqnr=sqnr))
     return packed
 
@@ -101,7 +114,7 @@ def _refuse_unfit(model: Any) -> None:
         log.warning("this MODEL's weights are fp8; quantising it from fp16 or bf16 keeps more of the picture")
 
 
-def _without_dynamic_vram(model: Any) -> Any:
+def without_dynamic_vram(model: Any) -> Any:
     """The same MODEL on the host's static patcher: the weights of the dynamic one need not be in memory."""
     if model.cached_patcher_init is None:
         raise NFQError(

@@ -7,14 +7,15 @@ from typing import Any
 import comfy.model_management
 from comfy_api.latest import io
 
-from ..nfq_core import Settings
+from ..nfq_core import Calibration, Settings
 from ..nfq_core.allocation import PRESETS
 from ..nfq_core.formats import LEVELS
 from ..nfq_core.memory import MODES
 from . import bake, host, load, report, save
+from .calibrating import NFCollectCalibration, NFSaveCalibration
 from .measuring import NFCompare, NFInspect, NFQualityReport
 from .recipe import missing_file, origin_in_graph
-from .schema import schema
+from .schema import NOTHING, schema
 
 NO_PRESET = "none"
 """The choice of levels instead of a preset."""
@@ -176,10 +177,23 @@ class NFQuantizeUNet(io.ComfyNode):
                     tooltip="A size instead of levels, from best to tiny: each layer gets a format of 2 to 5 or 8 "
                     "bits by how sensitive it is. Closer to the original at the same size, but takes far longer.",
                 ),
+                io.Combo.Input(
+                    "calibration",
+                    options=[NOTHING, *host.calibration_names()],
+                    default=NOTHING,
+                    optional=True,
+                    tooltip="What NFSaveCalibration or `nfq` collected from this architecture: brings the output "
+                    "nearer at the same size, and takes several times as long.",
+                ),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, calibration: str = NOTHING, **_: Any) -> str:
+        """A calibration that changed on disk is used anew."""
+        return "" if calibration == NOTHING else host.fingerprint(host.CALIBRATIONS, calibration)
 
     @classmethod
     def execute(
@@ -191,12 +205,14 @@ class NFQuantizeUNet(io.ComfyNode):
         effort: str = "fast",
         quantize_first_last: bool = False,
         preset: str = NO_PRESET,
+        calibration: str = NOTHING,
     ) -> io.NodeOutput:
         """Quantise."""
         settings = Settings(int(levels), int(conv_levels), effort, quantize_first_last, target_bpw=PRESETS.get(preset))
         where = comfy.model_management.get_torch_device() if device == "gpu" else None
         origin = origin_in_graph(cls.hidden.prompt, cls.hidden.unique_id)
-        packed = bake.quantize_model(model, settings, where, origin, cls.hidden.unique_id)
+        fed = None if calibration == NOTHING else Calibration.load(host.calibration_path(calibration))
+        packed = bake.quantize_model(model, settings, where, origin, cls.hidden.unique_id, fed)
         return io.NodeOutput(packed, ui={"nfq": (report.model_facts(packed),)})
 
 
@@ -254,4 +270,6 @@ NODES = [
     NFInspect,
     NFCompare,
     NFQualityReport,
+    NFCollectCalibration,
+    NFSaveCalibration,
 ]

@@ -26,8 +26,16 @@ UNETS = "diffusion_models"
 CHECKPOINTS = "checkpoints"
 """The host's folder of files that hold UNet, CLIP and VAE."""
 
+CALIBRATIONS = "nfq_calibrations"
+"""Our folder of calibrations, below the host's models and below its output."""
+
+CALIBRATION_SUFFIX = ".calibration.safetensors"
+
 MADE = "nfq"
 """The name under which a MODEL carries its `Made`."""
+
+COLLECTED = "nfq_collected"
+"""The name under which a MODEL carries its `collecting.Collected`, and its wrapper around sampling."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,27 @@ def made(model: Any, otherwise: str) -> Made:
 def file_names(folder: str) -> list[str]:
     """The names of our files in one of the host's folders, as its own loaders list them."""
     return [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(SUFFIX)]
+
+
+def register_calibrations() -> None:
+    """Have the host list the files in our folder of calibrations."""
+    for parent in (folder_paths.models_dir, folder_paths.get_output_directory()):
+        folder_paths.add_model_folder_path(CALIBRATIONS, os.path.join(parent, CALIBRATIONS))
+
+
+def calibration_names() -> list[str]:
+    """The names of the calibrations that the host lists."""
+    names = folder_paths.get_filename_list(CALIBRATIONS)
+    return [name for name in names if name.lower().endswith(CALIBRATION_SUFFIX)]
+
+
+def calibration_path(name: str) -> str:
+    """The path of one of `calibration_names`.
+
+    Raises:
+        NFQError: there is none of this name.
+    """
+    return _path(CALIBRATIONS, name, calibration_names(), CALIBRATION_SUFFIX)
 
 
 def original_names(folder: str) -> list[str]:

@@ -167,5 +167,5 @@ def _told(recipe_text: str) -> tuple[str, str, dict[str, Any], list[str]] | None
         settings = {key: value for key, value in told["settings"].items() if isinstance(value, (int, float, str))}
         baked = [str(item) for item in told["settings"].get("baked", ())]
         return str(told["source"]), str(told["source_sha256"]), settings, baked
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

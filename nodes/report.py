@@ -11,6 +11,7 @@ import comfy.lora
 import torch
 
 from ..nfq_core import NFQError, NFQFile
+from ..nfq_core.errors import printable
 from ..nfq_core.examine import container_info, mean_sqnr_db, sqnr_db
 from ..nfq_core.formats import format_by_id
 from .bake import UNET
@@ -101,11 +102,15 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
 
 def as_text(facts: Mapping[str, Any]) -> str:
     """`model_facts` or `file_facts` as lines to read: a summary, then one line for each layer."""
-    values = {name: ", ".join(value) if isinstance(value, list) else value for name, value in facts["settings"].items()}
+    values = {
+        name: ", ".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in facts["settings"].items()
+    }
     settings = ", ".join(f"{name} {value}" for name, value in values.items())
+    source = facts["source"]["name"] or "a model that is not recorded"
     lines = [
         facts["name"] or "quantised in this graph",
-        f"from {facts['source']['name'] or 'a model that is not recorded'}: {settings or 'settings not recorded'}",
+        printable(f"from {source}: {settings or 'settings not recorded'}"),
         f"{facts['weights'] / 1e6:,.1f} million quantised weights at {facts['packed_bits_per_weight']:.3f} packed bits",
     ]
     if "file_bytes" in facts:
@@ -116,5 +121,5 @@ def as_text(facts: Mapping[str, Any]) -> str:
         lines.append(f"{facts['sqnr_db']:.2f} dB mean signal-to-quantisation-noise ratio, more is better")
     for layer in facts["layers"]:
         error = f"  {layer['sqnr_db']:6.2f} dB" if layer.get("sqnr_db") is not None else ""
-        lines.append(f"{layer['format']:>9}  {layer['bits_per_weight']:.3f} bits{error}  {layer['name']}")
+        lines.append(f"{layer['format']:>9}  {layer['bits_per_weight']:.3f} bits{error}  {printable(layer['name'])}")
     return "\n".join(lines)

@@ -54,7 +54,7 @@ def save_model(
     if (clip is None) != (vae is None):
         raise NFQError("a whole checkpoint needs both CLIP and VAE; connect both, or neither to save the UNet alone")
     alone = clip is None
-    path = _target(filename_prefix, UNETS if alone else CHECKPOINTS)
+    path = target(filename_prefix, UNETS if alone else CHECKPOINTS, SUFFIX)
     if os.path.exists(path) and not overwrite:
         raise NFQError(f"{path} exists; choose another filename_prefix, or switch overwrite on")
     tensors = _unet_tensors(model, "" if alone else CHECKPOINT_PREFIX) | _markers(model)
@@ -78,9 +78,9 @@ def save_model(
     return path
 
 
-def _target(filename_prefix: str, folder: str) -> str:
-    """The path for a prefix, below an output folder that the loaders list; folders on the way are made."""
-    prefix = filename_prefix.replace("\\", "/").removesuffix(SUFFIX)
+def target(filename_prefix: str, folder: str, suffix: str) -> str:
+    """The path for a prefix, below an output folder that the host lists; folders on the way are made."""
+    prefix = filename_prefix.replace("\\", "/").removesuffix(suffix)
     if not prefix.startswith(f"{folder}/"):
         prefix = f"{folder}/{prefix}"
     if not prefix.rpartition("/")[2].strip(". "):
@@ -98,7 +98,7 @@ def _target(filename_prefix: str, folder: str) -> str:
         directory, name = output, ""
     if os.path.commonpath([listed, os.path.abspath(directory)]) != listed:
         raise NFQError(f"filename_prefix {filename_prefix!r} leads out of {listed}; remove the '..'")
-    return os.path.join(directory, name + SUFFIX)
+    return os.path.join(directory, name + suffix)
 
 
 def _unet_tensors(model: Any, prefix: str) -> dict[str, NFTensor | torch.Tensor]:

@@ -91,7 +91,13 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
 
     modules = [
         _module("comfyui_version", __version__="0.22.0"),
-        _module("folder_paths", get_filename_list=file_names, get_full_path=full_path),
+        _module(
+            "folder_paths",
+            get_filename_list=file_names,
+            get_full_path=full_path,
+            models_dir=str(models),
+            get_output_directory=lambda: str(models.parent / "output"),
+        ),
         _module("server", PromptServer=SimpleNamespace()),
         _module("aiohttp"),
         _module("comfy_api"),
@@ -106,7 +112,8 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
         _module("comfy.model_patcher", ModelPatcher=object),
     ]
     parts = ("cli_args", "hooks", "latent_formats", "lora", "model_base", "model_management", "model_sampling")
-    modules += [_module(f"comfy.{part}") for part in (*parts, "sd", "utils", "weight_adapter")]
+    others = ("patcher_extension", "sd", "utils", "weight_adapter")
+    modules += [_module(f"comfy.{part}") for part in (*parts, *others)]
     for module in modules:
         monkeypatch.setitem(sys.modules, module.__name__, module)
         parent, _, name = module.__name__.rpartition(".")

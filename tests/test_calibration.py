@@ -21,7 +21,6 @@ from nfq_core.calibration import CALIBRATION_KEY, LayerInputs
 from nfq_core.convert import quantize_file
 from nfq_core.errors import CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError
 from nfq_core.examine import file_info
-from nfq_core.feedback import share_left
 from nfq_core.formats import FORMATS
 from nfq_core.policy import Settings, plan_tensors
 from nfq_core.state import describe, quantize_tensors
@@ -304,19 +303,8 @@ def test_what_a_calibration_helps(calibration):
     assert answers == [[True, False, False], [True, False, True], [True, True, True]]
 
 
-def test_feedback_lowers_sensitivities(calibration):
-    plain = {name: dataclasses.replace(inputs, correlation=None) for name, inputs in calibration.inputs.items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in Model().state_dict().items()}
-    plain = dataclasses.replace(calibration, inputs=plain, sensitivities=SENSITIVITIES)
-    assert plain.sensitivities_of(shapes) == SENSITIVITIES
-    fed = dataclasses.replace(calibration, sensitivities=SENSITIVITIES).sensitivities_of(shapes)
-    assert fed["q.weight"] == 9 * share_left(calibration.inputs["q.weight"].second_moment())
-
-
 def test_sizes_use_sensitivities(calibration, model_file, tmp_path):
     calibration = dataclasses.replace(calibration, sensitivities=SENSITIVITIES)
-    # Both read the same inputs, which feedback makes the same use of.
-    assert calibration.inputs["q.weight"] is calibration.inputs["k.weight"]
     result = quantize_file(model_file, tmp_path / "nfq", Settings(target_bpw=5.5), calibration=calibration)
     told = "sensitivities: the calibration has none of 1 weights, 'unused.weight' first; "
     assert told + "how sensitive such layers are is estimated" in result["warnings"]
@@ -399,6 +387,8 @@ BAD_LAYERS = {
     "negative": (set_value("importance.0", -1.0), None, "NaN, Inf or negative"),
     "all zero": (lambda tensors: tensors["importance.0"].zero_(), None, "all zero"),
     "NaN in the correlation": (set_value("correlation.0", torch.nan), None, "correlation holds NaN or Inf"),
+    "beyond all sums": (set_value("importance.0", 1e31), None, "beyond 1e+30"),
+    "a correlation beyond 1": (set_value("correlation.0", 1.02), None, "correlation holds numbers beyond 1"),
     "too few": (None, lambda facts: facts["rows"].__setitem__(0, 31), "only 31 inputs were seen, 32 are needed"),
 }
 

@@ -53,6 +53,15 @@ def test_files_without_a_whole_unet_are_refused(tmp_path: Path) -> None:
             checkpoint_names(file)
 
 
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+    other = {CHECKPOINT_PREFIX + "time_embed.0.bias": random_half(8)}
+    with (
+        NFQFile(make(tmp_path / "a.nfq.safetensors", "ldm", other)) as file,
+        pytest.raises(UnsupportedFileError, match=r"two tensors that a checkpoint calls 'model\.diffusion_model\.time"),
+    ):
+        checkpoint_names(file)
+
+
 def test_dense_takes_packed_weights_out_and_leaves_kept_ones(tmp_path: Path) -> None:
     packed = quantize_state_dict(SMALL_MODEL | {"fp32.bias": torch.rand(3)})
     assert isinstance(packed["linear.weight"], NFTensor)

@@ -13,10 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from samples import TINY, random_weight
 
+import nfq_core
 from nfq_core import NFQFile, NFTensor, Settings, quantize
 from nfq_core.article import write_article_file
-from nfq_core.convert import MAX_METADATA_BYTES, dequantize_file, quantize_file
-from nfq_core.errors import CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError
+from nfq_core.container import FACTS_KEY, Source
+from nfq_core.convert import MAX_METADATA_BYTES, MAX_METADATA_WARNINGS, dequantize_file, quantize_file
+from nfq_core.errors import CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError, printable
 from nfq_core.examine import verify_file
 from nfq_core.safefile import tensor_bytes
 from nfq_core.unet_keys import CHECKPOINT_PREFIX, tensor_shapes
@@ -177,12 +179,30 @@ def test_metadata_too_long_for_the_header_is_left_out_with_a_warning(tmp_path, c
     assert result["quantized"] == 1
     for name, warning in zip(left_out, result["warnings"], strict=True):
         wanted = f"metadata {name!r} is left out: {len(metadata[name]):,} characters are too many for the header"
-        assert warning == wanted
+        assert warning == printable(wanted)
     assert [record.getMessage() for record in caplog.records] == [f"{tmp_path / 'a'}: {w}" for w in result["warnings"]]
     dequantize_file(tmp_path / "b", tmp_path / "c")
     with safe_open(tmp_path / "c", "pt") as file:
         kept = {name: text for name, text in metadata.items() if name not in left_out}
         assert file.metadata() == kept | {"format": "pt"}
+
+
+def test_very_many_texts_of_metadata_are_left_out_in_few_words(tmp_path):
+    # Six bytes a name and six a text, as JSON within JSON, and four or five digits: 80,000 take more than a mebibyte.
+    save_file({"a.weight": random_weight(32, 33)}, tmp_path / "a", metadata={str(n): "" for n in range(80_000)})
+    warnings = quantize_file(tmp_path / "a", tmp_path / "b")["warnings"]
+    assert len(warnings) == MAX_METADATA_WARNINGS + 1
+    with NFQFile(tmp_path / "b") as file:
+        left_out = 80_000 - len(file.facts.source.metadata)
+    assert warnings[-1] == f"{left_out - MAX_METADATA_WARNINGS:,} more entries of the metadata are left out"
+
+
+def test_dequantised_files_do_not_claim_to_be_containers(tmp_path):
+    source = Source("a", 0, "", {FACTS_KEY: "{}", "title": "b"})
+    nfq_core.save({"a.bias": torch.ones(3)}, tmp_path / "a", source=source)
+    dequantize_file(tmp_path / "a", tmp_path / "b")
+    with safe_open(tmp_path / "b", "pt") as file:
+        assert file.metadata() == {"format": "pt", "title": "b"}
 
 
 def test_metadata_just_short_enough_is_kept(tmp_path):

@@ -59,6 +59,14 @@ def test_a_picture_depends_on_its_own_seed_alone(pictures):
     assert np.abs(alone[0].astype(int) - pictures[0]).max() <= 1
 
 
+def test_one_seed_can_serve_several_pictures():
+    pipeline = run.build_pipeline(load_weights())
+    twice = sample(pipeline, CAPTIONS[:1] * 2, seed=[5, 5], steps=1)
+    assert np.array_equal(twice[0], twice[1])
+    apart = sample(pipeline, CAPTIONS[:1] * 2, seed=5, steps=1)
+    assert np.array_equal(apart[0], twice[0]) and not np.array_equal(apart[1], twice[1])
+
+
 def test_the_demo_model_is_calibrated(tmp_path, monkeypatch):
     for name, value in {"STEPS": 2, "NOISY_BATCHES": 1, "LAYERS_PER_BATCH": 3}.items():
         monkeypatch.setattr(calibrate, name, value)

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from samples import SMALL_MODEL, random_half
 
 import nfq_core
+from nfq_core.container import Source
 from nfq_core.convert import dequantize_file, quantize_file
 from nfq_core.errors import CorruptFileError, NFQError, UnsupportedFileError
-from nfq_core.examine import compare_files, file_info, sqnr_db, verify_file
+from nfq_core.examine import MAX_LINE, compare_files, file_info, info_lines, sqnr_db, verify_file
 
 
 @pytest.fixture
@@ -64,6 +65,15 @@ def test_info_by_hand(original, container):
         },
     }
     json.dumps(info, allow_nan=False)
+
+
+def test_info_in_words_is_fit_for_a_terminal(tmp_path):
+    hostile = "\x1b]0;owned\x07\n" + "a" * 1000
+    source = Source(hostile, 0, hostile)
+    nfq_core.save({"a.bias": torch.ones(3)}, tmp_path / "a", settings={hostile: hostile}, source=source)
+    lines = dict(info_lines("a", file_info(tmp_path / "a")))
+    assert all(text.isprintable() and len(text) <= 2 * MAX_LINE for text in lines.values())
+    assert lines["source"].startswith(r"\x1b]0;owned\x07\naaa") and " … " in lines["source"]
 
 
 def test_info_of_a_container_that_quantises_nothing(tmp_path):
@@ -127,6 +137,8 @@ def test_verify_finds_a_code_that_names_no_level(tmp_path):
         ([11.0, 9.0], [11.1, 8.9], 20.0),
         ([0.0, 0.0], [0.0, 0.0], math.inf),
         ([0.0, 0.0], [0.0, 1.0], -math.inf),
+        # Beyond fp16 is infinite.
+        ([1.0, -1.0], [math.inf, -1.0], -math.inf),
         # A constant has no variance; its mean square is 4, errors 0.2.
         ([2.0, 2.0], [2.2, 1.8], 20.0),
     ],

@@ -11,7 +11,7 @@ from samples import random_weight
 
 from nfq_core import feedback as module
 from nfq_core import quantize
-from nfq_core.feedback import SecondMoment, inverse_factor, low_rank, round_columns, share_left
+from nfq_core.feedback import SecondMoment, inverse_factor, low_rank, round_columns
 from nfq_core.formats import LEVELS
 
 CPU = torch.device("cpu")
@@ -49,19 +49,17 @@ def test_two_columns_by_hand(monkeypatch):
     assert codes.tolist() == [[1, 2], [1, 0]]
 
 
+def test_no_damping_is_sought_where_none_can_help():
+    with pytest.raises(ValueError, match="must be finite"):
+        inverse_factor(torch.tensor([[1.0, torch.inf], [torch.inf, 1.0]]))
+
+
 def test_the_inverse_factor_by_hand(monkeypatch):
     monkeypatch.setattr(module, "DAMPING", 0.0)
     # The inverse of [[4, 2], [2, 2]] is [[0.5, -0.5], [-0.5, 1]].
     factor = inverse_factor(torch.tensor([[4.0, 2.0], [2.0, 2.0]]))
     assert torch.allclose(factor.T @ factor, torch.tensor([[0.5, -0.5], [-0.5, 1.0]]))
     assert factor[1, 0] == 0
-
-
-def test_the_share_left_by_hand(monkeypatch):
-    monkeypatch.setattr(module, "DAMPING", 0.0)
-    # Of the first input, 4 - 2 · 2 / 2 = 2 is left once the second is known; of the second, all of its 2: 4 of 6.
-    assert share_left(SecondMoment.of(torch.tensor([[4.0, 2.0], [2.0, 2.0]]))) == pytest.approx(4 / 6)
-    assert share_left(SecondMoment.of(torch.eye(3))) == pytest.approx(1)
 
 
 def reference(weight: np.ndarray, scales: np.ndarray, levels: np.ndarray, hessian: np.ndarray) -> np.ndarray:

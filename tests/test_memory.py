@@ -8,6 +8,8 @@ from samples import SMALL_MODEL
 
 import nfq_core
 from nfq_core import NFQError, NFQFile, memory
+from nfq_core.convert import dequantize_file
+from nfq_core.examine import verify_file
 from nfq_core.memory import MODES, ROOM, choose, free_bytes, is_out_of_memory, needed_bytes
 
 
@@ -69,6 +71,17 @@ def test_free_memory_of_a_cuda_device_includes_what_torch_holds_unused(monkeypat
 
 def test_free_memory_of_other_devices_is_not_known():
     assert free_bytes("meta") is None
+
+
+@pytest.mark.parametrize("read", [nfq_core.load, verify_file, lambda path: dequantize_file(path, path.parent / "b")])
+def test_what_no_memory_holds_is_refused_before_it_is_read(tmp_path, monkeypatch, read):
+    nfq_core.save(nfq_core.quantize_state_dict(SMALL_MODEL), tmp_path / "a")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    (tmp_path / "meminfo").write_text("MemAvailable:  1 kB\nSwapFree:  2 kB\n")
+    with pytest.raises(NFQError, match=r"a: there is not enough memory: it needs [\d,]+ bytes, 3,072 can be had"):
+        read(tmp_path / "a")
+    (tmp_path / "meminfo").write_text("MemAvailable:  1 kB\nSwapFree:  99 kB\n")
+    read(tmp_path / "a")
 
 
 @pytest.mark.parametrize(

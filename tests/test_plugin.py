@@ -58,15 +58,20 @@ def test_newer_hosts_are_told_what_is_missing(tmp_path: Path, version: str) -> N
 INPUTS = {
     "NFQuantizedUNetLoader": (["unet_name"], ["recipe", "memory"]),
     "NFQuantizedCheckpointLoader": (["ckpt_name"], ["recipe", "memory"]),
-    "NFQuantizeUNet": (["model"], ["levels", "conv_levels", "device", "effort", "quantize_first_last", "preset"]),
+    "NFQuantizeUNet": (
+        ["model"],
+        ["levels", "conv_levels", "device", "effort", "quantize_first_last", "preset", "calibration"],
+    ),
     "NFSaveCheckpoint": (["model"], ["clip", "vae", "filename_prefix", "overwrite"]),
     "NFInspect": ([], ["model", "original", "file_name"]),
     "NFCompare": (["image_1", "image_2"], [*(f"image_{n}" for n in range(3, 9)), "vae", "labels", "side"]),
+    "NFCollectCalibration": (["model"], ["hessians", "sensitivities"]),
+    "NFSaveCalibration": (["model", "samples"], ["filename_prefix", "overwrite"]),
     "NFQualityReport": (["original_name", "file_name"], [f"file_name_{n}" for n in range(2, 5)]),
 }
 """What saved workflows depend on: inputs that a node needs, and those it may have, in their order."""
 
-SOCKETS = {"model", "original", "clip", "vae", *(f"image_{number}" for number in range(1, 9))}
+SOCKETS = {"model", "samples", "original", "clip", "vae", *(f"image_{number}" for number in range(1, 9))}
 
 
 def test_the_plugin_gives_the_nodes_of_the_contract(plugin: ModuleType) -> None:

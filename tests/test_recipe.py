@@ -84,7 +84,7 @@ def test_a_missing_file_is_explained(recipe: ModuleType) -> None:
     assert "imported from 'a.safetensors'" in text and text.endswith("run `nfq import-article` on that again")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"settings": 3}', '{"settings": {}}'])
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, '{"settings": 3}', '{"settings": {}}'])
 def test_what_is_no_recipe_explains_nothing(recipe: ModuleType, text: str) -> None:
     wanted = "'x.nfq.safetensors' is not in models/diffusion_models; put it there, or choose another file"
     assert recipe.missing_file(UNETS, "x.nfq.safetensors", text) == wanted

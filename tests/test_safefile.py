@@ -166,6 +166,17 @@ def test_directory(tmp_path):
     assert "is a directory" in refusal(tmp_path, NFQError)
 
 
+def test_a_name_that_no_file_can_have(tmp_path):
+    with pytest.raises(NFQError, match="cannot be opened"):
+        SafetensorsFile(str(tmp_path / "a\0b"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a")
+    assert "is not a regular file" in refusal(tmp_path / "a", NFQError)
+
+
 def test_a_file_that_may_not_be_looked_at(tmp_path, monkeypatch):
     """In a folder without permission even the question what it is fails; root may do everything, so it is played."""
 
@@ -238,7 +249,7 @@ DAMAGED = {
     ),
     "an overflow that would wrap to the right size": (
         raw(field(shape=[1 << 62, 16, 6], data_offsets=[0, 12]), bytes(12)),
-        "does not fit its 12 bytes",
+        "needs more memory than there can be",
     ),
     "an unknown dtype": (raw(field(dtype="F17"), bytes(12)), "unknown dtype 'F17'"),
     "the wrong length": (raw(field(shape=[7]), bytes(12)), "'a' of F16 [7] does not fit its 12 bytes"),

@@ -32,6 +32,20 @@ def test_captions_stand_in_a_margin_and_large_pictures_shrink():
     assert columns_of(sheet, 90)[:2] == (CAPTION_WIDTH + GAP, CAPTION_WIDTH + GAP + 99)
 
 
+def test_a_note_stands_above_the_captions():
+    def dark(sheet, columns: slice) -> bool:
+        top = columns_of(sheet, 90)[2]
+        return bool((np.asarray(sheet)[:top, columns] < 128).any())
+
+    columns = [("a", plain(90, 1, 64, 64))]
+    assert not dark(comparison_sheet(["one"], columns), slice(0, CAPTION_WIDTH))
+    with_note = comparison_sheet(
+        ["one"], columns, note="Some words that take more than one line of this narrow margin."
+    )
+    assert dark(with_note, slice(0, CAPTION_WIDTH))
+    assert columns_of(with_note, 90)[2] > columns_of(comparison_sheet(["one"], columns), 90)[2]
+
+
 @pytest.mark.parametrize(
     ("label", "lines"),
     [("a", 1), ("a|b", 2), ("a few words that do not fit in the column", 5), ("m" * 20, 4), ("日本語", 1)],

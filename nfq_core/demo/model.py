@@ -132,18 +132,24 @@ def build_pipeline(weights: Mapping[str, torch.Tensor] | None = None) -> TinyPip
 
 @torch.no_grad()
 def sample(
-    pipeline: TinyPipeline, captions: Sequence[str], *, seed: int = 0, steps: int = 20, guidance: float = 3.0
+    pipeline: TinyPipeline,
+    captions: Sequence[str],
+    *,
+    seed: int | Sequence[int] = 0,
+    steps: int = 20,
+    guidance: float = 3.0,
 ) -> np.ndarray:
     """Draw captions with DPM++ 2M and classifier-free guidance, as uint8 pictures [n, 32, 32, 3].
 
-    Picture i starts from the noise of seed + i, so it does not depend on how many are drawn together. Guidance 1 is
-    the plain conditional model. Raises ValueError on an unknown word.
+    Picture i starts from the noise of seed + i, or of seed[i], so it does not depend on how many are drawn together.
+    Guidance 1 is the plain conditional model. Raises ValueError on an unknown word.
     """
     scheduler = import_diffusers().DPMSolverMultistepScheduler(
         algorithm_type="dpmsolver++", solver_order=2, **SCHEDULER_CONFIG
     )
     scheduler.set_timesteps(steps)
-    generators = [torch.Generator().manual_seed(seed + index) for index in range(len(captions))]
+    seeds = range(seed, seed + len(captions)) if isinstance(seed, int) else seed
+    generators = [torch.Generator().manual_seed(own) for own in seeds]
     shape = (3, IMAGE_SIZE, IMAGE_SIZE)
     pictures = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     ids = torch.from_numpy(tokenise([*captions, *[""] * len(captions)]))

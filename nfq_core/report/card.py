@@ -16,8 +16,8 @@ from ..errors import CorruptFileError, NFQError
 from ..examine import container_info
 from ..markdown import as_code, as_text, markdown_table, ratio_in_words, size_in_words
 from ..parallel import Progress, no_progress
-from ..safefile import parse_json
 from ..unet import UNKNOWN
+from ..untrusted import parse_json
 from .measure import label, measure, short_names
 from .write import JSON_NAME, MARKDOWN_NAME, MEANINGS, PLOT_TITLES, markdown
 from .yaml import front_matter

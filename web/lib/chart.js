@@ -130,7 +130,8 @@ function download(blob, name) {
 function subject(facts) {
   const [name] = (facts.name || facts.source?.name || "").split("/").slice(-1);
   const base = name.replace(/(\.nfq)?\.safetensors$/, "");
-  return facts.name ? base : `${base} NF${facts.settings?.levels ?? ""}`.trim();
+  const levels = facts.settings?.levels;
+  return facts.name ? base : `${base} NF${typeof levels === "number" ? levels : ""}`.trim();
 }
 
 function fileName(facts, ending) {

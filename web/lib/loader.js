@@ -18,13 +18,14 @@ function parsed(words) {
 
 function settingsInWords(settings) {
   return Object.entries(settings ?? {})
-    .filter(([key]) => key !== "baked")
+    .filter(([key, value]) => key !== "baked" && typeof value !== "object")
     .map(([key, value]) => `${key}=${value}`)
     .join(" ");
 }
 
 function sourceInWords({ source, settings }) {
-  const baked = Array.isArray(settings?.baked) && settings.baked.length ? ` + ${settings.baked.join(", ")}` : "";
+  const applied = Array.isArray(settings?.baked) ? settings.baked.filter((item) => typeof item === "string") : [];
+  const baked = applied.length ? ` + ${applied.join(", ")}` : "";
   return `${source || text("unrecorded")}${baked}`;
 }
 

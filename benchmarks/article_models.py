@@ -1,0 +1,146 @@
+"""The models that `benchmarks.article` draws with: the bundled demo model, or SDXL in a diffusers folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from nfq_core import NFQError, NFTensor
+from nfq_core.demo.model import TinyPipeline, build_pipeline, import_diffusers, load_weights, sample, split_weights
+from nfq_core.demo.run import GUIDANCE as DEMO_GUIDANCE
+from nfq_core.demo.run import STEPS as DEMO_STEPS
+from nfq_core.demo.shapes import CAPTIONS
+from nfq_core.layers import pack_layers
+from nfq_core.memory import check_device
+from nfq_core.state import StateDict
+
+SEED = 42
+"""The article's, for each of its prompts."""
+
+PROMPTS = (
+    'An ice sculpture is made with the text "Happy Holidays". Christmas decorations in the bacground. Dslr photo.',
+    "An origami of a monkey dressed as a monk riding a bike on a mountain.",
+    'A storefront with "Text to Image" written on it.',
+    "Greek statue of a man tripping over a cat.",
+    "A portrait photo of a kangaroo wearing an orange hoodie and blue sunglasses standing on the grass in front of the "
+    "Sydney Opera House holding a sign on the chest that says Welcome Friends!",
+    "A map of the United States made out of sushi. It is on a table next to a glass of red wine.",
+    "an armchair in the shape of an avocado",
+    "A teddybear on a skateboard in Times Square.",
+)
+"""The article's, to the letter."""
+
+STEPS = 25
+GUIDANCE = 5.0
+"""What diffusers' SDXL pipeline takes by itself, as in the article."""
+
+WEIGHT_FILES = ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors")
+"""Where a folder's UNet may be; the first is the article's."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline whose UNet can be exchanged."""
+
+    name: str
+    captions: tuple[str, ...]
+    """What is drawn in place of PROMPTS, one by one."""
+    note: str
+    """What the reader has to know of it; empty where there is nothing."""
+    steps: int
+    guidance: float
+    unet: nn.Module
+    """The original, computing in what the device computes in."""
+    weights: Callable[[], dict[str, torch.Tensor]]
+    """Reads the UNet's state dict."""
+    draw: Callable[[nn.Module], np.ndarray]
+    """Draws all captions with a UNet, each from SEED on the CPU: uint8 of shape (captions, height, width, 3)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is drawn."""
+        return next(self.unet.parameters()).device
+
+    def with_weights(self, state: StateDict) -> nn.Module:
+        """A UNet of the same configuration over a file's tensors, packed weights in packed layers."""
+        with torch.device("meta"):
+            unet = type(self.unet).from_config(self.unet.config)
+        pack_layers(unet, {name: tensor for name, tensor in state.items() if isinstance(tensor, NFTensor)})
+        dtype = next(self.unet.parameters()).dtype
+        kept = {name: tensor.to(dtype) for name, tensor in state.items() if not isinstance(tensor, NFTensor)}
+        unet.load_state_dict(kept, strict=False, assign=True)
+        return unet.to(self.device).eval().requires_grad_(False)
+
+
+def demo_model(steps: int | None = None) -> Model:
+    """The bundled model, in fp32 on the CPU; all captions in one batch."""
+    pipeline = build_pipeline(load_weights()).requires_grad_(False)
+    steps = steps or DEMO_STEPS
+
+    def draw(unet: nn.Module) -> np.ndarray:
+        seeds = [SEED] * len(CAPTIONS)
+        return sample(TinyPipeline(unet, pipeline.text), CAPTIONS, seed=seeds, steps=steps, guidance=DEMO_GUIDANCE)
+
+    note = "The demo model cannot read the article's prompts: captions that it can read stand in for them."
+    return Model(
+        "the bundled demo model",
+        CAPTIONS,
+        note,
+        steps,
+        DEMO_GUIDANCE,
+        pipeline.unet,
+        lambda: split_weights(load_weights())[0],
+        draw,
+    )
+
+
+def folder_model(folder: str | Path, *, device: str | None = None, steps: int | None = None) -> Model:
+    """SDXL, or a relative of it, in a folder of diffusers' layout; one prompt after the other, as in the article.
+
+    Args:
+        folder: with the UNet's weights in one safetensors file, of fp16 where there is such a variant.
+        device: by default CUDA where it is there, the CPU otherwise. fp32 is computed on a CPU, fp16 elsewhere.
+        steps: of DPM++ 2M, 25 by default.
+
+    Raises:
+        NFQError: the folder lacks the UNet's weights in one file, diffusers cannot make a pipeline of it, or the device
+            is not there.
+    """
+    diffusers = import_diffusers()
+    folder = Path(folder)
+    path = next((folder / "unet" / name for name in WEIGHT_FILES if (folder / "unet" / name).is_file()), None)
+    if path is None:
+        raise NFQError(f"{folder} holds no unet/{' or unet/'.join(WEIGHT_FILES)}; name a folder of diffusers' layout")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    variant = "fp16" if ".fp16." in path.name else None
+    try:
+        pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(
+            folder, torch_dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise NFQError(f"diffusers makes no SDXL pipeline of {folder}: {str(error).splitlines()[0]}") from error
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
+        pipeline.scheduler.config, algorithm_type="dpmsolver++", solver_order=2
+    )
+    # Some versions load a part in the dtype of its file.
+    pipeline.to(device, dtype).set_progress_bar_config(disable=True)
+    steps = steps or STEPS
+
+    def draw(unet: nn.Module) -> np.ndarray:
+        pipeline.unet = unet
+        settings = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "output_type": "np"}
+        pictures = [
+            pipeline(prompt, generator=torch.Generator("cpu").manual_seed(SEED), **settings).images[0]
+            for prompt in PROMPTS
+        ]
+        return (np.stack(pictures) * 255).round().astype(np.uint8)
+
+    return Model(folder.resolve().name, PROMPTS, "", steps, GUIDANCE, pipeline.unet, lambda: load_file(path), draw)

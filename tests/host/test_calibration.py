@@ -1,0 +1,50 @@
+"""A calibration collected around an ordinary sampler, saved, and used for quantising."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from driver import HostError
+from graphs import ORIGINAL, OURS, quantize, sample, save
+
+from nfq_core import Calibration, NFQFile
+
+NAME = "vega.calibration.safetensors"
+
+
+def collect(model: list, **inputs: bool) -> dict:
+    return {"class_type": "NFCollectCalibration", "inputs": {"model": model, **inputs}}
+
+
+def keep(model: list, **inputs: object) -> dict:
+    samples = ["latent sampler", 0]
+    return {
+        "class_type": "NFSaveCalibration",
+        "inputs": {"model": model, "samples": samples, "filename_prefix": "vega", **inputs},
+    }
+
+
+def test_collect_save_and_quantize(host) -> None:
+    plain = host.latent(sample({"model": ORIGINAL}, ["model", 0], steps=1))
+    nodes = {"model": ORIGINAL, "collect": collect(["model", 0], hessians=False)}
+    prompt = sample(nodes, ["collect", 0], steps=1) | {"kept": keep(["collect", 0])}
+    assert torch.equal(host.latent(prompt), plain)
+    (told,) = host.run(prompt)["kept"]["text"]
+    assert told.startswith(f"saved output/nfq_calibrations/{NAME} (") and told.endswith("2 samplings")
+    found = Calibration.load(host.output / "nfq_calibrations" / NAME)
+    assert (found.architecture, found.prompts, found.steps) == ("Segmind Vega", 2, 1)
+    # At so few pixels the innermost layers see too few tokens.
+    assert len(found.inputs) + len(found.faults) > 217 and len(found.sensitivities) >= 8
+    made = quantize(["model", 0], levels=7, conv_levels=7, calibration=NAME)
+    host.run({"model": ORIGINAL, "made": made, "saved": save(["made", 0], "calibrated")})
+    with NFQFile(host.output / "diffusion_models" / "calibrated.nfq.safetensors") as file:
+        assert file.facts.settings["calibration"] == NAME
+    with pytest.raises(HostError, match="exists; choose another filename_prefix"):
+        again = {"model": ORIGINAL, "collect": collect(["model", 0], hessians=False, sensitivities=False)}
+        host.run(sample(again, ["collect", 0], steps=1) | {"kept": keep(["collect", 0])})
+
+
+def test_a_packed_model_is_refused(host) -> None:
+    with pytest.raises(HostError, match="a calibration is collected from the original"):
+        nodes = {"model": OURS, "collect": collect(["model", 0])}
+        host.run(sample(nodes, ["collect", 0], steps=1))
