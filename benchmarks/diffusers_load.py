@@ -2,7 +2,7 @@
 
 Makes a folder of synthetic fp16 weights (5.14 GB) in DIR and a quantised file of it, unless they are there, and loads
 each way in a process of its own. Peaks are Linux's: of all resident memory (VmHWM), and of what the process has to
-itself (its anonymous pages, seen fifty times a second); pages of mapped files, which the system takes back when it
+itself (its anonymous pages, looked at fifty times a second). Pages of mapped files, which the system takes back when it
 needs them, are in the first alone.
 """
 
@@ -24,21 +24,6 @@ from nfq_core.memory import needed_bytes
 
 from .report import markdown_table, timed, write_results
 from .synthetic import write_sdxl_unet
-
-SDXL_CONFIG = {
-    "_class_name": "UNet2DConditionModel",
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 SAMPLES_PER_SECOND = 50
 
@@ -134,9 +119,12 @@ def measure(kind: str, folder: Path) -> dict:
 
 def prepare(folder: Path) -> None:
     """The fp16 folder and the quantised file."""
+    # Not where the loading processes would import it too.
+    from .gpu_step import SDXL_CONFIG
+
     folder.mkdir(parents=True, exist_ok=True)
     weights, quantised = folder / "diffusion_pytorch_model.safetensors", folder / "sdxl.nfq.safetensors"
-    (folder / "config.json").write_text(json.dumps(SDXL_CONFIG))
+    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", **SDXL_CONFIG}))
     if not weights.exists():
         write_sdxl_unet(weights, "diffusers")
     if not quantised.exists():

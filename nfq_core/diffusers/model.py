@@ -239,8 +239,9 @@ def _refuse_offloaded(model: nn.Module) -> None:
 
 def _tell_compute_dtype(model: nn.Module) -> None:
     """Tell PEFT, by the name it looks for, what dtype its factors are to have beside packed weights."""
+    dtype = model.dtype
     for layer in packed_layers(model).values():
-        layer.compute_dtype = model.dtype
+        layer.compute_dtype = dtype
 
 
 @contextmanager
