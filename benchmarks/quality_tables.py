@@ -98,14 +98,15 @@ def weight_table(rows: Sequence[dict], sources: Sequence[str]) -> str:
 
 
 def demo_table(rows: Sequence[dict]) -> str:
-    """Every setting's bits per weight and errors on the demo model."""
+    """Every setting's packed bits per weight and errors on the demo model; sizes on disk are in the results."""
     lines = []
     for row in sorted((row for row in rows if row["source"] == DEMO), key=lambda row: row[PACKED]):
-        cells = [_name(row), f"{row[PACKED]:.3f}", f"{row['bits_per_weight']:.3f}", _error(row)]
+        error = "–" if row.get("sqnr_db") is None else _error(row)
+        cells = [_name(row), f"{row[PACKED]:.3f}", error]
         for measure, form in (("output_db", ".2f"), ("picture_db", ".2f"), ("ssim", ".4f")):
             cells.append("–" if row.get(measure) is None else format(row[measure], form))
         lines.append(cells)
-    header = ["format", "bits packed", "on disk", "weights, dB", "output, dB", "pictures, dB", "SSIM"]
+    header = ["format", "bits packed", "weights, dB", "output, dB", "pictures, dB", "SSIM"]
     return markdown_table(header, lines)
 
 
