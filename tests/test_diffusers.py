@@ -22,7 +22,8 @@ from nfq_core.container import NFQFile
 from nfq_core.convert import dequantize_file, quantize_file
 from nfq_core.formats import format_by_id
 from nfq_core.layers import packed_layers
-from nfq_core.safefile import SafetensorsFile
+from nfq_core.policy import Settings, plan_tensors
+from nfq_core.safefile import Entry, SafetensorsFile
 from nfq_core.unet_keys import CHECKPOINT_PREFIX, diffusers_to_ldm
 
 diffusers = pytest.importorskip("diffusers", reason="what is tested works in diffusers")
@@ -69,6 +70,13 @@ def quantised(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
     monkeypatch.setattr(nfq_diffusers.quantizer, "quantize", pack)
     return calls
+
+
+def layer_inputs() -> dict[str, LayerInputs]:
+    """Statistics for every layer, each its own."""
+    ldm = diffusers_to_ldm(TINY)
+    weights = {key: value for key, value in stock_unet().state_dict().items() if value.dim() > 1 and "emb" not in key}
+    return {ldm[key]: LayerInputs(torch.rand(value.shape[1]) + 1, 100) for key, value in weights.items()}
 
 
 def dense_weights(folders: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -174,11 +182,24 @@ def test_formats(folders: Path, quantised: list[dict]) -> None:
     assert found == {("t2w8_b64", 2), ("t3w8_b64", 4)}
 
 
+def test_measured_sensitivities_choose_formats(folders: Path, quantised: list[dict]) -> None:
+    ldm = diffusers_to_ldm(TINY)
+    entries = {name: Entry("F16", tuple(value.shape), 0, 0) for name, value in stock_unet().state_dict().items()}
+    measured = {name: float(number % 7 + 1) for number, name in enumerate(entries)}
+    formats = []
+    for sensitivities in (measured, None):
+        _, plans = plan_tensors(entries, Settings(target_bpw=3.4), sensitivities)
+        formats.append({name: plan.format.id for name, plan in plans.items() if plan.format})
+    calibration = Calibration(layer_inputs(), sensitivities={ldm[name]: value for name, value in measured.items()})
+    config = NFQConfig(preset="small", calibration=calibration)
+    unet = UNet.from_pretrained(folders / "stock", quantization_config=config)
+    found = {f"{name}.weight": layer.format_id for name, layer in packed_layers(unet).items()}
+    assert found == formats[0] != formats[1]
+
+
 @reads_folders
 def test_calibration(folders: Path, tmp_path: Path, quantised: list[dict]) -> None:
-    ldm = diffusers_to_ldm(TINY)
-    weights = {key: value for key, value in stock_unet().state_dict().items() if value.dim() > 1 and "emb" not in key}
-    inputs = {ldm[key]: LayerInputs(torch.rand(value.shape[1]) + 1, 100) for key, value in weights.items()}
+    ldm, inputs = diffusers_to_ldm(TINY), layer_inputs()
     calibration = Calibration(inputs)
     calibration.save(tmp_path / "c.safetensors")
     for given in (tmp_path / "c.safetensors", calibration):

@@ -19,7 +19,7 @@ from ..layers import PACKED_KINDS, pack_layers
 from ..policy import plan_tensors
 from ..quantizer import quantize
 from ..safefile import Entry
-from ..state import load_tensors
+from ..state import load_tensors, sensitivities
 from ..tensor import QUANTIZABLE_DTYPES, NFTensor
 from .model import become_packed, become_stock, check_fits
 
@@ -149,7 +149,8 @@ class NFQQuantizer(DiffusersQuantizer):
             )
         settings, calibration = self.quantization_config.for_quantizing()
         entries = {name: Entry("F16", tuple(tensor.shape), 0, 0) for name, tensor in model.state_dict().items()}
-        info, plans = plan_tensors(entries, settings)
+        measured = sensitivities(entries, settings, calibration)
+        info, plans = plan_tensors(entries, settings, measured)
         layers = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, tuple(PACKED_KINDS))}
         plans = {name: plan for name, plan in plans.items() if plan.format and name in layers}
         inputs, warnings = calibration.for_plans(info, plans) if calibration else ({}, [])
@@ -157,7 +158,7 @@ class NFQQuantizer(DiffusersQuantizer):
             log.warning("%s", warning)
         self._formats = {name: plan.format.id for name, plan in plans.items()}
         self._statistics = {name: found.arguments() for name, found in inputs.items()}
-        self.facts = Facts.of(info, settings.as_dict() | (calibration.as_dict() if inputs else {}))
+        self.facts = Facts.of(info, settings.as_dict() | (calibration.as_dict() if inputs or measured else {}))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
