@@ -106,12 +106,17 @@ def _refuse_unfit(model: Any) -> None:
     if TORCH_COMPILE_KWARGS in model.model_options:
         raise NFQError("this MODEL is compiled already; put TorchCompileModel behind NFQuantizeUNet")
     parameters = list(model.model.parameters())
-    if any(isinstance(weight, QuantizedTensor) or not weight.dtype.is_floating_point for weight in parameters):
+    if any(map(is_quantized, parameters)):
         raise NFQError("this MODEL is quantised already, in another format; load its fp16 or bf16 file instead")
     if model.get_attachment(MADE) is not None:
         log.warning("this MODEL was quantised before and dequantised when it was loaded; its original has more to keep")
     if any(weight.dtype.itemsize == 1 for weight in parameters):
         log.warning("this MODEL's weights are fp8; quantising it from fp16 or bf16 keeps more of the picture")
+
+
+def is_quantized(weight: torch.Tensor) -> bool:
+    """Whether a parameter is quantised, by us or others; a quantised tensor's dtype is that which it stands for."""
+    return isinstance(weight, QuantizedTensor) or not weight.dtype.is_floating_point
 
 
 def without_dynamic_vram(model: Any) -> Any:

@@ -8,14 +8,14 @@ from typing import Any
 
 import comfy.patcher_extension
 import torch
+from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 
 from ..nfq_core import NFQError
 from ..nfq_core.collector import Collector
 from ..nfq_core.sensitivity import PASSES
 from ..nfq_core.unet import detect
-from .bake import without_dynamic_vram
+from .bake import is_quantized, without_dynamic_vram
 from .host import CALIBRATION_SUFFIX, CALIBRATIONS, COLLECTED
-from .patcher import nf_layers
 from .save import target
 
 
@@ -36,9 +36,15 @@ class Collected:
         self.steps: int | None = None
 
     def around_sampling(self, sample: Callable, *arguments: Any, **named: Any) -> torch.Tensor:
-        """The host's wrapper `OUTER_SAMPLE`: collect while `sample` runs, unless with another UNet."""
-        if sample.class_obj.model_patcher.model.diffusion_model is not self._unet:
+        """The host's wrapper `OUTER_SAMPLE`: collect while `sample` runs, unless with another UNet.
+
+        Raises:
+            NFQError: a node behind compiled the MODEL.
+        """
+        sampled = sample.class_obj.model_patcher
+        if sampled.model.diffusion_model is not self._unet:
             return sample(*arguments, **named)
+        _refuse_compiled(sampled)
         with self._collector.watching():
             result = sample(*arguments, **named)
         self.samplings += 1
@@ -61,17 +67,24 @@ class Collected:
         self._written.add(path)
 
 
+def _refuse_compiled(model: Any) -> None:
+    """What was compiled before hooks came calls them seldom or never."""
+    if TORCH_COMPILE_KWARGS in model.model_options:
+        raise NFQError("this MODEL is compiled, which hides what its layers are fed; collect without TorchCompileModel")
+
+
 def collecting(model: Any, hessians: bool, sensitivities: bool) -> Any:
     """A MODEL like `model` that collects while it is sampled, by any sampler; LoRAs may be on it or follow.
 
     Raises:
-        NFQError: the MODEL is packed, quantised otherwise, or no UNet of the SDXL family.
+        NFQError: the MODEL is packed, quantised otherwise, compiled, or no UNet of the SDXL family.
     """
     unet = model.model.diffusion_model
-    if any(True for _ in nf_layers(model.model)) or not all(p.dtype.is_floating_point for p in unet.parameters()):
+    if any(map(is_quantized, unet.parameters())):
         raise NFQError(
             "this MODEL is quantised; a calibration is collected from the original, so connect the fp16 model's loader"
         )
+    _refuse_compiled(model)
     if detect({name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}) is None:
         raise NFQError("this MODEL is no UNet of the SDXL family, which is what NFCollectCalibration takes")
     if getattr(model, "is_dynamic", bool)():

@@ -103,7 +103,7 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
         _module("comfy_api"),
         _module("comfy_api.latest", ComfyExtension=object, io=schema),
         _module("comfy_api.torch_helpers"),
-        _module("comfy_api.torch_helpers.torch_compile"),
+        _module("comfy_api.torch_helpers.torch_compile", TORCH_COMPILE_KWARGS="torch_compile_kwargs"),
         _module("comfy_kitchen", __spec__=MagicMock()),
         _module("comfy_kitchen.tensor", QuantizedLayout=object, QuantizedTensor=type("QuantizedTensor", (), {})),
         _module("comfy_kitchen.tensor.base", BaseLayoutParams=_LayoutParams),

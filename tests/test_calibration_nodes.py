@@ -25,10 +25,12 @@ class Patcher:
         self.model.diffusion_model = unet
         self.attachments: dict[str, Any] = {}
         self.wrappers: list[Callable] = []
+        self.model_options: dict[str, Any] = {}
 
     def clone(self) -> Patcher:
         twin = Patcher(self.model.diffusion_model)
         twin.attachments, twin.wrappers = dict(self.attachments), list(self.wrappers)
+        twin.model_options = dict(self.model_options)
         return twin
 
     def set_attachments(self, key: str, value: object) -> None:
@@ -157,6 +159,18 @@ def test_an_interrupt_leaves_no_hooks(nodes: dict, model: Patcher) -> None:
     assert hooks(model) == 0
 
 
+def test_a_compiled_model_is_refused(nodes: dict, model: Patcher, error: type) -> None:
+    """On either side of the node: hooks would miss what the compiled code does."""
+    compiled = collecting(nodes, model)
+    compiled.model_options["torch_compile_kwargs"] = {"backend": "inductor"}
+    message = "this MODEL is compiled, which hides what its layers are fed; collect without TorchCompileModel"
+    with pytest.raises(error, match=message):
+        compiled.sample()
+    assert hooks(model) == 0
+    with pytest.raises(error, match=message):
+        collecting(nodes, compiled)
+
+
 def test_refusals(nodes: dict, model: Patcher, error: type, tmp_path: Path) -> None:
     save = nodes["NFSaveCalibration"].execute
     with pytest.raises(error, match="this MODEL collects nothing"):
@@ -175,9 +189,23 @@ def test_refusals(nodes: dict, model: Patcher, error: type, tmp_path: Path) -> N
     assert Calibration.load(path).prompts == 1
     with pytest.raises(error, match=r"this MODEL is no UNet of the SDXL family"):
         collecting(nodes, Patcher(torch.nn.Sequential(torch.nn.Linear(4, 4))))
-    model.model.diffusion_model.conv_in.weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), False)
-    with pytest.raises(error, match="this MODEL is quantised; a calibration is collected from the original"):
-        collecting(nodes, model)
+
+
+def test_a_quantized_model_is_refused(nodes: dict, model: Patcher, error: type) -> None:
+    """One whose tensors pass for floating, as those of the host's own formats and of ours do, and one of integers."""
+    quantized = importlib.import_module("comfy_kitchen.tensor").QuantizedTensor
+
+    class PassesForFloating(torch.nn.Parameter, quantized):
+        pass
+
+    layer = model.model.diffusion_model.conv_in
+    for weight in (
+        PassesForFloating(layer.weight.data, False),
+        torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), False),
+    ):
+        layer.weight = weight
+        with pytest.raises(error, match="this MODEL is quantised; a calibration is collected from the original"):
+            collecting(nodes, model)
 
 
 def test_quantize_lists_calibrations(nodes: dict, tmp_path: Path) -> None:

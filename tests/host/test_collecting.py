@@ -8,6 +8,7 @@ from driver import HostError
 from graphs import ORIGINAL, OURS, quantize, sample, save
 
 from nfq_core import Calibration, NFQFile
+from nfq_core.calibration import LayerInputs
 
 NAME = "vega.calibration.safetensors"
 
@@ -48,3 +49,25 @@ def test_a_packed_model_is_refused(host) -> None:
     with pytest.raises(HostError, match="a calibration is collected from the original"):
         nodes = {"model": OURS, "collect": collect(["model", 0])}
         host.run(sample(nodes, ["collect", 0], steps=1))
+
+
+def test_a_compiled_model_is_refused(host) -> None:
+    """Before the node, and behind it."""
+    compiled = {"class_type": "TorchCompileModel", "inputs": {"model": ["model", 0], "backend": "inductor"}}
+    before = {"model": ORIGINAL, "compiled": compiled, "last": collect(["compiled", 0])}
+    behind = {"model": ORIGINAL, "collect": collect(["model", 0])}
+    behind["last"] = compiled | {"inputs": {"model": ["collect", 0], "backend": "inductor"}}
+    for nodes in (before, behind):
+        with pytest.raises(HostError, match="this MODEL is compiled, which hides what its layers are fed"):
+            host.run(sample(nodes, ["last", 0], steps=1))
+
+
+def test_a_calibration_of_another_architecture_is_refused(host) -> None:
+    folder = host.output / "nfq_calibrations"
+    folder.mkdir(exist_ok=True)
+    inputs = LayerInputs(torch.ones(320), 100)
+    Calibration({"input_blocks.1.0.in_layers.2.weight": inputs}, "SDXL").save(folder / "other.calibration.safetensors")
+    made = quantize(["model", 0], calibration="other.calibration.safetensors")
+    with pytest.raises(HostError, match="the calibration was made with SDXL, this model is Segmind Vega"):
+        host.run({"model": ORIGINAL, "made": made, "saved": save(["made", 0], "uncalibrated")})
+    assert not (host.output / "diffusion_models" / "uncalibrated.nfq.safetensors").exists()
