@@ -16,7 +16,7 @@ from nfq_core.demo.model import TinyPipeline, build_pipeline, import_diffusers, 
 from nfq_core.demo.run import GUIDANCE as DEMO_GUIDANCE
 from nfq_core.demo.run import STEPS as DEMO_STEPS
 from nfq_core.demo.shapes import CAPTIONS
-from nfq_core.layers import pack_layers
+from nfq_core.layers import assign_state
 from nfq_core.memory import check_device
 from nfq_core.state import StateDict
 
@@ -71,10 +71,10 @@ class Model:
         """A UNet of the same configuration over a file's tensors, packed weights in packed layers."""
         with torch.device("meta"):
             unet = type(self.unet).from_config(self.unet.config)
-        pack_layers(unet, {name: tensor for name, tensor in state.items() if isinstance(tensor, NFTensor)})
         dtype = next(self.unet.parameters()).dtype
-        kept = {name: tensor.to(dtype) for name, tensor in state.items() if not isinstance(tensor, NFTensor)}
-        unet.load_state_dict(kept, strict=False, assign=True)
+        assign_state(
+            unet, {name: value if isinstance(value, NFTensor) else value.to(dtype) for name, value in state.items()}
+        )
         return unet.to(self.device).eval().requires_grad_(False)
 
 

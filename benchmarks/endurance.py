@@ -31,7 +31,7 @@ import torch
 import nfq_core
 from nfq_core.convert import quantize_file
 from nfq_core.demo.model import build_pipeline, bundled_weights_path, sample, split_weights
-from nfq_core.layers import PackedLayer, pack_layers, packed_layers
+from nfq_core.layers import PackedLayer, assign_state, packed_layers
 from nfq_core.low_rank import LowRank
 
 from .report import RESULTS, ROOT, machine, write_results
@@ -99,13 +99,13 @@ def demo_cycle(folder: Path) -> Callable[[int], None]:
 
     def cycle(number: int) -> None:
         loaded = nfq_core.load(path)
-        packed = {key: value for key, value in loaded.items() if isinstance(value, nfq_core.NFTensor)}
         with torch.device("meta"):
             pipeline = build_pipeline()
-        unet, text = split_weights({key: value.float() for key, value in loaded.items() if key not in packed})
-        pack_layers(pipeline.unet, packed)
-        pipeline.unet.load_state_dict(unet, strict=False, assign=True)
-        pipeline.text.load_state_dict(text, assign=True)
+        unet, text = split_weights(
+            {key: value if isinstance(value, nfq_core.NFTensor) else value.float() for key, value in loaded.items()}
+        )
+        assign_state(pipeline.unet, unet)
+        assign_state(pipeline.text, text)
         plain = draw(pipeline)
         for layer in packed_layers(pipeline.unet).values():
             layer.low_rank = lora(layer)

@@ -12,7 +12,7 @@ from torch import nn
 
 from nfq_core import NFTensor
 from nfq_core.allocation import PRESETS
-from nfq_core.layers import PackedLinear, dense_layers, pack_layers, packed_layers
+from nfq_core.layers import PackedLinear, assign_state, dense_layers, packed_layers
 from nfq_core.low_rank import LowRank
 from nfq_core.policy import Settings
 from nfq_core.unet_keys import UNetArchitecture, tensor_shapes
@@ -92,9 +92,7 @@ def empty_unet(architecture: UNetArchitecture) -> nn.Module:
 def make_unet(architecture: UNetArchitecture, state: State) -> nn.Module:
     """diffusers' UNet over the tensors of `state`, which it shares; packed weights in packed layers."""
     unet = empty_unet(architecture)
-    pack_layers(unet, {name: tensor for name, tensor in state.items() if isinstance(tensor, NFTensor)})
-    kept = {name: tensor for name, tensor in state.items() if not isinstance(tensor, NFTensor)}
-    unet.load_state_dict(kept, strict=False, assign=True)
+    assign_state(unet, state)
     return unet.eval().requires_grad_(False)
 
 

@@ -147,6 +147,10 @@ def allocate(
     for name, value in (sensitivities or {}).items():
         if not 0 <= value < math.inf:
             raise NFQError(f"the sensitivity of {name!r} is {value}; it must be a number from 0 up")
+    if not shapes:
+        return {}
+    if budget < 0:
+        raise NFQError(f"what is not quantised takes {-budget:,} bytes more than the size asked for; ask for more")
     counts = {name: prod(shape) for name, shape in shapes.items()}
     worth = lru_cache(None)(partial(worthwhile, formats=tuple(menu(effort))))
     options = {name: worth(count) for name, count in counts.items()}
@@ -168,7 +172,7 @@ def allocate(
         if step.nbytes <= left and chosen[step.layer] == step.number - 1:
             chosen[step.layer] = step.number
             left -= step.nbytes
-    mean = sum(weight_of.values()) / max(1, sum(counts.values())) or 1.0
+    mean = sum(weight_of.values()) / sum(counts.values()) or 1.0
     return {
         name: (options[name][number], float(f"{weight_of[name] / counts[name] / mean:.4g}"))
         for name, number in chosen.items()
@@ -203,6 +207,8 @@ class SizeSearch:
         quantized = [plan for plan in plans.values() if plan.format]
         packed = sum(plan.format.packed_bytes(prod(plan.shape)) for plan in quantized)
         fits = file_bytes <= self._target
+        if fits and not quantized:
+            return True
         if fits and all(plan.format.id == LARGEST for plan in quantized):
             self.warnings.append(f"every layer has {LARGEST}, the most there is; the file is smaller than asked for")
             return True

@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import save_file
 
 from .errors import CannotQuantizeError, CorruptFileError, UnsupportedFileError
-from .formats import BLOCK, SUPERBLOCK
+from .formats import ARTICLE_MIN_SCALE, ARTICLE_SCALE_STEPS, BLOCK, SUPERBLOCK
+from .untrusted import MAX_DIMENSIONS
 
 SHIFT = 50
 """Added to a code to make the byte that is compressed."""
@@ -42,7 +43,6 @@ PARTS = {
 INFIX = ".quantization."
 """Between a tensor's name and its part's."""
 
-MAX_DIMENSIONS = 8
 SUPERBLOCK_WEIGHTS = SUPERBLOCK * BLOCK
 
 SPREAD = 0.96
@@ -50,9 +50,6 @@ SPREAD = 0.96
 
 SENTINEL = 1.3
 """Stands for the level after the last one; a weight beyond the middle between the two gets no code."""
-
-MIN_BLOCK_SCALE = 1e-12
-"""Takes the place of a block scale of 0."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class ArticleTensor:
     def block_scales(self) -> torch.Tensor:
         """The scale of each block that holds weights: fp32, each operation rounded to fp32 in this order."""
         maxima = self.c2.repeat_interleave(SUPERBLOCK)
-        scales = maxima * self.c1.float().clamp(min=MIN_BLOCK_SCALE) / 255.0
+        scales = maxima * self.c1.float().clamp(min=ARTICLE_MIN_SCALE) / ARTICLE_SCALE_STEPS
         return scales[: -(-self.weights // BLOCK)]
 
     def corrupt_weights(self) -> int:
@@ -128,8 +125,8 @@ def article_quantize(weight: torch.Tensor, levels: int) -> ArticleTensor:
     blocks = padded.view(-1, SUPERBLOCK, BLOCK)
     block_maxima = blocks.abs().amax(dim=-1)
     c2 = block_maxima.amax(dim=-1)
-    c1 = torch.round(255.0 * block_maxima / c2[:, None]).to(torch.uint8)
-    scales = c2[:, None] * c1.float().clamp(min=MIN_BLOCK_SCALE) / 255.0
+    c1 = torch.round(ARTICLE_SCALE_STEPS * block_maxima / c2[:, None]).to(torch.uint8)
+    scales = c2[:, None] * c1.float().clamp(min=ARTICLE_MIN_SCALE) / ARTICLE_SCALE_STEPS
     ratios = blocks / scales[..., None]
     codebook = article_codebook(levels)
     thresholds = (codebook + torch.cat((codebook[1:], torch.tensor([SENTINEL])))) / 2

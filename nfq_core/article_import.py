@@ -17,14 +17,8 @@ from .article import (
     read_article_tensor,
 )
 from .codec import encode
-from .container import Facts, Source
-from .convert import (
-    conversion_result,
-    refuse_container,
-    refuse_same,
-    source_name,
-    split_metadata,
-)
+from .container import Facts, Source, source_name
+from .convert import conversion_result, refuse_container, refuse_same, split_metadata
 from .errors import CorruptFileError, UnsupportedFileError
 from .formats import BLOCK, LEVELS, article_format
 from .packing import pack_codes
@@ -105,10 +99,10 @@ def pack_article(tensor: ArticleTensor) -> NFTensor:
     fmt = article_format(tensor.levels)
     sections = fmt.sections(tensor.weights)
     blocks = -(-tensor.weights // BLOCK)
-    codes = torch.zeros(blocks * BLOCK, dtype=torch.uint8)
+    codes = torch.zeros(blocks * BLOCK, dtype=torch.uint8, device="cpu")
     codes[: tensor.weights] = tensor.assignable_codes()
     coarse, fine = pack_codes(codes.view(-1, BLOCK), fmt)
-    data = torch.zeros(sections.end, dtype=torch.uint8)
+    data = torch.zeros(sections.end, dtype=torch.uint8, device="cpu")
     data[: 2 * fmt.levels].view(torch.float16).copy_(article_codebook(fmt.levels))
     data[sections.coarse : sections.fine] = coarse
     data[sections.fine : sections.superblock_scales] = fine

@@ -79,8 +79,10 @@ def _fails(device: torch.device) -> str:
     from . import triton_kernels
 
     fmt = nf_format(16)
-    data = torch.arange(fmt.packed_bytes(PROBE_WEIGHTS), dtype=torch.int32).to(torch.uint8)
-    data[: 2 * fmt.levels + 2] = torch.cat([torch.arange(16).half().view(torch.uint8), torch.tensor([0, 1])])
+    # Whatever device is torch's default, the levels 0 … 15, then a grid of exponent 0 and stride 1.
+    with torch.device("cpu"):
+        data = torch.arange(fmt.packed_bytes(PROBE_WEIGHTS), dtype=torch.int32).to(torch.uint8)
+        data[: 2 * fmt.levels + 2] = torch.cat([torch.arange(16).half().view(torch.uint8), torch.tensor([0, 1])])
     data = data.to(device)
     wanted, found = (torch.empty(PROBE_WEIGHTS, dtype=torch.float16, device=device) for _ in range(2))
     kernels.dequantize_into(wanted, data, fmt)

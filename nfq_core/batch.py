@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections import Counter
@@ -13,15 +12,15 @@ from functools import partial
 from pathlib import Path
 
 from .atomic import named_errors, remove_leftovers
-from .calibration import Calibration
-from .container import NFQFile
-from .convert import quantize_file, source_name
+from .calibration import Calibration, recorded_settings
+from .container import NFQFile, source_name
+from .convert import quantize_file
 from .errors import CorruptFileError, DiskFullError, NFQError, TargetExistsError, UnsupportedFileError, printable
 from .kinds import kind_of
 from .library import Found, find_models, target_for
 from .parallel import Progress, no_progress
 from .policy import DEFAULTS, Settings
-from .safefile import COPY_BYTES, SafetensorsFile
+from .safefile import SafetensorsFile
 
 log = logging.getLogger("nfq")
 
@@ -104,10 +103,7 @@ def convert_folders(
     if os.path.exists(out) and not os.path.isdir(out):
         raise NFQError(f"{out} is a file; name a folder for the results")
     rows = _plan(find_models(folders, out), out, settings, any_kind)
-    recorded = settings.as_dict()
-    # As `quantize_file` records them, where a calibration is of use.
-    if calibration and calibration.helps(settings.formats(), settings.has_target):
-        recorded |= calibration.as_dict()
+    recorded = recorded_settings(settings, calibration)
     waiting = [row for row in rows if row.result is Result.TO_CONVERT]
     done, total, stopped = 0, sum(row.original_bytes for row in waiting), ""
     if not dry_run:
@@ -211,15 +207,8 @@ def _difference(row: Row, recorded: dict, rehash: bool) -> str:
     untouched = max(source.st_mtime_ns, source.st_ctime_ns) < target.st_mtime_ns
     if untouched and facts.source.name == source_name(row.source) and not rehash:
         return ""
-    return "" if _sha256(row.source) == facts.source.sha256 else "exists already, made from another file"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while piece := file.read(COPY_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
+    with SafetensorsFile(row.source) as original:
+        return "" if original.sha256() == facts.source.sha256 else "exists already, made from another file"
 
 
 def _convert(

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from .atomic import AtomicFile
-from .container import UNRECORDED, Source
+from .container import UNRECORDED, Source, source_name
 from .errors import CorruptFileError, NFQError, UnsupportedFileError
 from .feedback import SecondMoment
 from .formats import BlockFormat
-from .safefile import Entry, SafetensorsFile, aligned_entries, header_bytes, tensor_bytes
-from .unet import UNKNOWN, UNetInfo, detect, ldm_names
-from .untrusted import is_count, parse_json
+from .policy import Settings
+from .safefile import DTYPE_NAMES, Entry, SafetensorsFile, aligned_entries, header_bytes, tensor_bytes
+from .unet import UNKNOWN, UNetInfo, detect, known_ldm_names
+from .untrusted import is_count, is_number, parse_json
 from .writer import Plan
 
 CALIBRATION_KEY = "nfq_calibration"
@@ -174,8 +175,7 @@ class Calibration:
         architecture = info.name if info else UNKNOWN
         if UNKNOWN not in (architecture, self.architecture) and architecture != self.architecture:
             raise NFQError(f"the calibration was made with {self.architecture}, this model is {architecture}")
-        can_rename = info is not None and not (info.layout == "diffusers" and info.architecture is None)
-        renamed = ldm_names(info, keys) if can_rename else {}
+        renamed = known_ldm_names(info, keys)
         return {key: renamed.get(key, key) for key in keys}
 
     def _misfit(self, name: str, shape: tuple[int, ...]) -> str:
@@ -235,8 +235,7 @@ class Calibration:
             "weights": {name: number[id(inputs)] for name, inputs in self.inputs.items()},
             **({"sensitivities": dict(self.sensitivities)} if self.sensitivities else {}),
         }
-        dtypes = {torch.float32: "F32", torch.float16: "F16"}
-        entries = aligned_entries({name: (dtypes[t.dtype], tuple(t.shape)) for name, t in tensors.items()})
+        entries = aligned_entries({name: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()})
         header = header_bytes(entries, {CALIBRATION_KEY: json.dumps(facts), "format": "pt"})
         with AtomicFile(path, overwrite) as file:
             file.write_at(0, header)
@@ -274,7 +273,7 @@ class Calibration:
                 )
                 for index, rows in enumerate(facts["rows"])
             ]
-            source = Source(file.path.name, file.file_bytes, sha256)
+            source = Source(source_name(file.path), file.file_bytes, sha256)
         faults = [inputs.fault() for inputs in loaded]
         return cls(
             {name: loaded[index] for name, index in facts["weights"].items() if not faults[index]},
@@ -285,6 +284,26 @@ class Calibration:
             source,
             facts.get("sensitivities", {}),
         )
+
+
+def measured_sensitivities(
+    entries: Mapping[str, Entry], settings: Settings, calibration: Calibration | None
+) -> dict[str, float] | None:
+    """What `plan_tensors` is given of a calibration: measured sensitivities, where a size is asked for.
+
+    Raises:
+        NFQError: the calibration belongs to another architecture.
+    """
+    if calibration is None or not settings.has_target:
+        return None
+    return calibration.sensitivities_of({key: entry.shape for key, entry in entries.items()})
+
+
+def recorded_settings(settings: Settings, calibration: Calibration | None) -> dict[str, Any]:
+    """What the header of a file will record, as far as that is known before a model is looked at."""
+    if calibration is None or not calibration.helps(settings.formats(), settings.has_target):
+        return settings.as_dict()
+    return settings.as_dict() | calibration.as_dict()
 
 
 def _check_facts(facts: Mapping, entries: Mapping[str, Entry]) -> None:
@@ -298,7 +317,7 @@ def _check_facts(facts: Mapping, entries: Mapping[str, Entry]) -> None:
     for name, value in facts.get("sensitivities", {}).items():
         if name not in facts["weights"]:
             raise ValueError(f"there is a sensitivity of {name!r}, which is no weight in it")
-        if type(value) not in (int, float) or value < 0:
+        if not is_number(value) or value < 0:
             raise ValueError(f"the sensitivity of {name!r} is no number from 0 up")
     for index in range(len(facts["rows"])):
         importance = entries[f"importance.{index}"]

@@ -96,7 +96,7 @@ def fit_codebook(
     importance = None if importance is None else importance[used]
     levels = _starting_levels(blocks, fmt.levels)
     if not len(blocks):
-        return Codebook(levels, torch.zeros_like(levels), torch.ones(fmt.levels, dtype=torch.int64), 0.0)
+        return Codebook(levels, torch.zeros_like(levels), torch.ones_like(levels, dtype=torch.int64), 0.0)
     book = _lloyd(blocks, largest, grid, levels, 0.0, effort.rounds, importance)
     if not effort.limit_size or fmt.levels not in STORED_BITS:
         return book
@@ -148,7 +148,7 @@ def _lloyd(
     last: the objective then changes with the levels' frequencies.
     """
     count = len(levels)
-    prices = torch.zeros(count)
+    prices = torch.zeros_like(levels)
     counting = blocks if importance is None else blocks * importance
     energy = float((counting.double() * blocks).sum())
     unit = float(largest.double().square().sum()) * BLOCK
@@ -174,7 +174,7 @@ def _lloyd(
             if settled:
                 break
         levels = _normalised(torch.where(totals > 0, sums / totals, exact))
-        prices = -price * ((book.uses + 1.0) / (book.uses.sum() + count)).log2().float()
+        prices = -price * ((book.uses.float() + 1.0) / (book.uses.sum() + count)).log2()
     return best
 
 
@@ -187,11 +187,11 @@ def _normalised(levels: torch.Tensor) -> torch.Tensor:
 def _starting_levels(blocks: torch.Tensor, count: int) -> torch.Tensor:
     """Levels whose density is the cube root of the weights' own (Panter and Dite's rule), from a histogram."""
     if not len(blocks):
-        return torch.linspace(-1, 1, count).half().float()
+        return torch.linspace(-1, 1, count, dtype=torch.float32, device="cpu").half().float()
     extremes = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True))
     histogram = torch.histc((blocks / extremes).cpu(), bins=512, min=-1, max=1)
     smooth = torch.nn.functional.avg_pool1d(histogram.view(1, 1, -1), 9, 1, 4).view(-1)
     density = smooth.double().add_(1e-3).pow_(1 / 3).cumsum(0)
-    wanted = (torch.arange(count).double() + 0.5) / count * density[-1]
-    levels = torch.searchsorted(density, wanted) / 256 - 1.0
+    wanted = (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5) / count * density[-1]
+    levels = torch.searchsorted(density, wanted).float() / 256 - 1.0
     return _normalised(levels)

@@ -113,7 +113,7 @@ def decode(stored: memoryview, lengths: list[int], sections: Sections, out: torc
     if not hasattr(_local, "decompressor"):
         _local.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 18)
     try:
-        data = torch.empty(sections.end, dtype=torch.uint8) if out is None else out
+        data = torch.empty(sections.end, dtype=torch.uint8, device="cpu") if out is None else out
     except (RuntimeError, MemoryError):
         raise NFQError(f"it needs {sections.end:,} bytes of memory, more than there is") from None
     view = memoryview(data.numpy())

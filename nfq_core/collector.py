@@ -20,7 +20,7 @@ from .policy import DEFAULTS, plan_tensors
 from .safefile import DTYPE_NAMES
 from .sensitivity import PASSES, SensitivityProbe
 from .state import describe
-from .unet import UNKNOWN, detect, ldm_names
+from .unet import UNKNOWN, detect, known_ldm_names
 
 RANK = 64
 """Rank of the factors that stand for Hessians: at 7 levels, outputs of the demo model's layers lose 0.35 dB by it."""
@@ -98,8 +98,7 @@ class Collector:
         self._architecture = info.name if info else UNKNOWN
         if names is None:
             own = {name: f"{name}.weight" for name in layers}
-            can_rename = info is not None and not (info.layout == "diffusers" and info.architecture is None)
-            renamed = ldm_names(info, own.values()) if can_rename else {}
+            renamed = known_ldm_names(info, own.values())
             names = {name: renamed.get(key, key) for name, key in own.items()}
         self._rank = rank if hessians else 0
         self._sums: dict[str, _Sums] = {}

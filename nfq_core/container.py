@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from .safefile import METADATA_KEY, TORCH_DTYPES, SafetensorsFile, dtype_bytes
 from .tensor import QUANTIZABLE_DTYPES, NFTensor
 from .unet import UNKNOWN, UNetInfo
 from .untrusted import element_count, is_count, is_number, parse_json
+
+SUFFIX = ".nfq.safetensors"
+"""What the names of containers end in."""
 
 CONTAINER_VERSION = 1
 
@@ -51,6 +55,11 @@ class Source:
     bytes: int = 0
     sha256: str = ""
     metadata: dict[str, str] = field(default_factory=dict)
+
+
+def source_name(path: str | os.PathLike) -> str:
+    """The name of a source file, fit for the header whatever its bytes are."""
+    return Path(path).name.encode("utf-8", "replace").decode("utf-8")
 
 
 UNRECORDED = Source()

@@ -9,6 +9,7 @@ from typing import Any
 from .allocation import PRESETS
 from .calibration import Calibration
 from .codebook import EFFORTS
+from .errors import NFQError
 from .formats import LEVELS, WRITABLE_IDS
 from .memory import check_device
 from .policy import DEFAULTS, Settings
@@ -39,8 +40,14 @@ def conversion(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments `settings`, `device` and `calibration` of `convert.quantize_file` that the options stand for.
 
     Raises:
-        NFQError: the device is not there, or the calibration cannot be read.
+        NFQError: the device is not there, the calibration cannot be read, or formats are named beside a size.
     """
+    by_size = options.preset or options.target_size or options.target_bpw
+    if by_size and (options.conv_levels or options.conv_format):
+        raise NFQError(
+            "--preset, --target-size and --target-bpw choose the formats of convolutions too; leave out "
+            f"--conv-{'levels' if options.conv_levels else 'format'}"
+        )
     settings = Settings(
         options.levels or DEFAULTS.levels,
         options.conv_levels or DEFAULTS.conv_levels,
@@ -61,14 +68,14 @@ def _presets_in_words() -> str:
     return ", ".join(f"{name} ({bits} packed bits per weight)" for name, bits in PRESETS.items())
 
 
-def _positive(text: str) -> float:
-    """A finite number above zero."""
+def _positive(text: str, unit: int = 1) -> float:
+    """A number above zero times `unit`, below 2**63."""
     try:
-        number = float(text)
+        number = float(text) * unit
     except ValueError:
         number = math.nan
-    if not (math.isfinite(number) and number > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above zero")
+    if not 0 < number < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above zero, or too large")
     return number
 
 
@@ -76,4 +83,4 @@ def _size(text: str) -> int:
     """A number of bytes, with or without a unit of thousands."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
     unit = units.get(text[-2:].upper())
-    return int(_positive(text[:-2]) * unit) if unit else int(_positive(text))
+    return int(_positive(text[:-2], unit) if unit else _positive(text))

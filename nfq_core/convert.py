@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -18,9 +17,9 @@ import torch
 from .allocation import SizeSearch
 from .article import is_article_file
 from .atomic import AtomicFile
-from .calibration import Calibration
+from .calibration import Calibration, measured_sensitivities
 from .codec import encode
-from .container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source
+from .container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source, source_name
 from .errors import CannotQuantizeError, NFQError, UnsupportedFileError, printable
 from .memory import refuse_beyond_memory
 from .parallel import IN_FLIGHT_BYTES, Progress, no_progress, ordered_map
@@ -35,7 +34,6 @@ from .safefile import (
     tensor_bytes,
     tensor_from_bytes,
 )
-from .state import sensitivities
 from .writer import ContainerWriter, Plan
 
 log = logging.getLogger("nfq")
@@ -122,7 +120,7 @@ def quantize_file(
             done += file.entries[key].nbytes
             progress(done, total, key)
 
-        measured = sensitivities(file.entries, settings, calibration)
+        measured = measured_sensitivities(file.entries, settings, calibration)
         size = SizeSearch(settings.target_bytes)
         while True:
             done, unfit = 0, []
@@ -227,11 +225,6 @@ def dequantize_file(
         "tensors": len(entries),
         "seconds": round(perf_counter() - started, 3),
     }
-
-
-def source_name(path: str | os.PathLike) -> str:
-    """The name of a source file, fit for the header whatever its bytes are."""
-    return Path(path).name.encode("utf-8", "replace").decode("utf-8")
 
 
 def refuse_container(file: SafetensorsFile) -> None:

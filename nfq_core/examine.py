@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .errors import CorruptFileError, NFQError, printable
 from .memory import refuse_beyond_memory
 from .parallel import Progress, no_progress, ordered_map
 from .safefile import SafetensorsFile
-from .unet import detect, ldm_names
+from .unet import detect, known_ldm_names
 
 MAX_LINE = 500
 """Characters of a line about a file: what it says of itself may be megabytes long."""
@@ -209,14 +209,7 @@ def _counterparts(before: SafetensorsFile, after: NFQFile) -> dict[str, str]:
     """What the original calls each quantised tensor, as far as it has it: the same, or the UNet's in another layout."""
     if any(key in before.entries for key in after.quantized):
         return {key: key for key in after.quantized if key in before.entries}
-    ours, theirs = _ldm_names(after.shapes()), _ldm_names({key: entry.shape for key, entry in before.entries.items()})
+    shapes = after.shapes(), {key: entry.shape for key, entry in before.entries.items()}
+    ours, theirs = (known_ldm_names(detect(each), each) for each in shapes)
     known = {ldm: key for key, ldm in theirs.items()}
     return {key: known[ldm] for key, ldm in ours.items() if ldm in known and key in after.quantized}
-
-
-def _ldm_names(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """LDM's names of a UNet's tensors; nothing where they are not known."""
-    info = detect(shapes)
-    if info is None or (info.layout == "diffusers" and info.architecture is None):
-        return {}
-    return ldm_names(info, shapes)

@@ -40,7 +40,9 @@ class SecondMoment:
 
     @classmethod
     def of(cls, hessian: torch.Tensor) -> SecondMoment:
-        """A whole second moment of shape (columns, columns)."""
+        """A whole second moment of shape (columns, columns); ValueError for another shape."""
+        if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1]:
+            raise ValueError(f"the Hessian must have shape (columns, columns), got {tuple(hessian.shape)}")
         diagonal = hessian.diagonal().float()
         inverse = inverse_root(diagonal)
         return cls(diagonal, hessian.float() * inverse[:, None] * inverse)

@@ -20,6 +20,12 @@ BLOCK = 64
 SUPERBLOCK = 256
 """Blocks per superblock of the article's scales."""
 
+ARTICLE_MIN_SCALE = 1e-12
+"""Takes the place of a block scale of 0 in the article's formats."""
+
+ARTICLE_SCALE_STEPS = 255.0
+"""The article's block scales are in this many parts of their superblock's maximum."""
+
 HEAD_ALIGNMENT = 32
 """The planes start at a multiple of this many bytes: a GPU reads memory in sectors of 32."""
 
@@ -89,6 +95,11 @@ class BlockFormat:
     def code_bits(self) -> int:
         """Bits of a code of a trellis format."""
         return self.codes.bit_length() - 1
+
+    @property
+    def states(self) -> int:
+        """What the codes before one can say about its level, in a trellis format."""
+        return self.levels // self.codes
 
     @property
     def fine_digits(self) -> int:
@@ -195,7 +206,7 @@ def format_by_id(format_id: str) -> BlockFormat:
     return FORMATS[format_id]
 
 
-def kept_tensor(build: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def cached_tensor(build: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Have a function's tensors made once for each set of arguments.
 
     A function that makes them for a device makes them on the CPU and moves them: that waits until they are there, so
@@ -224,7 +235,7 @@ def check_scale_parameters(exponent: int, stride: int) -> None:
         raise ValueError(f"scale exponents {exponent} … {top} leave the normal fp16 range")
 
 
-@kept_tensor
+@cached_tensor
 def scale_table(exponent: int, stride: int) -> torch.Tensor:
     """All 256 scales that a scale code can name, as fp16, shape (256,); shared, not to be written to.
 
@@ -248,7 +259,7 @@ def unchecked_scale_table(exponent: torch.Tensor, stride: torch.Tensor) -> torch
     return both_signs.to(torch.int16).view(torch.float16)
 
 
-@kept_tensor
+@cached_tensor
 def scale_mantissas(device: torch.device) -> torch.Tensor:
     """SCALE_MANTISSAS as int32 of shape (16,); shared, not to be written to."""
     return torch.tensor(SCALE_MANTISSAS, dtype=torch.int32, device="cpu").to(device)

@@ -11,7 +11,17 @@ from __future__ import annotations
 
 import torch
 
-from .formats import BLOCK, SUPERBLOCK, BlockFormat, Scales, kept_tensor, scale_table, unchecked_scale_table
+from .formats import (
+    ARTICLE_MIN_SCALE,
+    ARTICLE_SCALE_STEPS,
+    BLOCK,
+    SUPERBLOCK,
+    BlockFormat,
+    Scales,
+    cached_tensor,
+    scale_table,
+    unchecked_scale_table,
+)
 
 THREAD_WEIGHTS = 1 << 19
 """Weights that a thread of a CPU decodes at once: enough to hide the cost of calls, few enough for its caches."""
@@ -52,7 +62,8 @@ def block_scales(data: torch.Tensor, fmt: BlockFormat, weights: int) -> torch.Te
     largest = data[sections.superblock_scales : sections.block_scales].view(torch.float32)
     per_block = largest.repeat_interleave(SUPERBLOCK)[: len(codes)]
     # Some devices multiply by the reciprocal of a number, which rounds otherwise; by a tensor they divide.
-    return per_block * codes.float().clamp(min=1e-12) / torch.full((), 255.0, device=data.device)
+    steps = torch.full((), ARTICLE_SCALE_STEPS, dtype=torch.float32, device=data.device)
+    return per_block * codes.float().clamp(min=ARTICLE_MIN_SCALE) / steps
 
 
 def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> None:
@@ -93,7 +104,7 @@ def _words(plane: torch.Tensor) -> torch.Tensor:
     return plane.view(torch.int32).view(-1, BLOCK // 4)
 
 
-@kept_tensor
+@cached_tensor
 def _pair_names(fmt: BlockFormat, device: torch.device) -> torch.Tensor:
     """For every number that `_Buffers` makes of two neighbouring weights, the levels of both: int32, flat.
 
@@ -115,7 +126,7 @@ def _coarse_span(fmt: BlockFormat) -> int:
     return 1 << (fmt.coarse_radix - 1).bit_length()
 
 
-@kept_tensor
+@cached_tensor
 def _shifts(step: int, count: int, device: torch.device) -> torch.Tensor:
     return torch.arange(0, step * count, step, dtype=torch.int32, device="cpu").unsqueeze(1).to(device)
 

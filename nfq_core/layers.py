@@ -201,6 +201,30 @@ def pack_layers(model: nn.Module, tensors: Mapping[str, NFTensor]) -> None:
         _put(model, path, layer)
 
 
+def assign_state(model: nn.Module, state: Mapping[str, NFTensor | torch.Tensor]) -> None:
+    """Give a model all its tensors: packed weights in packed layers, see `pack_layers`, the rest as they are.
+
+    The tensors are shared, not copied, in the dtypes and on the devices they have; the model may be on torch's meta
+    device.
+
+    Args:
+        model: is changed; when an error is raised it is as it was.
+        state: by the names of the model's state dict.
+
+    Raises:
+        NFQError: a tensor is missing, too much or of another shape, or a packed one has no Linear or Conv2d layer.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in {**shapes, **found}:
+        if found.get(name) != shapes.get(name):
+            has, wants = (each.get(name, "nothing") for each in (found, shapes))
+            raise NFQError(f"tensor {name!r}: the model wants {wants}, the state has {has}")
+    pack_layers(model, {name: tensor for name, tensor in state.items() if isinstance(tensor, NFTensor)})
+    kept = {name: tensor for name, tensor in state.items() if not isinstance(tensor, NFTensor)}
+    model.load_state_dict(kept, strict=False, assign=True)
+
+
 def dense_layers(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
     """Put stock layers in the place of a model's packed ones, each weight dequantised once, its changes merged.
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .container import SUFFIX
 from .errors import NFQError
 from .policy import DEFAULTS, Settings
 
@@ -75,7 +76,7 @@ def target_for(found: Found, out: str | os.PathLike, settings: Settings) -> Path
     The model's name is the file's, but for those that diffusers calls all alike: these take the name of the model's
     folder, which is the one around `unet`, or in the hub's cache the one around `snapshots`.
     """
-    model, folder = found.path.name[: -len(found.path.suffix)], found.path.parent
+    model, folder = found.path.stem, found.path.parent
     alike = _DIFFUSERS_NAME.fullmatch(model)
     if alike:
         folder = Path(os.path.abspath(folder))
@@ -86,7 +87,7 @@ def target_for(found: Found, out: str | os.PathLike, settings: Settings) -> Path
         folder = folder.parent
     root, folder = os.path.abspath(found.root), os.path.abspath(folder)
     below = os.path.relpath(folder, root) if Path(folder).is_relative_to(root) else ""
-    return Path(out, below, f"{model}-{tag(settings)}.nfq{SAFETENSORS}")
+    return Path(out, below, f"{model}-{tag(settings)}{SUFFIX}")
 
 
 def tag(settings: Settings) -> str:

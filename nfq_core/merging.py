@@ -84,7 +84,7 @@ def _merged(name: str, parts: list[LayerInputs]) -> LayerInputs:
     shares = [scale * (part.rows / rows * part.importance.double().repeat_interleave(taps)).sqrt() for part in parts]
     rank = max(part.correlation.shape[1] for part in parts)
     if rank == columns:
-        correlation = torch.zeros(columns, columns, dtype=torch.float64)
+        correlation = torch.zeros(columns, columns, dtype=torch.float64, device="cpu")
         for part, share in zip(parts, shares, strict=True):
             own = part.correlation.double()
             own = own if len(own) == own.shape[1] else own @ own.T

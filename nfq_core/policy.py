@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -60,8 +59,8 @@ class Settings:
             raise ValueError("target_bpw and target_bytes exclude each other")
         for name in ("target_bpw", "target_bytes"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be above zero, got {value}")
+            if value is not None and not 0 < value < 1 << 63:
+                raise ValueError(f"{name} must be above zero and below 2**63, got {str(value)[:20]}")
 
     @property
     def has_target(self) -> bool:

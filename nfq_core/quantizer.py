@@ -158,7 +158,8 @@ def _largest_magnitudes(flat: torch.Tensor) -> torch.Tensor:
         [largest_magnitudes(_blocks(flat, first, chunk, dtype)) for first in range(0, -(-flat.numel() // BLOCK), chunk)]
     )
     if not torch.isfinite(largest).all():
-        raise CannotQuantizeError("it holds NaN or Inf")
+        beyond_fp32 = flat.dtype == torch.float64 and torch.isfinite(flat).all()
+        raise CannotQuantizeError("its largest magnitude is beyond fp32" if beyond_fp32 else "it holds NaN or Inf")
     top = largest.amax().item()
     if top > torch.finfo(torch.float16).max or 0 < top < MIN_LARGEST:
         raise CannotQuantizeError(f"its largest magnitude, {top:.3g}, is out of the range of fp16 scales")
@@ -203,7 +204,7 @@ def _scalar(
         moment: that of the inputs, for error feedback.
     """
     order = book.uses.argsort(descending=True, stable=True)
-    number_of_level = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).to(torch.uint8)
+    number_of_level = order.argsort().to(torch.uint8)
     quantizer = BlockQuantizer(book.levels, grid, flat.device, book.prices, number_of_level)
     if moment is None:
         parts = _rounded(flat, largest, quantizer, columns)

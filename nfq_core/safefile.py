@@ -41,8 +41,9 @@ TORCH_DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-# torch has these from 2.3 on; hosts with an older one still read the files that hold none of them.
-TORCH_DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (64, 32, 16) if hasattr(torch, f"uint{bits}")}
+_LATER_DTYPES = {"U64": "uint64", "U32": "uint32", "U16": "uint16", "F8_E8M0": "float8_e8m0fnu"}
+# torch has these from 2.3 and 2.7 on; hosts with an older one still read the files that hold none of them.
+TORCH_DTYPES |= {name: getattr(torch, dtype) for name, dtype in _LATER_DTYPES.items() if hasattr(torch, dtype)}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -214,6 +215,8 @@ class SafetensorsFile:
             if not all(isinstance(value, str) for value in metadata.values()):
                 raise ValueError(f"{METADATA_KEY} holds something else than text")
             entries = {name: _entry(name, fields) for name, fields in header.items()}
+        except UnsupportedFileError as error:
+            raise UnsupportedFileError(f"{self.path}: {error}") from None
         except (ValueError, AttributeError, RecursionError) as error:
             raise CorruptFileError(f"{self.path}: its header is damaged ({error}); fetch it again") from None
         position = 0
@@ -241,7 +244,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 def tensor_from_bytes(buffer: bytearray | memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     """A tensor over `buffer` (not copied)."""
     if not buffer:
-        return torch.empty(shape, dtype=TORCH_DTYPES[dtype])
+        return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="cpu")
     return torch.frombuffer(buffer, dtype=TORCH_DTYPES[dtype]).view(shape)
 
 
@@ -252,11 +255,11 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def dtype_bytes(dtype: str) -> int:
-    """Bytes per element of a dtype as safetensors names it; ValueError when the name is unknown or sub-byte."""
+    """Bytes per element of a dtype as safetensors names it; UnsupportedFileError for an unknown or sub-byte one."""
     digits = dtype.lstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ").split("_")[0]
     bits = 8 if dtype == "BOOL" else int(digits) if digits.isdigit() else 0
     if bits not in (8, 16, 32, 64, 128):
-        raise ValueError(f"unknown dtype {dtype!r}")
+        raise UnsupportedFileError(f"dtype {dtype!r} is unknown to this version; update the plugin")
     return bits // 8
 
 

@@ -22,7 +22,7 @@ from .formats import (
     SCALE_MANTISSAS,
     SCALE_STEPS_PER_OCTAVE,
     SCALE_STRIDES,
-    kept_tensor,
+    cached_tensor,
     scale_table,
 )
 
@@ -43,6 +43,9 @@ MAX_UNSPANNED_BLOCKS = 1e-3
 
 MAX_UNSPANNED_ENERGY = 1e-5
 """... and the share of the energy that those blocks may have, by their largest magnitudes."""
+
+ZERO_BELOW = 1 / 8
+"""A block whose largest magnitude is below this part of the smallest scale is zero: few levels would be nearer."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,31 @@ def largest_magnitudes(blocks: torch.Tensor) -> torch.Tensor:
     return blocks.abs().amax(dim=1)
 
 
-@kept_tensor
+@cached_tensor
 def _steps_of_mantissa(device: torch.device) -> torch.Tensor:
     """Which scale of an octave, of SCALE_STEPS_PER_OCTAVE, lies at or below a mantissa of ten bits; int32, (1024,)."""
     mantissas = torch.tensor(SCALE_MANTISSAS, device="cpu")
     steps = torch.bucketize(torch.arange(1024, device="cpu"), mantissas, right=True) - 1
     return steps.int().to(device)
+
+
+def _centres(bins: int, limit: float) -> torch.Tensor:
+    """The centres of so many grid cells over ±limit, fp32 of shape (bins,) on the CPU."""
+    return (torch.arange(bins, dtype=torch.float32, device="cpu") + 0.5) * (2 * limit / bins) - limit
+
+
+def mark(errors: torch.Tensor, numbers: torch.Tensor, mask: int) -> torch.Tensor:
+    """Errors in whose last bits stands a number of theirs, in place: int32 of the same shape.
+
+    Errors are not negative and so in the order of their bits: the least of them then names itself, several times faster
+    than argmin would.
+
+    Args:
+        errors: fp32, none negative.
+        numbers: int32 that `errors` can be broadcast with.
+        mask: the bits that numbers may have.
+    """
+    return errors.view(torch.int32).bitwise_and_(~mask).bitwise_or_(numbers)
 
 
 class BlockQuantizer:
@@ -132,18 +154,17 @@ class BlockQuantizer:
         self.grid = grid
         self.prices = torch.zeros_like(levels) if prices is None else prices
         steps = SCALE_STEPS_PER_OCTAVE // grid.stride
-        self._offsets = torch.arange(-steps, steps)
+        self._offsets = torch.arange(-steps, steps, device="cpu")
         self._range = 2.0 ** (grid.stride / SCALE_STEPS_PER_OCTAVE) * 1.002
         self._magnitudes = grid.magnitudes.to(device)
         self._table = grid.table.float().to(device)
         self._errors = self._candidate_errors().to(device)
         # Index of a block's greatest scale no larger than itself, plus this, is the scale code of each candidate.
         self._code_steps = torch.cat([self._offsets + 1, self._offsets + 129]).int().to(device)
-        self._numbers = torch.arange(len(self._code_steps), dtype=torch.int32).to(device)
+        self._numbers = torch.arange(len(self._code_steps), dtype=torch.int32, device=device)
         self._number_mask = (1 << (len(self._numbers) - 1).bit_length()) - 1
         self._off_grid = self._off_grid_errors().to(device)
-        centres = (torch.arange(ASSIGN_BINS) + 0.5) * (2 * ASSIGN_RANGE / ASSIGN_BINS) - ASSIGN_RANGE
-        codes = torch.bucketize(centres, self.boundaries)
+        codes = torch.bucketize(_centres(ASSIGN_BINS, ASSIGN_RANGE), self.boundaries)
         self._code_of_bin = (codes.to(torch.uint8) if numbers is None else numbers[codes]).to(device)
 
     @property
@@ -155,7 +176,7 @@ class BlockQuantizer:
 
     def _candidate_errors(self) -> torch.Tensor:
         """Error and price of a weight at each grid cell under each candidate scale, fp32 (SEARCH_BINS, candidates)."""
-        centres = (torch.arange(SEARCH_BINS) + 0.5) * (2 * self._range / SEARCH_BINS) - self._range
+        centres = _centres(SEARCH_BINS, self._range)
         ratios = 2.0 ** (self._offsets.double() * self.grid.stride / SCALE_STEPS_PER_OCTAVE)
         scaled = (centres.double()[:, None] / ratios).float()
         codes = torch.bucketize(scaled, self.boundaries)
@@ -166,8 +187,9 @@ class BlockQuantizer:
     def _off_grid_errors(self) -> torch.Tensor:
         """Infinite where a candidate's scale is not in the grid, else 0: fp32 of shape (magnitudes, candidates)."""
         count = len(self.grid.magnitudes)
-        index = torch.arange(count)[:, None] + self._offsets.repeat(2)
-        return torch.zeros(index.shape).masked_fill_((index < 0) | (index >= count), math.inf)
+        index = torch.arange(count, device="cpu")[:, None] + self._offsets.repeat(2)
+        errors = torch.zeros(index.shape, dtype=torch.float32, device="cpu")
+        return errors.masked_fill_((index < 0) | (index >= count), math.inf)
 
     def _base(self, largest: torch.Tensor) -> torch.Tensor:
         """Index of the greatest magnitude of the grid no larger than a block's own, else 0; int32 of shape (blocks,).
@@ -199,13 +221,9 @@ class BlockQuantizer:
         errors = embedding_bag(cells, self._errors, mode="sum", per_sample_weights=importance)
         if blocks.device.type != "cpu" or self._off_grid.index_select(0, torch.stack(base.aminmax())).any():
             errors.add_(self._off_grid.index_select(0, base))
-        # Errors are not negative and so in the order of their bits, the last of which make room for the candidate's
-        # number: the least of them then names it, several times faster than argmin would.
-        keyed = errors.view(torch.int32).bitwise_and_(~self._number_mask).bitwise_or_(self._numbers)
-        best = keyed.amin(dim=1).bitwise_and_(self._number_mask)
+        best = mark(errors, self._numbers, self._number_mask).amin(dim=1).bitwise_and_(self._number_mask)
         codes = self._code_steps.index_select(0, best).add_(base).to(torch.uint8)
-        # Far below the smallest scale, zero is nearer than any level but the innermost ones.
-        return codes.masked_fill_(largest < self.grid.magnitudes[0] / 8, 0)
+        return codes.masked_fill_(largest < ZERO_BELOW * self.grid.magnitudes[0], 0)
 
     def scales(self, scale_codes: torch.Tensor) -> torch.Tensor:
         """The scales that scale codes name, fp32 of shape (blocks,)."""

@@ -105,7 +105,7 @@ class CudaStreams:
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """See `Streams`."""
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def allocating(self) -> AbstractContextManager[object]:
         """See `Streams`."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .calibration import Calibration
+from .calibration import Calibration, measured_sensitivities
 from .codec import encode
 from .container import UNRECORDED, Facts, NFQFile, Source
 from .errors import CannotQuantizeError, NFQError
@@ -72,19 +72,6 @@ def quantize_state_dict(
     )
 
 
-def sensitivities(
-    entries: Mapping[str, Entry], settings: Settings, calibration: Calibration | None
-) -> dict[str, float] | None:
-    """What `plan_tensors` is given of a calibration: measured sensitivities, where a size is asked for.
-
-    Raises:
-        NFQError: the calibration belongs to another architecture.
-    """
-    if calibration is None or not settings.has_target:
-        return None
-    return calibration.sensitivities_of({key: entry.shape for key, entry in entries.items()})
-
-
 def quantize_tensors(
     entries: Mapping[str, Entry],
     read: Callable[[str], torch.Tensor],
@@ -110,7 +97,7 @@ def quantize_tensors(
     Returns:
         As `quantize_state_dict`; packed weights lie on the CPU when `device` is given.
     """
-    info, plans = plan_tensors(entries, settings, sensitivities(entries, settings, calibration))
+    info, plans = plan_tensors(entries, settings, measured_sensitivities(entries, settings, calibration))
     inputs, warnings = calibration.for_plans(info, plans) if calibration else ({}, [])
     for warning in warnings:
         log.warning("%s", warning)

@@ -27,7 +27,8 @@ class NFTensor:
         dtype: dtype of the weight before it was quantised.
 
     Raises:
-        CorruptFileError: the buffer's dtype or length contradicts format and shape.
+        CorruptFileError: the buffer's dtype or length contradicts format and shape, it is not contiguous, or it does
+            not begin at a multiple of four bytes of its storage.
     """
 
     def __init__(self, data: torch.Tensor, fmt: BlockFormat, shape: Sequence[int], dtype: torch.dtype) -> None:

@@ -13,6 +13,7 @@ import math
 import torch
 
 from .formats import BLOCK, BlockFormat
+from .search import mark
 
 LEAD_BITS = 96
 """So much of the stream before and after a block's start decides its state there; twice that gains 0.02 dB at most."""
@@ -27,6 +28,11 @@ DEVICE_BYTES = 256 << 20
 """What all errors of a batch of blocks may take on other devices."""
 
 
+def lead_steps(fmt: BlockFormat) -> int:
+    """Over how many weights before a block's start, and after it, the state there is looked for."""
+    return min(BLOCK, -(-LEAD_BITS // fmt.code_bits))
+
+
 class TrellisCoder:
     """Chooses the codes of blocks, on one device.
 
@@ -39,8 +45,8 @@ class TrellisCoder:
     def __init__(self, levels: torch.Tensor, fmt: BlockFormat, device: torch.device) -> None:
         self._format = fmt
         self._levels = levels.to(device).view(-1, 1)
-        self._lead = min(BLOCK, -(-LEAD_BITS // fmt.code_bits))
-        self._states = fmt.levels // fmt.codes
+        self._lead = lead_steps(fmt)
+        self._states = fmt.states
         # A number is, from the top, `code_bits` bits that leave the window next, then the state after it.
         self._by_next = self._levels.view(fmt.codes, self._states)
         self._leaving = torch.arange(fmt.codes, dtype=torch.int32, device=device).view(-1, 1)
@@ -85,11 +91,11 @@ class TrellisCoder:
             first: errors before the first step, fp32 of shape (states, blocks).
         """
         fmt = self._format
-        errors = torch.empty(len(steps) + 1, *first.shape, device=steps.device)
+        errors = torch.empty(len(steps) + 1, *first.shape, dtype=torch.float32, device=steps.device)
         errors[0] = first
         parts = zip(steps.split(self.chunk, dim=1), errors.split(self.chunk, dim=2), strict=True)
         for values_of, errors_of in parts:
-            added = torch.empty(fmt.levels, values_of.shape[1], device=steps.device)
+            added = torch.empty(fmt.levels, values_of.shape[1], dtype=torch.float32, device=steps.device)
             by_last = added.view(self._states, fmt.codes, -1)
             by_next = added.view(fmt.codes, self._states, -1)
             for step, values in enumerate(values_of):
@@ -114,10 +120,7 @@ class TrellisCoder:
         for step in reversed(range(stop, len(steps))):
             own = steps[step] - self._by_next.index_select(1, state)
             own = torch.addcmul(self._before(errors[step], state), own, own, out=own)
-            # Errors are not negative and so in the order of their bits, the last of which make room for the leaving
-            # code: the least of them then names it, several times faster than argmin would.
-            keyed = own.view(torch.int32).bitwise_and_(-fmt.codes).bitwise_or_(self._leaving)
-            best = keyed.amin(dim=0).bitwise_and_(fmt.codes - 1)
+            best = mark(own, self._leaving, fmt.codes - 1).amin(dim=0).bitwise_and_(fmt.codes - 1)
             number = torch.add(state, best, alpha=self._states)
             if codes is not None:
                 codes[step] = number & (fmt.codes - 1)

@@ -17,7 +17,8 @@ import torch
 
 from .feedback import DAMPING, MAX_COLUMNS, SecondMoment, inverse_factor, relative_moment
 from .formats import BLOCK, BlockFormat
-from .trellis import CACHED_BYTES, DEVICE_BYTES, LEAD_BITS
+from .search import mark
+from .trellis import CACHED_BYTES, DEVICE_BYTES, lead_steps
 from .trellis_fit import TrellisQuantizer, level_numbers
 
 GROUP = 8
@@ -39,8 +40,8 @@ class FeedbackCoder:
     def __init__(self, levels: torch.Tensor, fmt: BlockFormat, device: torch.device) -> None:
         self._format = fmt
         self._levels = levels.to(device)
-        self._states = fmt.levels // fmt.codes
-        self._lead = min(BLOCK, -(-LEAD_BITS // fmt.code_bits))
+        self._states = fmt.states
+        self._lead = lead_steps(fmt)
         self._next = torch.arange(self._states, dtype=torch.int32, device=device).view(-1, 1)
         self._leaving = torch.arange(fmt.codes, dtype=torch.int32, device=device).view(-1, 1, 1)
         if device.type == "cpu":
@@ -49,13 +50,13 @@ class FeedbackCoder:
             self._chunk = DEVICE_BYTES // (4 * (fmt.levels + 2 * BLOCK * self._states))
 
     def encode(
-        self, values: torch.Tensor, weights: torch.Tensor, gains: torch.Tensor
+        self, values: torch.Tensor, importance: torch.Tensor, gains: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The codes of least weighted squared error under feedback, nearly.
+        """The codes of least squared error, by importance, under feedback, nearly.
 
         Args:
             values: weights divided by their blocks' scales, fp32 of shape (blocks, 64).
-            weights: what a squared error counts at each place of a block, fp32 of shape (64,), above 0.
+            importance: what a squared error counts at each place of a block, fp32 of shape (64,), above 0.
             gains: what is taken off the later value j for an error of 1 at i, fp32 of shape (64, 64), above the
                 diagonal.
 
@@ -63,7 +64,7 @@ class FeedbackCoder:
             The codes, uint8 of shape (blocks, 64), and the errors, fp32 of the same shape: of each value, less what was
             taken off it, to its level.
         """
-        roots = weights.sqrt()
+        roots = importance.sqrt()
         parts = [self._encode(part.t().contiguous(), roots, gains) for part in values.split(self._chunk)]
         codes, errors = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
         return codes.t().contiguous(), errors.t()
@@ -71,13 +72,13 @@ class FeedbackCoder:
     def _encode(
         self, steps: torch.Tensor, roots: torch.Tensor, gains: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`encode` for one chunk, values and results by steps; `roots` are those of the weights.
+        """`encode` for one chunk, values and results by steps; `roots` are those of the importance.
 
         A search around the start without feedback finds the state there, as in `TrellisCoder`.
         """
         lead = self._lead
         around = torch.cat([steps[-lead:], steps[:lead]])
-        free = torch.zeros(self._states, steps.shape[1], device=steps.device)
+        free = torch.zeros(self._states, steps.shape[1], dtype=torch.float32, device=steps.device)
         costs, leaving, _ = self._forward(around, torch.cat([roots[-lead:], roots[:lead]]), None, free)
         start = self._back(leaving[lead:], costs.argmin(dim=0))
         only_start = torch.full_like(free, math.inf).scatter_(0, start.unsqueeze(0), 0.0)
@@ -93,7 +94,7 @@ class FeedbackCoder:
 
         Args:
             steps: the values, fp32 of shape (steps, blocks).
-            roots: square roots of the weights, fp32 of shape (steps,).
+            roots: square roots of the importance, fp32 of shape (steps,).
             gains: see `encode`; None: there is no feedback, and the histories are not put in order.
             costs: those before the first step, fp32 of shape (states, blocks).
 
@@ -103,11 +104,10 @@ class FeedbackCoder:
         """
         fmt, states, (count, blocks) = self._format, self._states, steps.shape
         leaving = torch.empty(count, states, blocks, dtype=torch.uint8, device=steps.device)
-        history = torch.empty(count, states, blocks, device=steps.device)
-        added = torch.empty(fmt.levels, blocks, device=steps.device)
+        history = torch.empty(count, states, blocks, dtype=torch.float32, device=steps.device)
+        added = torch.empty(fmt.levels, blocks, dtype=torch.float32, device=steps.device)
         by_last = added.view(states, fmt.codes, blocks)
-        # Costs are not negative and so in the order of their bits; the last of these name the code that leaves.
-        keyed = added.view(torch.int32).view(fmt.codes, states, blocks)
+        by_next = added.view(fmt.codes, states, blocks)
         mask = fmt.codes - 1
         columns = torch.arange(blocks, dtype=torch.int32, device=steps.device)
         for first in range(0, count, GROUP):
@@ -125,7 +125,7 @@ class FeedbackCoder:
                 levels = (self._levels * roots[step]).view(states, fmt.codes, 1)
                 torch.sub((target * roots[step]).unsqueeze(1), levels, out=by_last)
                 torch.addcmul(costs.unsqueeze(1), by_last, by_last, out=by_last)
-                best = keyed.bitwise_and_(~mask).bitwise_or_(self._leaving).amin(dim=0)
+                best = mark(by_next, self._leaving, mask).amin(dim=0)
                 costs = (best & ~mask).view(torch.float32)
                 best &= mask
                 leaving[step] = best
@@ -161,18 +161,18 @@ class _Stretch:
         stop: the place after the last one.
         moment: second moment of their inputs, in any unit, damped, fp32.
         gains: see `FeedbackCoder.encode`.
-        weights: likewise.
+        importance: likewise.
     """
 
     start: int
     stop: int
     moment: torch.Tensor
     gains: torch.Tensor
-    weights: torch.Tensor
+    importance: torch.Tensor
 
 
 def _feedback(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gains and weights by a second moment, see `FeedbackCoder.encode`."""
+    """Gains and importance by a second moment, see `FeedbackCoder.encode`."""
     factor = inverse_factor(moment)
     diagonal = factor.diagonal().clone()
     return (factor / diagonal[:, None]).triu_(1), diagonal.square().reciprocal()
@@ -230,9 +230,9 @@ def _stretches(columns: int, together: int, moment: SecondMoment, device: torch.
             last = min(first + MAX_COLUMNS, columns)
             if first not in kept:
                 matrix = relative_moment(moment, first, last, device)
-                gains, weights = _feedback(matrix)
+                gains, importance = _feedback(matrix)
                 matrix.diagonal().add_(DAMPING * matrix.diagonal().mean())
-                kept[first] = matrix, gains, weights
+                kept[first] = matrix, gains, importance
             waiting.append(_Stretch(row * columns + first, row * columns + last, *kept[first]))
             if together == 1:
                 # No other row follows that would need them.
@@ -277,13 +277,13 @@ class _Lines:
         for block in range(self.codes.shape[1]):
             place = slice(block * BLOCK, (block + 1) * BLOCK)
             values = left[:, place].contiguous()
-            gains, weights = torch.zeros(BLOCK, BLOCK, device=left.device), torch.empty(BLOCK, device=left.device)
+            gains, importance = left.new_zeros(BLOCK, BLOCK), left.new_empty(BLOCK)
             for stretch, inside, own in self._pieces(block):
                 gains[inside, inside] = stretch.gains[own, own]
-                weights[inside] = stretch.weights[own]
+                importance[inside] = stretch.importance[own]
             self.scale_codes[:, block] = quantizer.encode(values, values.abs().amax(dim=1))[0]
             scales = self._scales(block)
-            codes, errors = self._coder.encode(_divided(values, scales), weights, gains)
+            codes, errors = self._coder.encode(_divided(values, scales), importance, gains)
             errors = torch.where(scales == 0, values, errors * scales)
             self._take(block, codes, torch.ones_like(scales[:, 0], dtype=torch.bool))
             for stretch, inside, own in self._pieces(block):
@@ -295,7 +295,7 @@ class _Lines:
         order = torch.arange(BLOCK, device=self._values.device).roll(-turn)
         for block in range(self.codes.shape[1]):
             place = slice(block * BLOCK, (block + 1) * BLOCK)
-            moment = torch.zeros(BLOCK, BLOCK, device=order.device)
+            moment = torch.zeros(BLOCK, BLOCK, dtype=torch.float32, device=order.device)
             pull = torch.empty_like(self._errors[:, place])
             for stretch, inside, own in self._pieces(block):
                 moment[inside, inside] = stretch.moment[own, own]
@@ -304,11 +304,11 @@ class _Lines:
             before, scales = self._errors[:, place], self._scales(block)
             pull = pull - before @ moment
             turned = moment[order][:, order]
-            gains, weights = _feedback(turned)
+            gains, importance = _feedback(turned)
             # The error that the others' would want of this block, were it free; where there is none, nothing is taken.
             wanted = torch.linalg.solve_ex(moment, pull.T).result.T
             values = _divided(self._values[:, place] + wanted, scales)
-            codes = self._coder.encode(values[:, order], weights, gains)[0].roll(turn, dims=1)
+            codes = self._coder.encode(values[:, order], importance, gains)[0].roll(turn, dims=1)
             after = self._values[:, place] - self._decoded(codes, scales)
             gain = ((before @ moment + 2 * pull) * before - (after @ moment + 2 * pull) * after).sum(dim=1)
             self._take(block, codes, gain > 0)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from .formats import BLOCK, SCALE_STEPS_PER_OCTAVE, TRELLIS_IDS, BlockFormat
-from .search import ScaleGrid, largest_magnitudes
+from .search import ZERO_BELOW, ScaleGrid, largest_magnitudes
 from .trellis import TrellisCoder
 
 STARTING_LEVELS = Path(__file__).with_name("trellis_levels.safetensors")
@@ -99,8 +99,7 @@ class TrellisQuantizer:
         best = (errors.view(signed.shape) * signed.square()).argmin(dim=0, keepdim=True)
         best_scales = names.gather(0, best).squeeze(0)
         best_codes = codes.view(*signed.shape, BLOCK).gather(0, best[:, :, None].expand(-1, -1, BLOCK)).squeeze(0)
-        # As far below the smallest scale as this, zero is the nearest.
-        return best_scales.masked_fill_(largest < self._magnitudes[0] / 8, 0), best_codes
+        return best_scales.masked_fill_(largest < ZERO_BELOW * self._magnitudes[0], 0), best_codes
 
 
 def usual_scales(blocks: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -147,14 +146,14 @@ def lloyd(
     """
     trellis, best, least = start, start, math.inf
     for number in range(rounds + 1):
-        error, numbers, values, weights = _coded(blocks, trellis, fmt)
+        error, numbers, values, importance = _coded(blocks, trellis, fmt)
         if error < least:
             best, least = trellis, error
         if number == rounds:
             break
-        sums = torch.bincount(numbers, (values * weights).view(-1), minlength=fmt.levels).cpu()
-        totals = torch.bincount(numbers, weights.expand_as(values).reshape(-1), minlength=fmt.levels).cpu()
-        prior = max(prior_uses * weights.mean().item(), 1e-30)
+        sums = torch.bincount(numbers, (values * importance).view(-1), minlength=fmt.levels).cpu()
+        totals = torch.bincount(numbers, importance.expand_as(values).reshape(-1), minlength=fmt.levels).cpu()
+        prior = max(prior_uses * importance.mean().item(), 1e-30)
         levels = (sums + prior * trellis.levels) / (totals + prior)
         largest = levels.abs().amax().item()
         trellis = Trellis((levels / largest).half().float(), trellis.ratio * largest)
@@ -168,13 +167,13 @@ def _coded(
 
     Returns:
         The sum of squared errors; the numbers of the weights' levels, flat; the weights divided by their scales, fp64
-        of shape (blocks, 64); and the scales squared, fp64 of shape (blocks, 1).
+        of shape (blocks, 64); and what their squared errors count, the scales squared, fp64 of shape (blocks, 1).
     """
     scales = usual_scales(blocks, trellis.ratio)[:, None]
     values = blocks / scales
     codes, errors = TrellisCoder(trellis.levels, fmt, blocks.device).encode(values)
-    weights = scales.double().square()
-    return float((errors.double() * weights[:, 0]).sum()), level_numbers(codes, fmt), values.double(), weights
+    importance = scales.double().square()
+    return float((errors.double() * importance[:, 0]).sum()), level_numbers(codes, fmt), values.double(), importance
 
 
 def level_numbers(codes: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:

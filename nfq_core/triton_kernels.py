@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .formats import BLOCK, SUPERBLOCK, BlockFormat, Scales, scale_mantissas
+from .formats import ARTICLE_MIN_SCALE, ARTICLE_SCALE_STEPS, BLOCK, SUPERBLOCK, BlockFormat, Scales, scale_mantissas
 
 BLOCKS_PER_PROGRAM = 32
 """Blocks that one program decodes, about; a power of two of coarse groups."""
@@ -50,7 +50,7 @@ def groups_per_program(fmt: BlockFormat) -> int:
 
 
 @lru_cache(32)
-def constants(fmt: BlockFormat) -> dict[str, int | bool]:
+def constants(fmt: BlockFormat) -> dict[str, int | float | bool]:
     """What the kernel is compiled for; shared, not to be written to."""
     return {
         "LEVELS": fmt.levels,
@@ -59,6 +59,8 @@ def constants(fmt: BlockFormat) -> dict[str, int | bool]:
         "FINE_BITS": fmt.fine_bits,
         "WINDOW": fmt.window,
         "ARTICLE": fmt.scales is Scales.ARTICLE,
+        "ARTICLE_MIN": ARTICLE_MIN_SCALE,
+        "ARTICLE_STEPS": ARTICLE_SCALE_STEPS,
         "BLOCK": BLOCK,
         "SUPERBLOCK": SUPERBLOCK,
         "GROUPS": groups_per_program(fmt),
@@ -89,6 +91,8 @@ def _decode(
     FINE_BITS: tl.constexpr,
     WINDOW: tl.constexpr,
     ARTICLE: tl.constexpr,
+    ARTICLE_MIN: tl.constexpr,
+    ARTICLE_STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
     SUPERBLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -121,7 +125,7 @@ def _decode(
         if ARTICLE:
             maxima = (data + superblock_scales).to(tl.pointer_type(tl.float32))
             largest = tl.load(maxima + block // SUPERBLOCK, mask=inside, other=0)
-            scale = tl.div_rn(largest * tl.maximum(named.to(tl.float32), 1e-12), 255.0)
+            scale = tl.div_rn(largest * tl.maximum(named.to(tl.float32), ARTICLE_MIN), ARTICLE_STEPS)
         else:
             magnitude = (named & 127).to(tl.int32)
             step = (magnitude - 1) * stride

@@ -90,6 +90,13 @@ def diffusers_names(info: UNetInfo, keys: Iterable[str]) -> dict[str, str]:
     return _in_layout(info, keys, "diffusers")
 
 
+def known_ldm_names(info: UNetInfo | None, keys: Iterable[str]) -> dict[str, str]:
+    """`ldm_names`; nothing where there is no UNet (`info` is None) or its keys cannot be renamed."""
+    if info is None or (info.layout == "diffusers" and info.architecture is None):
+        return {}
+    return ldm_names(info, keys)
+
+
 def what_is_missing(info: UNetInfo, shapes: Mapping[str, Sequence[int]]) -> str:
     """Says which tensors keep an unrecognised UNet from being a known model that it mostly is; else nothing."""
     best = None

@@ -25,6 +25,7 @@ from .container import (
 from .errors import NFQError
 from .formats import BlockFormat
 from .safefile import METADATA_KEY, Entry, aligned_entries, dtype_bytes, header_bytes
+from .untrusted import parse_json
 from .version import __version__
 
 
@@ -64,7 +65,8 @@ class ContainerWriter:
         overwrite: whether an existing file may be replaced.
 
     Raises:
-        NFQError: a name is taken by the format, the header would exceed 4 MiB, or the file cannot be written.
+        NFQError: a name is taken by the format, a name or fact is none that JSON in UTF-8 can hold, the header would
+            exceed 4 MiB, or the file cannot be written.
     """
 
     def __init__(
@@ -86,11 +88,17 @@ class ContainerWriter:
         self._extra = dict(extra or {})
         self._quantized: dict[str, dict] = {}
         self._kept: dict[str, str] = {}
-        self._reserved = self._longest_header()
+        try:
+            # What our reader would refuse must not be written.
+            parse_json(self._facts_text({}, {}))
+            self._reserved = self._longest_header()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise NFQError(f"{path}: a name or setting cannot stand in the header: {error}") from None
         if self._reserved > MAX_CONTAINER_HEADER_BYTES:
+            way_out = "leave out the workflow" if self._extra else "there are too many tensors"
             raise NFQError(
                 f"{path}: the header may need {self._reserved:,} bytes of the {MAX_CONTAINER_HEADER_BYTES:,} allowed; "
-                "leave out the workflow"
+                f"{way_out}"
             )
         self._entries = aligned_entries(
             {key: (plan.dtype, plan.shape) for key, plan in plans.items() if not plan.format}
@@ -107,7 +115,7 @@ class ContainerWriter:
     def write_kept(self, key: str, pieces: Iterable[bytes | memoryview]) -> None:
         """Write a tensor as it is, given as consecutive pieces of its bytes.
 
-        A tensor that was planned to be quantised may be kept instead; it then stands behind the others.
+        A tensor that was planned to be quantised may be kept instead; it then stands behind what was written before.
         """
         if key not in self._entries:
             plan = self._plans[key]
@@ -163,15 +171,14 @@ class ContainerWriter:
     def _header(
         self, entries: Mapping[str, Entry], quantized: Mapping[str, dict], kept: Mapping[str, str], reserve: int
     ) -> bytes:
+        text = self._facts_text(quantized, kept)
+        metadata = {HASH_KEY: NO_SHA256, "format": "pt", FACTS_KEY: text, **self._extra}
+        return header_bytes(entries, metadata, reserve)
+
+    def _facts_text(self, quantized: Mapping[str, dict], kept: Mapping[str, str]) -> str:
         facts = {"container_version": CONTAINER_VERSION, "writer": f"ComfyUI-NFQ {__version__}"}
         facts |= asdict(self._facts) | {"quantized": quantized, "kept": kept}
-        metadata = {
-            HASH_KEY: NO_SHA256,
-            "format": "pt",
-            FACTS_KEY: json.dumps(facts, separators=(",", ":"), ensure_ascii=False),
-            **self._extra,
-        }
-        return header_bytes(entries, metadata, reserve)
+        return json.dumps(facts, separators=(",", ":"), ensure_ascii=False)
 
     def _longest_header(self) -> int:
         """Bytes of the header if every number in it took as many digits as it possibly can."""

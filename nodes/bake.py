@@ -16,11 +16,12 @@ from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ..nfq_core import Calibration, NFQError, NFTensor, Settings
+from ..nfq_core.calibration import measured_sensitivities, recorded_settings
 from ..nfq_core.memory import check_device
 from ..nfq_core.policy import plan_tensors
 from ..nfq_core.quantizer import FIT_DTYPE
 from ..nfq_core.safefile import DTYPE_NAMES, Entry
-from ..nfq_core.state import StateDict, quantize_tensors, sensitivities
+from ..nfq_core.state import StateDict, quantize_tensors
 from .host import COLLECTED, MADE, LayerProgress, Made, finite
 from .ops import NFOps, wrap
 from .patcher import NFModelPatcher, adopt, nf_layers
@@ -71,7 +72,7 @@ def quantize_model(
         patches = model.get_key_patches(UNET)
         layers = _quantizable_layers(model.model.diffusion_model)
         entries = {key: _entry(key, chain[0][0], layers) for key, chain in _without_prefix(patches).items()}
-        measured = sensitivities(entries, settings, calibration)
+        measured = measured_sensitivities(entries, settings, calibration)
         info, plans = plan_tensors(entries, settings, measured)
         if info is None or any(plan.format and key not in layers for key, plan in plans.items()):
             raise NFQError("this MODEL is no UNet of the SDXL family, which is what NFQuantizeUNet takes")
@@ -91,9 +92,7 @@ def quantize_model(
         packed = _packed_twin(model, tensors)
     packed.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, COLLECTED)
     packed.remove_attachments(COLLECTED)
-    recorded = settings.as_dict() | ({"baked": list(origin.baked)} if origin.baked else {})
-    if calibration and calibration.helps(settings.formats(), settings.has_target):
-        recorded |= calibration.as_dict()
+    recorded = recorded_settings(settings, calibration) | ({"baked": list(origin.baked)} if origin.baked else {})
     packed.set_attachments(MADE, Made(recorded, source(), sqnr=sqnr))
     return packed
 

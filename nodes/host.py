@@ -15,10 +15,8 @@ import folder_paths
 from server import PromptServer
 
 from ..nfq_core import NFQError
-from ..nfq_core.container import Source
+from ..nfq_core.container import SUFFIX, Source
 from .patcher import NFModelPatcher
-
-SUFFIX = ".nfq.safetensors"
 
 UNETS = "diffusion_models"
 """The host's folder of files that hold a UNet alone."""

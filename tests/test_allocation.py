@@ -143,6 +143,17 @@ def test_too_small_a_size_is_told() -> None:
         allocate({"a": (64, 64)}, 10)
 
 
+def test_a_size_below_what_is_kept_is_told() -> None:
+    with pytest.raises(NFQError, match=r"what is not quantised takes 1,234 bytes more than the size asked for"):
+        allocate({"a": (64, 64)}, -1234)
+    assert allocate({}, -1234) == {}
+
+
+def test_nothing_to_quantise_is_no_reason_to_warn() -> None:
+    search = SizeSearch(10**9)
+    assert search.accepts(1000, {"a": Plan("F16", (4,))}) and not search.warnings
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_impossible_sensitivities_are_told(value: float) -> None:
     with pytest.raises(NFQError, match=r"the sensitivity of 'a' is .*; it must be a number from 0 up"):
@@ -237,6 +248,11 @@ def test_packed_bits_asked_for_on_the_command_line(small_model: Path, tmp_path: 
         (["--target-size", "nanGB"], 2, "'nan' is no number above zero"),
         (["--target-bpw", "-1"], 2, "'-1' is no number above zero"),
         (["--target-bpw", "nan"], 2, "'nan' is no number above zero"),
+        (["--target-bpw", "1e308"], 2, "'1e308' is no number above zero, or too large"),
+        (["--target-size", "1e22"], 2, "'1e22' is no number above zero, or too large"),
+        (["--target-size", "1e308GB"], 2, "'1e308' is no number above zero, or too large"),
+        (["--preset", "small", "--conv-levels", "32"], 1, "leave out --conv-levels"),
+        (["--target-bpw", "3", "--conv-format", "t3w8_b64"], 1, "leave out --conv-format"),
         (["--target-bpw", "3", "--levels", "16"], 2, "not allowed with"),
         (["--format", "t3w8_b64", "--levels", "16"], 2, "not allowed with"),
         (["--preset", "huge"], 2, "invalid choice"),
@@ -257,9 +273,11 @@ def test_bad_sizes(small_model: Path, tmp_path: Path, capsys, flags: list[str], 
     ("settings", "told"),
     [
         ({"target_bpw": 3, "target_bytes": 10**9}, "exclude each other"),
-        ({"target_bpw": -1.0}, "target_bpw must be above zero, got -1.0"),
-        ({"target_bytes": 0}, "target_bytes must be above zero, got 0"),
-        ({"target_bpw": float("nan")}, "target_bpw must be above zero, got nan"),
+        ({"target_bpw": -1.0}, r"target_bpw must be above zero and below 2\*\*63, got -1\.0"),
+        ({"target_bytes": 0}, r"target_bytes must be above zero and below 2\*\*63, got 0"),
+        ({"target_bpw": float("nan")}, r"target_bpw must be above zero and below 2\*\*63, got nan"),
+        ({"target_bpw": 1e300}, r"target_bpw must be above zero and below 2\*\*63, got 1e\+300"),
+        ({"target_bytes": 10**400}, r"target_bytes must be above zero and below 2\*\*63, got 1000"),
     ],
 )
 def test_impossible_settings(settings: dict, told: str) -> None:

@@ -20,6 +20,7 @@ from nfq_core.batch import convert_folders
 from nfq_core.calibration import Calibration, LayerInputs
 from nfq_core.convert import quantize_file
 from nfq_core.errors import NFQError
+from nfq_core.safefile import SafetensorsFile
 
 TAGGED = "-NF16.nfq.safetensors"
 
@@ -94,7 +95,7 @@ def test_a_second_run_finds_all_done_without_reading_the_sources(models, out, mo
     convert_folders([models], out)
     before = files(out)
     monkeypatch.setattr(batch, "quantize_file", lambda *_, **__: pytest.fail("converted again"))
-    monkeypatch.setattr(batch, "_sha256", lambda _: pytest.fail("read a source"))
+    monkeypatch.setattr(SafetensorsFile, "sha256", lambda _: pytest.fail("read a source"))
     report = convert_folders([models], out)
     assert results(report) == {"one.safetensors": "done", "two.safetensors": "done", "lora.safetensors": "skipped"}
     assert files(out) == before
@@ -102,8 +103,8 @@ def test_a_second_run_finds_all_done_without_reading_the_sources(models, out, mo
 
 def test_a_source_that_was_touched_is_told_by_its_digest(models, out, monkeypatch):
     convert_folders([models], out)
-    read, real = [], batch._sha256
-    monkeypatch.setattr(batch, "_sha256", lambda path: read.append(path.name) or real(path))
+    read, real = [], SafetensorsFile.sha256
+    monkeypatch.setattr(SafetensorsFile, "sha256", lambda file: read.append(file.path.name) or real(file))
     os.utime(models / "one.safetensors")
     assert results(convert_folders([models], out))["one.safetensors"] == "done"
     assert read == ["one.safetensors"]

@@ -228,6 +228,15 @@ def test_a_process_of_its_own_prints_json_alone(folder):
     assert "tensor 'bad.weight' is kept as it is: it holds NaN or Inf" in one_line(done.stderr)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+def test_a_calibration_whose_name_is_no_text(capsys, folder):
+    name = os.fsdecode(os.fsencode(folder) + b"/\xff")
+    inputs = {"linear.weight": LayerInputs(torch.ones(100), 99), "conv.weight": LayerInputs(torch.ones(16), 99)}
+    Calibration(inputs, prompts=2).save(name)
+    assert run(capsys, "quantize", folder / "model", folder / "a", "--calibration", name)[0] == 0
+    assert as_json(capsys, "info", folder / "a")["settings"]["calibration"] == "?"
+
+
 def test_a_terminal_without_unicode_is_no_obstacle(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))

@@ -201,6 +201,11 @@ def test_a_header_beyond_four_mebibytes_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_header_of_too_many_tensors_is_refused(tmp_path):
+    with pytest.raises(NFQError, match=r"of the 4,194,304 allowed; there are too many tensors"):
+        ContainerWriter(tmp_path / "a", {f"tensor {i}": Plan("F16", (1,)) for i in range(60_000)}, FACTS)
+
+
 def header_of(small, target, size: int):
     """A sound copy of `small` whose header has `size` bytes."""
 
@@ -234,6 +239,19 @@ def test_facts_about_what_was_recognised():
 def test_names_that_the_format_needs_itself_are_refused(tmp_path, name):
     with pytest.raises(NFQError, match="name"):
         write(tmp_path / "a", {name: BIAS})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("settings", [{"x": float("nan")}, {"x": 10**20}, {"x": "\udcff"}, {"x": object()}])
+def test_facts_that_our_reader_would_refuse_are_not_written(tmp_path, settings):
+    with pytest.raises(NFQError, match="a name or setting cannot stand in the header"):
+        nfq_core.save({"a": BIAS}, tmp_path / "a", settings=settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_no_unicode_is_refused(tmp_path):
+    with pytest.raises(NFQError, match="a name or setting cannot stand in the header"):
+        nfq_core.save({"a\udcff": BIAS}, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 

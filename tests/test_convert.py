@@ -340,18 +340,18 @@ def test_a_dtype_that_torch_lacks_is_carried_through(tmp_path):
     header = json.dumps(
         {
             "a.weight": {"dtype": "F16", "shape": [32, 32], "data_offsets": [0, 2048]},
-            "b.scale": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [2048, 2052]},
+            "b.scale": {"dtype": "F8_E3M4", "shape": [4], "data_offsets": [2048, 2052]},
         }
     ).encode()
     data = bytes(tensor_bytes(random_weight(32, 32).half())) + b"\x7e\x7f\x80\x81"
     (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header + data)
     quantize_file(tmp_path / "a", tmp_path / "b")
     dequantize_file(tmp_path / "b", tmp_path / "c")
-    with NFQFile(tmp_path / "b") as file, pytest.raises(UnsupportedFileError, match=r"'b\.scale' has dtype F8_E8M0"):
+    with NFQFile(tmp_path / "b") as file, pytest.raises(UnsupportedFileError, match=r"'b\.scale' has dtype F8_E3M4"):
         file.load("b.scale")
     written = (tmp_path / "c").read_bytes()
     entry = json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])["b.scale"]
-    assert entry["dtype"] == "F8_E8M0"
+    assert entry["dtype"] == "F8_E3M4"
     assert written[-4:] == b"\x7e\x7f\x80\x81"
 
 

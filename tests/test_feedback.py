@@ -35,6 +35,12 @@ def output_error(inputs: torch.Tensor, weight: torch.Tensor, other: torch.Tensor
     return float((inputs.double() @ (weight.double() - other.double()).flatten(1).T).square().mean())
 
 
+@pytest.mark.parametrize("shape", [(64,), (64, 32), (64, 64, 1)])
+def test_a_hessian_of_another_shape_is_refused(shape) -> None:
+    with pytest.raises(ValueError, match=r"the Hessian must have shape \(columns, columns\), got"):
+        quantize(random_weight(64, 64), hessian=torch.ones(shape))
+
+
 def test_two_columns_by_hand(monkeypatch):
     monkeypatch.setattr(module, "DAMPING", 0.0)
     # The first column, with the stronger input, loses 0.6 - 1 = -0.4. The second one makes up for it by

@@ -20,8 +20,8 @@ from nfq_core.formats import (
     WRITABLE_IDS,
     Scales,
     article_format,
+    cached_tensor,
     format_by_id,
-    kept_tensor,
     nf_format,
     scale_table,
 )
@@ -144,7 +144,7 @@ def test_other_strides_are_refused(stride):
 def test_a_kept_tensor_is_made_once_and_fakes_are_not_kept():
     made = []
 
-    @kept_tensor
+    @cached_tensor
     def build(count: int) -> torch.Tensor:
         made.append(count)
         return torch.zeros(count)

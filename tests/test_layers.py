@@ -10,7 +10,7 @@ from samples import random_weight
 from torch import nn
 
 from nfq_core import NFQError, NFTensor, quantize
-from nfq_core.layers import PackedConv2d, PackedLinear, dense_layers, pack_layers, packed_layers
+from nfq_core.layers import PackedConv2d, PackedLinear, assign_state, dense_layers, pack_layers, packed_layers
 from nfq_core.low_rank import LowRank
 
 CONVOLUTIONS = {
@@ -163,10 +163,24 @@ def test_a_model_without_memory_is_packed() -> None:
     _, tensors = packed_model()
     with torch.device("meta"):
         model = small_model()
-    pack_layers(model, tensors)
-    kept = {name: value for name, value in small_model().state_dict().items() if name not in NAMES}
-    model.load_state_dict(kept, strict=False, assign=True)
+    assign_state(model, small_model().state_dict() | tensors)
     assert torch.equal(model(PICTURE), packed_model()[0](PICTURE))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"0.bias": None}, r"'0\.bias': the model wants \(\d+,\), the state has nothing"),
+        ({"more": torch.zeros(2)}, r"'more': the model wants nothing, the state has \(2,\)"),
+        ({"0.bias": torch.zeros(3)}, r"'0\.bias': the model wants \(\d+,\), the state has \(3,\)"),
+    ],
+)
+def test_a_state_that_is_not_the_models(changes: dict, message: str) -> None:
+    model, before = small_model(), small_model()(PICTURE)
+    state = small_model().state_dict() | packed_model()[1] | changes
+    with pytest.raises(NFQError, match=message):
+        assign_state(model, {name: tensor for name, tensor in state.items() if tensor is not None})
+    assert torch.equal(model(PICTURE), before) and not packed_layers(model)
 
 
 def test_gradients_reach_the_input() -> None:

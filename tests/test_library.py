@@ -108,6 +108,7 @@ TARGETS = {
     "x/pipe/vae/diffusion_pytorch_model.safetensors": "x/pipe/vae-NF16.nfq.safetensors",
     "x/pipe/unet/mine.safetensors": "x/pipe/unet/mine-NF16.nfq.safetensors",
     "hub/models--me--xl-1/snapshots/0123/unet/diffusion_pytorch_model.safetensors": "hub/xl-1-NF16.nfq.safetensors",
+    "blobs/0a1b": "blobs/0a1b-NF16.nfq.safetensors",
     "diffusion_pytorch_model.safetensors": "models-NF16.nfq.safetensors",
     "unet/diffusion_pytorch_model.safetensors": "models-NF16.nfq.safetensors",
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import weakref
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -289,6 +291,8 @@ def test_nan_and_inf_are_refused(value, position, dtype):
 def test_weights_beyond_fp16_scales_are_refused(largest):
     weight = gaussian(130) * 1e-6
     weight[7] = largest
+    with pytest.raises(CannotQuantizeError, match="its largest magnitude is beyond fp32"):
+        quantize(torch.full((64, 64), 1e300, dtype=torch.float64))
     with pytest.raises(CannotQuantizeError, match=r"largest magnitude, .* is out of the range of fp16 scales"):
         quantize(weight)
 
@@ -392,19 +396,30 @@ def test_other_levels_and_efforts_are_refused():
 
 
 class Allocations(TorchDispatchMode):
-    """Sizes of the storages that operations return and that are none of those given, in bytes."""
+    """Sizes of the storages that operations return and that are none of those given, in bytes, and the most at once."""
 
     def __init__(self, *known: torch.Tensor) -> None:
         super().__init__()
         self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
         self.sizes: list[int] = []
+        self.holders: Counter[int] = Counter()
+        self.now = self.most = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in self.known:
-                self.sizes.append(value.untyped_storage().nbytes())
+                address, nbytes = value.untyped_storage().data_ptr(), value.untyped_storage().nbytes()
+                self.sizes.append(nbytes)
+                self.now += nbytes if not self.holders[address] else 0
+                self.most = max(self.most, self.now)
+                self.holders[address] += 1
+                weakref.finalize(value, self.let_go, address, nbytes)
         return result
+
+    def let_go(self, address: int, nbytes: int) -> None:
+        self.holders[address] -= 1
+        self.now -= nbytes if not self.holders[address] else 0
 
 
 @pytest.mark.parametrize("levels", LEVELS)
@@ -435,6 +450,32 @@ def test_temporaries_are_bounded(threads, monkeypatch):
         tensor.dequantize(out=out)
     at_once = min(kernels.THREAD_WEIGHTS * threads, kernels.CHUNK_WEIGHTS)
     assert max(found.sizes) <= 2.1 * at_once < out.nbytes
+    assert at_once < found.most <= kernels.TEMPORARY_BYTES * at_once
+
+
+QUANTIZED = {
+    "scalar": {"levels": 24},
+    "scalar, calibrated": {"importance": torch.linspace(0.1, 1, 64)},
+    "scalar, with feedback": {"hessian": torch.eye(64) + 0.1},
+    "trellis": {"format": "t3w8_b64"},
+    "trellis, with feedback": {"format": "t3w8_b64", "hessian": torch.eye(64) + 0.1},
+}
+
+
+@pytest.mark.parametrize("arguments", QUANTIZED.values(), ids=QUANTIZED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_defaults_of_torch_make_no_difference(arguments, dtype):
+    weight = gaussian(96, 64)
+    wanted = quantize(weight, **arguments)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        found = quantize(weight, **arguments)
+        with torch.device("meta"):
+            on_meta = quantize(weight, **arguments)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found.data, wanted.data) and torch.equal(on_meta.data, wanted.data)
 
 
 def test_a_default_device_does_not_spoil_what_is_kept():

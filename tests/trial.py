@@ -32,7 +32,7 @@ from nfq_core.examine import compare_files, file_info, info_lines, verify_file
 from nfq_core.kinds import kind_of
 from nfq_core.safefile import DTYPE_NAMES, SafetensorsFile, tensor_bytes
 from nfq_core.tensor import NFTensor
-from nfq_core.unet import detect, ldm_names, what_is_missing
+from nfq_core.unet import detect, known_ldm_names, what_is_missing
 from nfq_core.unet_keys import tensor_shapes
 
 STATUS = Path("/proc/self/status")
@@ -178,10 +178,9 @@ def try_names(shapes: Mapping[str, tuple[int, ...]]) -> str:
     info, _ = guarded(lambda: detect(shapes))
     if info is not None:
         guarded(lambda: what_is_missing(info, shapes))
-        if not (info.layout == "diffusers" and info.architecture is None):
-            names, _ = guarded(lambda: ldm_names(info, shapes))
-            if len(set(names.values())) != len(names):
-                raise Fault("two tensors get the same name")
+        names, _ = guarded(lambda: known_ldm_names(info, shapes))
+        if len(set(names.values())) != len(names):
+            raise Fault("two tensors get the same name")
     return "loaded" if info is not None else "foreign"
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ..atomic import prepare_folder, write_whole
 from ..checkpoint import dense
+from ..container import SUFFIX
 from ..convert import quantize_file
 from ..examine import compare_files, file_info
 from ..formats import LEVELS
@@ -54,7 +55,7 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: Progress 
     folder = Path(folder)
     import_diffusers()
     check_pillow()
-    written = ["comparison.png", "report.json", *(f"demo-nf{levels}.nfq.safetensors" for levels in LEVELS)]
+    written = ["comparison.png", "report.json", *(f"demo-nf{levels}{SUFFIX}" for levels in LEVELS)]
     prepare_folder(folder, written, overwrite)
     original = bundled_weights_path()
     weights = load_weights()
@@ -63,7 +64,7 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: Progress 
     columns = [(f"fp16|{original.stat().st_size / 1e6:.1f} MB", reference)]
     rows = []
     for count, levels in enumerate(LEVELS, 2):
-        target = folder / f"demo-nf{levels}.nfq.safetensors"
+        target = folder / f"demo-nf{levels}{SUFFIX}"
         quantize_file(original, target, Settings(levels), overwrite=overwrite)
         pictures = _draw(build_pipeline(dense(load(target))))
         psnr = psnr_db(torch.from_numpy(reference), torch.from_numpy(pictures), 255)

@@ -15,7 +15,7 @@ from torch import nn
 from ..checkpoint import diffusers_unet_names
 from ..container import NFQFile
 from ..errors import NFQError
-from ..layers import pack_layers
+from ..layers import assign_state, packed_layers
 from ..parallel import Progress, no_progress
 from ..safefile import TORCH_DTYPES
 from ..state import load_tensors
@@ -64,19 +64,15 @@ def load_unet(
         dtype = dtype or _recorded_dtype(file)
         loaded = load_tensors(file, names, device=device, memory=memory, progress=progress)
         facts = file.facts
-    packed, kept = {}, {}
+    state = {}
     for key, name in names.items():
         # Each is let go of when it was cast.
         tensor = loaded.pop(key)
-        if isinstance(tensor, NFTensor):
-            packed[name] = tensor
-        else:
-            kept[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    pack_layers(model, packed)
-    model.load_state_dict(kept, strict=False, assign=True)
+        state[name] = tensor.to(dtype) if not isinstance(tensor, NFTensor) and tensor.is_floating_point() else tensor
+    assign_state(model, state)
     model.register_to_config(_name_or_path=os.fspath(config_dir))
     model.eval()
-    if not packed:
+    if not packed_layers(model):
         return model
     quantizer = NFQConfig.from_dict(facts.settings).quantizer(pre_quantized=True)
     quantizer.facts = facts

@@ -12,6 +12,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.utils import is_accelerate_available
 from torch import nn
 
+from ..calibration import measured_sensitivities
 from ..checkpoint import diffusers_unet_names
 from ..container import PREFIX, Facts, NFQFile
 from ..errors import CannotQuantizeError, NFQError, UnsupportedFileError
@@ -19,7 +20,7 @@ from ..layers import PACKED_KINDS, pack_layers
 from ..policy import plan_tensors
 from ..quantizer import quantize
 from ..safefile import Entry
-from ..state import load_tensors, sensitivities
+from ..state import load_tensors
 from ..tensor import QUANTIZABLE_DTYPES, NFTensor
 from .model import become_packed, become_stock, check_fits
 
@@ -149,7 +150,7 @@ class NFQQuantizer(DiffusersQuantizer):
             )
         settings, calibration = self.quantization_config.for_quantizing()
         entries = {name: Entry("F16", tuple(tensor.shape), 0, 0) for name, tensor in model.state_dict().items()}
-        measured = sensitivities(entries, settings, calibration)
+        measured = measured_sensitivities(entries, settings, calibration)
         info, plans = plan_tensors(entries, settings, measured)
         layers = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, tuple(PACKED_KINDS))}
         plans = {name: plan for name, plan in plans.items() if plan.format and name in layers}

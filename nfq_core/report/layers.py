@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..unet import UNetInfo, diffusers_names, ldm_names
+from ..unet import UNetInfo, diffusers_names, known_ldm_names
 from ..unet_keys import ldm_to_diffusers
 
 
@@ -65,7 +65,7 @@ def common_names(info: UNetInfo | None, shapes: Mapping[str, Sequence[int]]) -> 
     if info is None:
         return {key: key for key in shapes}
     if info.architecture is None:
-        known = {} if info.layout == "diffusers" else ldm_names(info, shapes)
+        known = known_ldm_names(info, shapes)
         return {key: known.get(key, key) for key in shapes}
     forward = ldm_to_diffusers(info.architecture)
     ours = {name: key for key, name in diffusers_names(info, shapes).items()}

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..container import NFQFile
+from ..container import SUFFIX, NFQFile
 from ..errors import NFQError
 from ..examine import compare_files, container_info, mean_sqnr_db
 from ..parallel import Progress, no_progress
@@ -18,7 +18,7 @@ from ..unet import detect, is_unet_key
 from ..version import __version__
 from .layers import OTHER_CONVOLUTION, OTHER_LINEAR, ROLES, common_names, role, stage
 
-SUFFIXES = (".nfq.safetensors", ".safetensors")
+SUFFIXES = (SUFFIX, ".safetensors")
 
 
 def measure(
