@@ -22,7 +22,7 @@ from nfq_core.container import NFQFile
 from nfq_core.convert import quantize_file
 from nfq_core.memory import needed_bytes
 
-from .report import markdown_table, timed, write_results
+from .report import markdown_table, process_status, timed, write_results
 from .synthetic import write_sdxl_unet
 
 SAMPLES_PER_SECOND = 50
@@ -78,14 +78,6 @@ LOADERS: dict[str, Callable[[Path], object]] = {
 }
 
 
-def status_bytes(field: str) -> int:
-    """A number from /proc/self/status."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
-
-
 class OwnMemory:
     """The most anonymous memory that this process had while it was watched."""
 
@@ -104,7 +96,7 @@ class OwnMemory:
 
     def _watch(self) -> None:
         while True:
-            self.peak = max(self.peak, status_bytes("RssAnon"))
+            self.peak = max(self.peak, process_status()["RssAnon"])
             if self._stop.wait(1 / SAMPLES_PER_SECOND):
                 return
 
@@ -114,7 +106,7 @@ def measure(kind: str, folder: Path) -> dict:
     kept = []
     with OwnMemory() as own:
         seconds = timed(lambda: kept.append(LOADERS[kind](folder)))
-    return {"seconds": seconds, "peak_resident_bytes": status_bytes("VmHWM"), "peak_own_bytes": own.peak}
+    return {"seconds": seconds, "peak_resident_bytes": process_status()["VmHWM"], "peak_own_bytes": own.peak}
 
 
 def prepare(folder: Path) -> None:

@@ -34,7 +34,7 @@ from nfq_core.demo.model import build_pipeline, bundled_weights_path, sample, sp
 from nfq_core.layers import PackedLayer, assign_state, packed_layers
 from nfq_core.low_rank import LowRank
 
-from .report import RESULTS, ROOT, machine, write_results
+from .report import RESULTS, ROOT, machine, process_status, write_results
 
 CAPTION = "a red circle"
 RANK = 4
@@ -48,13 +48,9 @@ PROCESSES, THREADS, ROUNDS = 3, 3, 40
 
 def state_of(pid: int | str = "self") -> dict[str, int]:
     """A process's own memory in bytes, its open file handles and its threads."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    field = {name: value.split() for name, _, value in (line.partition(":") for line in status.splitlines())}
-    return {
-        "bytes": int(field["RssAnon"][0]) * 1024,
-        "handles": len(list(Path(f"/proc/{pid}/fd").iterdir())),
-        "threads": int(field["Threads"][0]),
-    }
+    status = process_status(pid)
+    handles = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return {"bytes": status["RssAnon"], "handles": handles, "threads": status["Threads"]}
 
 
 def growth(states: list[dict[str, int]]) -> dict[str, float]:

@@ -42,6 +42,17 @@ def machine() -> dict:
     }
 
 
+def process_status(pid: int | str = "self") -> dict[str, int]:
+    """The numbers that Linux tells of a process by their names in /proc/<pid>/status, memory in bytes."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
+    fields = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
+    return {
+        name: int(words[0]) * (1024 if words[1:] == ["kB"] else 1)
+        for name, words in fields.items()
+        if words and words[0].isdecimal()
+    }
+
+
 def unavailable(package: str) -> str:
     """Why a package cannot be used; empty where it can."""
     if find_spec(package) is None:

@@ -15,8 +15,11 @@ WORDS = [
 ]
 
 
-def make_folder(folder: Path) -> Path:
-    """Write the folder, the UNet's weights included; its VAE makes pictures eight times as wide as latents."""
+def make_folder(folder: Path, variant: str | None = None) -> Path:
+    """Write the folder, the UNet's weights included, in fp32 or as the variant "fp16".
+
+    Its VAE makes pictures eight times as wide as latents.
+    """
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -68,7 +71,7 @@ def make_folder(folder: Path) -> Path:
     tokenizer = CLIPTokenizer(
         str(words / "vocab.json"), str(words / "merges.txt"), unk_token=WORDS[1], model_max_length=77
     )
-    diffusers.StableDiffusionXLPipeline(
+    pipeline = diffusers.StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(text_config),
         text_encoder_2=CLIPTextModelWithProjection(text_config),
@@ -76,5 +79,6 @@ def make_folder(folder: Path) -> Path:
         tokenizer_2=tokenizer,
         unet=unet,
         scheduler=scheduler,
-    ).save_pretrained(folder)
+    )
+    pipeline.to(torch.float16 if variant == "fp16" else torch.float32).save_pretrained(folder, variant=variant)
     return folder

@@ -16,6 +16,7 @@ pytest.importorskip("diffusers", reason="the demo model needs diffusers")
 pytest.importorskip("PIL", reason="the grid needs Pillow")
 
 from PIL import Image
+from sdxl_folder import make_folder
 
 from benchmarks import article, article_models, int8, judge
 from benchmarks.report import call_seconds, machine
@@ -116,63 +117,9 @@ def test_calls_are_timed() -> None:
     assert len(seconds) == 3 and min(seconds) > 0
 
 
-@pytest.fixture(scope="module")
-def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline of SDXL's classes, tiny and random, as diffusers saves it with the variant fp16."""
-    transformers = pytest.importorskip("transformers", reason="SDXL's pipeline needs transformers")
-    import diffusers
-
-    folder = tmp_path_factory.mktemp("sdxl")
-    words = folder / "words"
-    words.mkdir()
-    letters = [chr(code) for code in range(33, 127)]
-    vocabulary = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (words / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(vocabulary)}))
-    (words / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=77)
-    torch.manual_seed(0)
-    text = transformers.CLIPTextConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=16,
-        bos_token_id=len(vocabulary) - 2,
-        eos_token_id=len(vocabulary) - 1,
-    )
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1),
-        attention_head_dim=(2, 4),
-        cross_attention_dim=32,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=16 + 6 * 8,
-    )
-    pipeline = diffusers.StableDiffusionXLPipeline(
-        vae=diffusers.AutoencoderKL(block_out_channels=(32, 32), norm_num_groups=8, **_two_blocks()),
-        text_encoder=transformers.CLIPTextModel(text),
-        text_encoder_2=transformers.CLIPTextModelWithProjection(text),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=unet,
-        scheduler=diffusers.EulerDiscreteScheduler(),
-    )
-    pipeline.to(torch.float16).save_pretrained(folder, variant="fp16")
-    return folder
-
-
-def _two_blocks() -> dict:
-    return {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-
-
-def test_an_sdxl_folder_goes_the_same_way(sdxl_folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_an_sdxl_folder_goes_the_same_way(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("transformers", reason="SDXL's pipeline needs transformers")
+    sdxl_folder = make_folder(tmp_path / "sdxl", variant="fp16")
     monkeypatch.setattr(article, "PROMPTS", article.PROMPTS[:1])
     monkeypatch.setattr(article_models, "PROMPTS", article.PROMPTS)
     model = article_models.folder_model(sdxl_folder, device="cpu", steps=2)
