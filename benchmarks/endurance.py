@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
+from time import monotonic, sleep
 
 import torch
 
@@ -41,6 +42,9 @@ RANK = 4
 NOTES = 40
 """Points of a run at which the process is looked at."""
 
+SETTLED_SECONDS, SETTLED_BYTES, MAX_SETTLING_SECONDS = 1.0, 1 << 20, 15.0
+"""A host has settled when its memory changed by less than so many bytes over so many seconds; so long is waited."""
+
 PARTS = ("demo", "crowd", "host")
 
 PROCESSES, THREADS, ROUNDS = 3, 3, 40
@@ -51,6 +55,17 @@ def state_of(pid: int | str = "self") -> dict[str, int]:
     status = process_status(pid)
     handles = len(list(Path(f"/proc/{pid}/fd").iterdir()))
     return {"bytes": status["RssAnon"], "handles": handles, "threads": status["Threads"]}
+
+
+def settled_state(pid: int) -> dict[str, int]:
+    """`state_of` once the process has let go of what it is going to: a host frees on a thread of its own."""
+    state, until = state_of(pid), monotonic() + MAX_SETTLING_SECONDS
+    while monotonic() < until:
+        sleep(SETTLED_SECONDS)
+        before, state = state, state_of(pid)
+        if abs(before["bytes"] - state["bytes"]) < SETTLED_BYTES:
+            break
+    return state
 
 
 def growth(states: list[dict[str, int]]) -> dict[str, float]:
@@ -136,6 +151,8 @@ def host_cycles(directory: Path, cycles: int) -> dict:
         write_unet(unets / "vega.safetensors", SEGMIND_VEGA)
         quantize_file(unets / "vega.safetensors", unets / "vega.nfq.safetensors")
         save_file(random_adapter(SEGMIND_VEGA, "lora", 0), base / "models" / "loras" / "lora.safetensors")
+    # glibc keeps what is freed in pieces of up to 32 MB for later, which would hide what the host itself keeps.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
     host = Host(base)
     first: dict[str, torch.Tensor] = {}
 
@@ -155,7 +172,7 @@ def host_cycles(directory: Path, cycles: int) -> dict:
         host.free()
 
     try:
-        return repeat(cycle, cycles, lambda: state_of(host.process.pid))
+        return repeat(cycle, cycles, lambda: settled_state(host.process.pid))
     finally:
         host.close()
 
