@@ -95,7 +95,8 @@ def test_what_was_given_is_said(capsys, files):
     assert found["base_model_relation"] == "quantized" and found["library_name"] == "comfyui-nfq"
     assert {"nfq", "quantized"} <= set(found["tags"])
     assert "fill in" not in card.lower()
-    assert f"from_pretrained({json.dumps(base, ensure_ascii=False)}," in card
+    # The rest of the pipeline gets the UNet's dtype, which is the original's, whatever that was.
+    assert f"from_pretrained({json.dumps(base, ensure_ascii=False)}, unet=unet, torch_dtype=unet.dtype)" in card
 
 
 def test_what_was_not_given_is_plainly_marked(capsys, files):
