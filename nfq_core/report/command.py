@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
-from ..atomic import prepare_folder
+from ..atomic import AtomicFile, prepare_folder
 from ..demo.model import bundled_weights_path
 from ..demo.run import STEPS
 from ..errors import NFQError
@@ -71,7 +72,7 @@ def _report(options: argparse.Namespace) -> int:
 
 def add_card_command(command: AddCommand) -> None:
     """Declare `nfq card`."""
-    sub = command("card", _card, "print a model card in Markdown")
+    sub = command("card", _card, "write a model card in Markdown")
     sub.add_argument("files", metavar="FILE", nargs="+", help=".nfq.safetensors files")
     either = sub.add_mutually_exclusive_group()
     either.add_argument("--original", metavar="F", help="the safetensors file that they were made from: adds errors")
@@ -81,10 +82,14 @@ def add_card_command(command: AddCommand) -> None:
     sub.add_argument(
         "--recommend", metavar="FILE", help=f"one of the files (default: nearest to {RECOMMENDED_BITS} packed bits)"
     )
+    sub.add_argument("--out", metavar="DST", help="a file for the card, in UTF-8 (default: stdout)")
+    sub.add_argument("--force", action="store_true", help="overwrite DST")
 
 
 def _card(options: argparse.Namespace) -> int:
-    with progress_bar("comparing", options) as progress:
+    # A target that cannot be written is refused before anything is measured.
+    target = nullcontext() if options.out is None else AtomicFile(options.out, options.force)
+    with target as file, progress_bar("comparing", options) as progress:
         facts = card_facts(
             by_size(options.files),
             original=options.original,
@@ -94,7 +99,13 @@ def _card(options: argparse.Namespace) -> int:
             license=options.license,
             progress=progress,
         )
-    return show(options, facts, card(facts).rstrip("\n"))
+        text = card(facts)
+        if file is not None:
+            file.write_at(0, text.encode("utf-8", "backslashreplace"))
+            file.commit()
+    if options.out is not None:
+        return show(options, facts, f"card: {options.out}")
+    return show(options, facts, text.rstrip("\n"), document=True)
 
 
 def _drawing(options: argparse.Namespace) -> Drawing:
