@@ -122,7 +122,8 @@ def _drawing(options: argparse.Namespace) -> Drawing:
 
 def _prompts(path: str | os.PathLike) -> tuple[str, ...]:
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        # Windows' editors may begin a file with a byte order mark, which is no part of the first prompt.
+        lines = Path(path).read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise NFQError(f"{path} is no text in UTF-8") from None
     prompts = tuple(line.strip() for line in lines if line.strip())
