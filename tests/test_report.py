@@ -428,6 +428,16 @@ def test_prompts_with_and_without_a_byte_order_mark(tmp_path, encoding):
     assert command._prompts(tmp_path / "prompts.txt") == ("ein Kätzchen", "a dog")
 
 
+@pytest.mark.parametrize(
+    "option", [("--prompts", "p"), ("--steps", 0), ("--guidance", 1), ("--seed", 0), ("--side", 8), ("--device", "cpu")]
+)
+def test_choices_of_pictures_without_pictures(capsys, folder, files, tmp_path, option):
+    arguments = ["report", folder / "ldm.safetensors", files[0], "--out", tmp_path / "out"]
+    code, out, error = run(capsys, *arguments, *option)
+    assert (code, out) == (2, "") and f"{option[0]} is of pictures, which need --pipeline" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_odd_choices(capsys, folder, files, tmp_path):
     (tmp_path / "empty").write_text(" \n\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
