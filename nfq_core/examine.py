@@ -83,7 +83,7 @@ def info_lines(path: str | os.PathLike, info: Mapping[str, Any]) -> list[tuple[s
         ("written by", f"{info['writer']}, container version {info['container_version']}"),
         ("model", f"{info['architecture']}, {info['layout']} keys"),
         ("source", f"{info['source']['name'] or 'not recorded'} {info['source']['sha256'][:10]}"),
-        ("settings", ", ".join(f"{name} {value}" for name, value in info["settings"].items()) or "not recorded"),
+        ("settings", settings_in_words(info["settings"]) or "not recorded"),
         (
             "quantised",
             f"{len(info['layers'])} layers, {info['weights']:,} weights"
@@ -94,6 +94,12 @@ def info_lines(path: str | os.PathLike, info: Mapping[str, Any]) -> list[tuple[s
         ("workflow", "embedded" if info["has_workflow"] else "none"),
     ]
     return [(name, printable(text, MAX_LINE)) for name, text in lines]
+
+
+def settings_in_words(settings: Mapping[str, Any]) -> str:
+    """Recorded settings on one line, such as "levels 16, effort best"; empty where none are recorded."""
+    texts = {name: ", ".join(map(str, v)) if isinstance(v, list) else v for name, v in settings.items()}
+    return ", ".join(f"{name} {text}" for name, text in texts.items())
 
 
 def verify_file(path: str | os.PathLike, *, progress: Progress = no_progress) -> dict:

@@ -12,7 +12,7 @@ import torch
 
 from ..nfq_core import NFQError, NFQFile
 from ..nfq_core.errors import printable
-from ..nfq_core.examine import container_info, mean_sqnr_db, sqnr_db
+from ..nfq_core.examine import container_info, mean_sqnr_db, settings_in_words, sqnr_db
 from ..nfq_core.formats import format_by_id
 from .bake import UNET
 from .host import finite, made
@@ -102,15 +102,11 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
 
 def as_text(facts: Mapping[str, Any]) -> str:
     """`model_facts` or `file_facts` as lines to read: a summary, then one line for each layer."""
-    values = {
-        name: ", ".join(map(str, value)) if isinstance(value, list) else value
-        for name, value in facts["settings"].items()
-    }
-    settings = ", ".join(f"{name} {value}" for name, value in values.items())
+    settings = settings_in_words(facts["settings"]) or "settings not recorded"
     source = facts["source"]["name"] or "a model that is not recorded"
     lines = [
         facts["name"] or "quantised in this graph",
-        printable(f"from {source}: {settings or 'settings not recorded'}"),
+        printable(f"from {source}: {settings}"),
         f"{facts['weights'] / 1e6:,.1f} million quantised weights at {facts['packed_bits_per_weight']:.3f} packed bits",
     ]
     if "file_bytes" in facts:

@@ -76,6 +76,14 @@ def test_info_in_words_is_fit_for_a_terminal(tmp_path):
     assert lines["source"].startswith(r"\x1b]0;owned\x07\naaa") and " … " in lines["source"]
 
 
+def test_settings_in_words(tmp_path):
+    settings = {"levels": 16, "baked": ["LoRA a at 0.8", "model b"]}
+    nfq_core.save({"a.bias": torch.ones(3)}, tmp_path / "a", settings=settings)
+    nfq_core.save({"a.bias": torch.ones(3)}, tmp_path / "b")
+    told = [dict(info_lines(name, file_info(tmp_path / name)))["settings"] for name in ("a", "b")]
+    assert told == ["levels 16, baked LoRA a at 0.8, model b", "not recorded"]
+
+
 def test_info_of_a_container_that_quantises_nothing(tmp_path):
     nfq_core.save({"a.bias": torch.ones(3)}, tmp_path / "a", workflow={"nodes": []})
     info = file_info(tmp_path / "a")

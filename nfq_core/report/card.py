@@ -13,7 +13,7 @@ from ..allocation import PRESETS
 from ..checkpoint import missing_companions
 from ..container import NFQFile
 from ..errors import CorruptFileError, NFQError
-from ..examine import container_info
+from ..examine import container_info, settings_in_words
 from ..markdown import as_code, as_text, markdown_table, ratio_in_words, size_in_words
 from ..parallel import Progress, no_progress
 from ..unet import UNKNOWN
@@ -234,8 +234,7 @@ pipeline = StableDiffusionXLPipeline.from_pretrained({base}, unet=unet, torch_dt
 
 
 def _settings(one: Mapping[str, Any]) -> str:
-    values = {name: ", ".join(map(str, v)) if isinstance(v, list) else v for name, v in one["settings"].items()}
-    settings = ", ".join(f"{name} {value}" for name, value in values.items()) or "settings not recorded"
+    settings = settings_in_words(one["settings"]) or "settings not recorded"
     source = one["source"]
     origin = as_code(source["name"]) if source["name"] else "a model that is not recorded"
     origin += f" (SHA-256 `{source['sha256'][:16]}…`)" if source["sha256"] else ""
