@@ -17,7 +17,7 @@ from .article import (
     read_article_tensor,
 )
 from .codec import encode
-from .container import Facts, Source, source_name
+from .container import IMPORTED, Facts, Source, source_name
 from .convert import conversion_result, refuse_container, refuse_same, split_metadata
 from .errors import CorruptFileError, UnsupportedFileError
 from .formats import BLOCK, LEVELS, article_format
@@ -65,7 +65,7 @@ def import_article(
             info = detect({key: plan.shape for key, plan in plans.items()})
             metadata, extra, warnings = split_metadata(file.metadata)
             recorded = Source(source_name(source), file.file_bytes, "", metadata)
-            facts = Facts.of(info, {"imported": "article"}, recorded)
+            facts = Facts.of(info, {IMPORTED: "article"}, recorded)
 
             def work(key: str) -> tuple[str, list[bytes] | torch.Tensor, str]:
                 if found[key] is None:

@@ -66,6 +66,13 @@ UNRECORDED = Source()
 """Stands for a source that is not known, such as a model in memory."""
 
 
+BAKED = "baked"
+"""The setting that lists what was applied to the weights before: LoRAs with their strengths, models merged in."""
+
+IMPORTED = "imported"
+"""The setting of files that were not quantised here, but converted from another format."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a container's header says about the whole of it."""

@@ -17,6 +17,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..nfq_core import Calibration, NFQError, NFTensor, Settings
 from ..nfq_core.calibration import measured_sensitivities, recorded_settings
+from ..nfq_core.container import BAKED
 from ..nfq_core.memory import check_device
 from ..nfq_core.policy import plan_tensors
 from ..nfq_core.quantizer import FIT_DTYPE
@@ -92,7 +93,7 @@ def quantize_model(
         packed = _packed_twin(model, tensors)
     packed.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, COLLECTED)
     packed.remove_attachments(COLLECTED)
-    recorded = recorded_settings(settings, calibration) | ({"baked": list(origin.baked)} if origin.baked else {})
+    recorded = recorded_settings(settings, calibration) | ({BAKED: list(origin.baked)} if origin.baked else {})
     packed.set_attachments(MADE, Made(recorded, source(), sqnr=sqnr))
     return packed
 

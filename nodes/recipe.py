@@ -15,14 +15,11 @@ from typing import Any
 import folder_paths
 
 from ..nfq_core import NFQFile
-from ..nfq_core.container import Source
+from ..nfq_core.container import BAKED, IMPORTED, Source
 from .host import CHECKPOINTS, SUFFIX, UNETS, listed_name
 
 LOADER_INPUTS = {"unet_name": UNETS, "ckpt_name": CHECKPOINTS, "model_name": "", "model_path": ""}
 """Inputs by which loaders, stock ones and others, name their file, and the host's folder it lies in, where known."""
-
-IMPORTED = "imported"
-"""The setting of files that were not quantised here, but converted from another format."""
 
 _CHUNK = 16 << 20
 
@@ -165,7 +162,7 @@ def _told(recipe_text: str) -> tuple[str, str, dict[str, Any], list[str]] | None
     try:
         told = json.loads(recipe_text)
         settings = {key: value for key, value in told["settings"].items() if isinstance(value, (int, float, str))}
-        baked = [str(item) for item in told["settings"].get("baked", ())]
+        baked = [str(item) for item in told["settings"].get(BAKED, ())]
         return str(told["source"]), str(told["source_sha256"]), settings, baked
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
