@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from samples import SMALL_MODEL, random_half, random_unet
+from systems import link, replaces_open_files, words
 
 from nfq_core import NFQFile, Settings, batch, cli
 from nfq_core.atomic import AtomicFile
@@ -217,7 +218,7 @@ def test_a_full_disk_stops_it(models, out, monkeypatch):
         report = convert_folders([models], out)
     wanted = {"lora.safetensors": "skipped", "one.safetensors": "failed", "two.safetensors": "not_tried"}
     assert results(report) == wanted
-    assert "No space left on device" in report["stopped"]
+    assert os.strerror(errno.ENOSPC) in report["stopped"]
     assert files(out) == {}
     assert results(convert_folders([models], out))["two.safetensors"] == "converted"
 
@@ -248,7 +249,7 @@ def test_two_sources_for_one_name(models, out):
 
 
 def test_the_same_file_under_two_names(models, out):
-    (models / "z.safetensors").symlink_to(models / "one.safetensors")
+    link(models / "z.safetensors", models / "one.safetensors")
     report = convert_folders([models], out)
     assert reasons(report)["z.safetensors"] == f"it is the same file as {models / 'one.safetensors'}"
 
@@ -328,8 +329,10 @@ def test_a_file_where_the_results_should_go(models, tmp_path):
 
 def test_a_results_folder_that_cannot_be_made(models, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    report = convert_folders([models], tmp_path / "file" / "out")
-    assert reasons(report)["one.safetensors"].endswith("could not be written: Not a directory; nothing was changed")
+    out = tmp_path / "file" / "out"
+    report = convert_folders([models], out)
+    reason = words(lambda: out.mkdir(parents=True))
+    assert reasons(report)["one.safetensors"].endswith(f"could not be written: {reason}; nothing was changed")
     assert report["totals"]["failed"] == 2
 
 
@@ -345,6 +348,7 @@ def test_a_source_that_changes_while_it_is_read(models, out):
     assert files(out) == {}
 
 
+@replaces_open_files
 def test_a_source_that_is_replaced_while_it_is_read(models, out):
     done = []
     report = convert_folders(
