@@ -1,4 +1,4 @@
-"""Where operating systems differ: what an open file allows, links that not every user may make, and their words."""
+"""Where operating systems differ: names of files, what an open one allows, links that not all may make, error texts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 WINDOWS = sys.platform == "win32"
+
+names_are_bytes = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a file's name has to be Unicode")
 
 replaces_open_files = pytest.mark.skipif(WINDOWS, reason="an open file can be neither replaced nor removed there")
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from samples import SMALL_MODEL, random_half
-from systems import WINDOWS
+from systems import WINDOWS, names_are_bytes
 
 import nfq_core
 from nfq_core import cli
@@ -229,7 +229,7 @@ def test_a_process_of_its_own_prints_json_alone(folder):
     assert "tensor 'bad.weight' is kept as it is: it holds NaN or Inf" in one_line(done.stderr)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+@names_are_bytes
 def test_a_calibration_whose_name_is_no_text(capsys, folder):
     name = os.fsdecode(os.fsencode(folder) + b"/\xff")
     inputs = {"linear.weight": LayerInputs(torch.ones(100), 99), "conv.weight": LayerInputs(torch.ones(16), 99)}
@@ -247,7 +247,7 @@ def test_a_terminal_without_unicode_is_no_obstacle(folder, monkeypatch):
     assert nfq_core.load(folder / "ü").keys() == SMALL_MODEL.keys()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="file names are Unicode there")
+@names_are_bytes
 def test_a_file_name_that_is_no_unicode_is_no_obstacle(capsys, folder):
     source, target = (os.fsdecode(os.fsencode(folder) + name) for name in (b"/\xff", b"/\xfe"))
     os.link(folder / "model", source)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from samples import SMALL_MODEL, TINY, random_half
+from systems import names_are_bytes
 from test_cli import as_json, one_line, run, same_signal_handlers  # noqa: F401
 
 import nfq_core
@@ -182,7 +183,7 @@ def test_names_are_no_formulas(report):
         pixels(figure)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every name is Unicode")
+@names_are_bytes
 def test_names_that_are_no_unicode(capsys, folder, files, tmp_path):
     odd = os.fsencode(tmp_path) + b"/a\xff\n|.nfq.safetensors"
     with open(odd, "wb") as file:
