@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from commands import as_json, one_line, run
 from safetensors.torch import load_file, save_file
 from samples import SMALL_MODEL, random_half
 from systems import WINDOWS, names_are_bytes
@@ -26,14 +27,6 @@ COMMAND = [sys.executable, "-m", "nfq_core"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(autouse=True)
-def same_signal_handlers():
-    """`main` takes SIGTERM over, which a test run must not."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A model, its container, and the article's file of it."""
@@ -41,24 +34,6 @@ def folder(tmp_path):
     nfq_core.convert.quantize_file(tmp_path / "model", tmp_path / "nfq")
     write_article_file(tmp_path / "article", SMALL_MODEL, 16, 32)
     return tmp_path
-
-
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command in this process."""
-    capsys.readouterr()
-    try:
-        code = cli.main([str(argument) for argument in arguments])
-    except SystemExit as exit:
-        code = exit.code
-    return code, *capsys.readouterr()
-
-
-def one_line(message: str) -> str:
-    assert message.startswith("nfq: ")
-    assert message.endswith("\n")
-    assert message.count("\n") == 1
-    assert "Traceback" not in message
-    return message
 
 
 def leftovers(folder) -> set[str]:
@@ -133,12 +108,6 @@ def test_quantize_with_a_calibration(capsys, folder):
     assert (code, out) == (1, "")
     assert "is no calibration" in one_line(error)
     assert not (folder / "b").exists()
-
-
-def as_json(capsys, *arguments: object) -> dict:
-    code, out, error = run(capsys, *arguments, "--json")
-    assert (code, error) == (0, "")
-    return json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 def test_the_whole_story_in_json(capsys, folder):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from samples import TINY, random_weight
+from samples import TINY, random_unet, random_weight
 
 import nfq_core
 from nfq_core import NFQFile, NFTensor, Settings, quantize
@@ -21,7 +21,7 @@ from nfq_core.convert import MAX_METADATA_BYTES, MAX_METADATA_WARNINGS, dequanti
 from nfq_core.errors import CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError, printable
 from nfq_core.examine import verify_file
 from nfq_core.safefile import tensor_bytes
-from nfq_core.unet_keys import CHECKPOINT_PREFIX, tensor_shapes
+from nfq_core.unet_keys import CHECKPOINT_PREFIX
 
 
 def exact(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
@@ -239,10 +239,7 @@ def test_the_output_dtype_touches_quantised_tensors_only(container, tmp_path, dt
 
 @pytest.mark.parametrize("layout", ["ldm", "prefixed", "diffusers"])
 def test_a_unet_in_every_layout(tmp_path, layout):
-    tensors = {
-        key: random_weight(*shape, seed=seed).half()
-        for seed, (key, shape) in enumerate(tensor_shapes(TINY, layout).items())
-    }
+    tensors = random_unet(layout, architecture=TINY)
     beside = {"first_stage_model.decoder.conv_in.weight": random_weight(64, 64, 3, 3).half()}
     save_file(tensors | beside, tmp_path / "a")
     quantize_file(tmp_path / "a", tmp_path / "b")
