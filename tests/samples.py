@@ -60,8 +60,18 @@ def random_weight(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def gaussian(*shape: int, seed: int = 0, sigma: float = 0.02) -> torch.Tensor:
+    """Random weights as large as a trained model's are."""
+    return random_weight(*shape, seed=seed) * sigma
+
+
 def random_half(*shape: int, seed: int = 0) -> torch.Tensor:
     return random_weight(*shape, seed=seed).half()
+
+
+def bits(values: torch.Tensor) -> torch.Tensor:
+    """The bit patterns of fp16 values, so that -0 differs from 0."""
+    return values.view(torch.int16)
 
 
 def random_unet(

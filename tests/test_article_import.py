@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
-from samples import random_half
+from samples import bits, random_half
 
 import nfq_core
 from nfq_core import NFQFile, NFTensor, article_import
@@ -27,11 +27,6 @@ from nfq_core.errors import CorruptFileError, NFQError, TargetExistsError, Unsup
 from nfq_core.examine import file_info, verify_file
 from nfq_core.formats import LEVELS
 from nfq_core.safefile import tensor_bytes
-
-
-def bits(values: torch.Tensor) -> torch.Tensor:
-    """The bit patterns of fp16 values, so that -0 differs from 0."""
-    return values.view(torch.int16)
 
 
 def spoilt_weight() -> torch.Tensor:

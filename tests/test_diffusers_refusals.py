@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import re
-import struct
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers_models import packed_unet, reads_folders, stock_unet, write_config
+from forging import Draft
 from samples import SMALL_MODEL, TINY
 from systems import words
 
 from nfq_core import CorruptFileError, NFQError, UnsupportedFileError, quantize_state_dict, save
-from nfq_core.container import FACTS_KEY, HASH_KEY, NO_SHA256, header_hash
 from nfq_core.diffusers import NFQConfig, load_unet
 from nfq_core.diffusers.quantizer import NFQQuantizer
 
@@ -55,14 +54,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def newer(container: bytes) -> bytes:
     """The same file with a container version that only a later program writes."""
-    length = struct.unpack("<Q", container[:8])[0]
-    header, data = json.loads(container[8 : 8 + length]), container[8 + length :]
-    metadata = header["__metadata__"]
-    metadata[FACTS_KEY] = metadata[FACTS_KEY].replace('"container_version":1', '"container_version":9')
-    metadata[HASH_KEY] = NO_SHA256
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw = struct.pack("<Q", len(text)) + text
-    return raw.replace(NO_SHA256.encode(), header_hash(raw, NO_SHA256).encode()) + data
+    draft = Draft.of(container)
+    draft.facts["container_version"] = 9
+    return draft.data()
 
 
 @pytest.mark.parametrize(

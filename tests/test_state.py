@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from samples import random_weight
 
 import nfq_core
 from nfq_core import NFQFile, NFTensor, quantize
@@ -25,10 +26,6 @@ from nfq_core.policy import DEFAULTS
 from nfq_core.safefile import tensor_bytes
 from nfq_core.staging import PlainTransfer
 from nfq_core.state import describe, quantize_tensors
-
-
-def random_weight(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

@@ -136,10 +136,11 @@ def _more(path: Path, target: Path, which: int, sound: bool) -> None:
         guarded(lambda: compare_files(path, path))
         guarded(lambda: quantize_file(path, target, overwrite=True))
     else:
-        guarded(lambda: _kind(path))
+        guarded(lambda: kind(path))
 
 
-def _kind(path: Path) -> None:
+def kind(path: Path) -> None:
+    """What `nfq batch` calls a file."""
     with SafetensorsFile(path) as file:
         kind_of(file)
 
