@@ -93,9 +93,7 @@ def run_apart(name: str, options: argparse.Namespace, seconds: float) -> dict:
         except subprocess.TimeoutExpired:
             failure = f"stopped after {seconds:.0f} s"
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
         if not failure and process.returncode not in (0, 1):
             failure = f"ended with status {process.returncode}: {log.read_text(errors='replace')[-1500:]}"
         if not failure and not path.exists():
@@ -105,6 +103,16 @@ def run_apart(name: str, options: argparse.Namespace, seconds: float) -> dict:
         found["failures"] = {**found.get("failures", {}), name: failure}
     status = "failed" if found.get("failures") else "ok"
     return {"status": status, "seconds": round(monotonic() - started, 1), **found}
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Kill a part's process and its session; Windows has no sessions, there it is killed alone."""
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
 
 
 def run(options: argparse.Namespace) -> bool:

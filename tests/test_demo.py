@@ -117,7 +117,7 @@ def test_the_demo_writes_pictures_report_and_sound_files(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "CAPTIONS", CAPTIONS)
     monkeypatch.setattr(run, "STEPS", 4)
     report = run.run_demo(tmp_path / "out")
-    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
     rows = report["levels"]
     assert [row["levels"] for row in rows] == list(LEVELS)
     for better, worse in pairwise(rows):

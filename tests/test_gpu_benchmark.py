@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from systems import WINDOWS
 
 from benchmarks import gpu, gpu_bench, gpu_decode, gpu_step
 from nfq_core import backends, kernels
@@ -168,7 +169,7 @@ def test_what_fails_is_noted_and_leaves_the_rest(tmp_path: Path) -> None:
     ("code", "told"),
     [
         ("import time; time.sleep(60)", "stopped after 3 s"),
-        ("import os; os.abort()", "ended with status -6"),
+        ("import os; os.abort()", f"ended with status {'' if WINDOWS else '-6'}"),
         ("raise SystemExit('no torch')", "did not begin: no torch"),
     ],
 )
@@ -186,6 +187,15 @@ def test_parts_that_hang_or_break_down(tmp_path: Path, monkeypatch, code: str, t
     found = gpu.run_apart("decode", options, 3)
     assert found["status"] == "failed" and found.get("found") == (1 if begins else None)
     assert told in found["failures"]["decode"]
+
+
+@pytest.mark.parametrize("groups", [True, False])
+def test_a_part_is_ended_also_where_there_are_no_groups_of_processes(monkeypatch, groups: bool) -> None:
+    if not groups:
+        monkeypatch.delattr(gpu.os, "killpg", raising=False)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    gpu._end(process)
+    assert process.returncode not in (None, 0)
 
 
 @pytest.mark.parametrize(
