@@ -99,5 +99,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     results = run(parser.parse_args().rounds)
-    write_results("decode", "python -m benchmarks.decode", results)
+    write_results("decode", results)
     print(table({"machine": machine(), **results}))

@@ -156,4 +156,4 @@ if __name__ == "__main__":
         print(json.dumps({"seconds": elapsed, "peak_resident_bytes": peak_bytes}))
     else:
         options.dir.mkdir(exist_ok=True)
-        print(write_results("fullsize", "python -m benchmarks.fullsize --dir DIR", run(options.dir)))
+        print(write_results("fullsize", run(options.dir)))

@@ -128,7 +128,7 @@ def run(options: argparse.Namespace) -> bool:
             found = run_apart(name, options, min(left, plan.at_most))
         results["parts"][name] = found
         results["seconds"] = round(monotonic() - begun, 1)
-        write_results("gpu", "python -m benchmarks.gpu", results, options.out)
+        write_results("gpu", results, options.out)
         told = found.get("reason") or f"{found['seconds']} s"
         print(f"{name}: {found['status']}, {told}", *_lines(found), sep="\n  ", flush=True)
     return all(found["status"] != "failed" for found in results["parts"].values())

@@ -227,6 +227,5 @@ if __name__ == "__main__":
     for shape in SHAPES:
         layers.append((shape, layer_times(shape, torch.device(given.device))))
         print(layers[-1], flush=True)
-    command = "python -m benchmarks.int8"
     results = {"device": given.device, "threads": torch.get_num_threads(), "demo": demo(), "layers": layers}
-    print(write_results("int8", command, results, given.out))
+    print(write_results("int8", results, given.out))

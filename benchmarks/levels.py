@@ -104,4 +104,4 @@ def table(results: dict) -> str:
 
 if __name__ == "__main__":
     print(machine())
-    print(write_results("levels", "python -m benchmarks.levels", run()))
+    print(write_results("levels", run()))

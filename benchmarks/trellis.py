@@ -222,6 +222,6 @@ if __name__ == "__main__":
     names = [name for name in SOURCES if name != DEMO or parser.parse_args().demo]
     print(machine())
     results = run(names)
-    write_results("trellis", f"python -m benchmarks.trellis{' --demo' if DEMO in names else ''}", results)
+    write_results("trellis", results)
     print(table(results))
     print(goals_table(results))
