@@ -29,7 +29,7 @@ from nfq_core.op import dequantize_for_one_use
 from .article import dynamic_int8
 from .article_models import Model, demo_model
 from .judge import held_out_batch
-from .report import machine, markdown_table, summary, timed, write_results
+from .report import RESULTS, machine, markdown_table, summary, timed, write_results
 
 LEVELS = (32, 16, 7)
 """Levels of Linear weights; convolutions have 32."""
@@ -217,6 +217,11 @@ def _times(label: str, found: dict[str, dict]) -> list[str]:
     return cells
 
 
+def results_path(device: torch.device) -> Path:
+    """Where results go: those of another device do not replace the CPU's."""
+    return RESULTS / ("int8.json" if device.type == "cpu" else f"int8-{device.type}.json")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="of the layers' times")
@@ -228,4 +233,4 @@ if __name__ == "__main__":
         layers.append((shape, layer_times(shape, torch.device(given.device))))
         print(layers[-1], flush=True)
     results = {"device": given.device, "threads": torch.get_num_threads(), "demo": demo(), "layers": layers}
-    print(write_results("int8", results, given.out))
+    print(write_results("int8", results, given.out or results_path(torch.device(given.device))))

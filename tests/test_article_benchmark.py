@@ -164,3 +164,8 @@ def test_int8_is_measured_on_the_demo_model(demo: article_models.Model, monkeypa
 def test_a_shape_that_is_not_multiplied_in_int8_is_not_timed() -> None:
     with pytest.raises(ValueError, match="17 tokens are needed"):
         int8.layer_times((16, 64, 64), torch.device("cpu"), rounds=1)
+
+
+def test_int8_on_another_device_leaves_the_cpus_results():
+    paths = [int8.results_path(torch.device(device)) for device in ("cpu", "cuda:1")]
+    assert [path.name for path in paths] == ["int8.json", "int8-cuda.json"]
