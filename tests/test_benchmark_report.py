@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -25,6 +26,12 @@ def test_the_command_is_the_one_that_was_given(tmp_path, monkeypatch, arguments:
     written = json.loads(path.read_text(encoding="utf-8"))
     assert written["command"] == f"python -m benchmarks.one{told}"
     assert written["rows"] == [1] and written["machine"] == report.machine()
+
+
+def test_the_tables_are_made_where_there_is_no_module_resource() -> None:
+    """As on Windows."""
+    code = "import sys; sys.modules['resource'] = None; import benchmarks.tables"
+    subprocess.run([sys.executable, "-c", code], cwd=report.ROOT, check=True)
 
 
 def test_some_sizes_do_not_replace_the_results_of_all(capsys) -> None:
