@@ -18,7 +18,7 @@ import torch
 from nfq_core import quantize
 from nfq_core.formats import LEVELS
 
-from .report import machine, markdown_table, summary, timed, unavailable, write_results
+from .report import in_turns, machine, markdown_table, summary, unavailable, write_results
 from .synthetic import gaussian
 
 SHAPE = (10240, 10240)
@@ -83,14 +83,10 @@ def run(rounds: int) -> dict:
     results = {}
     for count in sorted({1, threads}):
         torch.set_num_threads(count)
-        samples: dict[str, list[float]] = {name: [] for name in contestants}
-        for number in range(rounds + 1):
-            for name, (work, weights) in contestants.items():
-                seconds = timed(work)
-                # The first round warms up.
-                if number:
-                    samples[name].append(seconds * 1e9 / weights)
-        results[str(count)] = {name: summary(values) for name, values in samples.items()}
+        taken = in_turns({name: work for name, (work, _) in contestants.items()}, rounds)
+        results[str(count)] = {
+            name: summary([1e9 * seconds / contestants[name][1] for seconds in found]) for name, found in taken.items()
+        }
     torch.set_num_threads(threads)
     return {"weights": SHAPE[0] * SHAPE[1], "skipped": skipped, "nanoseconds_per_weight": results}
 

@@ -28,8 +28,9 @@ from nfq_core.op import dequantize_for_one_use
 
 from .article import dynamic_int8
 from .article_models import Model, demo_model
+from .gpu_bench import synchronize
 from .judge import held_out_batch
-from .report import RESULTS, machine, markdown_table, summary, timed, write_results
+from .report import RESULTS, in_turns, machine, markdown_table, summary, write_results
 
 LEVELS = (32, 16, 7)
 """Levels of Linear weights; convolutions have 32."""
@@ -58,19 +59,15 @@ MAKING_ROWS = "int8 rows"
 """A part of INT8: decoding the weight and rounding its rows, which it would not do if it kept them."""
 
 
-def in_turns(contestants: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, dict]:
-    """Milliseconds of each contestant's call, over `rounds` rounds after one that does not count."""
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
+def milliseconds(contestants: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, dict]:
+    """Milliseconds of each contestant's call until the device has finished it, in turns."""
 
     def finished(call: Callable[[], object]) -> None:
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
 
-    for _ in range(rounds + 1):
-        for name, call in contestants.items():
-            samples[name].append(1000 * timed(lambda call=call: finished(call)))
-    return {name: summary(taken[1:]) for name, taken in samples.items()}
+    taken = in_turns({name: partial(finished, call) for name, call in contestants.items()}, rounds)
+    return {name: summary([1000 * seconds for seconds in found]) for name, found in taken.items()}
 
 
 @torch.no_grad()
@@ -97,7 +94,7 @@ def layer_times(shape: tuple[int, int, int], device: torch.device, rounds: int =
     layer = layers[INT8][0]
     decoded = partial(dequantize_for_one_use, layer.buffer, layer.format_id, layer.weight_shape, torch.float32)
     calls[MAKING_ROWS] = lambda: round_rows(decoded(), overwrite=True)
-    return in_turns(calls, device, rounds)
+    return milliseconds(calls, device, rounds)
 
 
 class Judged:
@@ -184,7 +181,7 @@ def demo(steps: int | None = None, levels: tuple[int, ...] = LEVELS, rounds: int
     pipelines = {name: with_text(unet) for name, unet in unets.items()}
     with torch.no_grad():
         calls = {name: lambda pipeline=pipeline: pipeline(*few) for name, pipeline in pipelines.items()}
-        step_ms = in_turns(calls, torch.device("cpu"), rounds)
+        step_ms = milliseconds(calls, torch.device("cpu"), rounds)
     dynamic = Judged(model, unets[DYNAMIC], batch).against(original)
     return {"steps": model.steps, "levels": rows, DYNAMIC: dynamic, "step_ms": step_ms}
 

@@ -10,7 +10,7 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from importlib.util import find_spec
@@ -71,6 +71,25 @@ def timed(work: Callable[[], object]) -> float:
     started = perf_counter()
     work()
     return perf_counter() - started
+
+
+def in_turns(
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    seconds: Callable[[Callable[[], object]], float] = timed,
+) -> dict[str, list[float]]:
+    """Seconds of each contestant's calls, one a round, the contestants in turns, after a round that warms up.
+
+    Args:
+        contestants: what to call, by name.
+        rounds: those that count.
+        seconds: makes one call and tells how long it took.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds + 1):
+        for name, call in contestants.items():
+            samples[name].append(seconds(call))
+    return {name: taken[1:] for name, taken in samples.items()}
 
 
 @contextmanager

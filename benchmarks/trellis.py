@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from math import log10, prod
 from operator import itemgetter
@@ -32,7 +33,7 @@ from nfq_core.unet_keys import SDXL_BASE, tensor_shapes
 from .quality_checks import FLOORS, PACKED
 from .quality_peers import packaged, stored
 from .quality_weights import DEMO, GAUSSIAN, SPREAD, STUDENT_T, Layer, demo_weights, figures
-from .report import machine, markdown_table, summary, write_results
+from .report import in_turns, machine, markdown_table, summary, write_results
 from .synthetic import channel_spread, gaussian, student_t
 
 IDS = ("nf7_b64", "nf16_b64", "nf32_b64", "nf256_b64", *TRELLIS_IDS)
@@ -80,28 +81,22 @@ def measure(weights: list[torch.Tensor], format: str, effort: str) -> dict:
 def search_seconds() -> dict[str, dict]:
     """Seconds per million weights of one search with four-bit codes, by window, in turns."""
     blocks = torch.randn(TIMED_BLOCKS, BLOCK, generator=torch.Generator().manual_seed(0))
-    coders = {}
+    searches = {}
     for window in WINDOWS:
         fmt = BlockFormat("", 1 << window, 16, 2, 0, Scales.LOGARITHMIC, window)
         levels = torch.randn(fmt.levels, generator=torch.Generator().manual_seed(1))
-        coders[str(window)] = TrellisCoder(levels, fmt, blocks.device)
-    samples: dict[str, list[float]] = {name: [] for name in coders}
-    for _ in range(ROUNDS):
-        for name, coder in coders.items():
-            samples[name].append(busy(lambda coder=coder: coder.encode(blocks)) / blocks.numel() * 1e6)
-    return {name: summary(values) for name, values in samples.items()}
+        searches[str(window)] = partial(TrellisCoder(levels, fmt, blocks.device).encode, blocks)
+    taken = in_turns(searches, ROUNDS, busy)
+    return {name: summary([seconds / blocks.numel() * 1e6 for seconds in found]) for name, found in taken.items()}
 
 
 def decode_rates() -> dict[str, dict]:
     """Billions of weights a second into a warm buffer, in turns."""
     weight = gaussian(SHAPE, 1)
-    tensors = {id: quantize(weight, format=id) for id in IDS}
     out = torch.empty(SHAPE, dtype=torch.float16)
-    samples: dict[str, list[float]] = {id: [] for id in tensors}
-    for _ in range(5 * ROUNDS):
-        for id, tensor in tensors.items():
-            samples[id].append(weight.numel() / busy(lambda tensor=tensor: tensor.dequantize(out=out)) / 1e9)
-    return {id: summary(values) for id, values in samples.items()}
+    decodes = {id: partial(quantize(weight, format=id).dequantize, out=out) for id in IDS}
+    taken = in_turns(decodes, 5 * ROUNDS, busy)
+    return {id: summary([weight.numel() / seconds / 1e9 for seconds in found]) for id, found in taken.items()}
 
 
 def goals(rows: Sequence[dict]) -> list[dict]:

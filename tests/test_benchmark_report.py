@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -32,6 +33,18 @@ def test_the_tables_are_made_where_there_is_no_module_resource() -> None:
     """As on Windows."""
     code = "import sys; sys.modules['resource'] = None; import benchmarks.tables"
     subprocess.run([sys.executable, "-c", code], cwd=report.ROOT, check=True)
+
+
+def test_contestants_take_turns_and_the_first_round_does_not_count() -> None:
+    called: list[str] = []
+
+    def seconds(call) -> float:
+        call()
+        return float(len(called))
+
+    contestants = {name: partial(called.append, name) for name in "ab"}
+    assert report.in_turns(contestants, 2, seconds) == {"a": [3, 5], "b": [4, 6]}
+    assert "".join(called) == "ababab"
 
 
 def test_some_sizes_do_not_replace_the_results_of_all(capsys) -> None:
