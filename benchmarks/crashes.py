@@ -359,8 +359,7 @@ def measure(kills: int, seed: int = 0) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100, help="random kills in all, at least (default: 100)")
-    count = parser.parse_args().kills
-    outcome = measure(count)
-    print(write_results("crashes", f"python -m benchmarks.crashes --kills {count}", outcome))
+    outcome = measure(parser.parse_args().kills)
+    print(write_results("crashes", outcome))
     print(f"{outcome['killed']} kills, {outcome['faults']} faults in all")
     sys.exit(outcome["faults"] > 0)

@@ -65,6 +65,8 @@ def test_what_is_measured(results: dict) -> None:
 
 def test_the_table(results: dict) -> None:
     told = gpu.table(results)
+    assert told.startswith("| tiny shapes, to try the script |")
+    assert "| SDXL's UNet, 1024 px, CFG |" in gpu.table(results | {"small": False})
     assert "| packed, 1 LoRA |" in told and "| quantise |" in told and "Missed: " in told
     assert "| first load: NFQ |" in told
     assert "| whole UNet: packed |" in told and ", 0 with others than the CPU's;" in told
@@ -233,6 +235,14 @@ def test_loras_are_on_every_linear_layer_of_the_transformers(diffusers_alone) ->
     one = layers["mid_block.attentions.0.proj_in"]
     change = (one.low_rank.up @ one.low_rank.down).float()
     assert 0.008 < change.std() / one.packed.dequantize().float().std() < 0.012
+
+
+@pytest.mark.parametrize("arguments", [["--device", "cpu", "--small"], ["--only", "decode"]])
+def test_a_trial_does_not_replace_the_results(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "--small and --only need --out" in done.stderr
 
 
 def test_a_device_that_is_not_there() -> None:

@@ -291,14 +291,16 @@ def test_the_command_runs_without_any_peer(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "our_formats", lambda effort: ours)
     monkeypatch.setattr(quality_weights, "QUICK_SHAPE", (64, 512))
     monkeypatch.setattr(quality_weights, "QUICK_CONVOLUTION", (64, 64, 3, 3))
-    quality.main(["--quick", "--out", str(tmp_path / "quality.json")])
+    arguments = ["--quick", "--out", str(tmp_path / "quality.json")]
+    monkeypatch.setattr(sys, "argv", ["quality.py", *arguments])
+    quality.main(arguments)
     printed = capsys.readouterr().out
     assert "GGUF is left out: xllamacpp is not installed" in printed
     results = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))
     assert {row["source"] for row in results["rows"]} == {"gaussian", "student_t5", "convolution"}
     assert {check["met"] for check in results["checks"]} == {None}
     assert results["skipped"] == {"GGUF": "xllamacpp is not installed"}
-    assert results["command"].startswith("python -m benchmarks.quality --quick --out")
+    assert results["command"] == "python -m benchmarks.quality --quick --out quality.json"
 
 
 @pytest.mark.parametrize("arguments", [["--layers", "0"], ["--model", "a", "--quick"], ["--effort", "some"]])
