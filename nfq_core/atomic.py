@@ -187,7 +187,9 @@ def _held_file(target: Path) -> tuple[FileIO, Path]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pass
+            # Another writer has taken the new file for a leftover and is about to remove it.
+            file.close()
+            continue
         except OSError:
             # A file system without locks: nobody else can lock the file there either, and so it is never removed.
             return file, temporary

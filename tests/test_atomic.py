@@ -212,20 +212,24 @@ def test_leftovers_of_what_a_link_points_to(tmp_path):
 
 @with_locks
 def test_a_new_file_that_another_writer_takes_for_a_leftover(tmp_path, monkeypatch):
-    """The other one comes between the file's making and its lock, once before and once after it could lock."""
-    faults = ["held", "removed"]
+    """The other one comes between the file's making and its lock: it has removed the file, or holds it and will."""
+    faults = ["held", "held and removed", "removed"]
+    held: list[str] = []
     lock = fcntl.flock
 
     def disturbed(file, operation):
         fault = faults.pop() if faults else ""
-        if fault:
+        if "removed" in fault:
             os.unlink(file.name)
         if fault == "held":
+            held.append(file.name)
+        if "held" in fault:
             raise BlockingIOError
         lock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", disturbed)
     with AtomicFile(tmp_path / "a") as file:
+        os.unlink(held.pop())
         file.write_at(0, b"whole")
         file.commit()
     assert not faults

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from nfq_core import CannotQuantizeError, CorruptFileError, NFTensor, kernels, quantize
 from nfq_core.article import article_dequantize, article_quantize
 from nfq_core.codebook import effort_by_name, fit_codebook
+from nfq_core.examine import sqnr_db as error_db
 from nfq_core.formats import LEVELS, SCALE_STEPS_PER_OCTAVE, format_by_id, nf_format
 from nfq_core.packing import unpack_codes
 from nfq_core.search import ScaleGrid, largest_magnitudes
@@ -149,6 +150,15 @@ def test_best_is_no_worse_than_fast(levels):
     }
     # The same rounds, more of them, and the best one counts; Gaussian codes need no size limit.
     assert errors["best"] <= errors["fast"] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_best_spares_small_tensors(levels, rows):
+    """What a table of codes takes, much of so small a tensor, is no reason for fewer levels."""
+    weight = gaussian(rows, 64)
+    fast, best = (error_db(weight, quantize(weight, levels, effort=effort).dequantize()) for effort in ("fast", "best"))
+    assert best > fast - 0.3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
