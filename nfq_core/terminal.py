@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Any
 
 from tqdm import tqdm
@@ -22,9 +23,14 @@ AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
 """Declares a command by its name, what runs it and a line of help; the result takes its arguments. It has `--json`."""
 
 
-def show(options: argparse.Namespace, result: Any, text: str) -> int:
-    """Print `text`, or with `--json` the result as JSON; returns 0."""
+def show(options: argparse.Namespace, result: Any, text: str, *, document: bool = False) -> int:
+    """Print `text`, or with `--json` the result as JSON; returns 0.
+
+    A document, which is made to be kept, is UTF-8 wherever it does not go to a terminal.
+    """
     output = json.dumps(result, indent=2) if options.json else text
+    if document and isinstance(sys.stdout, TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")
     if output:
         # Neither every terminal nor every file name is Unicode.
         encoding = sys.stdout.encoding or "utf-8"

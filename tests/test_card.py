@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import sys
 
 import pytest
 from commands import as_json, one_line, run
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 from samples import SMALL_MODEL, TINY, random_unet
 
 import nfq_core
+from nfq_core import cli
 from nfq_core.convert import quantize_file
 from nfq_core.examine import compare_files
 from nfq_core.policy import Settings
@@ -94,7 +97,8 @@ def test_what_was_given_is_said(capsys, files):
     assert found["base_model_relation"] == "quantized" and found["library_name"] == "comfyui-nfq"
     assert {"nfq", "quantized"} <= set(found["tags"])
     assert "fill in" not in card.lower()
-    assert f"from_pretrained({json.dumps(base, ensure_ascii=False)}," in card
+    # The rest of the pipeline gets the UNet's dtype, which is the original's, whatever that was.
+    assert f"from_pretrained({json.dumps(base, ensure_ascii=False)}, unet=unet, torch_dtype=unet.dtype)" in card
 
 
 def test_what_was_not_given_is_plainly_marked(capsys, files):
@@ -162,6 +166,38 @@ def test_json(capsys, folder, files):
     assert told["placeholders"] == ["base_model"] and told["license"] == "mit"
     assert told["recommended"] == "nf12.nfq.safetensors"
     assert all({"name", "sha256", "file_bytes", "bits_per_weight", "sqnr_db"} <= one.keys() for one in told["files"])
+
+
+def test_a_card_that_goes_to_a_file_is_utf8(capsys, files, monkeypatch):
+    wanted = printed(capsys, files[0], "--base-model", "a/モデル")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+        assert cli.main(["card", str(files[0]), "--base-model", "a/モデル"]) == 0
+        sys.stdout.flush()
+        assert sys.stdout.buffer.getvalue().decode("utf-8").splitlines() == wanted.splitlines()
+
+
+def test_a_terminal_gets_a_card_in_its_own_encoding(files, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+        patch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+        assert cli.main(["card", str(files[0]), "--base-model", "a/ü モ"]) == 0
+        sys.stdout.flush()
+        assert r"ü \u30e2".encode("cp1252") in sys.stdout.buffer.getvalue()
+
+
+def test_a_card_in_a_file_of_its_own(capsys, files, tmp_path):
+    wanted = printed(capsys, files[0], "--base-model", "a/モデル")
+    arguments = [files[0], "--base-model", "a/モデル", "--out", tmp_path / "card.md"]
+    assert printed(capsys, *arguments) == f"card: {tmp_path / 'card.md'}\n"
+    assert (tmp_path / "card.md").read_bytes() == wanted.encode("utf-8")
+    told = refused(capsys, *arguments, "--original", tmp_path / "gone")
+    assert "card.md exists already; --force overwrites it" in told
+    (tmp_path / "card.md").write_text("another")
+    assert "gone: no such file" in refused(capsys, *arguments, "--force", "--original", tmp_path / "gone")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["another"]
+    assert as_json(capsys, "card", *arguments, "--force")["base_model"] == "a/モデル"
+    assert (tmp_path / "card.md").read_bytes() == wanted.encode("utf-8")
 
 
 def test_whole_checkpoints_and_plain_weights_are_used_otherwise(capsys, tmp_path):

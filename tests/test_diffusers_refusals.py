@@ -266,6 +266,16 @@ def test_a_full_disk_leaves_the_folder_as_it_was(root: Path, tmp_path: Path, mon
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_config_that_cannot_be_written_leaves_the_weights(root: Path, tmp_path: Path) -> None:
+    unet = load_unet(root / "ldm.nfq.safetensors", root / "tiny")
+    (tmp_path / "config.json").mkdir()
+    (tmp_path / WEIGHTS).write_bytes(b"precious")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(NFQError, match=r"config\.json is a directory"):
+        unet.save_pretrained(tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == b"precious" and sorted(tmp_path.rglob("*")) == before
+
+
 def test_saving_elsewhere_in_a_group_of_processes(root: Path, tmp_path: Path) -> None:
     load_unet(root / "ldm.nfq.safetensors", root / "tiny").save_pretrained(tmp_path / "out", is_main_process=False)
     assert not (tmp_path / "out").exists()

@@ -24,7 +24,7 @@ from nfq_core.examine import compare_files, file_info, mean_sqnr_db
 from nfq_core.markdown import as_code, as_text, size_in_words
 from nfq_core.metrics import psnr_db, ssim
 from nfq_core.policy import Settings
-from nfq_core.report import pictures, protocol
+from nfq_core.report import command, pictures, protocol
 from nfq_core.report.layers import GROUPS, OTHER_CONVOLUTION, OTHER_LINEAR, common_names, role, stage
 from nfq_core.report.measure import by_size, label, measure, short_names
 from nfq_core.report.plots import WIDTH, pixels, plots, png
@@ -416,6 +416,22 @@ def test_a_folder_without_transformers(capsys, folder, files, tmp_path, monkeypa
     assert "pictures of a pipeline need diffusers and" in refused(
         capsys, folder / "ldm.safetensors", files[0], *arguments
     )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_prompts_with_and_without_a_byte_order_mark(tmp_path, encoding):
+    (tmp_path / "prompts.txt").write_text("ein Kätzchen\n\n a dog \n", encoding=encoding)
+    assert command._prompts(tmp_path / "prompts.txt") == ("ein Kätzchen", "a dog")
+
+
+@pytest.mark.parametrize(
+    "option", [("--prompts", "p"), ("--steps", 0), ("--guidance", 1), ("--seed", 0), ("--side", 8), ("--device", "cpu")]
+)
+def test_choices_of_pictures_without_pictures(capsys, folder, files, tmp_path, option):
+    arguments = ["report", folder / "ldm.safetensors", files[0], "--out", tmp_path / "out"]
+    code, out, error = run(capsys, *arguments, *option)
+    assert (code, out) == (2, "") and f"{option[0]} is of pictures, which need --pipeline" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_odd_choices(capsys, folder, files, tmp_path):

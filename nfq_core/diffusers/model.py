@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
+from ..atomic import AtomicFile
 from ..container import NFQFile
 from ..errors import NFQError, UnsupportedFileError
 from ..layers import dense_layers, packed_layers
@@ -73,11 +74,11 @@ class PackedModel:
         if variant is not None:
             name = name.replace(".safetensors", f".{variant}.safetensors")
         facts = self.hf_quantizer.facts
-        save(state, folder / name, settings=facts.settings, source=facts.source, overwrite=True)
-        try:
-            self.save_config(folder)
-        except OSError as error:
-            raise NFQError(f"{folder}/config.json could not be written: {error.strerror}") from None
+        # The config is on the disk, under another name, before the weights that it belongs to are replaced.
+        with AtomicFile(folder / self.config_name, overwrite=True) as config:
+            config.write_at(0, self.to_json_string().encode())
+            save(state, folder / name, settings=facts.settings, source=facts.source, overwrite=True)
+            config.commit()
 
     def to(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As torch's; a cast leaves packed weights as they are."""

@@ -217,12 +217,11 @@ def _how_to_use(facts: Mapping[str, Any]) -> list[str]:
             "**diffusers**, with `nfq_core` of ComfyUI-NFQ; `unet` is a folder with the `config.json` of the base "
             "model's UNet, and no weights:",
             f"""```python
-import torch
 from diffusers import StableDiffusionXLPipeline
 from nfq_core.diffusers import load_unet
 
 unet = load_unet({file}, "unet")
-pipeline = StableDiffusionXLPipeline.from_pretrained({base}, unet=unet, torch_dtype=torch.float16)
+pipeline = StableDiffusionXLPipeline.from_pretrained({base}, unet=unet, torch_dtype=unet.dtype)
 ```""",
             "**Automatic1111's web UI and Forge**, with the same repository as an extension: put a checkpoint into "
             "`models/Stable-diffusion` and choose it in the list. A UNet alone works in Forge only, with the rest "

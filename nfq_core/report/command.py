@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 
-from ..atomic import prepare_folder
+from ..atomic import AtomicFile, prepare_folder
 from ..demo.model import bundled_weights_path
-from ..demo.run import STEPS
 from ..errors import NFQError
 from ..markdown import ratio_in_words, size_in_words
 from ..sheet import check_pillow
@@ -35,21 +36,23 @@ def add_report_command(command: AddCommand) -> None:
         "--pipeline", metavar="DIR", help="draw with this SDXL folder of diffusers, or demo: with the demo model"
     )
     group.add_argument("--prompts", metavar="FILE", help="a text file, a prompt per line (default: eight)")
-    group.add_argument("--steps", type=int, default=STEPS, metavar="N", help="denoising steps (default: %(default)s)")
+    group.add_argument("--steps", type=int, metavar="N", help=f"denoising steps (default: {Drawing.steps})")
     group.add_argument("--guidance", type=float, metavar="X", help="scale of CFG (default: the pipeline's)")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture (default: %(default)s)")
+    group.add_argument("--seed", type=int, metavar="N", help=f"of the first picture (default: {Drawing.seed})")
     group.add_argument("--side", type=int, metavar="N", help="width and height in pixels (default: the model's)")
-    group.add_argument("--device", default="cpu", metavar="D", help="where to draw, such as cuda (default: cpu)")
+    group.add_argument("--device", metavar="D", help=f"where to draw, such as cuda (default: {Drawing.device})")
+    sub.set_defaults(wrong_usage=sub.error)
 
 
 def _report(options: argparse.Namespace) -> int:
+    drawing = _drawing(options)
     check_matplotlib()
     check_pillow()
     folder = Path(options.out)
     prepare_folder(folder, WRITTEN, options.force)
     original = bundled_weights_path() if options.original == DEMO else options.original
     files = by_size(options.files)
-    artist = painter(options.pipeline, _drawing(options)) if options.pipeline else None
+    artist = painter(options.pipeline, drawing) if drawing else None
     with progress_bar("comparing", options) as progress:
         report = measure(original, files, progress=progress)
     drawn = []
@@ -71,7 +74,7 @@ def _report(options: argparse.Namespace) -> int:
 
 def add_card_command(command: AddCommand) -> None:
     """Declare `nfq card`."""
-    sub = command("card", _card, "print a model card in Markdown")
+    sub = command("card", _card, "write a model card in Markdown")
     sub.add_argument("files", metavar="FILE", nargs="+", help=".nfq.safetensors files")
     either = sub.add_mutually_exclusive_group()
     either.add_argument("--original", metavar="F", help="the safetensors file that they were made from: adds errors")
@@ -81,10 +84,14 @@ def add_card_command(command: AddCommand) -> None:
     sub.add_argument(
         "--recommend", metavar="FILE", help=f"one of the files (default: nearest to {RECOMMENDED_BITS} packed bits)"
     )
+    sub.add_argument("--out", metavar="DST", help="a file for the card, in UTF-8 (default: stdout)")
+    sub.add_argument("--force", action="store_true", help="overwrite DST")
 
 
 def _card(options: argparse.Namespace) -> int:
-    with progress_bar("comparing", options) as progress:
+    # A target that cannot be written is refused before anything is measured.
+    target = nullcontext() if options.out is None else AtomicFile(options.out, options.force)
+    with target as file, progress_bar("comparing", options) as progress:
         facts = card_facts(
             by_size(options.files),
             original=options.original,
@@ -94,24 +101,39 @@ def _card(options: argparse.Namespace) -> int:
             license=options.license,
             progress=progress,
         )
-    return show(options, facts, card(facts).rstrip("\n"))
+        text = card(facts)
+        if file is not None:
+            file.write_at(0, text.encode("utf-8", "backslashreplace"))
+            file.commit()
+    if options.out is not None:
+        return show(options, facts, f"card: {options.out}")
+    return show(options, facts, text.rstrip("\n"), document=True)
 
 
-def _drawing(options: argparse.Namespace) -> Drawing:
+def _drawing(options: argparse.Namespace) -> Drawing | None:
+    """What the options ask for, with --pipeline; without it they ask for no pictures."""
+    choices = {field.name: getattr(options, field.name) for field in fields(Drawing)}
+    given = {name: choice for name, choice in choices.items() if choice is not None}
+    if options.pipeline is None:
+        if given:
+            options.wrong_usage(f"--{next(iter(given))} is of pictures, which need --pipeline")
+        return None
     for name in ("steps", "side"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise NFQError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    if options.guidance is not None and not math.isfinite(options.guidance):
-        raise NFQError(f"--guidance must be a number, got {options.guidance}")
-    if not 0 <= options.seed < 1 << 32:
-        raise NFQError(f"--seed must be from 0 to {(1 << 32) - 1:,}, got {options.seed}")
-    prompts = _prompts(options.prompts) if options.prompts else None
-    return Drawing(prompts, options.seed, options.steps, options.guidance, options.side, options.device)
+        if name in given and given[name] < 1:
+            raise NFQError(f"--{name} must be at least 1, got {given[name]}")
+    if "guidance" in given and not math.isfinite(given["guidance"]):
+        raise NFQError(f"--guidance must be a number, got {given['guidance']}")
+    if "seed" in given and not 0 <= given["seed"] < 1 << 32:
+        raise NFQError(f"--seed must be from 0 to {(1 << 32) - 1:,}, got {given['seed']}")
+    if "prompts" in given:
+        given["prompts"] = _prompts(given["prompts"])
+    return Drawing(**given)
 
 
 def _prompts(path: str | os.PathLike) -> tuple[str, ...]:
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        # Windows' editors may begin a file with a byte order mark, which is no part of the first prompt.
+        lines = Path(path).read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise NFQError(f"{path} is no text in UTF-8") from None
     prompts = tuple(line.strip() for line in lines if line.strip())
