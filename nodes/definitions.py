@@ -163,7 +163,7 @@ class NFQuantizeUNet(io.ComfyNode):
                     options=list(EFFORTS),
                     default=DEFAULTS.effort,
                     optional=True,
-                    tooltip="best takes about eight times as long and gains a little on heavy-tailed layers.",
+                    tooltip="best takes five to ten times as long and gains a little on heavy-tailed layers.",
                 ),
                 io.Boolean.Input(
                     "quantize_first_last",
