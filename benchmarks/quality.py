@@ -2,8 +2,8 @@
 
 Random weights (Gaussian, Student-t, a convolution whose channels differ) and the demo model, the latter with the
 output of the whole UNet and the pictures of captions that no calibration saw. The peers' own code is used: ggml's
-quantisers (`xllamacpp`), `bitsandbytes`, `hqq`, `sdnq`, torch; what is not installed (`pip install
-"comfyui-nfq[bench]"`) is left out, and said to be. Apple's palettisation is our own reading of it. All overheads count.
+quantisers (`xllamacpp`), `bitsandbytes`, `hqq`, `sdnq`, torch; what is not installed (`pip install -e ".[bench]"`) is
+left out, and said to be. Apple's palettisation is our own reading of it. All overheads count.
 
 It ends with a list of what was promised, kept or not. `--model FILE` measures the weights of any other model instead,
 one layer at a time; `--quick` small random weights alone.

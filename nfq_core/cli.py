@@ -223,9 +223,10 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _calibrate_demo(options: argparse.Namespace) -> int:
     from .demo.calibrate import calibrate_demo
+    from .demo.shapes import SCENE_COUNT
 
-    if options.prompts < 1:
-        raise NFQError(f"--prompts must be at least 1, got {options.prompts}")
+    if not 1 <= options.prompts <= SCENE_COUNT:
+        raise NFQError(f"--prompts must be from 1 to {SCENE_COUNT:,}, all captions there are, got {options.prompts}")
     with progress_bar("calibrating", options, "caption") as progress:
         result = calibrate_demo(
             options.target,

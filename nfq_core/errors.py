@@ -26,6 +26,17 @@ def _is_harmless(letter: str) -> bool:
     return letter.isprintable() or unicodedata.category(letter) == "Zs"
 
 
+def missing_package(needed: str, *requirements: str) -> ImportError:
+    """The error for packages that are not installed, or too old.
+
+    Args:
+        needed: says what needs which packages.
+        requirements: what pip has to install, as a shell takes them.
+    """
+    command = f"python -m pip install {' '.join(requirements)}"
+    return ImportError(f"{needed}: {command}, with the Python that runs this")
+
+
 class NFQError(Exception):
     """Base of every error that a user can cause; its text is fit to be shown as it is."""
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .errors import missing_package
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -33,7 +35,7 @@ def check_pillow() -> None:
     try:
         import PIL  # noqa: F401
     except ImportError as error:
-        raise ImportError('this needs Pillow: pip install "comfyui-nfq[demo]"') from error
+        raise missing_package("pictures need Pillow", "Pillow") from error
 
 
 def comparison_sheet(

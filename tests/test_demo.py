@@ -1,7 +1,7 @@
 """The bundled model is a real, trained one of SDXL's architecture, and `nfq demo` tells the whole story with it."""
 
 import json
-from itertools import pairwise
+from itertools import pairwise, permutations, product
 
 import numpy as np
 import pytest
@@ -11,12 +11,27 @@ pytest.importorskip("diffusers", reason="the demo needs diffusers")
 pytest.importorskip("PIL", reason="the demo needs Pillow")
 
 from PIL import Image
+from test_cli import run as command
+from test_cli import same_signal_handlers  # noqa: F401
 
 from nfq_core import TargetExistsError
 from nfq_core.calibration import Calibration
 from nfq_core.demo import calibrate, run
 from nfq_core.demo.model import bundled_weights_path, load_weights, sample
-from nfq_core.demo.shapes import COLOURS, MAX_WORDS, VOCABULARY, describe, draw, random_scene, tokenise
+from nfq_core.demo.shapes import (
+    COLOURS,
+    MAX_WORDS,
+    SCENE_COUNT,
+    SHAPES,
+    SIZES,
+    VOCABULARY,
+    Scene,
+    Thing,
+    describe,
+    draw,
+    random_scene,
+    tokenise,
+)
 from nfq_core.examine import verify_file
 from nfq_core.formats import LEVELS
 from nfq_core.policy import DEFAULTS, plan_tensors
@@ -94,6 +109,27 @@ def test_held_out_captions_are_others():
     assert len(set(captions)) == 50
     others = calibrate.random_captions(50, without=captions)
     assert not set(captions) & set(others)
+
+
+def test_all_scenes_have_captions_of_their_own():
+    one = [
+        Scene((Thing(size, colour, shape),), background)
+        for background, colour in permutations(COLOURS, 2)
+        for size, shape in product(SIZES, SHAPES)
+    ]
+    two = [
+        Scene((Thing("", left, shape), Thing("", right, other)), background)
+        for background, left, right in permutations(COLOURS, 3)
+        for shape, other in permutations(SHAPES, 2)
+    ]
+    assert SCENE_COUNT == len(set(map(describe, one + two))) == 42_480
+
+
+@pytest.mark.parametrize("prompts", [0, SCENE_COUNT + 1])
+def test_more_captions_than_there_are(capsys, tmp_path, prompts):
+    code, out, error = command(capsys, "calibrate-demo", tmp_path / "a", "--prompts", prompts)
+    assert (code, out) == (1, "") and not any(tmp_path.iterdir())
+    assert f"--prompts must be from 1 to 42,480, all captions there are, got {prompts}" in error
 
 
 def test_captions_fit_the_vocabulary():

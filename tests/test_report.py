@@ -264,11 +264,12 @@ def test_a_folder_that_cannot_be_written(capsys, folder, files, tmp_path, monkey
     assert f"{tmp_path / 'out'} cannot be written; name another folder" in told
 
 
-@pytest.mark.parametrize("missing", ["matplotlib", "PIL"])
-def test_missing_packages(capsys, folder, files, tmp_path, monkeypatch, missing):
+@pytest.mark.parametrize(("missing", "package"), [("matplotlib", "matplotlib"), ("PIL", "Pillow")])
+def test_missing_packages(capsys, folder, files, tmp_path, monkeypatch, missing, package):
     monkeypatch.setitem(sys.modules, missing, None)
     told = refused(capsys, folder / "ldm.safetensors", files[0], "--out", tmp_path / "out")
-    assert 'pip install "comfyui-nfq[' in told and not (tmp_path / "out").exists()
+    assert f" need {package}: python -m pip install {package}, with the Python that runs this" in told
+    assert not (tmp_path / "out").exists()
 
 
 def test_latent_psnr_by_hand():
@@ -413,9 +414,8 @@ def test_a_folder_without_transformers(capsys, folder, files, tmp_path, monkeypa
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     monkeypatch.setitem(sys.modules, "transformers", None)
     arguments = ["--out", tmp_path / "out", "--pipeline", tmp_path]
-    assert "pictures of a pipeline need diffusers and" in refused(
-        capsys, folder / "ldm.safetensors", files[0], *arguments
-    )
+    told = refused(capsys, folder / "ldm.safetensors", files[0], *arguments)
+    assert "need diffusers and transformers: python -m pip install diffusers transformers, " in told
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ..errors import missing_package
 from .shapes import IMAGE_SIZE, MAX_WORDS, VOCABULARY, tokenise
 
 TEXT_PREFIX = "text."
@@ -88,7 +89,7 @@ def import_diffusers() -> ModuleType:
     try:
         import diffusers
     except ImportError as error:
-        raise ImportError('the demo needs diffusers: pip install "comfyui-nfq[demo]"') from error
+        raise missing_package("the demo model needs diffusers", "diffusers") from error
     return diffusers
 
 

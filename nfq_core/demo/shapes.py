@@ -5,6 +5,7 @@ and averaged down, which smooths their edges. numpy only.
 """
 
 from collections.abc import Callable, Sequence
+from math import perm
 from typing import NamedTuple
 
 import numpy as np
@@ -129,6 +130,10 @@ def describe(scene: Scene) -> str:
     """Say a scene in words of VOCABULARY, such as "a small red circle on a blue background"."""
     things = [" ".join(word for word in ("a", *thing) if word) for thing in scene.things]
     return " left of ".join(things) + f" on a {scene.background} background"
+
+
+SCENE_COUNT = perm(len(COLOURS), 2) * len(SIZES) * len(SHAPES) + perm(len(COLOURS), 3) * perm(len(SHAPES), 2)
+"""How many scenes there are, of one thing and of two, and as many captions: each is another one's."""
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:

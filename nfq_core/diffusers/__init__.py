@@ -6,15 +6,24 @@ that a packed model's `save_pretrained` writes.
 
 from __future__ import annotations
 
-_NEEDED = 'nfq_core.diffusers needs diffusers 0.33 or newer{found}: pip install -U "comfyui-nfq[diffusers]"'
+from ..errors import missing_package
+
+_OLDEST = (0, 33)
+"""Before, the interface for quantisers served one of them alone."""
+
+
+def _needed(found: str = "") -> ImportError:
+    oldest = ".".join(map(str, _OLDEST))
+    needed = f"nfq_core.diffusers needs diffusers {oldest} or newer{found}"
+    return missing_package(needed, f'"diffusers>={oldest}"', "accelerate")
+
 
 try:
     import diffusers
 except ImportError as error:
-    raise ImportError(_NEEDED.format(found="")) from error
-# Before 0.33 its interface for quantisers served one of them alone.
-if tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 33):
-    raise ImportError(_NEEDED.format(found=f", this is {diffusers.__version__}"))
+    raise _needed() from error
+if tuple(map(int, diffusers.__version__.split(".")[:2])) < _OLDEST:
+    raise _needed(f", this is {diffusers.__version__}")
 
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING  # noqa: E402
 

@@ -15,7 +15,7 @@ from torch import nn
 from ..calibration import measured_sensitivities
 from ..checkpoint import diffusers_unet_names
 from ..container import PREFIX, Facts, NFQFile
-from ..errors import CannotQuantizeError, NFQError, UnsupportedFileError
+from ..errors import CannotQuantizeError, NFQError, UnsupportedFileError, missing_package
 from ..layers import PACKED_KINDS, pack_layers
 from ..policy import plan_tensors
 from ..quantizer import quantize
@@ -53,9 +53,7 @@ class NFQQuantizer(DiffusersQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work before anything is loaded."""
         if not is_accelerate_available():
-            raise ImportError(
-                'quantising at load needs accelerate: pip install "comfyui-nfq[diffusers]"; load_unet goes without'
-            )
+            raise missing_package("quantising at load needs accelerate, load_unet does without it", "accelerate")
         dtype, device_map = kwargs.get("torch_dtype"), kwargs.get("device_map")
         if dtype is not None and dtype not in QUANTIZABLE_DTYPES:
             raise NFQError(f"torch_dtype must be fp16, bf16, fp32 or fp64, got {dtype}")

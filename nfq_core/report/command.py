@@ -46,8 +46,9 @@ def add_report_command(command: AddCommand) -> None:
 
 def _report(options: argparse.Namespace) -> int:
     drawing = _drawing(options)
-    check_matplotlib()
+    # matplotlib itself does not start without Pillow.
     check_pillow()
+    check_matplotlib()
     folder = Path(options.out)
     prepare_folder(folder, WRITTEN, options.force)
     original = bundled_weights_path() if options.original == DEMO else options.original

@@ -17,7 +17,7 @@ from ..container import FACTS_KEY, NFQFile
 from ..demo.model import build_pipeline, load_weights, sample
 from ..demo.run import GUIDANCE, STEPS
 from ..demo.shapes import CAPTIONS
-from ..errors import NFQError
+from ..errors import NFQError, missing_package
 from ..memory import check_device
 from ..metrics import psnr_db, ssim
 from ..parallel import Progress, no_progress
@@ -298,9 +298,8 @@ def _load_pipeline(folder: Path, device: torch.device) -> StableDiffusionXLPipel
         from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
         from diffusers.utils import logging
     except ImportError as error:
-        raise ImportError(
-            'pictures of a pipeline need diffusers and transformers: pip install "comfyui-nfq[demo]" transformers'
-        ) from error
+        needed = ("diffusers", "transformers")
+        raise missing_package(f"pictures of a pipeline need {' and '.join(needed)}", *needed) from error
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     # Their bars would stand beside ours.
     logging.disable_progress_bar()

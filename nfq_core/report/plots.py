@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import missing_package
 from ..sheet import FONTS
 from .layers import GROUPS, OTHER
 from .measure import label
@@ -47,7 +48,7 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "comfyui-nfq[report]", or matplotlib alone') from error
+        raise missing_package("plots need matplotlib", "matplotlib") from error
 
 
 def plots(report: Mapping[str, Any]) -> dict[str, Figure]:
