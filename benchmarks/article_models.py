@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from nfq_core import NFQError, NFTensor
+from nfq_core.demo.model import GUIDANCE as DEMO_GUIDANCE
+from nfq_core.demo.model import STEPS as DEMO_STEPS
 from nfq_core.demo.model import TinyPipeline, build_pipeline, import_diffusers, load_weights, sample, split_weights
-from nfq_core.demo.run import GUIDANCE as DEMO_GUIDANCE
-from nfq_core.demo.run import STEPS as DEMO_STEPS
 from nfq_core.demo.shapes import CAPTIONS
 from nfq_core.layers import assign_state
 from nfq_core.memory import check_device

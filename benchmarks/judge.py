@@ -9,7 +9,6 @@ import torch
 
 from nfq_core.demo.calibrate import HELD_OUT_SEED, noisy_pictures, random_captions
 from nfq_core.demo.model import SCHEDULER_CONFIG, TinyPipeline, build_pipeline, sample
-from nfq_core.demo.run import GUIDANCE, STEPS
 from nfq_core.demo.shapes import describe, random_scene
 from nfq_core.examine import sqnr_db
 from nfq_core.metrics import psnr_db, ssim
@@ -46,7 +45,7 @@ class Judge:
 
     @torch.no_grad()
     def _run(self, pipeline: TinyPipeline) -> tuple[torch.Tensor, torch.Tensor]:
-        pictures = sample(pipeline, self._captions, seed=0, steps=STEPS, guidance=GUIDANCE)
+        pictures = sample(pipeline, self._captions, seed=0)
         return pipeline(*self._batch), torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
     def judge(self, weights: Weights) -> dict:

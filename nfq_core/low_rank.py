@@ -48,11 +48,6 @@ class LowRank:
             downs.append((down / ratio).to(dtype))
         return cls(torch.cat(ups, dim=1), torch.cat(downs, dim=0))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both factors."""
-        return self.up.nbytes + self.down.nbytes
-
     def add_to(self, weight: torch.Tensor) -> torch.Tensor:
         """Add the change to a contiguous weight of (rows · columns) elements in place, in one operation; returns it."""
         weight.view(self.up.shape[0], -1).addmm_(self.up, self.down)

@@ -63,8 +63,3 @@ def test_an_empty_change_changes_nothing(which):
     weight = torch.randn(16, 16).half()
     change = LowRank.sum([(*parts, 1.0)], device="cpu", dtype=torch.float16)
     assert torch.equal(change.add_to(weight.clone()), weight)
-
-
-def test_bytes():
-    up, down = factors(10, (20,), 3, 0)
-    assert LowRank.sum([(up, down, 1.0)], device="cpu", dtype=torch.float16).nbytes == 2 * (10 * 3 + 3 * 20)

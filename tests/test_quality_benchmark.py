@@ -322,7 +322,7 @@ def test_plot(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_the_extra_is_named(monkeypatch):
+def test_without_matplotlib_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"comfyui-nfq\[report\]"):
+    with pytest.raises(ImportError, match="plots need matplotlib"):
         quality_plot.plot({"rows": PEERS})

@@ -15,10 +15,9 @@ from ..calibration import Calibration
 from ..collector import collect
 from ..errors import TargetExistsError
 from ..parallel import Progress, no_progress
-from .model import SCHEDULER_CONFIG, build_pipeline, import_diffusers, load_weights, sample
+from .model import SCHEDULER_CONFIG, STEPS, build_pipeline, import_diffusers, load_weights, sample
 from .shapes import Scene, describe, draw, random_scene, tokenise
 
-STEPS = 20
 BATCH = 8
 """Captions sampled at once."""
 

@@ -53,6 +53,11 @@ SCHEDULER_CONFIG: dict[str, Any] = {
 TIME_IDS = (IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE)
 
 
+STEPS = 20
+GUIDANCE = 3.0
+"""What the demo model is sampled with, by the demo, by its calibration and for reports."""
+
+
 class WordEncoder(nn.Module):
     """Word and position embeddings, summed and normalised; stands in for SDXL's two CLIP encoders."""
 
@@ -137,8 +142,8 @@ def sample(
     captions: Sequence[str],
     *,
     seed: int | Sequence[int] = 0,
-    steps: int = 20,
-    guidance: float = 3.0,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
 ) -> np.ndarray:
     """Draw captions with DPM++ 2M and classifier-free guidance, as uint8 pictures [n, 32, 32, 3].
 

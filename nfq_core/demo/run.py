@@ -22,12 +22,19 @@ from ..parallel import Progress, no_progress
 from ..policy import Settings
 from ..sheet import check_pillow, comparison_sheet
 from ..state import load
-from .model import TinyPipeline, build_pipeline, bundled_weights_path, import_diffusers, load_weights, sample
+from .model import (
+    GUIDANCE,
+    STEPS,
+    TinyPipeline,
+    build_pipeline,
+    bundled_weights_path,
+    import_diffusers,
+    load_weights,
+    sample,
+)
 from .shapes import CAPTIONS
 
 SEED = 0
-STEPS = 20
-GUIDANCE = 3.0
 
 
 def run_demo(folder: str | Path, *, overwrite: bool = False, progress: Progress = no_progress) -> dict:

@@ -14,8 +14,7 @@ import torch
 
 from ..checkpoint import dense
 from ..container import FACTS_KEY, NFQFile
-from ..demo.model import build_pipeline, load_weights, sample
-from ..demo.run import GUIDANCE, STEPS
+from ..demo.model import GUIDANCE, STEPS, build_pipeline, load_weights, sample
 from ..demo.shapes import CAPTIONS
 from ..errors import NFQError, missing_package
 from ..memory import check_device
