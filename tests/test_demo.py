@@ -10,9 +10,8 @@ import torch
 pytest.importorskip("diffusers", reason="the demo needs diffusers")
 pytest.importorskip("PIL", reason="the demo needs Pillow")
 
+from commands import run as command
 from PIL import Image
-from test_cli import run as command
-from test_cli import same_signal_handlers  # noqa: F401
 
 from nfq_core import TargetExistsError
 from nfq_core.calibration import Calibration
