@@ -466,6 +466,8 @@ def wait_for(condition, process) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_interrupted_in_the_middle(large, tmp_path, number):
     (tmp_path / "out").write_bytes(b"old")
+    # A test run in the background may ignore Ctrl-C, which its children would do then, too.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [*COMMAND, "quantize", str(large), str(tmp_path / "out"), "--force"],
         stdout=subprocess.PIPE,
@@ -473,6 +475,7 @@ def test_interrupted_in_the_middle(large, tmp_path, number):
         text=True,
         env=ENVIRONMENT,
     )
+    signal.signal(signal.SIGINT, ours)
     try:
         # The temporary file has its first tensor.
         wait_for(lambda: any(path.stat().st_size > 300_000 for path in tmp_path.glob(".out.*.tmp")), process)
