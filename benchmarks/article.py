@@ -305,10 +305,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="where to draw with --model; by default cuda where it is there")
     parser.add_argument("--steps", type=int, help="of the sampler")
     given = parser.parse_args(arguments)
-    if given.model and not given.out:
-        parser.error("--model needs --out: the repository holds the demo model's results")
     if given.steps is not None and given.steps < 1:
         parser.error(f"--steps must be at least 1, got {given.steps}")
+    if (given.model or given.steps) and not given.out:
+        parser.error("--model and --steps need --out: the repository holds the demo model's results at all its steps")
     print(machine())
     try:
         if given.model:
@@ -324,7 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     path = given.out / "article.json" if given.out else None
-    print(write_results("article", "python -m benchmarks.article", results, path), picture, sep="\n")
+    print(write_results("article", results, path), picture, sep="\n")
     return 0
 
 

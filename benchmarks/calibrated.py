@@ -91,4 +91,4 @@ if __name__ == "__main__":
     path = parser.parse_args().calibration
     print(machine())
     results = run(Calibration.load(path) if path else collect_demo(PROMPTS))
-    print(write_results("calibrated", "python -m benchmarks.calibrated", results))
+    print(write_results("calibrated", results))

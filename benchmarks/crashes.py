@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 import nfq_core
 from nfq_core.article import write_article_file
 from nfq_core.article_import import import_article
+from nfq_core.atomic import TEMPORARY_ENDING, AtomicFile
 from nfq_core.batch import convert_folders
 from nfq_core.container import NFQFile
 from nfq_core.convert import quantize_file
@@ -51,7 +52,7 @@ AIMS = tuple((when, call) for call in ("write", "fsync", "replace") for when in 
 PRELOADED = ["nfq_core.article_import", "nfq_core.batch", "benchmarks.synthetic"]
 """What takes long to import."""
 
-LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+LEFTOVER = re.compile(r"\..+" + TEMPORARY_ENDING)
 
 OLD = Settings(levels=7, conv_levels=7)
 """How the older files were made."""
@@ -143,8 +144,6 @@ def _begin(sender: Connection, work: Callable[[], None], aim: tuple[str, str] | 
 
 def _take_aim(when: str, call: str) -> None:
     """Have this process killed at a step of its first write."""
-    from nfq_core.atomic import AtomicFile
-
     owner, name = (AtomicFile, "write_at") if call == "write" else (os, call)
     real = getattr(owner, name)
 
@@ -360,8 +359,7 @@ def measure(kills: int, seed: int = 0) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100, help="random kills in all, at least (default: 100)")
-    count = parser.parse_args().kills
-    outcome = measure(count)
-    print(write_results("crashes", f"python -m benchmarks.crashes --kills {count}", outcome))
+    outcome = measure(parser.parse_args().kills)
+    print(write_results("crashes", outcome))
     print(f"{outcome['killed']} kills, {outcome['faults']} faults in all")
     sys.exit(outcome["faults"] > 0)

@@ -2,13 +2,15 @@
 
 One hundred million weights into a buffer that is used again, on one thread and on all. Beside it, in turns in the same
 process: a plain copy of the result; bitsandbytes' NF4, which makes a new tensor; gguf-py's Q4_0 and Q4_K, which make
-new fp32 arrays in numpy on one thread and get a tenth of the weights. They need `pip install gguf bitsandbytes`.
+new fp32 arrays in numpy on one thread and get a tenth of the weights. What is not installed (`pip install
+"comfyui-nfq[bench]"`) is left out, and said to be.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ import torch
 from nfq_core import quantize
 from nfq_core.formats import LEVELS
 
-from .report import machine, markdown_table, summary, timed, write_results
+from .report import in_turns, machine, markdown_table, summary, unavailable, write_results
 from .synthetic import gaussian
 
 SHAPE = (10240, 10240)
@@ -57,26 +59,36 @@ def ggml(name: str) -> tuple[Callable[[], object], int]:
     return lambda: dequantize(data, kind), blocks * block
 
 
+PEERS = {
+    "bitsandbytes NF4": ("bitsandbytes", bitsandbytes_nf4),
+    "gguf-py Q4_0": ("gguf", partial(ggml, "Q4_0")),
+    "gguf-py Q4_K": ("gguf", partial(ggml, "Q4_K")),
+}
+"""By name, the package that each needs, and what makes it."""
+
+
 def run(rounds: int) -> dict:
     """Measure everything in turns; nanoseconds per weight, on one thread and on all that there are."""
-    makers = {"copy": copied, **{f"nf{levels}": lambda levels=levels: ours(levels) for levels in LEVELS}}
-    makers |= {"bitsandbytes NF4": bitsandbytes_nf4, "gguf-py Q4_0": lambda: ggml("Q4_0")}
-    makers |= {"gguf-py Q4_K": lambda: ggml("Q4_K")}
+    makers = {"copy": copied, **{f"nf{levels}": partial(ours, levels) for levels in LEVELS}}
+    skipped = {}
+    for name, (package, make) in PEERS.items():
+        reason = unavailable(package)
+        if reason:
+            skipped[name] = reason
+            print(f"{name} is left out: {reason}")
+        else:
+            makers[name] = make
     contestants = {name: make() for name, make in makers.items()}
     threads = torch.get_num_threads()
     results = {}
     for count in sorted({1, threads}):
         torch.set_num_threads(count)
-        samples: dict[str, list[float]] = {name: [] for name in contestants}
-        for number in range(rounds + 1):
-            for name, (work, weights) in contestants.items():
-                seconds = timed(work)
-                # The first round warms up.
-                if number:
-                    samples[name].append(seconds * 1e9 / weights)
-        results[str(count)] = {name: summary(values) for name, values in samples.items()}
+        taken = in_turns({name: work for name, (work, _) in contestants.items()}, rounds)
+        results[str(count)] = {
+            name: summary([1e9 * seconds / contestants[name][1] for seconds in found]) for name, found in taken.items()
+        }
     torch.set_num_threads(threads)
-    return {"weights": SHAPE[0] * SHAPE[1], "nanoseconds_per_weight": results}
+    return {"weights": SHAPE[0] * SHAPE[1], "skipped": skipped, "nanoseconds_per_weight": results}
 
 
 def table(results: dict) -> str:
@@ -99,5 +111,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     results = run(parser.parse_args().rounds)
-    write_results("decode", "python -m benchmarks.decode", results)
+    write_results("decode", results)
     print(table({"machine": machine(), **results}))

@@ -26,4 +26,4 @@ def run() -> dict:
 
 
 if __name__ == "__main__":
-    print(write_results("demo", "python -m benchmarks.demo", run()))
+    print(write_results("demo", run()))

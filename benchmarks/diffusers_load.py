@@ -173,4 +173,4 @@ if __name__ == "__main__":
     if options.load:
         print(json.dumps(measure(options.load, options.dir)))
     else:
-        print(write_results("diffusers_load", "python -m benchmarks.diffusers_load --dir DIR", run(options.dir)))
+        print(write_results("diffusers_load", run(options.dir)))

@@ -35,7 +35,7 @@ from nfq_core.demo.model import build_pipeline, bundled_weights_path, sample, sp
 from nfq_core.layers import PackedLayer, assign_state, packed_layers
 from nfq_core.low_rank import LowRank
 
-from .report import RESULTS, ROOT, machine, process_status, write_results
+from .report import RESULTS, ROOT, machine, process_status, with_origin, write_json
 
 CAPTION = "a red circle"
 RANK = 4
@@ -212,34 +212,42 @@ def member(folder: Path, number: int) -> None:
 
 
 def run(parts: Sequence[str], cycles: int, host_rounds: int, directory: Path | None) -> dict:
-    """What was asked for anew, and the last results of what was not."""
-    path = RESULTS / "endurance.json"
-    before = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    results = {part: before[part] for part in PARTS if part in before}
+    """What was asked for, by part, each with the command and the machine that made it."""
+    made: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder:
         if "demo" in parts:
-            results["demo"] = repeat(demo_cycle(Path(folder)), cycles, state_of)
+            made["demo"] = repeat(demo_cycle(Path(folder)), cycles, state_of)
         if "crowd" in parts:
-            results["crowd"] = crowd(Path(folder))
+            made["crowd"] = crowd(Path(folder))
     if "host" in parts and directory:
         directory.mkdir(parents=True, exist_ok=True)
-        results["host"] = host_cycles(directory, host_rounds)
-    return results
+        made["host"] = host_cycles(directory, host_rounds)
+    return {part: with_origin("endurance", found) for part, found in made.items()}
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; 1 where a member of the crowd failed or left a file behind."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured anew")
     parser.add_argument("--cycles", type=int, default=1000, help="in this process (default: %(default)s)")
     parser.add_argument("--host-cycles", type=int, default=50, help="in the host (default: %(default)s)")
     parser.add_argument("--dir", type=Path, help="where the host's models are put, about 2 GB; needs COMFYUI_PATH")
     parser.add_argument("--member", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.member:
         member(Path(options.member[0]), int(options.member[1]))
-        sys.exit()
+        return 0
     if options.dir and not os.environ.get("COMFYUI_PATH"):
         parser.error("--dir needs a ComfyUI: name its folder in COMFYUI_PATH")
     print(machine())
     results = run(options.parts, options.cycles, options.host_cycles, options.dir)
-    print(write_results("endurance", "python -m benchmarks.endurance --dir DIR", results))
+    path = RESULTS / "endurance.json"
+    before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    write_json(path, before | results)
+    print(path)
+    found = results.get("crowd", {})
+    return 1 if found.get("failed") or found.get("left_behind") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

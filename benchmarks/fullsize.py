@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +60,14 @@ def drop_from_cache(path: Path) -> None:
     os.close(descriptor)
 
 
+def peak_resident_bytes(of_children: bool) -> int:
+    """The most memory that this process, or the largest of those that it started, had so far."""
+    # Not on Windows, where the tables can be made all the same.
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def time_reading(kind: str, path: Path) -> dict:
     """Seconds and peak resident bytes of one reading in a process of its own; imports are not counted in the time."""
     command = [sys.executable, "-m", "benchmarks.fullsize", "--read", kind, str(path)]
@@ -76,8 +83,7 @@ def convert(source: Path, target: Path) -> dict:
         result.update(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
 
     wall = timed(run_command)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return {"seconds": wall, "peak_resident_bytes": peak, "report": result}
+    return {"seconds": wall, "peak_resident_bytes": peak_resident_bytes(of_children=True), "report": result}
 
 
 def run(folder: Path) -> dict:
@@ -152,8 +158,7 @@ if __name__ == "__main__":
     if options.read:
         kind, file = options.read
         elapsed = timed(lambda: READERS[kind](file))
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": elapsed, "peak_resident_bytes": peak_bytes}))
+        print(json.dumps({"seconds": elapsed, "peak_resident_bytes": peak_resident_bytes(of_children=False)}))
     else:
         options.dir.mkdir(exist_ok=True)
-        print(write_results("fullsize", "python -m benchmarks.fullsize --dir DIR", run(options.dir)))
+        print(write_results("fullsize", run(options.dir)))

@@ -100,8 +100,7 @@ def main() -> int:
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
         results = run(options.files, options.seed, Path(folder))
-    command = f"python -m benchmarks.fuzz --files {options.files} --seed {options.seed}"
-    write_results("fuzz", command, results)
+    write_results("fuzz", results)
     print({name: value for name, value in results.items() if name != "by_kind"})
     return 1 if results["faults"] else 0
 

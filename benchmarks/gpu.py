@@ -6,7 +6,8 @@ loading take; with `--host` and COMFYUI_PATH, some tests in a real ComfyUI. Ever
 fails, hangs or breaks the GPU's context leaves the others. Results are written after each part, failures and what was
 skipped with them; the exit status is 1 where anything failed.
 
-`--device cpu --small` tries the script without a GPU. Needs diffusers; bitsandbytes takes part where it is installed.
+`--device cpu --small --out FILE` tries the script without a GPU. Needs diffusers; bitsandbytes takes part where
+it is installed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .gpu_decode import correctness, decode, tuning
 from .gpu_files import files
 from .gpu_host import host
 from .gpu_step import compiled, step
-from .report import RESULTS, markdown_table, write_results
+from .report import markdown_table, write_results
 
 BUDGET = 540
 """Seconds for everything."""
@@ -93,9 +94,7 @@ def run_apart(name: str, options: argparse.Namespace, seconds: float) -> dict:
         except subprocess.TimeoutExpired:
             failure = f"stopped after {seconds:.0f} s"
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
         if not failure and process.returncode not in (0, 1):
             failure = f"ended with status {process.returncode}: {log.read_text(errors='replace')[-1500:]}"
         if not failure and not path.exists():
@@ -105,6 +104,16 @@ def run_apart(name: str, options: argparse.Namespace, seconds: float) -> dict:
         found["failures"] = {**found.get("failures", {}), name: failure}
     status = "failed" if found.get("failures") else "ok"
     return {"status": status, "seconds": round(monotonic() - started, 1), **found}
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Kill a part's process and its session; Windows has no sessions, there it is killed alone."""
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
 
 
 def run(options: argparse.Namespace) -> bool:
@@ -128,7 +137,7 @@ def run(options: argparse.Namespace) -> bool:
             found = run_apart(name, options, min(left, plan.at_most))
         results["parts"][name] = found
         results["seconds"] = round(monotonic() - begun, 1)
-        write_results("gpu", "python -m benchmarks.gpu", results, options.out)
+        write_results("gpu", results, options.out)
         told = found.get("reason") or f"{found['seconds']} s"
         print(f"{name}: {found['status']}, {told}", *_lines(found), sep="\n  ", flush=True)
     return all(found["status"] != "failed" for found in results["parts"].values())
@@ -147,7 +156,7 @@ def _told(target: dict) -> str:
 def table(results: dict) -> str:
     """The README's tables: a step, compiled, all else; a line each on bits and host; what was missed or failed."""
     parts = results["parts"]
-    texts = [_step_table(parts["step"]), _compile_table(parts["compile"]), _times_table(parts)]
+    texts = [_step_table(parts["step"], results["small"]), _compile_table(parts["compile"]), _times_table(parts)]
     texts += [_correctness_line(parts["correctness"]), _host_line(parts["host"])]
     missed = [_told(one) for found in parts.values() for one in found.get("targets", []) if not one["met"]]
     failed = [f"{part}, {name}" for part, found in parts.items() for name in found.get("failures", {})]
@@ -165,7 +174,7 @@ def _milliseconds(reading: dict, base: dict | None = None) -> str:
     return f"{text} = {one['median'] / base['ms']['median']:.3f} ×" if base else text
 
 
-def _step_table(found: dict) -> str:
+def _step_table(found: dict, small: bool) -> str:
     contestants = {name: one for name, one in found.get("contestants", {}).items() if "ms" in one}
     if not contestants:
         return ""
@@ -182,7 +191,13 @@ def _step_table(found: dict) -> str:
                 f"{memory} + {one['step_bytes'] / 1e9:.2f} GB" if "step_bytes" in one else memory,
             ]
         )
-    return markdown_table(["SDXL's UNet, 1024 px, CFG", "a step", "as a CUDA graph", "weights + step's peak"], rows)
+    header = [
+        "tiny shapes, to try the script" if small else "SDXL's UNet, 1024 px, CFG",
+        "a step",
+        "as a CUDA graph",
+        "weights + step's peak",
+    ]
+    return markdown_table(header, rows)
 
 
 def _compile_table(found: dict) -> str:
@@ -243,12 +258,14 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try the script")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu.json", help="where the results go")
+    parser.add_argument("--out", type=Path, help="where the results go; by default among the benchmarks' results")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to run; by default all")
     parser.add_argument("--host", action="store_true", help="also run tests in the ComfyUI that COMFYUI_PATH names")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
         sys.exit(run_part(options.part, options.device, options.small, options.budget, options.out))
+    if (options.small or options.only) and not options.out:
+        parser.error("--small and --only need --out: the repository holds the results of all parts at SDXL's shapes")
     problem = without_device(torch.device(options.device))
     sys.exit(problem or (0 if run(options) else 1))

@@ -124,7 +124,8 @@ def without_device(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     if not torch.cuda.is_available():
-        return f"cannot measure {device}: torch sees no CUDA device here; --device cpu --small tries the script without"
+        without = "--device cpu --small --out FILE tries the script without"
+        return f"cannot measure {device}: torch sees no CUDA device here; {without}"
     count = torch.cuda.device_count()
     return "" if (device.index or 0) < count else f"cannot measure {device}: there are CUDA devices 0 to {count - 1}"
 

@@ -189,7 +189,7 @@ def main() -> None:
             name: {key: summary([run[key] for run in runs]) for key in runs[0]} for name, runs in samples.items()
         },
     }
-    path = write_results("host", "python -m benchmarks.host --dir DIR", results)
+    path = write_results("host", results)
     print(table(json.loads(path.read_text(encoding="utf-8"))))
 
 

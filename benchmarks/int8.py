@@ -28,8 +28,9 @@ from nfq_core.op import dequantize_for_one_use
 
 from .article import dynamic_int8
 from .article_models import Model, demo_model
+from .gpu_bench import synchronize
 from .judge import held_out_batch
-from .report import machine, markdown_table, summary, timed, write_results
+from .report import RESULTS, in_turns, machine, markdown_table, summary, write_results
 
 LEVELS = (32, 16, 7)
 """Levels of Linear weights; convolutions have 32."""
@@ -58,19 +59,15 @@ MAKING_ROWS = "int8 rows"
 """A part of INT8: decoding the weight and rounding its rows, which it would not do if it kept them."""
 
 
-def in_turns(contestants: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, dict]:
-    """Milliseconds of each contestant's call, over `rounds` rounds after one that does not count."""
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
+def milliseconds(contestants: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, dict]:
+    """Milliseconds of each contestant's call until the device has finished it, in turns."""
 
     def finished(call: Callable[[], object]) -> None:
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
 
-    for _ in range(rounds + 1):
-        for name, call in contestants.items():
-            samples[name].append(1000 * timed(lambda call=call: finished(call)))
-    return {name: summary(taken[1:]) for name, taken in samples.items()}
+    taken = in_turns({name: partial(finished, call) for name, call in contestants.items()}, rounds)
+    return {name: summary([1000 * seconds for seconds in found]) for name, found in taken.items()}
 
 
 @torch.no_grad()
@@ -97,7 +94,7 @@ def layer_times(shape: tuple[int, int, int], device: torch.device, rounds: int =
     layer = layers[INT8][0]
     decoded = partial(dequantize_for_one_use, layer.buffer, layer.format_id, layer.weight_shape, torch.float32)
     calls[MAKING_ROWS] = lambda: round_rows(decoded(), overwrite=True)
-    return in_turns(calls, device, rounds)
+    return milliseconds(calls, device, rounds)
 
 
 class Judged:
@@ -184,7 +181,7 @@ def demo(steps: int | None = None, levels: tuple[int, ...] = LEVELS, rounds: int
     pipelines = {name: with_text(unet) for name, unet in unets.items()}
     with torch.no_grad():
         calls = {name: lambda pipeline=pipeline: pipeline(*few) for name, pipeline in pipelines.items()}
-        step_ms = in_turns(calls, torch.device("cpu"), rounds)
+        step_ms = milliseconds(calls, torch.device("cpu"), rounds)
     dynamic = Judged(model, unets[DYNAMIC], batch).against(original)
     return {"steps": model.steps, "levels": rows, DYNAMIC: dynamic, "step_ms": step_ms}
 
@@ -217,6 +214,11 @@ def _times(label: str, found: dict[str, dict]) -> list[str]:
     return cells
 
 
+def results_path(device: torch.device) -> Path:
+    """Where results go: those of another device do not replace the CPU's."""
+    return RESULTS / ("int8.json" if device.type == "cpu" else f"int8-{device.type}.json")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="of the layers' times")
@@ -227,6 +229,5 @@ if __name__ == "__main__":
     for shape in SHAPES:
         layers.append((shape, layer_times(shape, torch.device(given.device))))
         print(layers[-1], flush=True)
-    command = "python -m benchmarks.int8"
     results = {"device": given.device, "threads": torch.get_num_threads(), "demo": demo(), "layers": layers}
-    print(write_results("int8", command, results, given.out))
+    print(write_results("int8", results, given.out or results_path(torch.device(given.device))))

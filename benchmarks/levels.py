@@ -12,11 +12,10 @@ import torch
 
 from nfq_core import NFTensor, quantize
 from nfq_core.codec import encode, frame_spans
-from nfq_core.examine import sqnr_db
 from nfq_core.formats import BLOCK, LEVELS
 from nfq_core.packing import unpack_codes
 
-from .quality_peers import article
+from .quality_peers import Stored, article
 from .quality_tables import SOURCES
 from .quality_weights import DEMO, GAUSSIAN, SHAPE, STUDENT_T, Layer, demo_weights, figures, random_weights
 from .report import machine, markdown_table, write_results
@@ -39,29 +38,20 @@ def code_entropy(tensor: NFTensor) -> float:
 
 
 def measure_ours(weights: list[torch.Tensor], levels: int, effort: str) -> dict:
-    """Bits per weight on disk and packed, SQNR (weight-count mean), and codes on disk against their entropy."""
-    total = stored = packed = planes = 0
-    noise = entropy = 0.0
+    """The `figures` of weights in ours, and codes on disk against their entropy."""
+    layers, planes, entropy = [], 0, 0.0
     for weight in weights:
         tensor = quantize(weight, levels, effort=effort)
         sections = tensor.format.sections(weight.numel())
         frames = encode(tensor.data, sections)
-        total += weight.numel()
-        stored += sum(map(len, frames))
-        packed += tensor.nbytes
+        layers.append(Layer.of(weight, Stored(tensor.dequantize(), sum(map(len, frames)), tensor.nbytes)))
         planes += sum(
             len(frame)
             for frame, (start, _) in zip(frames, frame_spans(sections), strict=True)
             if sections.coarse <= start < sections.block_scales
         )
-        noise += weight.numel() * sqnr_db(weight, tensor.dequantize())
         entropy += weight.numel() * code_entropy(tensor)
-    return {
-        "bits_per_weight": 8 * stored / total,
-        "packed_bits_per_weight": 8 * packed / total,
-        "sqnr_db": noise / total,
-        "codes_above_entropy": 8 * planes / entropy - 1,
-    }
+    return {**figures(layers), "codes_above_entropy": 8 * planes / entropy - 1}
 
 
 def measure_article(weights: list[torch.Tensor], levels: int) -> dict:
@@ -104,4 +94,4 @@ def table(results: dict) -> str:
 
 if __name__ == "__main__":
     print(machine())
-    print(write_results("levels", "python -m benchmarks.levels", run()))
+    print(write_results("levels", run()))

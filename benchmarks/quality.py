@@ -107,8 +107,7 @@ def main(arguments: Sequence[str]) -> None:
     results = results_of(rows, skipped, seconds=round(perf_counter() - started), **facts)
     print(table(results))
     if whole or options.out:
-        command = " ".join(["python -m benchmarks.quality", *arguments])
-        print(write_results("quality", command, results, options.out))
+        print(write_results("quality", results, options.out))
     if whole or options.plot:
         missing = unavailable("matplotlib")
         print(f"no plot: {missing}" if missing else plot(results, options.plot or PLOT))

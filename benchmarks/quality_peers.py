@@ -6,7 +6,7 @@ points, codebooks, padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -76,12 +76,11 @@ def article(weight: torch.Tensor, levels: int) -> Stored:
     return Stored(article_dequantize(tensor), article_disk_bytes(tensor), packed)
 
 
-def peers() -> tuple[list[Contestant], dict[str, str]]:
-    """All that take part, and why the other families do not."""
-    contestants = [Contestant(f"article {n}", ARTICLE, partial(article, levels=n)) for n in LEVELS]
-    contestants += [Contestant(f"palette {bits} bit", PALETTE, partial(palette, bits=bits)) for bits in (4, 3, 2)]
-    skipped = {}
-    for family, (package, make) in PACKAGES.items():
+def packaged(families: Iterable[str]) -> tuple[list[Contestant], dict[str, str]]:
+    """What the packages of these families, some of PACKAGES, bring, and why the others' do not take part."""
+    contestants, skipped = [], {}
+    for family in families:
+        package, make = PACKAGES[family]
         reason = unavailable(package)
         try:
             found = [] if reason else make()
@@ -91,6 +90,14 @@ def peers() -> tuple[list[Contestant], dict[str, str]]:
         if reason:
             skipped[family] = reason
     return contestants, skipped
+
+
+def peers() -> tuple[list[Contestant], dict[str, str]]:
+    """All that take part, and why the other families do not."""
+    contestants = [Contestant(f"article {n}", ARTICLE, partial(article, levels=n)) for n in LEVELS]
+    contestants += [Contestant(f"palette {bits} bit", PALETTE, partial(palette, bits=bits)) for bits in (4, 3, 2)]
+    found, skipped = packaged(PACKAGES)
+    return contestants + found, skipped
 
 
 def ggml_stored(weight: torch.Tensor, name: str, importance: torch.Tensor | None = None) -> Stored:

@@ -7,8 +7,10 @@ import json
 import os
 import platform
 import re
+import shlex
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from importlib.util import find_spec
@@ -71,6 +73,25 @@ def timed(work: Callable[[], object]) -> float:
     return perf_counter() - started
 
 
+def in_turns(
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    seconds: Callable[[Callable[[], object]], float] = timed,
+) -> dict[str, list[float]]:
+    """Seconds of each contestant's calls, one a round, the contestants in turns, after a round that warms up.
+
+    Args:
+        contestants: what to call, by name.
+        rounds: those that count.
+        seconds: makes one call and tells how long it took.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds + 1):
+        for name, call in contestants.items():
+            samples[name].append(seconds(call))
+    return {name: taken[1:] for name, taken in samples.items()}
+
+
 @contextmanager
 def call_seconds(module: nn.Module) -> Iterator[list[float]]:
     """The seconds that each of a module's calls takes until the device has finished it."""
@@ -102,10 +123,29 @@ def summary(samples: Sequence[float]) -> dict:
     return {"min": min(samples), "median": statistics.median(samples), "max": max(samples), "runs": len(samples)}
 
 
-def write_results(name: str, command: str, results: dict, path: Path | None = None) -> Path:
-    """Write one benchmark's results as JSON, with the machine and the command that made them; in RESULTS by default."""
-    path = path or RESULTS / f"{name}.json"
+def command(name: str) -> str:
+    """The command that runs this benchmark with this process's arguments; of a path, its last component alone."""
+
+    def told(argument: str) -> str:
+        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        return option + equals + (Path(value).name or value)
+
+    return shlex.join(["python", "-m", f"benchmarks.{name}", *map(told, sys.argv[1:])])
+
+
+def with_origin(name: str, results: dict) -> dict:
+    """A benchmark's results, after the command and the machine that made them."""
+    return {"command": command(name), "machine": machine(), **results}
+
+
+def write_json(path: Path, results: dict) -> None:
+    """Write results as JSON, into a folder that is made where it is missing."""
     path.parent.mkdir(exist_ok=True)
-    text = json.dumps({"command": command, "machine": machine(), **results}, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def write_results(name: str, results: dict, path: Path | None = None) -> Path:
+    """Write the results `with_origin` of `benchmarks.<name>`; in RESULTS by default."""
+    path = path or RESULTS / f"{name}.json"
+    write_json(path, with_origin(name, results))
     return path

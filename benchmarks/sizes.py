@@ -8,6 +8,8 @@ than those of the calibration; the first and last convolution are kept.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -70,12 +72,20 @@ def table(results: dict) -> str:
     return markdown_table([*header, "calibrated"], lines)
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calibration", help="a file that `nfq calibrate-demo` wrote; by default it is collected anew")
     parser.add_argument("--only", nargs="+", choices=[name or "4.15" for name in SIZES], help="these sizes alone")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="where the results go; by default among the benchmarks' results")
+    options = parser.parse_args(arguments)
+    if options.only and not options.out:
+        parser.error("--only needs --out: the repository holds the results of all sizes")
     print(machine())
     calibration = Calibration.load(options.calibration) if options.calibration else collect_demo(PROMPTS)
     chosen = [name for name in SIZES if options.only is None or (name or "4.15") in options.only]
-    print(write_results("sizes", "python -m benchmarks.sizes", run(calibration, chosen)))
+    print(write_results("sizes", run(calibration, chosen), options.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -28,6 +28,9 @@ except ImportError:
 SETTLED_SECONDS = 60
 """Under Windows a temporary file younger than this is left: its writer has to close it before it can rename it."""
 
+TEMPORARY_ENDING = r"\.[0-9a-f]{8}\.tmp"
+"""A pattern of what follows a dot and the target's name in a temporary file's."""
+
 
 def write_whole(path: str | os.PathLike, data: bytes, overwrite: bool = False) -> None:
     """Write a file that appears whole or not at all; see `AtomicFile`."""
@@ -139,7 +142,7 @@ def remove_leftovers(path: str | os.PathLike) -> bool:
         Whether another writer is at work on `path` now.
     """
     target = Path(os.path.realpath(path))
-    ours = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{8}[.]tmp")
+    ours = re.compile(re.escape(f".{target.name}") + TEMPORARY_ENDING)
     at_work = False
     # Who may not list the folder, or not touch such a file, leaves them to somebody who may.
     with suppress(OSError):
@@ -184,7 +187,9 @@ def _held_file(target: Path) -> tuple[FileIO, Path]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pass
+            # Another writer has taken the new file for a leftover and is about to remove it.
+            file.close()
+            continue
         except OSError:
             # A file system without locks: nobody else can lock the file there either, and so it is never removed.
             return file, temporary

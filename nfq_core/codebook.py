@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .codec import expected_code_bits
+from .codec import FRAME_BYTES, expected_code_bits
 from .formats import BLOCK, BlockFormat
 from .search import BlockQuantizer, ScaleGrid, largest_magnitudes
 
@@ -101,9 +101,12 @@ def fit_codebook(
     if not effort.limit_size or fmt.levels not in STORED_BITS:
         return book
 
+    # Counted as in whole frames: what a small tensor's table of codes takes is the same for any levels.
+    whole = max(weights, FRAME_BYTES * fmt.coarse_digits)
+
     def fits(candidate: Codebook) -> bool:
         uses = candidate.uses.sort(descending=True).values
-        return expected_code_bits(uses, fmt, weights) <= STORED_BITS[fmt.levels]
+        return expected_code_bits(uses, fmt, whole) <= STORED_BITS[fmt.levels]
 
     return book if fits(book) else _cheapest(blocks, largest, grid, book, fits, importance)
 

@@ -256,11 +256,11 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 def dtype_bytes(dtype: str) -> int:
     """Bytes per element of a dtype as safetensors names it; UnsupportedFileError for an unknown or sub-byte one."""
-    digits = dtype.lstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ").split("_")[0]
-    bits = 8 if dtype == "BOOL" else int(digits) if digits.isdigit() else 0
-    if bits not in (8, 16, 32, 64, 128):
+    bits = "8" if dtype == "BOOL" else dtype.lstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ").split("_")[0]
+    # Compared as text: a file may say anything, and `int` refuses some of what Unicode calls digits, and too many.
+    if bits not in ("8", "16", "32", "64", "128"):
         raise UnsupportedFileError(f"dtype {dtype!r} is unknown to this version; update the plugin")
-    return bits // 8
+    return int(bits) // 8
 
 
 def _entry(name: str, fields: dict[str, object]) -> Entry:

@@ -23,18 +23,12 @@ from ..nfq_core.policy import plan_tensors
 from ..nfq_core.quantizer import FIT_DTYPE
 from ..nfq_core.safefile import DTYPE_NAMES, Entry
 from ..nfq_core.state import StateDict, quantize_tensors
-from .host import COLLECTED, MADE, LayerProgress, Made, finite
+from .host import BYPASS_LORA, COLLECTED, MADE, UNET, LayerProgress, Made, finite
 from .ops import NFOps, wrap
 from .patcher import NFModelPatcher, adopt, nf_layers
 from .recipe import Origin
 
 log = logging.getLogger("nfq")
-
-UNET = "diffusion_model."
-"""What precedes a UNet's parameters in the host's model."""
-
-BYPASS_LORA = "bypass_lora"
-"""The name under which the host's LoraLoaderBypass puts adapters into a MODEL's layers, instead of into its patches."""
 
 _LAYERS = {torch.nn.Linear: NFOps.Linear, torch.nn.Conv2d: NFOps.Conv2d}
 
@@ -64,8 +58,7 @@ def quantize_model(
     _refuse_unfit(model)
     if device is not None:
         check_device(device, FIT_DTYPE)
-    if getattr(model, "is_dynamic", bool)():
-        model = without_dynamic_vram(model)
+    model = without_dynamic_vram(model)
     comfy.model_management.unload_all_models()
     source = origin.hashing()
     sqnr: dict[str, float] = {}
@@ -120,7 +113,13 @@ def is_quantized(weight: torch.Tensor) -> bool:
 
 
 def without_dynamic_vram(model: Any) -> Any:
-    """The same MODEL on the host's static patcher: the weights of the dynamic one need not be in memory."""
+    """The same MODEL on the host's static patcher: the weights of the dynamic one need not be in memory.
+
+    Raises:
+        NFQError: the MODEL's loader cannot load it so.
+    """
+    if not getattr(model, "is_dynamic", bool)():
+        return model
     if model.cached_patcher_init is None:
         raise NFQError(
             "this MODEL's loader cannot load it without DynamicVRAM; load it with a stock loader, or start ComfyUI "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +14,7 @@ from ..nfq_core.collector import Collector
 from ..nfq_core.sensitivity import PASSES
 from ..nfq_core.unet import detect
 from .bake import is_quantized, without_dynamic_vram
-from .host import CALIBRATION_SUFFIX, CALIBRATIONS, COLLECTED
-from .save import target
+from .host import CALIBRATION_SUFFIX, CALIBRATIONS, COLLECTED, refuse_existing, target
 
 
 class Collected:
@@ -61,8 +59,8 @@ class Collected:
             raise NFQError(
                 "nothing was sampled with this MODEL; connect it to a sampler, and the sampler's LATENT to samples"
             )
-        if os.path.exists(path) and not overwrite and path not in self._written:
-            raise NFQError(f"{path} exists; choose another filename_prefix, or switch overwrite on")
+        if not overwrite and path not in self._written:
+            refuse_existing(path)
         self._collector.calibration(prompts=self.samplings, steps=self.steps).save(path, overwrite=True)
         self._written.add(path)
 
@@ -87,8 +85,7 @@ def collecting(model: Any, hessians: bool, sensitivities: bool) -> Any:
     _refuse_compiled(model)
     if detect({name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}) is None:
         raise NFQError("this MODEL is no UNet of the SDXL family, which is what NFCollectCalibration takes")
-    if getattr(model, "is_dynamic", bool)():
-        model = without_dynamic_vram(model)
+    model = without_dynamic_vram(model)
     clone = model.clone()
     collected = Collected(clone.model.diffusion_model, hessians, sensitivities)
     kind = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE

@@ -9,8 +9,10 @@ from comfy_api.latest import io
 
 from ..nfq_core import Calibration, Settings
 from ..nfq_core.allocation import PRESETS
+from ..nfq_core.codebook import EFFORTS
 from ..nfq_core.formats import LEVELS
 from ..nfq_core.memory import MODES
+from ..nfq_core.policy import DEFAULTS
 from . import bake, host, load, report, save
 from .calibrating import NFCollectCalibration, NFSaveCalibration
 from .measuring import NFCompare, NFInspect, NFQualityReport
@@ -137,7 +139,7 @@ class NFQuantizeUNet(io.ComfyNode):
                 io.Combo.Input(
                     "levels",
                     options=levels,
-                    default=16,
+                    default=DEFAULTS.levels,
                     optional=True,
                     tooltip="Levels of the linear layers: 32, 24, 16, 12 and 7 take about 5.1, 4.8, 4.1, 3.8 and 3.1 "
                     "bits per weight. More is closer to the original.",
@@ -145,7 +147,7 @@ class NFQuantizeUNet(io.ComfyNode):
                 io.Combo.Input(
                     "conv_levels",
                     options=levels,
-                    default=32,
+                    default=DEFAULTS.conv_levels,
                     optional=True,
                     tooltip="Levels of the convolutions, which are few and sensitive.",
                 ),
@@ -158,10 +160,10 @@ class NFQuantizeUNet(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "effort",
-                    options=["fast", "best"],
-                    default="fast",
+                    options=list(EFFORTS),
+                    default=DEFAULTS.effort,
                     optional=True,
-                    tooltip="best takes about eight times as long and gains a little on heavy-tailed layers.",
+                    tooltip="best takes five to ten times as long and gains a little on heavy-tailed layers.",
                 ),
                 io.Boolean.Input(
                     "quantize_first_last",
@@ -199,11 +201,11 @@ class NFQuantizeUNet(io.ComfyNode):
     def execute(
         cls,
         model: Any,
-        levels: int = 16,
-        conv_levels: int = 32,
+        levels: int = DEFAULTS.levels,
+        conv_levels: int = DEFAULTS.conv_levels,
         device: str = "auto",
-        effort: str = "fast",
-        quantize_first_last: bool = False,
+        effort: str = DEFAULTS.effort,
+        quantize_first_last: bool = DEFAULTS.quantize_first_last,
         preset: str = NO_PRESET,
         calibration: str = NOTHING,
     ) -> io.NodeOutput:

@@ -18,6 +18,12 @@ from ..nfq_core import NFQError
 from ..nfq_core.container import SUFFIX, Source
 from .patcher import NFModelPatcher
 
+UNET = "diffusion_model."
+"""What precedes a UNet's parameters in the host's model."""
+
+BYPASS_LORA = "bypass_lora"
+"""The name under which the host's LoraLoaderBypass puts adapters into a MODEL's layers, instead of into its patches."""
+
 UNETS = "diffusion_models"
 """The host's folder of files that hold a UNet alone."""
 
@@ -141,6 +147,35 @@ def _path(folder: str, name: str, names: list[str], kind: str) -> str:
     if path is None:
         raise NFQError(f"{name!r} is no {kind} file in models/{folder}; put it there, or choose another")
     return path
+
+
+def target(filename_prefix: str, folder: str, suffix: str) -> str:
+    """The path for a prefix, below an output folder that the host lists; folders on the way are made."""
+    prefix = filename_prefix.replace("\\", "/").removesuffix(suffix)
+    if not prefix.startswith(f"{folder}/"):
+        prefix = f"{folder}/{prefix}"
+    if not prefix.rpartition("/")[2].strip(". "):
+        raise NFQError(f"filename_prefix {filename_prefix!r} names no file; give it a name, such as 'my-model-NF16'")
+    output = folder_paths.get_output_directory()
+    listed = os.path.join(os.path.abspath(output), folder)
+    # The host replaces what stands in %…% of a prefix, so that it has to be asked where it leads.
+    try:
+        directory, name, *_ = folder_paths.get_save_image_path(prefix, output)
+    except OSError as error:
+        raise NFQError(f"cannot write into {listed}: {error.strerror}") from None
+    except Exception as error:
+        if "outside the output folder" not in str(error):
+            raise
+        directory, name = output, ""
+    if os.path.commonpath([listed, os.path.abspath(directory)]) != listed:
+        raise NFQError(f"filename_prefix {filename_prefix!r} leads out of {listed}; remove the '..'")
+    return os.path.join(directory, name + suffix)
+
+
+def refuse_existing(path: str) -> None:
+    """NFQError where a target is there already."""
+    if os.path.exists(path):
+        raise NFQError(f"{path} exists; choose another filename_prefix, or switch overwrite on")
 
 
 def output_name(path: str) -> str:

@@ -15,11 +15,19 @@ from typing import Any
 import folder_paths
 
 from ..nfq_core import NFQFile
+from ..nfq_core.allocation import PRESETS
 from ..nfq_core.container import BAKED, IMPORTED, Source
+from ..nfq_core.errors import printable
 from .host import CHECKPOINTS, SUFFIX, UNETS, listed_name
 
 LOADER_INPUTS = {"unet_name": UNETS, "ckpt_name": CHECKPOINTS, "model_name": "", "model_path": ""}
 """Inputs by which loaders, stock ones and others, name their file, and the host's folder it lies in, where known."""
+
+_NODE_INPUTS = ("levels", "conv_levels", "effort", "quantize_first_last", "calibration")
+"""Settings that are inputs of NFQuantizeUNet, under the same name."""
+
+_NO_OPTION = (IMPORTED, BAKED, "calibration_sha256")
+"""Settings that no option of `nfq quantize` stands for."""
 
 _CHUNK = 16 << 20
 
@@ -117,6 +125,8 @@ def recipe(file: NFQFile) -> dict[str, Any]:
     return {
         "architecture": file.facts.architecture,
         "settings": file.facts.settings,
+        "node_inputs": node_inputs(file.facts.settings),
+        "command_options": command_options(file.facts.settings),
         "source": source.name,
         "source_sha256": source.sha256,
         "header_sha256": file.header_sha256,
@@ -125,7 +135,7 @@ def recipe(file: NFQFile) -> dict[str, Any]:
 
 
 def missing_file(folder: str, name: object, recipe_text: str) -> str:
-    """What to do about a file that a workflow wants and that is not there; empty where it is.
+    """What to do about a file that a workflow wants and that is not there, fit for a terminal; empty where it is.
 
     Args:
         folder: the host's folder.
@@ -136,33 +146,75 @@ def missing_file(folder: str, name: object, recipe_text: str) -> str:
         return ""
     there = f"{name!r} is not in models/{folder}"
     if not isinstance(name, str) or not name.lower().endswith(SUFFIX):
-        return f"{there}, or is no {SUFFIX} file, which the stock loader takes; choose an {SUFFIX} file"
+        return printable(f"{there}, or is no {SUFFIX} file, which the stock loader takes; choose an {SUFFIX} file")
     told = _told(recipe_text)
     if told is None:
-        return f"{there}; put it there, or choose another file"
-    source, digest, settings, baked = told
-    known = f" (SHA-256 {digest})" if digest else ""
-    made_from = f"{source!r}{known}" if source else "a model whose name is not recorded"
-    changed = f", after {', '.join(baked)}" if baked else ""
-    flags = " ".join(f"{key}={value}" for key, value in settings.items())
-    with_settings = f" with {flags}" if flags else ""
-    if IMPORTED in settings:
-        return f"{there}. It was imported from {made_from}: run `nfq import-article` on that again"
-    save_as = name[: -len(SUFFIX)]
+        return printable(f"{there}; put it there, or choose another file")
+    return printable(f"{there}. {_how_to_make(told, folder, name)}")
+
+
+def node_inputs(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The inputs of NFQuantizeUNet that stand for recorded settings; None where they need what it does not offer."""
+    inputs = {key: settings[key] for key in _NODE_INPUTS if key in settings}
+    presets = {bits: preset for preset, bits in PRESETS.items()}
+    if settings.get("target_bpw") in presets:
+        inputs["preset"] = presets[settings["target_bpw"]]
+    elif any(key in settings for key in ("format", "conv_format", "target_bpw", "target_bytes")):
+        return None
+    return inputs
+
+
+def command_options(settings: Mapping[str, Any]) -> str:
+    """The options of `nfq quantize` that stand for recorded settings."""
+    options = []
+    for key, value in settings.items():
+        if key in _NO_OPTION or value is False:
+            continue
+        option = "target-size" if key == "target_bytes" else key.replace("_", "-")
+        options.append(f"--{option}" if value is True else f"--{option} {value}")
+    return " ".join(options)
+
+
+def _how_to_make(told: _Told, folder: str, name: str) -> str:
+    known = f" (SHA-256 {told.sha256})" if told.sha256 else ""
+    made_from = f"{told.source!r}{known}" if told.source else "a model whose name is not recorded"
+    if IMPORTED in told.settings:
+        return f"It was imported from {made_from}: run `nfq import-article` on that again"
+    changed = f", after {', '.join(told.baked)}" if told.baked else ""
+    command = f"run `nfq quantize` on it with {command_options(told.settings) or 'its defaults'}"
+    inputs = node_inputs(told.settings)
+    if inputs is None:
+        first = "make a checkpoint of that with CheckpointSave, and " if told.baked else ""
+        return f"It was made from {made_from}{changed}: {first}{command}"
+    with_settings = f" with {_in_words(inputs)}" if inputs else ""
     companions = ", its CLIP and VAE connected too" if folder == CHECKPOINTS else ""
     return (
-        f"{there}. It was made from {made_from}{changed}{with_settings}: load that with the stock loader, connect "
-        f"NFQuantizeUNet with these settings, and NFSaveCheckpoint with filename_prefix {save_as!r}{companions}"
-        + ("" if baked else "; or run `nfq quantize`")
+        f"It was made from {made_from}{changed}{with_settings}: load that with the stock loader, connect "
+        f"NFQuantizeUNet with these settings, and NFSaveCheckpoint with filename_prefix {name[: -len(SUFFIX)]!r}"
+        f"{companions}{'' if told.baked else f'; or {command}'}"
     )
 
 
-def _told(recipe_text: str) -> tuple[str, str, dict[str, Any], list[str]] | None:
-    """Source, its hash, settings, and what was baked in, as a recipe tells; None for what is no recipe."""
+def _in_words(settings: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in settings.items())
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a recipe tells."""
+
+    source: str
+    sha256: str
+    settings: dict[str, Any]
+    baked: list[str]
+
+
+def _told(recipe_text: str) -> _Told | None:
+    """What a recipe tells, its settings without what was baked in; None for what is no recipe."""
     try:
         told = json.loads(recipe_text)
         settings = {key: value for key, value in told["settings"].items() if isinstance(value, (int, float, str))}
         baked = [str(item) for item in told["settings"].get(BAKED, ())]
-        return str(told["source"]), str(told["source_sha256"]), settings, baked
+        return _Told(str(told["source"]), str(told["source_sha256"]), settings, baked)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

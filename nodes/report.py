@@ -14,8 +14,8 @@ from ..nfq_core import NFQError, NFQFile
 from ..nfq_core.errors import printable
 from ..nfq_core.examine import container_info, mean_sqnr_db, settings_in_words, sqnr_db
 from ..nfq_core.formats import format_by_id
-from .bake import UNET
-from .host import finite, made
+from .bake import without_dynamic_vram
+from .host import UNET, finite, made
 from .ops import unwrap
 from .patcher import nf_layers
 
@@ -63,7 +63,7 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
         NFQError: the MODEL is not packed, or the original has other layers.
     """
     facts = made(model, "this MODEL is not quantised; connect one from NFQuantizeUNet or an NFQ loader")
-    before = original.get_key_patches(UNET) if original is not None else {}
+    before = without_dynamic_vram(original).get_key_patches(UNET) if original is not None else {}
     layers, weights, packed_bytes = [], 0, 0
     for key, layer in nf_layers(model.model):
         packed, name = unwrap(layer.weight), key.removeprefix(UNET)

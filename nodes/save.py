@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +12,11 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_sampling
-import folder_paths
 import torch
 
 from ..nfq_core import NFQError, NFTensor, save
 from ..nfq_core.unet_keys import CHECKPOINT_PREFIX
-from .bake import BYPASS_LORA, UNET
-from .host import CHECKPOINTS, SUFFIX, UNETS, NodeProgress, made
+from .host import BYPASS_LORA, CHECKPOINTS, SUFFIX, UNET, UNETS, NodeProgress, made, refuse_existing, target
 from .ops import is_packed, unwrap
 
 log = logging.getLogger("nfq")
@@ -55,8 +52,8 @@ def save_model(
         raise NFQError("a whole checkpoint needs both CLIP and VAE; connect both, or neither to save the UNet alone")
     alone = clip is None
     path = target(filename_prefix, UNETS if alone else CHECKPOINTS, SUFFIX)
-    if os.path.exists(path) and not overwrite:
-        raise NFQError(f"{path} exists; choose another filename_prefix, or switch overwrite on")
+    if not overwrite:
+        refuse_existing(path)
     tensors = _unet_tensors(model, "" if alone else CHECKPOINT_PREFIX) | _markers(model)
     if not alone:
         tensors |= _companions(model, clip, vae)
@@ -76,29 +73,6 @@ def save_model(
         progress=NodeProgress(),
     )
     return path
-
-
-def target(filename_prefix: str, folder: str, suffix: str) -> str:
-    """The path for a prefix, below an output folder that the host lists; folders on the way are made."""
-    prefix = filename_prefix.replace("\\", "/").removesuffix(suffix)
-    if not prefix.startswith(f"{folder}/"):
-        prefix = f"{folder}/{prefix}"
-    if not prefix.rpartition("/")[2].strip(". "):
-        raise NFQError(f"filename_prefix {filename_prefix!r} names no file; give it a name, such as 'my-model-NF16'")
-    output = folder_paths.get_output_directory()
-    listed = os.path.join(os.path.abspath(output), folder)
-    # The host replaces what stands in %…% of a prefix, so that it has to be asked where it leads.
-    try:
-        directory, name, *_ = folder_paths.get_save_image_path(prefix, output)
-    except OSError as error:
-        raise NFQError(f"cannot write into {listed}: {error.strerror}") from None
-    except Exception as error:
-        if "outside the output folder" not in str(error):
-            raise
-        directory, name = output, ""
-    if os.path.commonpath([listed, os.path.abspath(directory)]) != listed:
-        raise NFQError(f"filename_prefix {filename_prefix!r} leads out of {listed}; remove the '..'")
-    return os.path.join(directory, name + suffix)
 
 
 def _unet_tensors(model: Any, prefix: str) -> dict[str, NFTensor | torch.Tensor]:

@@ -6,6 +6,9 @@ import json
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import zstandard
 
 from nfq_core.container import FACTS_KEY, HASH_KEY, NO_SHA256, PREFIX, header_hash
 from nfq_core.safefile import METADATA_KEY
@@ -15,6 +18,11 @@ def split(data: bytes) -> tuple[dict, bytes]:
     """The header of a safetensors file, and what follows it."""
     end = 8 + int.from_bytes(data[:8], "little")
     return json.loads(data[8:end]), data[end:]
+
+
+def compressed(content: bytes, **options: Any) -> bytes:
+    """One frame of `content`, made with options of zstd's."""
+    return zstandard.ZstdCompressor(**options).compress(content)
 
 
 def plain(header: dict | str, payload: bytes = b"") -> bytes:

@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 import zstandard
-from forging import Draft, plain, signed, split
+from forging import Draft, compressed, plain, signed, split
 
 from nfq_core.container import FACTS_KEY, HASH_KEY, NO_SHA256
 from nfq_core.formats import FORMATS
@@ -191,11 +191,11 @@ def _change_frames(rng: Random, draft: Draft) -> None:
     elif kind == 3:
         frames[i] = damaged(rng, frames[i])
     elif kind == 4:
-        frames[i] = _frame(bytes(rng.choice((0, 1, len(content), 1 << 18, 1 << 24))))
+        frames[i] = compressed(bytes(rng.choice((0, 1, len(content), 1 << 18, 1 << 24))))
     elif kind == 5:
-        frames[i] = _frame(content, write_content_size=False)
+        frames[i] = compressed(content, write_content_size=False)
     elif kind == 6:
-        frames[i] = _frame(content, write_checksum=True, level=rng.choice((-5, 1, 19)))
+        frames[i] = compressed(content, write_checksum=True, level=rng.choice((-5, 1, 19)))
     elif kind == 7:
         # A skippable frame; and one after which others follow.
         frames[i] = rng.choice((b"\x50\x2a\x4d\x18" + struct.pack("<I", len(content)) + content, frames[i] * 2))
@@ -208,10 +208,6 @@ def _content(frame: bytes) -> bytes:
     if zstandard.get_frame_parameters(frame).content_size > 1 << 24:
         raise ValueError("no frame to open")
     return zstandard.ZstdDecompressor().decompress(frame, max_output_size=1 << 20)
-
-
-def _frame(content: bytes, **options: Any) -> bytes:
-    return zstandard.ZstdCompressor(**options).compress(content)
 
 
 def _claiming(frame: bytes, size: int) -> bytes:
@@ -244,7 +240,7 @@ def _change_buffer(rng: Random, draft: Draft) -> None:
         content[start : start + 64] = bytes([rng.randrange(256)]) * len(content[start : start + 64])
     else:
         content[start] ^= 1 << rng.randrange(8)
-    frames[number] = _frame(bytes(content))
+    frames[number] = compressed(bytes(content))
 
 
 def _with_odd_text(rng: Random, draft: Draft) -> bytes:

@@ -1,4 +1,4 @@
-"""Weights and models that several test files use."""
+"""Weights, models and inputs of layers that several test files use."""
 
 from __future__ import annotations
 
@@ -60,12 +60,24 @@ def random_weight(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def gaussian(*shape: int, seed: int = 0, sigma: float = 0.02) -> torch.Tensor:
+    """Random weights as large as a trained model's are."""
+    return random_weight(*shape, seed=seed) * sigma
+
+
 def random_half(*shape: int, seed: int = 0) -> torch.Tensor:
     return random_weight(*shape, seed=seed).half()
 
 
-def random_unet(layout: str = "ldm", seed: int = 0) -> dict[str, torch.Tensor]:
-    shapes = tensor_shapes(SMALLEST, layout)
+def bits(values: torch.Tensor) -> torch.Tensor:
+    """The bit patterns of fp16 values, so that -0 differs from 0."""
+    return values.view(torch.int16)
+
+
+def random_unet(
+    layout: str = "ldm", seed: int = 0, architecture: UNetArchitecture = SMALLEST
+) -> dict[str, torch.Tensor]:
+    shapes = tensor_shapes(architecture, layout)
     return {key: random_half(*shape, seed=seed + index) for index, (key, shape) in enumerate(shapes.items())}
 
 
@@ -96,3 +108,31 @@ def random_buffer(format_id: str, weights: int, seed: int = 0) -> torch.Tensor:
         data[2 * levels : 2 * levels + 2] = [256 - 12, rng.integers(1, 4)]
     data[sections.block_scales :] = rng.permutation(np.arange(blocks) % 256)
     return torch.from_numpy(data)
+
+
+def correlated(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Inputs whose columns are mixtures of a few sources, of unequal strength."""
+    mixture = random_weight(max(2, columns // 4), columns, seed=seed)
+    inputs = random_weight(rows, len(mixture), seed=seed + 1) @ mixture + 0.3 * random_weight(rows, columns, seed=seed)
+    return inputs * random_weight(columns, seed=seed + 2).exp()
+
+
+def second_moment(inputs: torch.Tensor) -> torch.Tensor:
+    return inputs.T @ inputs / len(inputs)
+
+
+def output_error(inputs: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean squared difference of the outputs that two weights, of any shape, give."""
+    return float((inputs.double() @ (weight.double() - other.double()).flatten(1).T).square().mean())
+
+
+SINGULAR = {
+    "no input at all": torch.zeros(70, 70),
+    "some columns without input": torch.diag((torch.arange(70) % 3 > 0).float()),
+    "all inputs alike": torch.ones(70, 70),
+    "one sample": second_moment(random_weight(1, 70)),
+    "not positive semi-definite": torch.ones(70, 70) * 3 - 2 * torch.eye(70),
+    "next to overflow": torch.ones(70, 70) * 3e38,
+    "wide range": torch.diag(10.0 ** torch.linspace(-30, 30, 70)),
+}
+"""Second moments of 70 columns that have no inverse, or nearly none."""

@@ -12,13 +12,14 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from systems import link
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def import_plugin(folder: Path) -> ModuleType:
     """Import the plugin as the host does: from a folder of custom nodes, under a name made from its path."""
-    folder.symlink_to(ROOT)
+    link(folder, ROOT)
     name = str(folder).replace(".", "_x_")
     spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
     plugin = importlib.util.module_from_spec(spec)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from samples import random_weight
+from samples import bits, random_weight
 
 from nfq_core.article import (
     MAX_LEVELS,
@@ -30,11 +30,6 @@ from nfq_core.article import (
 from nfq_core.errors import CannotQuantizeError, CorruptFileError, UnsupportedFileError
 
 SUPERBLOCK = 64 * 256
-
-
-def bits(values: torch.Tensor) -> torch.Tensor:
-    """The bit patterns of fp16 values, so that -0 differs from 0."""
-    return values.view(torch.int16)
 
 
 def spoilt_weight() -> torch.Tensor:

@@ -139,7 +139,7 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path: Path, capsys) -> None
     assert capsys.readouterr().err.startswith(f"diffusers makes no SDXL pipeline of {tmp_path}: ")
 
 
-@pytest.mark.parametrize("arguments", [["--model", "folder"], ["--steps", "0"]])
+@pytest.mark.parametrize("arguments", [["--model", "folder"], ["--steps", "3"], ["--steps", "0"]])
 def test_wrong_usage_ends_with_two(arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         article.main(arguments)
@@ -164,3 +164,8 @@ def test_int8_is_measured_on_the_demo_model(demo: article_models.Model, monkeypa
 def test_a_shape_that_is_not_multiplied_in_int8_is_not_timed() -> None:
     with pytest.raises(ValueError, match="17 tokens are needed"):
         int8.layer_times((16, 64, 64), torch.device("cpu"), rounds=1)
+
+
+def test_int8_on_another_device_leaves_the_cpus_results():
+    paths = [int8.results_path(torch.device(device)) for device in ("cpu", "cuda:1")]
+    assert [path.name for path in paths] == ["int8.json", "int8-cuda.json"]

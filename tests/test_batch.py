@@ -6,15 +6,16 @@ import errno
 import json
 import os
 import shutil
-import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from commands import run
 from safetensors.torch import save_file
 from samples import SMALL_MODEL, random_half, random_unet
+from systems import link, replaces_open_files, words
 
-from nfq_core import NFQFile, Settings, batch, cli
+from nfq_core import NFQFile, Settings, batch
 from nfq_core.atomic import AtomicFile
 from nfq_core.batch import convert_folders
 from nfq_core.calibration import Calibration, LayerInputs
@@ -217,7 +218,7 @@ def test_a_full_disk_stops_it(models, out, monkeypatch):
         report = convert_folders([models], out)
     wanted = {"lora.safetensors": "skipped", "one.safetensors": "failed", "two.safetensors": "not_tried"}
     assert results(report) == wanted
-    assert "No space left on device" in report["stopped"]
+    assert os.strerror(errno.ENOSPC) in report["stopped"]
     assert files(out) == {}
     assert results(convert_folders([models], out))["two.safetensors"] == "converted"
 
@@ -248,7 +249,7 @@ def test_two_sources_for_one_name(models, out):
 
 
 def test_the_same_file_under_two_names(models, out):
-    (models / "z.safetensors").symlink_to(models / "one.safetensors")
+    link(models / "z.safetensors", models / "one.safetensors")
     report = convert_folders([models], out)
     assert reasons(report)["z.safetensors"] == f"it is the same file as {models / 'one.safetensors'}"
 
@@ -328,8 +329,10 @@ def test_a_file_where_the_results_should_go(models, tmp_path):
 
 def test_a_results_folder_that_cannot_be_made(models, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    report = convert_folders([models], tmp_path / "file" / "out")
-    assert reasons(report)["one.safetensors"].endswith("could not be written: Not a directory; nothing was changed")
+    out = tmp_path / "file" / "out"
+    report = convert_folders([models], out)
+    reason = words(lambda: out.mkdir(parents=True))
+    assert reasons(report)["one.safetensors"].endswith(f"could not be written: {reason}; nothing was changed")
     assert report["totals"]["failed"] == 2
 
 
@@ -345,6 +348,7 @@ def test_a_source_that_changes_while_it_is_read(models, out):
     assert files(out) == {}
 
 
+@replaces_open_files
 def test_a_source_that_is_replaced_while_it_is_read(models, out):
     done = []
     report = convert_folders(
@@ -354,18 +358,8 @@ def test_a_source_that_is_replaced_while_it_is_read(models, out):
     assert files(out) == {}
 
 
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    capsys.readouterr()
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        code = cli.main(["batch", *map(str, arguments)])
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return code, *capsys.readouterr()
-
-
 def test_the_command(capsys, models, out):
-    code, text, error = run(capsys, models, "--out", out, "--levels", 24, "--any")
+    code, text, error = run(capsys, "batch", models, "--out", out, "--levels", 24, "--any")
     assert (code, error) == (0, "")
     lines = text.splitlines()
     assert len(lines) == 4
@@ -375,26 +369,26 @@ def test_the_command(capsys, models, out):
     with NFQFile(out / "one-NF24.nfq.safetensors") as file:
         assert file.facts.settings["levels"] == 24
 
-    code, text, error = run(capsys, models, "--out", out, "--levels", 24, "--json")
+    code, text, error = run(capsys, "batch", models, "--out", out, "--levels", 24, "--json")
     assert (code, error) == (0, "")
     assert json.loads(text)["totals"]["done"] == 2
 
 
 def test_the_command_with_faults(capsys, models, out):
     (models / "broken.safetensors").write_bytes(b"?")
-    code, text, error = run(capsys, models, "--out", out, "--dry-run")
+    code, text, error = run(capsys, "batch", models, "--out", out, "--dry-run")
     assert code == 1
     assert error == "nfq: 1 of 4 files failed, see above\n"
     assert f"to convert  {models / 'one.safetensors'}" in text
     assert "2 to convert, 1 skipped, 1 failed" in text
-    code, text, error = run(capsys, models / "absent", "--out", out)
+    code, text, error = run(capsys, "batch", models / "absent", "--out", out)
     assert (code, text) == (1, "")
     assert "absent: no such folder" in error
 
 
 def test_an_empty_folder(capsys, tmp_path, out):
     (tmp_path / "empty").mkdir()
-    assert run(capsys, tmp_path / "empty", "--out", out) == (0, "no model file found\n", "")
+    assert run(capsys, "batch", tmp_path / "empty", "--out", out) == (0, "no model file found\n", "")
 
 
 def test_two_runs_at_once(models, out):
@@ -413,7 +407,7 @@ def test_ctrl_c(capsys, models, out, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(batch, "quantize_file", interrupt)
-    code, text, error = run(capsys, models, "--out", out, "--json")
+    code, text, error = run(capsys, "batch", models, "--out", out, "--json")
     assert code == 1
     assert error == "nfq: interrupted; the same command goes on where it stopped\n"
     assert json.loads(text)["totals"]["not_tried"] == 2

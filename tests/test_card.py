@@ -8,10 +8,9 @@ import json
 import sys
 
 import pytest
+from commands import as_json, one_line, run
 from safetensors.torch import save_file
-from samples import SMALL_MODEL
-from test_cli import as_json, one_line, run, same_signal_handlers  # noqa: F401
-from test_report import tiny_unet
+from samples import SMALL_MODEL, TINY, random_unet
 
 import nfq_core
 from nfq_core import cli
@@ -26,7 +25,7 @@ from nfq_core.report.yaml import front_matter, quoted
 def folder(tmp_path_factory):
     """A UNet, and files of 32 and 12 levels."""
     folder = tmp_path_factory.mktemp("card")
-    save_file(tiny_unet(), folder / "model.safetensors")
+    save_file(random_unet(architecture=TINY), folder / "model.safetensors")
     for levels in (32, 12):
         quantize_file(folder / "model.safetensors", folder / f"nf{levels}.nfq.safetensors", Settings(levels))
     return folder
@@ -202,7 +201,7 @@ def test_a_card_in_a_file_of_its_own(capsys, files, tmp_path):
 
 
 def test_whole_checkpoints_and_plain_weights_are_used_otherwise(capsys, tmp_path):
-    unet = {f"model.diffusion_model.{key}": tensor for key, tensor in tiny_unet().items()}
+    unet = {f"model.diffusion_model.{key}": tensor for key, tensor in random_unet(architecture=TINY).items()}
     parts = {
         "conditioner.a.bias": SMALL_MODEL["norm.bias"],
         "first_stage_model.a.bias": SMALL_MODEL["norm.bias"].clone(),

@@ -12,8 +12,10 @@ import time
 
 import pytest
 import torch
+from commands import as_json, one_line, run
 from safetensors.torch import load_file, save_file
 from samples import SMALL_MODEL, random_half
+from systems import WINDOWS, names_are_bytes
 
 import nfq_core
 from nfq_core import cli
@@ -25,14 +27,6 @@ COMMAND = [sys.executable, "-m", "nfq_core"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(autouse=True)
-def same_signal_handlers():
-    """`main` takes SIGTERM over, which a test run must not."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A model, its container, and the article's file of it."""
@@ -40,24 +34,6 @@ def folder(tmp_path):
     nfq_core.convert.quantize_file(tmp_path / "model", tmp_path / "nfq")
     write_article_file(tmp_path / "article", SMALL_MODEL, 16, 32)
     return tmp_path
-
-
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command in this process."""
-    capsys.readouterr()
-    try:
-        code = cli.main([str(argument) for argument in arguments])
-    except SystemExit as exit:
-        code = exit.code
-    return code, *capsys.readouterr()
-
-
-def one_line(message: str) -> str:
-    assert message.startswith("nfq: ")
-    assert message.endswith("\n")
-    assert message.count("\n") == 1
-    assert "Traceback" not in message
-    return message
 
 
 def leftovers(folder) -> set[str]:
@@ -132,12 +108,6 @@ def test_quantize_with_a_calibration(capsys, folder):
     assert (code, out) == (1, "")
     assert "is no calibration" in one_line(error)
     assert not (folder / "b").exists()
-
-
-def as_json(capsys, *arguments: object) -> dict:
-    code, out, error = run(capsys, *arguments, "--json")
-    assert (code, error) == (0, "")
-    return json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 def test_the_whole_story_in_json(capsys, folder):
@@ -228,7 +198,7 @@ def test_a_process_of_its_own_prints_json_alone(folder):
     assert "tensor 'bad.weight' is kept as it is: it holds NaN or Inf" in one_line(done.stderr)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+@names_are_bytes
 def test_a_calibration_whose_name_is_no_text(capsys, folder):
     name = os.fsdecode(os.fsencode(folder) + b"/\xff")
     inputs = {"linear.weight": LayerInputs(torch.ones(100), 99), "conv.weight": LayerInputs(torch.ones(16), 99)}
@@ -246,7 +216,7 @@ def test_a_terminal_without_unicode_is_no_obstacle(folder, monkeypatch):
     assert nfq_core.load(folder / "ü").keys() == SMALL_MODEL.keys()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="file names are Unicode there")
+@names_are_bytes
 def test_a_file_name_that_is_no_unicode_is_no_obstacle(capsys, folder):
     source, target = (os.fsdecode(os.fsencode(folder) + name) for name in (b"/\xff", b"/\xfe"))
     os.link(folder / "model", source)
@@ -332,7 +302,7 @@ def test_verify_tells_the_first_error_and_how_many_follow(capsys, folder, damage
         assert f"tensor {key!r} is damaged" in line
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe is another error there")
+@pytest.mark.skipif(WINDOWS, reason="a closed pipe is another error there")
 @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
 @pytest.mark.parametrize("arguments", [["info", "nfq", "--json"], ["info", "nfq"], ["compare", "model", "nfq"]])
 def test_a_closed_pipe_is_quiet(folder, arguments, unbuffered):
@@ -439,7 +409,8 @@ def test_targets_that_cannot_be(capsys, folder, command, source, target):
     assert leftovers(folder) == set()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to any folder")
+@pytest.mark.skipif(WINDOWS, reason="folders have no such mode there")
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write to any folder")
 @each_writer
 def test_a_folder_without_permission(capsys, folder, command, source):
     (folder / "locked").mkdir(mode=0o500)
@@ -491,9 +462,12 @@ def wait_for(condition, process) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.skipif(WINDOWS, reason="no signal reaches one process alone there but what ends it at once")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_interrupted_in_the_middle(large, tmp_path, number):
     (tmp_path / "out").write_bytes(b"old")
+    # A test run in the background may ignore Ctrl-C, which its children would do then, too.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [*COMMAND, "quantize", str(large), str(tmp_path / "out"), "--force"],
         stdout=subprocess.PIPE,
@@ -501,6 +475,7 @@ def test_interrupted_in_the_middle(large, tmp_path, number):
         text=True,
         env=ENVIRONMENT,
     )
+    signal.signal(signal.SIGINT, ours)
     try:
         # The temporary file has its first tensor.
         wait_for(lambda: any(path.stat().st_size > 300_000 for path in tmp_path.glob(".out.*.tmp")), process)

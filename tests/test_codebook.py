@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from samples import random_weight
 
 from nfq_core.codebook import EFFORTS, STORED_BITS, Codebook, Effort, fit_codebook
 from nfq_core.codec import expected_code_bits
@@ -20,7 +21,7 @@ START, FIT, FIT_TO_SIZE = Effort(BLOCKS, 1, False), Effort(BLOCKS, 8, False), Ef
 
 
 def gaussian() -> torch.Tensor:
-    return torch.randn(BLOCKS, 64, generator=torch.Generator().manual_seed(0))
+    return random_weight(BLOCKS, 64)
 
 
 def uniform() -> torch.Tensor:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from forging import compressed
 from reference import FORMAT_IDS
+from samples import gaussian
 
 from nfq_core import CorruptFileError, NFQError, NFTensor, codec, quantize
 from nfq_core.codec import (
@@ -36,7 +38,7 @@ def decoded(frames: list[bytes], sections: Sections) -> torch.Tensor:
 
 
 def quantized(levels: int, weights: int, seed: int = 0) -> NFTensor:
-    return quantize(torch.randn(weights, generator=torch.Generator().manual_seed(seed)) * 0.02, levels)
+    return quantize(gaussian(weights, seed=seed), levels)
 
 
 def code_frames(tensor: NFTensor) -> list[bytes]:
@@ -147,10 +149,6 @@ def test_codes_used_evenly_are_expected_not_to_shrink(levels):
 
 
 # Damage
-
-
-def compressed(data: bytes, **options) -> bytes:
-    return zstandard.ZstdCompressor(**options).compress(data)
 
 
 def streamed(data: bytes) -> bytes:

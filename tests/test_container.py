@@ -10,7 +10,7 @@ from math import prod
 import pytest
 import torch
 import zstandard
-from forging import forge, replaced
+from forging import compressed, forge, replaced
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from samples import random_half
@@ -530,10 +530,6 @@ def test_too_little_memory_is_told_with_file_and_tensor(small, monkeypatch, read
     # The head, 8 groups of 64 bytes and 16 scales.
     wanted = f"{small}: tensor 'a.weight': it needs 592 bytes of memory, more than there is"
     assert str(caught.value) == wanted
-
-
-def compressed(data: bytes) -> bytes:
-    return zstandard.ZstdCompressor().compress(data)
 
 
 # The frames of a small nf16 tensor: 32 bytes of levels and 2 of scale parameters padded to 64, codes, block scales.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 
 import pytest
 import torch
+from forging import plain, split
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from samples import TINY, random_weight
+from samples import TINY, random_unet, random_weight
 
 import nfq_core
 from nfq_core import NFQFile, NFTensor, Settings, quantize
@@ -21,7 +21,7 @@ from nfq_core.convert import MAX_METADATA_BYTES, MAX_METADATA_WARNINGS, dequanti
 from nfq_core.errors import CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError, printable
 from nfq_core.examine import verify_file
 from nfq_core.safefile import tensor_bytes
-from nfq_core.unet_keys import CHECKPOINT_PREFIX, tensor_shapes
+from nfq_core.unet_keys import CHECKPOINT_PREFIX
 
 
 def exact(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
@@ -239,10 +239,7 @@ def test_the_output_dtype_touches_quantised_tensors_only(container, tmp_path, dt
 
 @pytest.mark.parametrize("layout", ["ldm", "prefixed", "diffusers"])
 def test_a_unet_in_every_layout(tmp_path, layout):
-    tensors = {
-        key: random_weight(*shape, seed=seed).half()
-        for seed, (key, shape) in enumerate(tensor_shapes(TINY, layout).items())
-    }
+    tensors = random_unet(layout, architecture=TINY)
     beside = {"first_stage_model.decoder.conv_in.weight": random_weight(64, 64, 3, 3).half()}
     save_file(tensors | beside, tmp_path / "a")
     quantize_file(tmp_path / "a", tmp_path / "b")
@@ -337,22 +334,19 @@ def test_kept_with_a_warning_naming_the_tensor(tmp_path, caplog, weight, reason)
 
 
 def test_a_dtype_that_torch_lacks_is_carried_through(tmp_path):
-    header = json.dumps(
-        {
-            "a.weight": {"dtype": "F16", "shape": [32, 32], "data_offsets": [0, 2048]},
-            "b.scale": {"dtype": "F8_E3M4", "shape": [4], "data_offsets": [2048, 2052]},
-        }
-    ).encode()
+    header = {
+        "a.weight": {"dtype": "F16", "shape": [32, 32], "data_offsets": [0, 2048]},
+        "b.scale": {"dtype": "F8_E3M4", "shape": [4], "data_offsets": [2048, 2052]},
+    }
     data = bytes(tensor_bytes(random_weight(32, 32).half())) + b"\x7e\x7f\x80\x81"
-    (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    (tmp_path / "a").write_bytes(plain(header, data))
     quantize_file(tmp_path / "a", tmp_path / "b")
     dequantize_file(tmp_path / "b", tmp_path / "c")
     with NFQFile(tmp_path / "b") as file, pytest.raises(UnsupportedFileError, match=r"'b\.scale' has dtype F8_E3M4"):
         file.load("b.scale")
-    written = (tmp_path / "c").read_bytes()
-    entry = json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])["b.scale"]
-    assert entry["dtype"] == "F8_E3M4"
-    assert written[-4:] == b"\x7e\x7f\x80\x81"
+    written, payload = split((tmp_path / "c").read_bytes())
+    assert written["b.scale"]["dtype"] == "F8_E3M4"
+    assert payload[-4:] == b"\x7e\x7f\x80\x81"
 
 
 def test_bytes_do_not_depend_on_threads(mixed, tmp_path, monkeypatch):

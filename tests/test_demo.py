@@ -10,9 +10,8 @@ import torch
 pytest.importorskip("diffusers", reason="the demo needs diffusers")
 pytest.importorskip("PIL", reason="the demo needs Pillow")
 
+from commands import run as command
 from PIL import Image
-from test_cli import run as command
-from test_cli import same_signal_handlers  # noqa: F401
 
 from nfq_core import TargetExistsError
 from nfq_core.calibration import Calibration
@@ -153,7 +152,7 @@ def test_the_demo_writes_pictures_report_and_sound_files(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "CAPTIONS", CAPTIONS)
     monkeypatch.setattr(run, "STEPS", 4)
     report = run.run_demo(tmp_path / "out")
-    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
     rows = report["levels"]
     assert [row["levels"] for row in rows] == list(LEVELS)
     for better, worse in pairwise(rows):

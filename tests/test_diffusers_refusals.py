@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import struct
+import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers_models import packed_unet, reads_folders, stock_unet, write_config
+from forging import Draft
 from samples import SMALL_MODEL, TINY
+from systems import words
 
 from nfq_core import CorruptFileError, NFQError, UnsupportedFileError, quantize_state_dict, save
-from nfq_core.container import FACTS_KEY, HASH_KEY, NO_SHA256, header_hash
 from nfq_core.diffusers import NFQConfig, load_unet
 from nfq_core.diffusers.quantizer import NFQQuantizer
 
@@ -52,14 +54,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def newer(container: bytes) -> bytes:
     """The same file with a container version that only a later program writes."""
-    length = struct.unpack("<Q", container[:8])[0]
-    header, data = json.loads(container[8 : 8 + length]), container[8 + length :]
-    metadata = header["__metadata__"]
-    metadata[FACTS_KEY] = metadata[FACTS_KEY].replace('"container_version":1', '"container_version":9')
-    metadata[HASH_KEY] = NO_SHA256
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw = struct.pack("<Q", len(text)) + text
-    return raw.replace(NO_SHA256.encode(), header_hash(raw, NO_SHA256).encode()) + data
+    draft = Draft.of(container)
+    draft.facts["container_version"] = 9
+    return draft.data()
 
 
 @pytest.mark.parametrize(
@@ -100,9 +97,10 @@ def newer(container: bytes) -> bytes:
     ],
 )
 def test_files_and_configs(root: Path, file: str, folder: str, error: type, message: str) -> None:
-    with pytest.raises(error, match=message) as caught:
+    with pytest.raises(error) as caught:
         load_unet(root / f"{file}.safetensors", root / folder)
-    assert "\n" not in str(caught.value)
+    told = str(caught.value)
+    assert re.search(message, told.replace(os.sep, "/")) and "\n" not in told
 
 
 def test_a_folder_instead_of_a_file(root: Path) -> None:
@@ -227,22 +225,31 @@ def test_weights_that_lack_a_tensor(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "options", "message"),
     [
-        ("file", {}, "file cannot be made a folder: File exists; nothing was changed"),
-        ("file/inside", {}, "cannot be made a folder: Not a directory; nothing was changed"),
         ("sharded", {}, "sharded holds a model in several files; choose another folder"),
         ("new", {"safe_serialization": False}, "as safetensors only"),
         ("new", {"push_to_hub": True}, "use the model's push_to_hub"),
     ],
 )
 def test_saving(root: Path, tmp_path: Path, target: str, options: dict, message: str) -> None:
-    (tmp_path / "file").write_text("precious")
     (tmp_path / "sharded").mkdir()
     (tmp_path / "sharded" / f"{WEIGHTS}.index.json").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
     unet = load_unet(root / "ldm.nfq.safetensors", root / "tiny")
     with pytest.raises(NFQError, match=message):
         unet.save_pretrained(tmp_path / target, **options)
-    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text() == "precious"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("target", ["file", "file/inside"])
+def test_saving_where_no_folder_can_be(root: Path, tmp_path: Path, target: str) -> None:
+    (tmp_path / "file").write_text("precious")
+    unet = load_unet(root / "ldm.nfq.safetensors", root / "tiny")
+    folder = tmp_path / target
+    with pytest.raises(NFQError) as caught:
+        unet.save_pretrained(folder)
+    reason = words(lambda: folder.mkdir(parents=True))
+    assert str(caught.value) == f"{folder} cannot be made a folder: {reason}; nothing was changed"
+    assert (tmp_path / "file").read_text() == "precious" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_full_disk_leaves_the_folder_as_it_was(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from samples import random_weight
+from samples import SINGULAR, correlated, output_error, random_weight, second_moment
 
 from nfq_core import feedback as module
 from nfq_core import quantize
@@ -17,22 +17,6 @@ from nfq_core.formats import LEVELS
 CPU = torch.device("cpu")
 LEVELS_5 = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0])
 MIDDLES = (LEVELS_5[1:] + LEVELS_5[:-1]) / 2
-
-
-def correlated(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """Inputs whose columns are mixtures of a few sources, of unequal strength."""
-    mixture = random_weight(max(2, columns // 4), columns, seed=seed)
-    inputs = random_weight(rows, len(mixture), seed=seed + 1) @ mixture + 0.3 * random_weight(rows, columns, seed=seed)
-    return inputs * random_weight(columns, seed=seed + 2).exp()
-
-
-def second_moment(inputs: torch.Tensor) -> torch.Tensor:
-    return inputs.T @ inputs / len(inputs)
-
-
-def output_error(inputs: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> float:
-    """Mean squared difference of the outputs that two weights, of any shape, give."""
-    return float((inputs.double() @ (weight.double() - other.double()).flatten(1).T).square().mean())
 
 
 @pytest.mark.parametrize("shape", [(64,), (64, 32), (64, 64, 1)])
@@ -146,17 +130,6 @@ def test_the_unit_of_the_inputs_does_not_matter(unit):
     ]
     # Rounding may turn a tie.
     assert (codes[0] != codes[1]).float().mean() < 0.05
-
-
-SINGULAR = {
-    "no input at all": torch.zeros(70, 70),
-    "some columns without input": torch.diag((torch.arange(70) % 3 > 0).float()),
-    "all inputs alike": torch.ones(70, 70),
-    "one sample": second_moment(random_weight(1, 70)),
-    "not positive semi-definite": torch.ones(70, 70) * 3 - 2 * torch.eye(70),
-    "next to overflow": torch.ones(70, 70) * 3e38,
-    "wide range": torch.diag(10.0 ** torch.linspace(-30, 30, 70)),
-}
 
 
 @pytest.mark.parametrize("hessian", SINGULAR.values(), ids=SINGULAR)

@@ -7,9 +7,9 @@ from random import Random
 
 import pytest
 from forging import Draft
+from golden.make import paths
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_golden import paths
 from trial import Fault, Trials, by_the_document, try_container
 
 import nfq_core

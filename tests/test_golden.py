@@ -7,21 +7,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden.make import FOLDER, paths
 from independent_reader import Kept, document, read
 
 import nfq_core
 from nfq_core.formats import FORMATS, SCALE_MANTISSAS
-
-FOLDER = Path(__file__).resolve().parent / "golden"
-
-
-def paths(format_id: str) -> tuple[Path, Path]:
-    return FOLDER / f"{format_id}.nfq.safetensors", FOLDER / f"{format_id}.npy"
 
 
 def bits(values: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from systems import WINDOWS
 
 from benchmarks import gpu, gpu_bench, gpu_decode, gpu_step
 from nfq_core import backends, kernels
@@ -64,6 +65,8 @@ def test_what_is_measured(results: dict) -> None:
 
 def test_the_table(results: dict) -> None:
     told = gpu.table(results)
+    assert told.startswith("| tiny shapes, to try the script |")
+    assert "| SDXL's UNet, 1024 px, CFG |" in gpu.table(results | {"small": False})
     assert "| packed, 1 LoRA |" in told and "| quantise |" in told and "Missed: " in told
     assert "| first load: NFQ |" in told
     assert "| whole UNet: packed |" in told and ", 0 with others than the CPU's;" in told
@@ -168,7 +171,7 @@ def test_what_fails_is_noted_and_leaves_the_rest(tmp_path: Path) -> None:
     ("code", "told"),
     [
         ("import time; time.sleep(60)", "stopped after 3 s"),
-        ("import os; os.abort()", "ended with status -6"),
+        ("import os; os.abort()", f"ended with status {'' if WINDOWS else '-6'}"),
         ("raise SystemExit('no torch')", "did not begin: no torch"),
     ],
 )
@@ -186,6 +189,15 @@ def test_parts_that_hang_or_break_down(tmp_path: Path, monkeypatch, code: str, t
     found = gpu.run_apart("decode", options, 3)
     assert found["status"] == "failed" and found.get("found") == (1 if begins else None)
     assert told in found["failures"]["decode"]
+
+
+@pytest.mark.parametrize("groups", [True, False])
+def test_a_part_is_ended_also_where_there_are_no_groups_of_processes(monkeypatch, groups: bool) -> None:
+    if not groups:
+        monkeypatch.delattr(gpu.os, "killpg", raising=False)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    gpu._end(process)
+    assert process.returncode not in (None, 0)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +235,14 @@ def test_loras_are_on_every_linear_layer_of_the_transformers(diffusers_alone) ->
     one = layers["mid_block.attentions.0.proj_in"]
     change = (one.low_rank.up @ one.low_rank.down).float()
     assert 0.008 < change.std() / one.packed.dequantize().float().std() < 0.012
+
+
+@pytest.mark.parametrize("arguments", [["--device", "cpu", "--small"], ["--only", "decode"]])
+def test_a_trial_does_not_replace_the_results(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "--small and --only need --out" in done.stderr
 
 
 def test_a_device_that_is_not_there() -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import independent_reader
 import pytest
 from forging import forge, replaced
+from golden.make import paths
 from independent_reader import UnsoundError, read
-from test_golden import paths
 
 SMALL = paths("nf16_b64")[0]
 

@@ -80,10 +80,11 @@ LORAS = [
     "a.oft_blocks",
     "a.dora_scale",
     "a.diff",
+    "a.diff_b",
 ]
 
 
-@pytest.mark.parametrize("key", [*LORAS, "a.diff", "a.diff_b"])
+@pytest.mark.parametrize("key", LORAS)
 def test_kinds_of_lora(key):
     assert kind_of(file({key: (64, 64)})).name == "LoRA"
 

@@ -1,4 +1,6 @@
-"""Who imports whom: the core knows no host and nothing heavy, and its modules form no cycle."""
+"""Who imports whom: the core knows no host and nothing heavy, and its modules form no cycle; what belongs to one
+program knows the core alone.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,8 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "nfq_core").rglob("*.py"))
 }
+
+PROGRAMS = [path for folder in ("nodes", "nfq_webui") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 HOST = {"comfy", "comfy_api", "comfy_extras", "execution", "folder_paths", "nodes", "server"}
 HOST |= {"backend", "gradio", "launch", "modules", "nfq_webui", "scripts"}
@@ -36,18 +40,26 @@ def imports(nodes: Iterator[ast.AST] | list[ast.stmt], package: list[str]) -> It
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
-            name = ".".join([*base, *([node.module] if node.module else [])])
-            yield name
-            yield from (f"{name}.{alias.name}" for alias in node.names)
+            parts = [*base, *([node.module] if node.module else [])]
+            # Where nothing is around the folder, `from .. import b` names `b` alone.
+            if parts:
+                yield ".".join(parts)
+            yield from (".".join([*parts, alias.name]) for alias in node.names)
 
 
-def package_of(module: str) -> list[str]:
-    parts = module.split(".")
-    return parts if MODULES[module].name == "__init__.py" else parts[:-1]
+def package_of(path: Path) -> list[str]:
+    return list(path.relative_to(ROOT).parent.parts)
 
 
 def all_imports(module: str) -> set[str]:
-    return set(imports(ast.walk(ast.parse(MODULES[module].read_text("utf-8"))), package_of(module)))
+    path = MODULES[module]
+    return set(imports(ast.walk(ast.parse(path.read_text("utf-8"))), package_of(path)))
+
+
+def relative_imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text("utf-8"))
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level)
+    return set(imports(nodes, package_of(path)))
 
 
 def imports_at_import(module: str) -> set[str]:
@@ -65,7 +77,8 @@ def imports_at_import(module: str) -> set[str]:
             for handler in getattr(statement, "handlers", []):
                 yield from statements(handler.body)
 
-    return set(imports(statements(ast.parse(MODULES[module].read_text("utf-8")).body), package_of(module)))
+    path = MODULES[module]
+    return set(imports(statements(ast.parse(path.read_text("utf-8")).body), package_of(path)))
 
 
 def top_names(names: set[str]) -> set[str]:
@@ -76,6 +89,28 @@ def test_the_modules_are_found():
     assert {"nfq_core", "nfq_core.formats", "nfq_core.cli"} <= MODULES.keys()
     assert "nfq_core.errors" in all_imports("nfq_core.formats")
     assert "torch" in imports_at_import("nfq_core.formats")
+    assert {ROOT / "nodes" / "host.py", ROOT / "nfq_webui" / "page.py"} <= set(PROGRAMS)
+
+
+@pytest.mark.parametrize(
+    ("statement", "wanted"),
+    [
+        ("from .host import a", {"nodes.host", "nodes.host.a"}),
+        ("from . import host", {"nodes", "nodes.host"}),
+        ("from ..nfq_webui.page import a", {"nfq_webui.page", "nfq_webui.page.a"}),
+        ("from .. import nfq_webui", {"nfq_webui"}),
+        ("import nodes.host as a, torch", {"nodes.host", "torch"}),
+    ],
+)
+def test_names_are_full_ones(statement, wanted):
+    """In a module of `nodes`."""
+    assert set(imports(ast.parse(statement).body, ["nodes"])) == wanted
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_belongs_to_one_program_imports_the_core_alone(path):
+    """Relatively, as it has to: `test_plugin` and `test_webui` see to absolute imports."""
+    assert top_names(relative_imports(path)) <= {path.relative_to(ROOT).parts[0], "nfq_core"}
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from samples import random_weight
 
 from nfq_core.low_rank import LowRank
 
@@ -27,7 +28,7 @@ def test_by_hand():
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_is_the_sum_of_all(columns, count):
     parts = [(*factors(32, columns, 4 + number, number), 0.3 * (number - 1)) for number in range(count)]
-    weight = torch.randn(32, *columns, generator=torch.Generator().manual_seed(9))
+    weight = random_weight(32, *columns, seed=9)
     wanted = weight.double()
     for up, down, coefficient in parts:
         wanted = wanted + coefficient * (up.double() @ down.double().flatten(1)).view(wanted.shape)

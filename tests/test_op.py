@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from samples import random_weight
+from systems import link
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -114,7 +115,7 @@ def test_results_for_one_use_are_new_where_a_graph_is_made() -> None:
 def test_two_copies_of_the_package_in_one_process(tmp_path: Path) -> None:
     (tmp_path / "plugin").mkdir()
     (tmp_path / "plugin" / "__init__.py").touch()
-    (tmp_path / "plugin" / "nfq_core").symlink_to(ROOT / "nfq_core")
+    link(tmp_path / "plugin" / "nfq_core", ROOT / "nfq_core")
     code = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]\n"
         "import nfq_core.op as first, plugin.nfq_core.op as second\n"

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from samples import random_half, random_weight
 
 from benchmarks import ggml, quality, quality_peers, quality_plot, quality_tables, quality_weights, report
 from benchmarks.quality_checks import checks, left_of
@@ -42,7 +43,7 @@ def test_q8_0_by_hand():
 @pytest.mark.parametrize(("name", "bits"), [("Q2_K", 2.625), ("Q3_K", 3.4375), ("Q4_K", 4.5), ("IQ4_XS", 4.25)])
 def test_k_quants_take_any_shape_and_count_their_padding(name, bits):
     needs("xllamacpp")
-    weight = torch.randn(4, 32, 3, 3, generator=torch.Generator().manual_seed(0))
+    weight = random_weight(4, 32, 3, 3)
     decoded, nbytes = ggml.round_trip(weight, name)
     assert decoded.shape == weight.shape
     assert nbytes == 5 * 256 * bits / 8
@@ -52,7 +53,7 @@ def test_k_quants_take_any_shape_and_count_their_padding(name, bits):
 
 def test_an_importance_matrix_spares_what_counts():
     needs("xllamacpp")
-    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    weight = random_weight(64, 96)
     importance = torch.ones(96)
     importance[::3] = 100.0
     plain, weighed = (ggml.round_trip(weight, "Q3_K", given)[0] for given in (None, importance))
@@ -113,7 +114,7 @@ def test_palettes():
     made = quality_peers.palette(weight, 2)
     assert torch.equal(made.weight.float(), weight)
     assert made.packed_bytes == 128 * 2 // 8 + 2 * 4
-    gaussian = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0)).half()
+    gaussian = random_half(1 << 16)
     # Lloyd and Max: 9.30, 14.62 and 20.22 dB for a Gaussian source.
     for bits, wanted in ((2, 9.30), (3, 14.62), (4, 20.22)):
         assert Layer.of(gaussian, quality_peers.palette(gaussian, bits)).sqnr_db == pytest.approx(wanted, abs=0.1)
@@ -290,14 +291,16 @@ def test_the_command_runs_without_any_peer(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "our_formats", lambda effort: ours)
     monkeypatch.setattr(quality_weights, "QUICK_SHAPE", (64, 512))
     monkeypatch.setattr(quality_weights, "QUICK_CONVOLUTION", (64, 64, 3, 3))
-    quality.main(["--quick", "--out", str(tmp_path / "quality.json")])
+    arguments = ["--quick", "--out", str(tmp_path / "quality.json")]
+    monkeypatch.setattr(sys, "argv", ["quality.py", *arguments])
+    quality.main(arguments)
     printed = capsys.readouterr().out
     assert "GGUF is left out: xllamacpp is not installed" in printed
     results = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))
     assert {row["source"] for row in results["rows"]} == {"gaussian", "student_t5", "convolution"}
     assert {check["met"] for check in results["checks"]} == {None}
     assert results["skipped"] == {"GGUF": "xllamacpp is not installed"}
-    assert results["command"].startswith("python -m benchmarks.quality --quick --out")
+    assert results["command"] == "python -m benchmarks.quality --quick --out quality.json"
 
 
 @pytest.mark.parametrize("arguments", [["--layers", "0"], ["--model", "a", "--quick"], ["--effort", "some"]])

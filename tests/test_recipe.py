@@ -73,7 +73,7 @@ def test_a_missing_file_is_explained(recipe: ModuleType) -> None:
         + "ab" * 32
         + ") with levels=12 conv_levels=32 effort=fast quantize_first_last=False: load that with the stock loader, "
         "connect NFQuantizeUNet with these settings, and NFSaveCheckpoint with filename_prefix 'deep/x'; or run "
-        "`nfq quantize`"
+        "`nfq quantize` on it with --levels 12 --conv-levels 32 --effort fast"
     )
     text = recipe.missing_file(UNETS, "x.nfq.safetensors", told(settings={"baked": ["LoRA b at 1"]}, source=""))
     assert "made from a model whose name is not recorded, after LoRA b at 1: load that" in text
@@ -82,6 +82,35 @@ def test_a_missing_file_is_explained(recipe: ModuleType) -> None:
     assert "with filename_prefix 'x', its CLIP and VAE connected too" in text
     text = recipe.missing_file(UNETS, "x.nfq.safetensors", told(settings={"imported": "article"}))
     assert "imported from 'a.safetensors'" in text and text.endswith("run `nfq import-article` on that again")
+
+
+def test_a_size_that_a_preset_has_is_told_as_the_preset(recipe: ModuleType) -> None:
+    settings = {"effort": "best", "target_bpw": 3.4, "calibration": "c", "calibration_sha256": "ab"}
+    text = recipe.missing_file(UNETS, "x.nfq.safetensors", told(settings=settings))
+    assert " with effort=best calibration=c preset=small: load that" in text
+    assert text.endswith("; or run `nfq quantize` on it with --effort best --target-bpw 3.4 --calibration c")
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"format": "t4w8_b64", "conv_format": "t5w9_b64"}, "--format t4w8_b64 --conv-format t5w9_b64"),
+        ({"target_bytes": 1200000000}, "--target-size 1200000000"),
+        ({"target_bpw": 3.3, "quantize_first_last": True}, "--target-bpw 3.3 --quantize-first-last"),
+    ],
+)
+def test_what_the_node_does_not_offer_is_told_as_a_command(recipe: ModuleType, settings: dict, options: str) -> None:
+    text = recipe.missing_file(UNETS, "x.nfq.safetensors", told(settings=settings))
+    assert text.endswith(f": run `nfq quantize` on it with {options}") and "NFQuantizeUNet" not in text
+    text = recipe.missing_file(UNETS, "x.nfq.safetensors", told(settings=settings | {"baked": ["LoRA b at 1"]}))
+    assert "after LoRA b at 1: make a checkpoint of that with CheckpointSave, and run `nfq quantize` on it" in text
+
+
+def test_a_recipe_moves_no_cursor(recipe: ModuleType) -> None:
+    settings = {"x": "\x1b[2J\n\u202eabc", "baked": ["\x1b]0;hi\x07"]}
+    text = recipe.missing_file(UNETS, "x.nfq.safetensors", told(settings=settings, source_sha256="\x1b[31m"))
+    assert text.isprintable() and "\\x1b]0;hi" in text
+    assert len(recipe.missing_file(UNETS, "x.nfq.safetensors", told(source="a" * 10_000))) < 3000
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, '{"settings": 3}', '{"settings": {}}'])

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import as_json, one_line, run
 from safetensors.torch import load_file, save_file
-from samples import SMALL_MODEL, TINY, random_half
-from test_cli import as_json, one_line, run, same_signal_handlers  # noqa: F401
+from samples import SMALL_MODEL, TINY, random_half, random_unet
+from systems import names_are_bytes
 
 import nfq_core
 from nfq_core.convert import quantize_file
@@ -34,17 +35,12 @@ from nfq_core.unet_keys import KNOWN_ARCHITECTURES, SDXL_BASE, ldm_to_diffusers,
 DRAWN = {"report.json", "report.md", "layers.png", "size.png", "roles.png"}
 
 
-def tiny_unet(layout: str = "ldm", seed: int = 0) -> dict[str, torch.Tensor]:
-    names = tensor_shapes(TINY, layout)
-    return {name: random_half(*shape, seed=seed + n) for n, (name, shape) in enumerate(names.items())}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A UNet in two layouts, and files of 32 and 12 levels of the first."""
     folder = tmp_path_factory.mktemp("report")
-    save_file(tiny_unet(), folder / "ldm.safetensors")
-    save_file(tiny_unet("diffusers"), folder / "diffusers.safetensors")
+    save_file(random_unet(architecture=TINY), folder / "ldm.safetensors")
+    save_file(random_unet("diffusers", architecture=TINY), folder / "diffusers.safetensors")
     for levels in (32, 12):
         quantize_file(folder / "ldm.safetensors", folder / f"nf{levels}.nfq.safetensors", Settings(levels))
     return folder
@@ -182,7 +178,7 @@ def test_names_are_no_formulas(report):
         pixels(figure)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every name is Unicode")
+@names_are_bytes
 def test_names_that_are_no_unicode(capsys, folder, files, tmp_path):
     odd = os.fsencode(tmp_path) + b"/a\xff\n|.nfq.safetensors"
     with open(odd, "wb") as file:
@@ -244,11 +240,11 @@ def test_refusals(capsys, folder, files, tmp_path):
     out = tmp_path / "out"
     save_file({"a.weight": random_half(64, 64)}, tmp_path / "other")
     assert "tensor 'input_blocks" in refused(capsys, tmp_path / "other", files[0], "--out", out)
-    lacking = tiny_unet()
+    lacking = random_unet(architecture=TINY)
     del lacking["middle_block.1.proj_in.weight"]
     save_file(lacking, tmp_path / "lacking")
     assert "tensor 'middle_block.1.proj_in.weight'" in refused(capsys, tmp_path / "lacking", files[0], "--out", out)
-    save_file(tiny_unet(seed=500), tmp_path / "stranger")
+    save_file(random_unet(seed=500, architecture=TINY), tmp_path / "stranger")
     assert "was not made from" in refused(capsys, tmp_path / "stranger", files[0], "--out", out)
     assert "no such file" in refused(capsys, folder / "ldm.safetensors", tmp_path / "gone", "--out", out)
     assert "is not an .nfq.safetensors file" in refused(capsys, tmp_path / "other", tmp_path / "other", "--out", out)

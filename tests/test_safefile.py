@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from forging import plain
 from safetensors.torch import save_file
+from systems import WINDOWS, replaces_open_files
 
-from nfq_core.errors import CorruptFileError, NFQError, UnsupportedFileError
+from nfq_core.errors import CorruptFileError, NFQError, UnsupportedFileError, printable
 from nfq_core.safefile import (
     COPY_BYTES,
     TORCH_DTYPES,
@@ -26,11 +28,6 @@ from nfq_core.safefile import (
 )
 
 GOOD = {"a": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}}
-
-
-def raw(header: dict | str, data: bytes = b"") -> bytes:
-    text = (header if isinstance(header, str) else json.dumps(header)).encode("utf-8", "surrogatepass")
-    return len(text).to_bytes(8, "little") + text + data
 
 
 def field(**changes: object) -> dict:
@@ -68,31 +65,32 @@ def test_reads_what_the_library_writes(tmp_path):
 
 def test_copies_large_tensors_piece_by_piece(tmp_path):
     data = bytes(range(256)) * (COPY_BYTES // 256) + b"rest"
-    (tmp_path / "a").write_bytes(raw(field(dtype="U8", shape=[len(data)], data_offsets=[0, len(data)]), data))
+    (tmp_path / "a").write_bytes(plain(field(dtype="U8", shape=[len(data)], data_offsets=[0, len(data)]), data))
     with SafetensorsFile(tmp_path / "a") as file:
         pieces = [bytes(piece) for piece in file.read_chunks("a")]
     assert [len(piece) for piece in pieces] == [COPY_BYTES, 4]
     assert b"".join(pieces) == data
 
 
+@replaces_open_files
 def test_a_file_replaced_while_open_is_not_mixed_with_its_successor(tmp_path):
-    (tmp_path / "a").write_bytes(raw(GOOD, b"x" * 12))
-    (tmp_path / "b").write_bytes(raw(GOOD, b"y" * 12))
+    (tmp_path / "a").write_bytes(plain(GOOD, b"x" * 12))
+    (tmp_path / "b").write_bytes(plain(GOOD, b"y" * 12))
     with SafetensorsFile(tmp_path / "a") as file:
         (tmp_path / "b").replace(tmp_path / "a")
         assert file.read("a") == b"x" * 12
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
-    (tmp_path / "a").write_bytes(raw(GOOD, bytes(12)))
+    (tmp_path / "a").write_bytes(plain(GOOD, bytes(12)))
     with SafetensorsFile(tmp_path / "a") as file:
-        (tmp_path / "a").write_bytes(raw(GOOD, bytes(3)))
+        (tmp_path / "a").write_bytes(plain(GOOD, bytes(3)))
         with pytest.raises(CorruptFileError, match="became shorter"):
             file.read("a")
 
 
 def test_a_dtype_that_torch_lacks_can_be_copied_but_not_made_a_tensor(tmp_path):
-    (tmp_path / "a").write_bytes(raw(field(dtype="F8_E3M4", shape=[4], data_offsets=[0, 4]), b"abcd"))
+    (tmp_path / "a").write_bytes(plain(field(dtype="F8_E3M4", shape=[4], data_offsets=[0, 4]), b"abcd"))
     with SafetensorsFile(tmp_path / "a") as file:
         assert file.read("a") == b"abcd"
         with pytest.raises(UnsupportedFileError, match=r"'a' has dtype F8_E3M4, which torch lacks"):
@@ -107,10 +105,11 @@ def test_sizes_of_dtypes(dtype, wanted):
     assert dtype_bytes(dtype) == wanted
 
 
-@pytest.mark.parametrize("dtype", ["F4", "", "F", "F16x", "F8.5", "I0", "F-8", "²", "F" + "9" * 5000])
+@pytest.mark.parametrize("dtype", ["F4", "", "F", "F16x", "F8.5", "I0", "F-8", "F016", "²", "F٨", "F" + "9" * 5000])
 def test_unknown_dtypes(dtype):
-    with pytest.raises((UnsupportedFileError, ValueError), match=r"^dtype .* is unknown to this version|int"):
+    with pytest.raises(UnsupportedFileError) as caught:
         dtype_bytes(dtype)
+    assert str(caught.value) == printable(f"dtype {dtype!r} is unknown to this version; update the plugin")
 
 
 def test_header_is_padded_and_prefixed():
@@ -131,12 +130,18 @@ def test_bytes_and_tensors_are_inverse():
 
 def test_a_file_that_changes_while_it_is_open(tmp_path):
     path = tmp_path / "a"
-    path.write_bytes(raw(GOOD, bytes(12)))
+    path.write_bytes(plain(GOOD, bytes(12)))
     with SafetensorsFile(path) as file:
         file.refuse_changed()
         os.utime(path, (1, 1))
         with pytest.raises(NFQError, match="a changed while it was read; nothing was written, try again"):
             file.refuse_changed()
+
+
+@replaces_open_files
+def test_a_file_that_is_replaced_or_removed_while_it_is_open(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(plain(GOOD, bytes(12)))
     with SafetensorsFile(path) as file:
         (tmp_path / "b").write_bytes(path.read_bytes())
         os.utime(tmp_path / "b", (1, 1))
@@ -192,7 +197,7 @@ def test_a_file_that_may_not_be_looked_at(tmp_path, monkeypatch):
 
 def test_file_below_a_file(tmp_path):
     (tmp_path / "a").write_bytes(b"")
-    assert "cannot be opened" in refusal(tmp_path / "a" / "b", NFQError)
+    assert ("no such file" if WINDOWS else "cannot be opened") in refusal(tmp_path / "a" / "b", NFQError)
 
 
 FOREIGN = {
@@ -203,7 +208,7 @@ FOREIGN = {
     "pickle": b"PK\x03\x04" + bytes(100),
     "gguf": b"GGUF\x03\x00\x00\x00" + bytes(100),
     "a header beyond the limit": (100_000_001).to_bytes(8, "little") + b"{",
-    "a header that is a list": raw("[1,2]"),
+    "a header that is a list": plain("[1,2]"),
     "an endless header": b"\xff" * 8 + b"{",
 }
 
@@ -215,46 +220,52 @@ def test_foreign_files(tmp_path, data):
 
 
 DAMAGED = {
-    "cut in the header": (raw(GOOD, bytes(12))[:30], "is cut short: it has 30 bytes"),
-    "cut in the data": (raw(GOOD, bytes(11)), "is cut short"),
-    "a byte more": (raw(GOOD, bytes(13)), "1 bytes more than its header tells of"),
-    "no JSON": (raw('{"a":'), "its header is damaged"),
+    "cut in the header": (plain(GOOD, bytes(12))[:30], "is cut short: it has 30 bytes"),
+    "cut in the data": (plain(GOOD, bytes(11)), "is cut short"),
+    "a byte more": (plain(GOOD, bytes(13)), "1 bytes more than its header tells of"),
+    "no JSON": (plain('{"a":'), "its header is damaged"),
     "no UTF-8": ((8).to_bytes(8, "little") + b'{"\xff\xfe":1}', "its header is damaged"),
-    "a name half of a surrogate pair": (raw('{"\\ud800":' + json.dumps(GOOD["a"]) + "}", bytes(12)), "damaged"),
-    "metadata half of a surrogate pair": (raw('{"__metadata__":{"a":"\\udcff"}}'), "damaged"),
-    "JSON nested without end": (raw('{"a":' + "[" * 100_000), "its header is damaged"),
-    "a duplicate tensor": (raw(f'{{"a":{json.dumps(GOOD["a"])},"a":{json.dumps(GOOD["a"])}}}'), "a name stands twice"),
-    "a duplicate field": (raw('{"a":{"dtype":"F16","dtype":"F16","shape":[],"data_offsets":[0,2]}}'), "twice"),
-    "metadata that is no text": (raw({"__metadata__": {"a": 1}}), "something else than text"),
-    "metadata that is no object": (raw({"__metadata__": []}), "damaged"),
-    "a tensor that is no object": (raw({"a": 1}), "damaged"),
-    "no dtype": (raw({"a": {"shape": [1], "data_offsets": [0, 2]}}), "'a' lacks dtype"),
-    "no offsets": (raw({"a": {"shape": [1], "dtype": "F16"}}), "'a' lacks"),
-    "one offset": (raw(field(data_offsets=[0]), bytes(12)), "'a' has impossible sizes"),
-    "a negative size": (raw(field(shape=[-2, -3]), bytes(12)), "impossible sizes"),
-    "a fractional size": (raw(field(shape=[2.0, 3]), bytes(12)), "impossible sizes"),
-    "a size that is true": (raw(field(shape=[True, 6]), bytes(12)), "impossible sizes"),
+    "a name half of a surrogate pair": (plain('{"\\ud800":' + json.dumps(GOOD["a"]) + "}", bytes(12)), "damaged"),
+    "metadata half of a surrogate pair": (plain('{"__metadata__":{"a":"\\udcff"}}'), "damaged"),
+    "JSON nested without end": (plain('{"a":' + "[" * 100_000), "its header is damaged"),
+    "a duplicate tensor": (
+        plain(f'{{"a":{json.dumps(GOOD["a"])},"a":{json.dumps(GOOD["a"])}}}'),
+        "a name stands twice",
+    ),
+    "a duplicate field": (plain('{"a":{"dtype":"F16","dtype":"F16","shape":[],"data_offsets":[0,2]}}'), "twice"),
+    "metadata that is no text": (plain({"__metadata__": {"a": 1}}), "something else than text"),
+    "metadata that is no object": (plain({"__metadata__": []}), "damaged"),
+    "a tensor that is no object": (plain({"a": 1}), "damaged"),
+    "no dtype": (plain({"a": {"shape": [1], "data_offsets": [0, 2]}}), "'a' lacks dtype"),
+    "no offsets": (plain({"a": {"shape": [1], "dtype": "F16"}}), "'a' lacks"),
+    "one offset": (plain(field(data_offsets=[0]), bytes(12)), "'a' has impossible sizes"),
+    "a negative size": (plain(field(shape=[-2, -3]), bytes(12)), "impossible sizes"),
+    "a fractional size": (plain(field(shape=[2.0, 3]), bytes(12)), "impossible sizes"),
+    "a size that is true": (plain(field(shape=[True, 6]), bytes(12)), "impossible sizes"),
     "an infinite size": (
-        raw('{"a":{"dtype":"F16","shape":[Infinity],"data_offsets":[0,2]}}'),
+        plain('{"a":{"dtype":"F16","shape":[Infinity],"data_offsets":[0,2]}}'),
         "Infinity is no JSON number",
     ),
     "a size beyond all floats": (
-        raw('{"a":{"dtype":"F16","shape":[1e999],"data_offsets":[0,2]}}'),
+        plain('{"a":{"dtype":"F16","shape":[1e999],"data_offsets":[0,2]}}'),
         "1e999 is beyond all floats",
     ),
-    "a size beyond 63 bits": (raw(field(shape=[1 << 63, 0], data_offsets=[0, 0])), "impossible sizes"),
+    "a size beyond 63 bits": (plain(field(shape=[1 << 63, 0], data_offsets=[0, 0])), "impossible sizes"),
     "a size of many digits": (
-        raw('{"a":{"dtype":"F16","shape":[' + "9" * 5000 + '],"data_offsets":[0,2]}}'),
+        plain('{"a":{"dtype":"F16","shape":[' + "9" * 5000 + '],"data_offsets":[0,2]}}'),
         "damaged",
     ),
     "an overflow that would wrap to the right size": (
-        raw(field(shape=[1 << 62, 16, 6], data_offsets=[0, 12]), bytes(12)),
+        plain(field(shape=[1 << 62, 16, 6], data_offsets=[0, 12]), bytes(12)),
         "needs more memory than there can be",
     ),
-    "the wrong length": (raw(field(shape=[7]), bytes(12)), "'a' of F16 [7] does not fit its 12 bytes"),
-    "reversed offsets": (raw(field(data_offsets=[12, 0]), bytes(12)), "does not fit its -12 bytes"),
-    "a hole": (raw(field(data_offsets=[4, 16]), bytes(16)), "'a' starts at 4, expected 0"),
-    "an overlap": (raw(GOOD | {"b": GOOD["a"] | {"data_offsets": [6, 18]}}, bytes(18)), "'b' starts at 6, expected 12"),
+    "the wrong length": (plain(field(shape=[7]), bytes(12)), "'a' of F16 [7] does not fit its 12 bytes"),
+    "reversed offsets": (plain(field(data_offsets=[12, 0]), bytes(12)), "does not fit its -12 bytes"),
+    "a hole": (plain(field(data_offsets=[4, 16]), bytes(16)), "'a' starts at 4, expected 0"),
+    "an overlap": (
+        plain(GOOD | {"b": GOOD["a"] | {"data_offsets": [6, 18]}}, bytes(18)),
+        "'b' starts at 6, expected 12",
+    ),
 }
 
 
@@ -264,9 +275,9 @@ def test_damaged_files(tmp_path, data, reason):
     assert reason in refusal(tmp_path / "a", CorruptFileError)
 
 
-@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F17"])
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F17", "F²"])
 def test_a_dtype_that_this_version_lacks(tmp_path, dtype):
-    (tmp_path / "a").write_bytes(raw(field(dtype=dtype), bytes(12)))
+    (tmp_path / "a").write_bytes(plain(field(dtype=dtype), bytes(12)))
     told = refusal(tmp_path / "a", UnsupportedFileError)
     assert f"dtype '{dtype}' is unknown to this version; update the plugin" in told and "damaged" not in told
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from samples import gaussian
 
 from nfq_core.formats import SCALE_STRIDES
 from nfq_core.search import (
@@ -17,10 +18,6 @@ from nfq_core.search import (
 )
 
 CPU = torch.device("cpu")
-
-
-def gaussian_blocks(count: int, seed: int = 0, sigma: float = 0.02) -> torch.Tensor:
-    return torch.randn(count, 64, generator=torch.Generator().manual_seed(seed)) * sigma
 
 
 def asymmetric_levels(count: int = 16) -> torch.Tensor:
@@ -126,7 +123,7 @@ def test_the_search_starts_from_the_greatest_scale_no_larger_than_a_block(stride
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_largest_magnitudes_of_sixteen_bits_are_the_same(dtype):
-    blocks = gaussian_blocks(40).to(dtype)
+    blocks = gaussian(40, 64).to(dtype)
     blocks[0], blocks[1, 5], blocks[2, 6] = 0, float("nan"), float("-inf")
     blocks[3] = -0.0
     wanted = largest_magnitudes(blocks.float())
@@ -134,7 +131,7 @@ def test_largest_magnitudes_of_sixteen_bits_are_the_same(dtype):
 
 
 def test_largest_magnitudes_carry_nan_and_inf():
-    blocks = gaussian_blocks(4)
+    blocks = gaussian(4, 64)
     blocks[1, 3], blocks[2, 63], blocks[3] = float("nan"), float("-inf"), 0.0
     largest = largest_magnitudes(blocks)
     assert largest[0] == max(abs(value) for value in blocks[0].tolist())
@@ -145,7 +142,7 @@ def test_largest_magnitudes_carry_nan_and_inf():
 @pytest.mark.parametrize("stride", SCALE_STRIDES)
 @pytest.mark.parametrize("levels", [16, 7])
 def test_scales_are_nearly_the_best_of_all_254(stride, levels):
-    blocks = gaussian_blocks(150, seed=stride)
+    blocks = gaussian(150, 64, seed=stride)
     largest = largest_magnitudes(blocks)
     grid = ScaleGrid.for_blocks(largest, stride)
     book = asymmetric_levels(levels)
@@ -171,7 +168,7 @@ def test_scales_are_nearly_the_best_of_all_254(stride, levels):
 @pytest.mark.parametrize("stride", SCALE_STRIDES)
 def test_scales_at_the_ends_of_a_grid_are_the_best_of_those_in_it(stride):
     # A grid that ends with its largest block, as for numbers at the end of fp16, and blocks down to below its start.
-    blocks = gaussian_blocks(300)
+    blocks = gaussian(300, 64)
     blocks /= largest_magnitudes(blocks)[:, None]
     grid = ScaleGrid.for_blocks(torch.ones(1), stride, 1.0)
     assert grid.magnitudes[-1] <= 1 < grid.magnitudes[-1] * 2 ** (stride / 16) * 1.001
@@ -195,7 +192,7 @@ def test_scales_at_the_ends_of_a_grid_are_the_best_of_those_in_it(stride):
 
 
 def test_blocks_far_below_the_smallest_scale_get_scale_code_0():
-    blocks = gaussian_blocks(2)
+    blocks = gaussian(2, 64)
     blocks /= largest_magnitudes(blocks)[:, None]
     grid = ScaleGrid.for_blocks(torch.ones(1))
     blocks *= grid.magnitudes[0] * torch.tensor([[0.124], [0.126]])
@@ -219,7 +216,7 @@ def test_negative_scales_turn_an_asymmetric_codebook_around():
 
 
 def test_both_signs_are_used_on_random_blocks():
-    blocks = gaussian_blocks(200)
+    blocks = gaussian(200, 64)
     largest = largest_magnitudes(blocks)
     quantizer = BlockQuantizer(asymmetric_levels(), ScaleGrid.for_blocks(largest), CPU)
     negative = (quantizer.scale_codes(blocks, largest) >= 128).float().mean()
@@ -228,7 +225,7 @@ def test_both_signs_are_used_on_random_blocks():
 
 
 def test_zero_blocks_get_scale_code_0():
-    blocks = gaussian_blocks(3)
+    blocks = gaussian(3, 64)
     blocks[1] = 0
     largest = largest_magnitudes(blocks)
     quantizer = BlockQuantizer(asymmetric_levels(), ScaleGrid.for_blocks(largest), CPU)
@@ -242,8 +239,8 @@ def test_zero_blocks_get_scale_code_0():
 
 @pytest.mark.parametrize("levels", [32, 7])
 def test_weights_get_the_nearest_level(levels):
-    blocks = gaussian_blocks(100)
-    scales = gaussian_blocks(100, seed=1)[:, 0] * 2
+    blocks = gaussian(100, 64)
+    scales = gaussian(100, 64, seed=1)[:, 0] * 2
     scales = torch.where(scales.abs() < 0.01, 0.05, scales)
     book = asymmetric_levels(levels)
     quantizer = BlockQuantizer(book, ScaleGrid.for_blocks(torch.ones(1)), CPU)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from reference import FORMAT_IDS, decode, sqnr_db
-from samples import random_buffer
+from samples import gaussian, random_buffer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,20 +18,12 @@ from torch.utils._pytree import tree_leaves
 from nfq_core import CannotQuantizeError, CorruptFileError, NFTensor, kernels, quantize
 from nfq_core.article import article_dequantize, article_quantize
 from nfq_core.codebook import effort_by_name, fit_codebook
+from nfq_core.examine import sqnr_db as error_db
 from nfq_core.formats import LEVELS, SCALE_STEPS_PER_OCTAVE, format_by_id, nf_format
 from nfq_core.packing import unpack_codes
 from nfq_core.search import ScaleGrid, largest_magnitudes
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-def gaussian(*shape: int, seed: int = 0, sigma: float = 0.02) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * sigma
-
-
-def bits(values: torch.Tensor) -> torch.Tensor:
-    """The bit patterns of fp16 values, so that -0 differs from 0."""
-    return values.view(torch.int16)
 
 
 # The decode
@@ -158,6 +150,15 @@ def test_best_is_no_worse_than_fast(levels):
     }
     # The same rounds, more of them, and the best one counts; Gaussian codes need no size limit.
     assert errors["best"] <= errors["fast"] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_best_spares_small_tensors(levels, rows):
+    """What a table of codes takes, much of so small a tensor, is no reason for fewer levels."""
+    weight = gaussian(rows, 64)
+    fast, best = (error_db(weight, quantize(weight, levels, effort=effort).dequantize()) for effort in ("fast", "best"))
+    assert best > fast - 0.3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -291,10 +292,13 @@ def test_nan_and_inf_are_refused(value, position, dtype):
 def test_weights_beyond_fp16_scales_are_refused(largest):
     weight = gaussian(130) * 1e-6
     weight[7] = largest
-    with pytest.raises(CannotQuantizeError, match="its largest magnitude is beyond fp32"):
-        quantize(torch.full((64, 64), 1e300, dtype=torch.float64))
     with pytest.raises(CannotQuantizeError, match=r"largest magnitude, .* is out of the range of fp16 scales"):
         quantize(weight)
+
+
+def test_weights_beyond_fp32_are_refused():
+    with pytest.raises(CannotQuantizeError, match="its largest magnitude is beyond fp32"):
+        quantize(torch.full((64, 64), 1e300, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("levels", LEVELS)

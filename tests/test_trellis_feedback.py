@@ -6,8 +6,7 @@ import sys
 
 import pytest
 import torch
-from samples import random_weight
-from test_feedback import SINGULAR, correlated, output_error, second_moment
+from samples import SINGULAR, correlated, output_error, random_weight, second_moment
 
 from nfq_core import feedback, quantize
 from nfq_core import trellis_feedback as module

@@ -8,14 +8,10 @@ import numpy as np
 import pytest
 import torch
 from reference import TRELLIS_IDS, decode, sqnr_db
-from samples import random_weight
+from samples import gaussian, random_weight
 
 from nfq_core import quantize
 from nfq_core.formats import format_by_id
-
-
-def gaussian(*shape: int) -> torch.Tensor:
-    return random_weight(*shape) * 0.02
 
 
 @pytest.mark.parametrize("format_id", TRELLIS_IDS)

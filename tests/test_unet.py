@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from samples import TINY, unet_config
 
 from nfq_core.unet import (
@@ -109,7 +110,6 @@ def test_renaming_is_a_bijection_that_keeps_shapes(architecture):
 
 
 def _diffusers_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    torch = pytest.importorskip("torch", reason="torch builds the reference UNet")
     diffusers = pytest.importorskip("diffusers", reason="diffusers is the reference for its own names")
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel(**config)

@@ -15,12 +15,12 @@ from random import Random
 import independent_reader
 import numpy as np
 import torch
+from golden.make import paths
 from independent_reader import Kept
 from mutations import mutated, mutated_plain
 from reference import FORMAT_IDS
 from safetensors.torch import save_file
 from samples import TINY, random_half
-from test_golden import paths
 
 import nfq_core
 from nfq_core.article import write_article_file
@@ -136,10 +136,11 @@ def _more(path: Path, target: Path, which: int, sound: bool) -> None:
         guarded(lambda: compare_files(path, path))
         guarded(lambda: quantize_file(path, target, overwrite=True))
     else:
-        guarded(lambda: _kind(path))
+        guarded(lambda: kind(path))
 
 
-def _kind(path: Path) -> None:
+def kind(path: Path) -> None:
+    """What `nfq batch` calls a file."""
     with SafetensorsFile(path) as file:
         kind_of(file)
 

@@ -14,6 +14,7 @@ const PARTS = {
   NFQuantizedCheckpointLoader: [(node) => addFileFacts(node, "checkpoints", "ckpt_name")],
   NFQuantizeUNet: [addProgress, addChart],
   NFSaveCheckpoint: [addSaved],
+  NFSaveCalibration: [addSaved],
   NFInspect: [addChart],
   NFCompare: [addFigures],
 };

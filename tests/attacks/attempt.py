@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from samples import random_half
-from trial import Fault, guarded, reset_peak, status
+from trial import Fault, guarded, kind, reset_peak, status
 
 import nfq_core
 from nfq_core import NFQFile, cli
@@ -29,7 +29,6 @@ from nfq_core.calibration import Calibration
 from nfq_core.checkpoint import checkpoint_names
 from nfq_core.convert import dequantize_file, quantize_file
 from nfq_core.examine import compare_files, file_info, verify_file
-from nfq_core.kinds import kind_of
 from nfq_core.safefile import SafetensorsFile
 from nfq_core.unet import detect
 
@@ -60,12 +59,6 @@ def names(path: Path) -> None:
         detect({key: entry.shape for key, entry in file.entries.items()})
     with NFQFile(path) as file:
         checkpoint_names(file)
-
-
-def kind(path: Path) -> None:
-    """What `nfq batch` calls a file."""
-    with SafetensorsFile(path) as file:
-        kind_of(file)
 
 
 def command(path: Path) -> None:

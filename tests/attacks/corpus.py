@@ -16,8 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-import zstandard
-from forging import Draft, plain, split
+from forging import Draft, compressed, plain, split
 from samples import TINY, random_half
 
 import nfq_core
@@ -218,9 +217,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "a header that is all lists": lambda: plain('{"a":[' + "[]," * 100_000 + "[]]}"),
     "a version of 64 bits": lambda: facts(container_version=(1 << 64) - 1),
     "two versions": lambda: with_text('"container_version": 1', '"container_version": 1, "container_version": 2'),
-    "a bomb in one frame": lambda: with_frames(
-        "nf16_b64", [16, 64], [zstandard.ZstdCompressor().compress(bytes(128 * MEBIBYTE))] * 3
-    ),
+    "a bomb in one frame": lambda: with_frames("nf16_b64", [16, 64], [compressed(bytes(128 * MEBIBYTE))] * 3),
     "64 GiB of frames": huge_weight,
     "5,000 tensors": lambda: plain(empty(5_000)),
     "100,000 texts of metadata": lambda: plain(

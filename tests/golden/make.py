@@ -24,11 +24,16 @@ SHAPES = {"article7_b64": (5, 3291)}
 """More than one superblock; the other formats' files have eleven blocks."""
 
 
+def paths(format_id: str) -> tuple[Path, Path]:
+    """Where the golden files of a format are: the container, and the values."""
+    return FOLDER / f"{format_id}.nfq.safetensors", FOLDER / f"{format_id}.npy"
+
+
 def main(format_ids: list[str]) -> None:
     """Write the golden files of `format_ids`; nothing is written when one of them exists or is unknown."""
-    targets = {name: (FOLDER / f"{name}.nfq.safetensors", FOLDER / f"{name}.npy") for name in format_ids}
+    targets = {name: paths(name) for name in format_ids}
     unknown = [name for name in format_ids if name not in FORMATS]
-    existing = [path.name for paths in targets.values() for path in paths if path.exists()]
+    existing = [path.name for pair in targets.values() for path in pair if path.exists()]
     if unknown or existing or not format_ids:
         problem = f"no such format: {', '.join(unknown)}" if unknown else f"never replaced: {', '.join(existing)}"
         sys.exit(problem if format_ids else __doc__)

@@ -100,7 +100,7 @@ def test_quality_report(host) -> None:
 
 def test_help_examples_and_languages_are_served(host) -> None:
     names = [name for name in host.get("/object_info") if name.startswith("NF") and "NFQTest" not in name]
-    assert len(names) == 7
+    assert len(names) == 9
     for name in names:
         assert host.get_text(f"/extensions/ComfyUI-NFQ/docs/{name}.md").startswith("# ")
     languages = host.get("/i18n")

@@ -3,7 +3,18 @@
 import { addPanel, element, onOutput } from "./dom.js";
 import { decibels, percent, size, text } from "./text.js";
 
-const COLOURS = { 32: "#4fb0ae", 24: "#6aa84f", 16: "#4a90d9", 12: "#c9a227", 7: "#d9603f" };
+const COLOURS = {
+  32: "#4fb0ae",
+  24: "#6aa84f",
+  16: "#4a90d9",
+  12: "#c9a227",
+  7: "#d9603f",
+  256: "#8e7cc3",
+  "5 bit": "#2f8f8d",
+  "4 bit": "#2f6fb5",
+  "3 bit": "#b08600",
+  "2 bit": "#b8431f",
+};
 const OTHER_COLOUR = "#999999";
 const EXPORT = { width: 1400, height: 700 };
 const PAPER = { text: "#222222", grid: "#bbbbbb", ground: "#ffffff" };
@@ -16,8 +27,15 @@ const ORDERS = {
 };
 
 const product = (shape) => shape.reduce((all, side) => all * side, 1);
-const levelsOf = (format) => Number(/\d+/.exec(format)?.[0]);
-const colourOf = (format) => COLOURS[levelsOf(format)] ?? OTHER_COLOUR;
+
+// A format in a word: its levels, or the bits of a trellis format's codes, whatever its window; by fineness.
+function kindOf(format) {
+  const [, family, number] = /^(nf|t)(\d+)/.exec(format) ?? [];
+  if (family === "t") return { word: `${number} bit`, fineness: Number(number) };
+  return family ? { word: number, fineness: Math.log2(Number(number)) } : { word: format, fineness: 0 };
+}
+
+const colourOf = (format) => COLOURS[kindOf(format).word] ?? OTHER_COLOUR;
 
 function withBytes(layers) {
   return layers.map((layer) => {
@@ -78,11 +96,11 @@ function draw(context, width, height, layers, colours, { inFile, title = "" }) {
     const tall = (layer.bytes / largest) * (place.bottom - top);
     context.fillRect(place.left + index * step, place.bottom - tall, Math.max(step, 0.75), tall);
   });
-  const formats = [...new Set(layers.map((layer) => layer.format))];
+  const kinds = new Map(layers.map((layer) => [kindOf(layer.format).word, layer.format]));
   let x = place.right;
-  for (const format of formats.sort((a, b) => levelsOf(a) - levelsOf(b))) {
-    write(String(levelsOf(format) || format), x, 7);
-    x -= context.measureText(String(levelsOf(format) || format)).width + 11;
+  for (const [word, format] of [...kinds].sort(([, a], [, b]) => kindOf(a).fineness - kindOf(b).fineness)) {
+    write(word, x, 7);
+    x -= context.measureText(word).width + 11;
     context.fillStyle = colourOf(format);
     context.fillRect(x, 3, 8, 8);
     x -= 6;

@@ -69,7 +69,11 @@ function missingLines(folder, name, recipe) {
   const source = sourceInWords(recipe) + (recipe.source_sha256 ? ` (SHA-256 ${recipe.source_sha256})` : "");
   if (recipe.settings.imported) return [head, paragraph(text("importIt", { source }))];
   const prefix = name.endsWith(SUFFIX) ? name.slice(0, -SUFFIX.length) : name;
-  const settings = settingsInWords(recipe.settings);
+  // Recipes of old workflows lack what the node wants to be given; null: it does not offer what the file needs.
+  if (recipe.node_inputs === null) {
+    return [head, paragraph(text("makeIt")), paragraph(text("runIt", { source, options: recipe.command_options }))];
+  }
+  const settings = settingsInWords(recipe.node_inputs ?? recipe.settings);
   const steps = [
     text("stepLoad", { source }),
     settings ? text("stepQuantiseWith", { settings }) : text("stepQuantise"),

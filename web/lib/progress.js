@@ -28,12 +28,14 @@ export function addProgress(node) {
   const advice = () => {
     const preset = setting("preset").value;
     const fixed = preset === "none";
+    const calibrated = setting("calibration").value !== "(none)";
     panel.replaceChildren(
       element("p", {}, fixed ? text(`goodFor.${setting("levels").value}`) : text(`preset.${preset}`)),
       element("p", { className: "nfq-faint" }, text(`takes.${fixed ? "" : "preset."}${setting("effort").value}`)),
+      ...(calibrated ? [element("p", { className: "nfq-faint" }, text("withCalibration"))] : []),
     );
   };
-  for (const name of ["levels", "effort", "preset"]) after(setting(name), "callback", advice);
+  for (const name of ["levels", "effort", "preset", "calibration"]) after(setting(name), "callback", advice);
 
   const fill = element("div");
   const name = element("p", { className: "nfq-layer" });

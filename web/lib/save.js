@@ -1,4 +1,4 @@
-// NFSaveCheckpoint: says where the file went, and has the loaders list it once it is there.
+// NFSaveCheckpoint and NFSaveCalibration: says where the file went, and has other nodes list it once it is there.
 
 import { app } from "../../../scripts/app.js";
 import { addPanel, after, element, onOutput } from "./dom.js";
