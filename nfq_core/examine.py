@@ -39,7 +39,7 @@ def container_info(file: NFQFile) -> dict:
         weights), `bits_per_weight` (stored bytes of the quantised tensors × 8 ÷ those weights),
         `packed_bits_per_weight` (the same for the packed buffers), `file_bytes`, `original_bytes` (size of the source
         file), `kept` and `kept_bytes` (number and size of the tensors kept), `has_workflow`, and `layers` (each `name`,
-        `format`, `shape`, `bits_per_weight` and, where formats were chosen by size, `sensitivity`: see
+        `format`, `shape`, `bits_per_weight` and, where a conversion of a file chose formats by size, `sensitivity`: see
         `allocation.allocate`).
     """
     weights = sum(entry.weights for entry in file.quantized.values())
