@@ -2,8 +2,8 @@
 
 One hundred million weights into a buffer that is used again, on one thread and on all. Beside it, in turns in the same
 process: a plain copy of the result; bitsandbytes' NF4, which makes a new tensor; gguf-py's Q4_0 and Q4_K, which make
-new fp32 arrays in numpy on one thread and get a tenth of the weights. What is not installed (`pip install
-"comfyui-nfq[bench]"`) is left out, and said to be.
+new fp32 arrays in numpy on one thread and get a tenth of the weights. What is not installed (`pip install -e
+".[bench]"`) is left out, and said to be.
 """
 
 from __future__ import annotations
