@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,11 @@ LOADER_INPUTS = {"unet_name": UNETS, "ckpt_name": CHECKPOINTS, "model_name": "",
 _NODE_INPUTS = ("levels", "conv_levels", "effort", "quantize_first_last", "calibration")
 """Settings that are inputs of NFQuantizeUNet, under the same name."""
 
-_NO_OPTION = (IMPORTED, BAKED, "calibration_sha256")
-"""Settings that no option of `nfq quantize` stands for."""
+_OPTIONS = {
+    **{name: name.replace("_", "-") for name in (*_NODE_INPUTS, "format", "conv_format", "target_bpw")},
+    "target_bytes": "target-size",
+}
+"""The options of `nfq quantize` by the settings that they stand for. Others may be a stranger's words for a shell."""
 
 _CHUNK = 16 << 20
 
@@ -166,13 +170,10 @@ def node_inputs(settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def command_options(settings: Mapping[str, Any]) -> str:
     """The options of `nfq quantize` that stand for recorded settings."""
-    options = []
-    for key, value in settings.items():
-        if key in _NO_OPTION or value is False:
-            continue
-        option = "target-size" if key == "target_bytes" else key.replace("_", "-")
-        options.append(f"--{option}" if value is True else f"--{option} {value}")
-    return " ".join(options)
+    given = {_OPTIONS[key]: value for key, value in settings.items() if key in _OPTIONS and value is not False}
+    return " ".join(
+        f"--{option}" if value is True else f"--{option} {shlex.quote(str(value))}" for option, value in given.items()
+    )
 
 
 def _how_to_make(told: _Told, folder: str, name: str) -> str:

@@ -106,6 +106,12 @@ def test_what_the_node_does_not_offer_is_told_as_a_command(recipe: ModuleType, s
     assert "after LoRA b at 1: make a checkpoint of that with CheckpointSave, and run `nfq quantize` on it" in text
 
 
+def test_a_command_runs_nothing_of_a_workflows(recipe: ModuleType) -> None:
+    settings = {"target_bpw": 3.3, "calibration": "my file; ls", "effort": "$(ls)", "x; ls": "y"}
+    text = recipe.missing_file(UNETS, "x.nfq.safetensors", told(settings=settings))
+    assert text.endswith("on it with --target-bpw 3.3 --calibration 'my file; ls' --effort '$(ls)'")
+
+
 def test_a_recipe_moves_no_cursor(recipe: ModuleType) -> None:
     settings = {"x": "\x1b[2J\n\u202eabc", "baked": ["\x1b]0;hi\x07"]}
     text = recipe.missing_file(UNETS, "x.nfq.safetensors", told(settings=settings, source_sha256="\x1b[31m"))
