@@ -56,7 +56,7 @@ def import_article(
     started = perf_counter()
     with SafetensorsFile(source) as file:
         refuse_container(file)
-        refuse_same(source, target)
+        refuse_same([file], target)
         if not is_article_file(file.entries):
             raise UnsupportedFileError(f"{file.path} was not written by the article's code; `nfq quantize` converts it")
         try:

@@ -15,12 +15,20 @@ from .atomic import named_errors, remove_leftovers
 from .calibration import Calibration, recorded_settings
 from .container import NFQFile, source_name
 from .convert import quantize_file
-from .errors import CorruptFileError, DiskFullError, NFQError, TargetExistsError, UnsupportedFileError, printable
+from .errors import (
+    AlreadyQuantizedError,
+    CorruptFileError,
+    DiskFullError,
+    NFQError,
+    TargetExistsError,
+    UnsupportedFileError,
+    printable,
+)
 from .kinds import kind_of
 from .library import Found, find_models, target_for
+from .original import Original, part_refusal, sharded_model
 from .parallel import Progress, no_progress
 from .policy import DEFAULTS, Settings
-from .safefile import SafetensorsFile
 
 log = logging.getLogger("nfq")
 
@@ -139,6 +147,8 @@ def _plan(found: Iterable[Found], out: str | os.PathLike, settings: Settings, an
             row.settle(Result.SKIPPED, f"it is the same file as {item.same_as}")
         elif item.is_other_format:
             row.settle(Result.SKIPPED, f"convert it to safetensors first: {item.path.suffix} files are not opened here")
+        elif sharded_model(item.path):
+            row.settle(Result.SKIPPED, part_refusal(item.path))
         else:
             _recognise(row, any_kind)
         if row.result != Result.TO_CONVERT:
@@ -153,9 +163,12 @@ def _plan(found: Iterable[Found], out: str | os.PathLike, settings: Settings, an
 
 def _recognise(row: Row, any_kind: bool) -> None:
     try:
-        with SafetensorsFile(row.source) as file:
+        with Original(row.source) as file:
             row.original_bytes = file.file_bytes
             kind = kind_of(file)
+    except AlreadyQuantizedError as error:
+        row.settle(Result.SKIPPED, str(error))
+        return
     except NFQError as error:
         row.settle(Result.FAILED, str(error))
         return
@@ -202,12 +215,13 @@ def _difference(row: Row, recorded: dict, rehash: bool) -> str:
         return "exists already, made with other settings"
     if facts.source.bytes != row.original_bytes:
         return "exists already, made from another file"
-    source, target = row.source.stat(), row.target.stat()
-    # Renaming, copying and writing each set one of these two.
-    untouched = max(source.st_mtime_ns, source.st_ctime_ns) < target.st_mtime_ns
-    if untouched and facts.source.name == source_name(row.source) and not rehash:
-        return ""
-    with SafetensorsFile(row.source) as original:
+    with Original(row.source) as original:
+        sources = [file.path.stat() for file in original.files]
+        # Renaming, copying and writing each set one of these two.
+        touched = max(max(source.st_mtime_ns, source.st_ctime_ns) for source in sources)
+        untouched = touched < row.target.stat().st_mtime_ns
+        if untouched and facts.source.name == source_name(row.source) and not rehash:
+            return ""
         return "" if original.sha256() == facts.source.sha256 else "exists already, made from another file"
 
 

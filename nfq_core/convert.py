@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from time import perf_counter
@@ -22,12 +22,13 @@ from .codec import encode
 from .container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source, source_name
 from .errors import CannotQuantizeError, NFQError, UnsupportedFileError, printable
 from .memory import refuse_beyond_memory
+from .original import Original
 from .parallel import IN_FLIGHT_BYTES, Progress, no_progress, ordered_map
 from .policy import DEFAULTS, Settings, plan_tensors
 from .quantizer import quantize
 from .safefile import (
     DTYPE_NAMES,
-    Entry,
+    TORCH_DTYPES,
     SafetensorsFile,
     aligned_entries,
     header_bytes,
@@ -60,10 +61,11 @@ def quantize_file(
 ) -> dict:
     """Convert a safetensors UNet, checkpoint or state dict to `.nfq.safetensors`.
 
-    A tensor that turns out to hold NaN, Inf or magnitudes beyond fp16 is kept as it is, with a warning naming it.
+    Weights that are stored in fp8 or int8 are ordinary weights: scales are undone first (see `prequantized`). A tensor
+    that turns out to hold NaN, Inf or magnitudes beyond fp16 is kept as it is, with a warning naming it.
 
     Args:
-        source: the file to convert.
+        source: the file to convert, the index of a sharded model or its folder.
         target: the file to write.
         settings: formats and effort.
         device: where to quantise, such as "cuda"; by default the CPU.
@@ -80,58 +82,70 @@ def quantize_file(
             Nothing is then left behind.
     """
     started = perf_counter()
-    with SafetensorsFile(source) as file, _SourceHash(file) as source_hash:
-        refuse_container(file)
-        refuse_same(source, target)
-        if is_article_file(file.entries):
+    with Original(source) as original, _SourceHash() as source_hash:
+        refuse_container(original)
+        refuse_same(original.files, target)
+        if is_article_file(original.entries):
             raise UnsupportedFileError(
-                f"{file.path} was written by the article's code; `nfq import-article` converts it"
+                f"{original.path} was written by the article's code; `nfq import-article` converts it"
             )
-        metadata, extra, warnings = split_metadata(file.metadata)
-        warnings += _surprising(file.entries)
-        total = sum(entry.nbytes for entry in file.entries.values())
+        metadata, extra, warnings = split_metadata(original.metadata)
+        total = sum(entry.nbytes for entry in original.entries.values())
 
         def jobs() -> Iterator[tuple[str, bytearray]]:
-            for key in sorted(file.entries, key=lambda name: file.entries[name].start):
-                if plans[key].format is None:
-                    pieces = file.read_chunks(key)
-                    writer.write_kept(key, pieces if source_hash.complete else source_hash.over(pieces))
-                    report(key)
-                else:
-                    raw = file.read(key)
-                    if not source_hash.complete:
+            for file in original.files:
+                source_hash.add(file.raw_header)
+                for key in file.names_in_order():
+                    plan = plans.get(key)
+                    if plan and (plan.format or original.is_scaled(key)):
+                        raw = file.read(key)
                         source_hash.add(raw)
-                    yield key, raw
+                        yield key, raw
+                    elif plan:
+                        writer.write_kept(key, source_hash.over(file.read_chunks(key)))
+                        report(key)
+                    elif not source_hash.complete:
+                        for _ in source_hash.over(file.read_chunks(key)):
+                            pass
             source_hash.complete = True
 
-        def work(job: tuple[str, bytearray]) -> tuple[str, list[bytes] | None, bytearray, str]:
+        def work(job: tuple[str, bytearray]) -> tuple[str, list[bytes] | None, bytearray | memoryview, str]:
             key, raw = job
-            plan = plans[key]
-            try:
-                weight = tensor_from_bytes(raw, plan.dtype, plan.shape)
-                statistics = inputs[key].arguments() if key in inputs else {}
-                packed = quantize(weight, format=plan.format.id, effort=settings.effort, device=device, **statistics)
-            except CannotQuantizeError as error:
-                return key, None, raw, str(error)
-            return key, encode(packed.data.cpu(), plan.format.sections(weight.numel())), raw, ""
+            plan, entry = plans[key], original.entries[key]
+            stored = tensor_from_bytes(raw, original.stored_dtype(key), entry.shape)
+            weight, reason = original.undo(key, stored), ""
+            if weight.dtype.itemsize == 1:
+                weight = weight.to(TORCH_DTYPES[plan.dtype])
+            if plan.format:
+                try:
+                    statistics = inputs[key].arguments() if key in inputs else {}
+                    packed = quantize(
+                        weight, format=plan.format.id, effort=settings.effort, device=device, **statistics
+                    )
+                    return key, encode(packed.data.cpu(), plan.format.sections(weight.numel())), raw, ""
+                except CannotQuantizeError as error:
+                    reason = str(error)
+            return key, None, tensor_bytes(weight.to(TORCH_DTYPES[plan.dtype])), reason
 
         def report(key: str) -> None:
             nonlocal done
-            done += file.entries[key].nbytes
+            done += original.entries[key].nbytes
             progress(done, total, key)
 
-        measured = measured_sensitivities(file.entries, settings, calibration)
+        measured = measured_sensitivities(original.entries, settings, calibration)
         size = SizeSearch(settings.target_bytes)
         while True:
             done, unfit = 0, []
-            info, plans = plan_tensors(file.entries, settings, measured, size.packed_bytes)
+            info, plans = plan_tensors(original.entries, settings, measured, size.packed_bytes)
             inputs, uncalibrated = calibration.for_plans(info, plans) if calibration else ({}, [])
             recorded = settings.as_dict() | (calibration.as_dict() if inputs or measured else {})
-            facts = Facts.of(info, recorded, Source(source_name(source), file.file_bytes, NO_SHA256, metadata))
+            facts = Facts.of(
+                info, recorded, Source(source_name(original.path), original.file_bytes, NO_SHA256, metadata)
+            )
             with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
                 for key, frames, raw, reason in ordered_map(work, jobs(), size=lambda job: len(job[1])):
                     if frames is None:
-                        unfit.append(f"tensor {key!r} is kept as it is: {reason}")
+                        unfit += [f"tensor {key!r} is kept as it is: {reason}"] if reason else []
                         writer.write_kept(key, [raw])
                     else:
                         writer.write_quantized(key, frames)
@@ -139,7 +153,7 @@ def quantize_file(
                 if not size.accepts(writer.file_bytes, plans):
                     continue
                 facts = replace(facts, source=replace(facts.source, sha256=source_hash.hexdigest()))
-                file.refuse_changed()
+                original.refuse_changed()
                 file_bytes = writer.finish(facts)
                 break
         warnings += uncalibrated + unfit + size.warnings
@@ -194,7 +208,7 @@ def dequantize_file(
     """
     started = perf_counter()
     with NFQFile(source) as file:
-        refuse_same(source, target)
+        refuse_same([file], target)
         refuse_beyond_memory(file, max(map(file.dense_bytes, file.keys()), default=0))
         outputs = {key: (file.entries[key].dtype, file.entries[key].shape) for key in file.kept}
         for key, quantized in file.quantized.items():
@@ -227,25 +241,16 @@ def dequantize_file(
     }
 
 
-def refuse_container(file: SafetensorsFile) -> None:
+def refuse_container(file: SafetensorsFile | Original) -> None:
     """NFQError when a source is itself a container."""
     if FACTS_KEY in file.metadata:
         raise NFQError(f"{file.path} is quantised already; `nfq dequantize` turns it back first")
 
 
-def refuse_same(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """NFQError when a target is the source itself, which overwriting would lose."""
-    if os.path.exists(target) and os.path.samefile(source, target):
+def refuse_same(sources: Iterable[SafetensorsFile], target: str | os.PathLike) -> None:
+    """NFQError when a target is one of its own sources, which overwriting would lose."""
+    if os.path.exists(target) and any(os.path.samefile(source.path, target) for source in sources):
         raise NFQError(f"{target} is the source itself; name another target")
-
-
-def _surprising(entries: dict[str, Entry]) -> list[str]:
-    """Warnings about weights that one would expect to be quantised, and that are not."""
-    eight_bit = [key for key, entry in entries.items() if entry.dtype.startswith("F8") and len(entry.shape) >= 2]
-    if not eight_bit:
-        return []
-    others = f" and {len(eight_bit) - 1:,} more are" if len(eight_bit) > 1 else " is"
-    return [f"tensor {eight_bit[0]!r}{others} kept: eight-bit floats are quantised already"]
 
 
 def split_metadata(metadata: dict[str, str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
@@ -277,14 +282,14 @@ def _stored_bytes(text: str) -> int:
 
 
 class _SourceHash:
-    """SHA-256 of a whole source file, taken on a thread of its own while the file is read in order."""
+    """SHA-256 of a whole source, taken on a thread of its own while the file is read in order."""
 
-    def __init__(self, file: SafetensorsFile) -> None:
-        self._hash = hashlib.sha256(file.raw_header)
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
         self._pool = ThreadPoolExecutor(1)
         self._waiting: deque[tuple[Future, int]] = deque()
         self.complete = False
-        """Whether the whole file was taken in; set by the one who reads it."""
+        """Whether everything was taken in, so that what is read once more does not count; set by the one who reads."""
 
     def __enter__(self) -> _SourceHash:
         return self
@@ -292,8 +297,10 @@ class _SourceHash:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def add(self, data: bytearray) -> None:
+    def add(self, data: bytes | bytearray) -> None:
         """Take in bytes that nobody changes any more; waits when too many are not hashed yet."""
+        if self.complete:
+            return
         self._waiting.append((self._pool.submit(self._hash.update, data), len(data)))
         while sum(size for _, size in self._waiting) > IN_FLIGHT_BYTES:
             self._waiting.popleft()[0].result()
@@ -301,7 +308,8 @@ class _SourceHash:
     def over(self, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
         """Take in pieces that are valid for a moment, and pass them on."""
         for piece in pieces:
-            self._pool.submit(self._hash.update, piece).result()
+            if not self.complete:
+                self._pool.submit(self._hash.update, piece).result()
             yield piece
 
     def hexdigest(self) -> str:

@@ -52,6 +52,10 @@ class UnsupportedFileError(NFQError):
     """A file is sound, but not one that this version reads (foreign, or written by a newer version)."""
 
 
+class AlreadyQuantizedError(UnsupportedFileError):
+    """A source's weights are quantised already, in a form that cannot be undone here."""
+
+
 class TargetExistsError(NFQError):
     """The target of a write exists and overwriting it was not asked for."""
 

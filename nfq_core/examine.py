@@ -13,8 +13,8 @@ import torch
 from .container import NFQFile
 from .errors import CorruptFileError, NFQError, printable
 from .memory import refuse_beyond_memory
+from .original import Original
 from .parallel import Progress, no_progress, ordered_map
-from .safefile import SafetensorsFile
 from .unet import detect, known_ldm_names
 
 MAX_LINE = 500
@@ -156,7 +156,8 @@ def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progr
 
     Args:
         original: the safetensors file it was made from, or any with the same names and shapes; the UNet's names may be
-            those of another layout.
+            those of another layout. A sharded model is named by its index or its folder. Weights that have scales are
+            compared without them.
         path: the `.nfq.safetensors` file.
         progress: see `parallel.Progress`.
 
@@ -167,7 +168,7 @@ def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progr
     Raises:
         NFQError: a file is missing or unsound, or a quantised tensor has no counterpart of its shape in the original.
     """
-    with SafetensorsFile(original) as before, NFQFile(path) as after:
+    with Original(original) as before, NFQFile(path) as after:
         names = _counterparts(before, after)
         for key, entry in after.quantized.items():
             found = before.entries[names[key]].shape if key in names else None
@@ -211,7 +212,7 @@ def mean_sqnr_db(layers: Iterable[tuple[int, float | None]]) -> float | None:
     return sum(weights * ratio for weights, ratio in known) / total if total else None
 
 
-def _counterparts(before: SafetensorsFile, after: NFQFile) -> dict[str, str]:
+def _counterparts(before: Original, after: NFQFile) -> dict[str, str]:
     """What the original calls each quantised tensor, as far as it has it: the same, or the UNet's in another layout."""
     if any(key in before.entries for key in after.quantized):
         return {key: key for key in after.quantized if key in before.entries}

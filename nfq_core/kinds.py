@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from .article import is_article_file
 from .checkpoint import COMPANIONS
 from .container import FACTS_KEY
+from .original import Original
 from .policy import DEFAULTS, plan_tensors
-from .safefile import Entry, SafetensorsFile
+from .safefile import Entry
 from .unet import UNKNOWN, UNetInfo, what_is_missing
 
 _TRAITS = {
@@ -35,9 +36,6 @@ _CONTEXT_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2"}
 _TOKEN_WIDTHS = (768, 1024, 1280)
 """Widths of the tokens of SDXL's text encoders and its predecessors': an embedding is a few such rows and no more."""
 
-_SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.safetensors$")
-"""How the name of a part of a sharded model ends."""
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -54,15 +52,14 @@ class Kind:
     obstacle: str = ""
 
 
-def kind_of(file: SafetensorsFile) -> Kind:
+def kind_of(file: Original) -> Kind:
     """Tell what an open file is; only its header is looked at."""
     if FACTS_KEY in file.metadata:
         return Kind("quantised file", obstacle="it is one of ours already")
     if is_article_file(file.entries):
         return Kind("the article's file", obstacle="`nfq import-article` converts it")
     info, plans = plan_tensors(file.entries, DEFAULTS)
-    shard = _SHARD.search(file.path.name)
-    name = f"part {shard[1]} of {shard[2]} of a sharded model" if shard else _name(file.entries, info)
+    name = _name(file.entries, info)
     if not any(plan.format for plan in plans.values()):
         return Kind(name, obstacle="there is nothing in it to quantise")
     return Kind(name, is_family_unet=info is not None and info.architecture is not None)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .container import SUFFIX
 from .errors import NFQError
+from .original import INDEX_SUFFIX
 from .policy import DEFAULTS, Settings
 
 SAFETENSORS = ".safetensors"
@@ -76,7 +77,7 @@ def target_for(found: Found, out: str | os.PathLike, settings: Settings) -> Path
     The model's name is the file's, but for those that diffusers calls all alike: these take the name of the model's
     folder, which is the one around `unet`, or in the hub's cache the one around `snapshots`.
     """
-    model, folder = found.path.stem, found.path.parent
+    model, folder = model_name(found.path), found.path.parent
     alike = _DIFFUSERS_NAME.fullmatch(model)
     if alike:
         folder = Path(os.path.abspath(folder))
@@ -88,6 +89,11 @@ def target_for(found: Found, out: str | os.PathLike, settings: Settings) -> Path
     root, folder = os.path.abspath(found.root), os.path.abspath(folder)
     below = os.path.relpath(folder, root) if Path(folder).is_relative_to(root) else ""
     return Path(out, below, f"{model}-{tag(settings)}{SUFFIX}")
+
+
+def model_name(path: Path) -> str:
+    """A model's name: that of its file, or of its index, without the suffix."""
+    return path.name.removesuffix(INDEX_SUFFIX) if path.name.endswith(INDEX_SUFFIX) else path.stem
 
 
 def tag(settings: Settings) -> str:
@@ -114,7 +120,7 @@ def _walk(folder: Path, root: Path, seen: dict[tuple[int, int], Path]) -> Iterat
         path = folder / name
         if os.path.isdir(path):
             yield from _walk(path, root, seen)
-        elif path.suffix.lower() in (SAFETENSORS, *OTHER_SUFFIXES):
+        elif path.suffix.lower() in (SAFETENSORS, *OTHER_SUFFIXES) or name.endswith(INDEX_SUFFIX):
             yield _look(path, root, seen)
 
 

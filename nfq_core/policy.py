@@ -10,6 +10,7 @@ from typing import Any
 from .allocation import allocate
 from .codebook import effort_by_name
 from .formats import BlockFormat, nf_format, writable_format
+from .prequantized import compute_dtype
 from .safefile import DTYPE_NAMES, Entry
 from .tensor import QUANTIZABLE_DTYPES
 from .unet import UNetInfo, detect, first_and_last_convolution, is_unet_key
@@ -22,6 +23,7 @@ HEADER_BYTES = 400
 """What a tensor takes in a file's header, about."""
 
 _QUANTIZABLE = {DTYPE_NAMES[dtype] for dtype in QUANTIZABLE_DTYPES}
+_EIGHT_BIT = {"F8_E4M3", "F8_E5M2"}
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def plan_tensors(
 
     Where a UNet of the SDXL family is recognised, only its weights are; anything else is a plain state dict, and all
     its weights are. 1-D tensors stay as they are, and so do those with `emb` in their name, as in the article, tiny
-    ones, and those that are not floating or already have eight bits.
+    ones, and those that are not floating. Floats of eight bits are quantised like wider ones, and then recorded in the
+    dtype that a host computes in, see `prequantized.compute_dtype`.
 
     Args:
         entries: dtype and shape of every tensor by name.
@@ -117,18 +120,20 @@ def plan_tensors(
     info = detect({key: entry.shape for key, entry in entries.items()})
     spared = first_and_last_convolution(info) if info and not settings.quantize_first_last else ()
     linear, convolution = settings.formats()
+    computed = compute_dtype(entries) if any(entry.dtype in _EIGHT_BIT for entry in entries.values()) else ""
     plans = {}
     for key, entry in entries.items():
         quantized = (
             len(entry.shape) >= 2
-            and entry.dtype in _QUANTIZABLE
+            and entry.dtype in _QUANTIZABLE | _EIGHT_BIT
             and "emb" not in key
             and key not in spared
             and (info is None or is_unet_key(info, key))
             and prod(entry.shape) >= MIN_WEIGHTS
         )
         fmt = linear if len(entry.shape) == 2 else convolution
-        plans[key] = Plan(entry.dtype, entry.shape, fmt if quantized else None)
+        dtype = computed if quantized and entry.dtype in _EIGHT_BIT else entry.dtype
+        plans[key] = Plan(dtype, entry.shape, fmt if quantized else None)
     if settings.has_target:
         shapes = {key: plan.shape for key, plan in plans.items() if plan.format}
         budget = _budget(plans, settings) if packed_bytes is None else packed_bytes

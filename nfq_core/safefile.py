@@ -140,13 +140,22 @@ class SafetensorsFile:
             self._read_at(piece, self._data_start + start)
             yield piece
 
+    def names_in_order(self) -> list[str]:
+        """The names of all tensors in the order in which they are stored."""
+        return sorted(self.entries, key=lambda name: self.entries[name].start)
+
     def sha256(self) -> str:
         """SHA-256 of the whole file in hexadecimal, taken while it is read once more."""
-        digest = hashlib.sha256(self.raw_header)
-        for name in sorted(self.entries, key=lambda name: self.entries[name].start):
-            for piece in self.read_chunks(name):
-                digest.update(piece)
+        digest = hashlib.sha256()
+        for piece in self.read_whole():
+            digest.update(piece)
         return digest.hexdigest()
+
+    def read_whole(self) -> Iterator[bytes | memoryview]:
+        """Every byte of the file, piece by piece; each piece is valid until the next is asked for."""
+        yield self.raw_header
+        for name in self.names_in_order():
+            yield from self.read_chunks(name)
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, in memory of its own.

@@ -20,6 +20,7 @@ from .examine import sqnr_db
 from .memory import check_device, choose, free_bytes, is_out_of_memory, needed_bytes, refuse_beyond_memory
 from .parallel import Progress, default_threads, no_progress, ordered_map
 from .policy import Settings, plan_tensors
+from .prequantized import find_prequantized
 from .quantizer import quantize
 from .safefile import DTYPE_NAMES, TORCH_DTYPES, Entry, tensor_bytes
 from .staging import transfer_to
@@ -47,7 +48,8 @@ def quantize_state_dict(
     """Quantise the weights of a model in memory, by the same rules as `nfq quantize`.
 
     Args:
-        state_dict: tensors by name; it is not changed, and kept tensors are shared with the result.
+        state_dict: tensors by name; it is not changed, and kept tensors are shared with the result. fp8 and int8
+            weights with scales are taken without them, see `prequantized`.
         levels: levels of 2-D weights: 32, 24, 16, 12 or 7.
         conv_levels: levels of weights of three and more dimensions.
         effort: "fast" or "best".
@@ -59,17 +61,23 @@ def quantize_state_dict(
             warning in the log naming it.
 
     Returns:
-        The same names, in the same order: an NFTensor for each quantised weight, the tensor itself for a kept one. A
-        weight that cannot be quantised (NaN, Inf, beyond fp16) is kept, with a warning in the log naming it.
+        The same names but for scales, in the same order: an NFTensor for each quantised weight, the tensor itself for a
+        kept one. A weight that cannot be quantised (NaN, Inf, beyond fp16) is kept, with a warning in the log that
+        names it.
 
     Raises:
         ValueError: a setting is none of those allowed.
         NFQError: a tensor has a dtype that safetensors lacks, or the calibration belongs to another architecture.
     """
     settings = Settings(levels, conv_levels, effort, quantize_first_last, format, conv_format)
-    return quantize_tensors(
-        describe(state_dict), state_dict.__getitem__, settings, device=device, calibration=calibration
-    )
+    stored = describe(state_dict)
+    found = find_prequantized(stored, {}, state_dict.__getitem__, "the state dict")
+
+    def read(key: str) -> torch.Tensor:
+        scaled = found.weights.get(key)
+        return scaled.undo(state_dict[key]).to(TORCH_DTYPES[found.dtype]) if scaled else state_dict[key]
+
+    return quantize_tensors(found.undone(stored), read, settings, device=device, calibration=calibration)
 
 
 def quantize_tensors(
@@ -106,6 +114,8 @@ def quantize_tensors(
         tensor, plan = read(key), plans[key].format
         if plan is None:
             return tensor, None
+        if tensor.dtype.itemsize == 1:
+            tensor = tensor.to(TORCH_DTYPES[plans[key].dtype])
         try:
             statistics = inputs[key].arguments() if key in inputs else {}
             packed = quantize(tensor, format=plan.id, effort=settings.effort, device=device, **statistics)
@@ -117,7 +127,7 @@ def quantize_tensors(
             ratio = sqnr_db(tensor.to(packed.device), packed.dequantize(torch.float32))
         if device is not None:
             packed = packed.to("cpu")
-        return NFTensor(packed.data, packed.format, packed.shape, TORCH_DTYPES[entries[key].dtype]), ratio
+        return NFTensor(packed.data, packed.format, packed.shape, TORCH_DTYPES[plans[key].dtype]), ratio
 
     result: StateDict = {}
     done, total = 0, sum(plan.nbytes for plan in plans.values())

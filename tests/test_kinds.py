@@ -13,7 +13,8 @@ from samples import SMALL_MODEL, SMALLEST, TINY, random_half, random_unet
 from nfq_core.article import write_article_file
 from nfq_core.convert import quantize_file
 from nfq_core.kinds import kind_of
-from nfq_core.safefile import SafetensorsFile, aligned_entries
+from nfq_core.original import Original
+from nfq_core.safefile import aligned_entries
 from nfq_core.unet_keys import CHECKPOINT_PREFIX, KNOWN_ARCHITECTURES, tensor_shapes
 
 
@@ -102,31 +103,26 @@ def test_a_damaged_merge_is_told_what_it_lacks():
     assert kind.name.startswith("incomplete UNet (tensor 'model.diffusion_model.out.0.bias' of SDXL's UNet is missing")
 
 
-def test_parts_of_a_sharded_model():
-    kind = kind_of(file({"a": (64, 64)}, "diffusion_pytorch_model-00001-of-00012.safetensors"))
-    assert (kind.name, kind.is_family_unet, kind.obstacle) == ("part 1 of 12 of a sharded model", False, "")
-
-
 @pytest.mark.parametrize("layout", ["ldm", "prefixed"])
 def test_a_model_in_eight_bit_floats(layout):
     kind = kind_of(file(tensor_shapes(SMALLEST, layout), dtype="F8_E4M3"))
-    assert (kind.name, kind.obstacle) == ("SDXL-like UNet", "there is nothing in it to quantise")
+    assert (kind.name, kind.is_family_unet, kind.obstacle) == ("SDXL-like UNet", True, "")
 
 
 def test_files_that_are_quantised(tmp_path):
     save_file(SMALL_MODEL, tmp_path / "model")
     quantize_file(tmp_path / "model", tmp_path / "nfq")
-    with SafetensorsFile(tmp_path / "nfq") as opened:
+    with Original(tmp_path / "nfq") as opened:
         assert kind_of(opened).obstacle == "it is one of ours already"
     write_article_file(tmp_path / "article", SMALL_MODEL, 16, 32)
-    with SafetensorsFile(tmp_path / "article") as opened:
+    with Original(tmp_path / "article") as opened:
         assert kind_of(opened).obstacle == "`nfq import-article` converts it"
 
 
 def test_a_real_file(tmp_path):
     save_file(random_unet("diffusers") | {"count": torch.tensor(1)}, tmp_path / "a.safetensors")
-    with SafetensorsFile(tmp_path / "a.safetensors") as opened:
+    with Original(tmp_path / "a.safetensors") as opened:
         assert kind_of(opened).name == "SDXL-like UNet"
     save_file({"count": torch.tensor(1), "a": random_half(3)}, tmp_path / "b.safetensors")
-    with SafetensorsFile(tmp_path / "b.safetensors") as opened:
+    with Original(tmp_path / "b.safetensors") as opened:
         assert kind_of(opened).obstacle == "there is nothing in it to quantise"

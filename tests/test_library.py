@@ -27,7 +27,8 @@ def paths(folder: Path, *folders: Path, out: Path | None = None) -> list[str]:
 
 def test_what_counts_as_a_model(tmp_path):
     make(tmp_path, "b.safetensors", "a.ckpt", "sub/deep/c.SafeTensors", "d.pt", "e.pth", "f.bin", "g.gguf")
-    make(tmp_path, "readme.md", "model.safetensors.index.json", "._b.safetensors", ".git/x.safetensors", "h.part")
+    make(tmp_path, "m.safetensors.index.json")
+    make(tmp_path, "readme.md", "._b.safetensors", ".git/x.safetensors", "h.part")
     found = list(find_models([tmp_path], tmp_path / "out"))
     assert [item.path.relative_to(tmp_path).as_posix() for item in found] == [
         "a.ckpt",
@@ -36,9 +37,10 @@ def test_what_counts_as_a_model(tmp_path):
         "e.pth",
         "f.bin",
         "g.gguf",
+        "m.safetensors.index.json",
         "sub/deep/c.SafeTensors",
     ]
-    assert [item.is_other_format for item in found] == [True, False, True, True, True, True, False]
+    assert [item.is_other_format for item in found] == [True, False, True, True, True, True, False, False]
 
 
 def test_several_folders_that_overlap(tmp_path):

@@ -94,8 +94,6 @@ KEPT = {
     "integers": ("a.weight", (64, 64), "I64"),
     "bytes": ("a.weight", (64, 64), "U8"),
     "truth values": ("a.weight", (64, 64), "BOOL"),
-    "eight-bit floats": ("a.weight", (64, 64), "F8_E4M3"),
-    "other eight-bit floats": ("a.weight", (64, 64), "F8_E5M2"),
     "complex numbers": ("a.weight", (64, 64), "C64"),
     "an unknown dtype": ("a.weight", (64, 64), "F8_E8M0"),
 }

@@ -12,8 +12,8 @@ from typing import Any
 from ..container import SUFFIX, NFQFile
 from ..errors import NFQError
 from ..examine import compare_files, container_info, mean_sqnr_db
+from ..original import Original
 from ..parallel import Progress, no_progress
-from ..safefile import SafetensorsFile
 from ..unet import detect, is_unet_key
 from ..version import __version__
 from .layers import OTHER_CONVOLUTION, OTHER_LINEAR, ROLES, common_names, role, stage
@@ -27,7 +27,7 @@ def measure(
     """Compare files with the one that they were made from.
 
     Args:
-        original: a safetensors file, in any of the layouts.
+        original: a safetensors file, in any of the layouts, or a sharded model by its index or folder.
         files: `.nfq.safetensors` files that were made from it.
         progress: see `parallel.Progress`, over all files.
 
@@ -43,7 +43,7 @@ def measure(
         NFQError: a file is missing, damaged, or not made from this original, or named twice.
     """
     names = short_names(files)
-    with SafetensorsFile(original) as file:
+    with Original(original) as file:
         before = {"name": _readable(file.path.name), "bytes": file.file_bytes, "sha256": file.sha256()}
     found = []
     for number, (path, name) in enumerate(zip(files, names, strict=True)):

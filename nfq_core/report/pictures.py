@@ -19,8 +19,8 @@ from ..demo.shapes import CAPTIONS
 from ..errors import NFQError, missing_package
 from ..memory import check_device
 from ..metrics import psnr_db, ssim
+from ..original import Original
 from ..parallel import Progress, no_progress
-from ..safefile import SafetensorsFile
 from ..state import load
 from ..tensor import NFTensor
 from ..unet import detect, diffusers_names
@@ -211,7 +211,7 @@ class PipelinePainter:
         """Take a file's weights, tensor by tensor."""
         packed = _is_packed(path)
         self._path = path
-        with NFQFile(path) if packed else SafetensorsFile(path) as file:
+        with NFQFile(path) if packed else Original(path) as file:
             shapes = file.shapes() if packed else {key: entry.shape for key, entry in file.entries.items()}
             info = detect(shapes)
             try:
@@ -275,7 +275,7 @@ class PipelinePainter:
 
 
 def _is_packed(path: str | os.PathLike) -> bool:
-    with SafetensorsFile(path) as file:
+    with Original(path) as file:
         return FACTS_KEY in file.metadata
 
 
