@@ -13,7 +13,6 @@ import comfy.model_management
 import comfy.patcher_extension
 import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
-from comfy_kitchen.tensor import QuantizedTensor
 
 from ..nfq_core import Calibration, NFQError, NFTensor, Settings
 from ..nfq_core.calibration import measured_sensitivities, recorded_settings
@@ -27,10 +26,17 @@ from .host import BYPASS_LORA, COLLECTED, MADE, UNET, LayerProgress, Made, finit
 from .ops import NFOps, wrap
 from .patcher import NFModelPatcher, adopt, nf_layers
 from .recipe import Origin
+from .weights import (
+    LAYERS,
+    dense,
+    has_eight_bits,
+    is_host_quantized_linear,
+    key_patches,
+    quantizable_layers,
+    refuse_other_forms,
+)
 
 log = logging.getLogger("nfq")
-
-_LAYERS = {torch.nn.Linear: NFOps.Linear, torch.nn.Conv2d: NFOps.Conv2d}
 
 
 def quantize_model(
@@ -63,8 +69,8 @@ def quantize_model(
     source = origin.hashing()
     sqnr: dict[str, float] = {}
     with model.use_ejected():
-        patches = model.get_key_patches(UNET)
-        layers = _quantizable_layers(model.model.diffusion_model)
+        patches = key_patches(model)
+        layers = quantizable_layers(model.model.diffusion_model)
         entries = {key: _entry(key, chain[0][0], layers) for key, chain in _without_prefix(patches).items()}
         measured = measured_sensitivities(entries, settings, calibration)
         info, plans = plan_tensors(entries, settings, measured)
@@ -98,18 +104,11 @@ def _refuse_unfit(model: Any) -> None:
         raise NFQError("LoraLoaderBypass works behind NFQuantizeUNet only; load a LoRA before it with LoraLoader")
     if TORCH_COMPILE_KWARGS in model.model_options:
         raise NFQError("this MODEL is compiled already; put TorchCompileModel behind NFQuantizeUNet")
-    parameters = list(model.model.parameters())
-    if any(map(is_quantized, parameters)):
-        raise NFQError("this MODEL is quantised already, in another format; load its fp16 or bf16 file instead")
+    refuse_other_forms(model.model)
     if model.get_attachment(MADE) is not None:
         log.warning("this MODEL was quantised before and dequantised when it was loaded; its original has more to keep")
-    if any(weight.dtype.itemsize == 1 for weight in parameters):
-        log.warning("this MODEL's weights are fp8; quantising it from fp16 or bf16 keeps more of the picture")
-
-
-def is_quantized(weight: torch.Tensor) -> bool:
-    """Whether a parameter is quantised, by us or others; a quantised tensor's dtype is that which it stands for."""
-    return isinstance(weight, QuantizedTensor) or not weight.dtype.is_floating_point
+    if any(map(has_eight_bits, model.model.parameters())):
+        log.warning("this MODEL's weights have 8 bits; quantising it from fp16 or bf16 keeps more of the picture")
 
 
 def without_dynamic_vram(model: Any) -> Any:
@@ -132,11 +131,6 @@ def _without_prefix(patches: Mapping[str, Any]) -> dict[str, Any]:
     return {key[len(UNET) :]: value for key, value in patches.items()}
 
 
-def _quantizable_layers(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The layers whose weights can be packed, by the name of the weight."""
-    return {f"{name}.weight": module for name, module in unet.named_modules() if isinstance(module, tuple(_LAYERS))}
-
-
 def _entry(key: str, weight: torch.Tensor, layers: Mapping[str, torch.nn.Module]) -> Entry:
     """Describe a weight; hosts without fp16 arithmetic hold fp16 files as fp32, which is not recorded."""
     dtype = torch.float16 if weight.dtype != torch.bfloat16 else weight.dtype
@@ -147,10 +141,11 @@ def _entry(key: str, weight: torch.Tensor, layers: Mapping[str, torch.nn.Module]
 def _baker(patches: Mapping[str, Any], device: torch.device) -> Callable[[str], torch.Tensor]:
     def bake(key: str) -> torch.Tensor:
         (weight, convert), *rest = patches[UNET + key]
+        weight = dense(weight)
         if not rest:
-            return weight if weight.dtype.itemsize > 1 else weight.to(torch.float16)
-        dense = convert(weight.to(device=device, dtype=torch.float32, copy=True), inplace=True)
-        return comfy.lora.calculate_weight(rest, dense, UNET + key)
+            return weight
+        copied = convert(weight.to(device=device, dtype=torch.float32, copy=True), inplace=True)
+        return comfy.lora.calculate_weight(rest, copied, UNET + key)
 
     return bake
 
@@ -166,10 +161,11 @@ def _packed_twin(model: Any, tensors: StateDict) -> NFModelPatcher:
             parameter = parameters[key]
             kept = None if isinstance(value, NFTensor) else value.to("cpu", parameter.dtype, copy=True)
             memo[id(parameter)] = None if kept is None else torch.nn.Parameter(kept, requires_grad=False)
+    memo |= _without_host_quantization(original.diffusion_model, memo)
     twin = copy.deepcopy(original, memo)
-    for key, module in _quantizable_layers(twin.diffusion_model).items():
+    for key, module in quantizable_layers(twin.diffusion_model).items():
         if isinstance(tensors[key], NFTensor):
-            module.__class__ = next(ours for base, ours in _LAYERS.items() if isinstance(module, base))
+            module.__class__ = next(ours for base, ours in LAYERS.items() if isinstance(module, base))
             module.weight = torch.nn.Parameter(wrap(tensors[key], parameters[key].dtype), requires_grad=False)
             module.dense_device = None
             vars(module).pop("comfy_cast_weights", None)
@@ -185,3 +181,21 @@ def _packed_twin(model: Any, tensors: StateDict) -> NFModelPatcher:
     packed.pinned, packed.parent, packed.cached_patcher_init, packed.size = set(), None, None, 0
     packed.patches_uuid, packed.clone_base_uuid = uuid.uuid4(), uuid.uuid4()
     return adopt(packed)
+
+
+def _without_host_quantization(unet: torch.nn.Module, parameters: Mapping[int, Any]) -> dict[int, torch.nn.Module]:
+    """For `deepcopy`: a plain Linear in place of each of the host's for quantised weights, by the latter's `id`.
+
+    Args:
+        unet: holds the host's layers.
+        parameters: the twin's parameters by the `id` of the original's; None where the weight will be packed.
+    """
+    memo = {}
+    for module in unet.modules():
+        if is_host_quantized_linear(module):
+            twin = NFOps.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            weight = parameters.get(id(module.weight))
+            twin.weight = twin.weight if weight is None else weight
+            twin.bias = None if module.bias is None else parameters[id(module.bias)]
+            memo[id(module)] = twin
+    return memo

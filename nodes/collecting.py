@@ -13,8 +13,9 @@ from ..nfq_core import NFQError
 from ..nfq_core.collector import Collector
 from ..nfq_core.sensitivity import PASSES
 from ..nfq_core.unet import detect
-from .bake import is_quantized, without_dynamic_vram
+from .bake import without_dynamic_vram
 from .host import CALIBRATION_SUFFIX, CALIBRATIONS, COLLECTED, refuse_existing, target
+from .weights import is_quantized
 
 
 class Collected:

@@ -18,6 +18,7 @@ from .bake import without_dynamic_vram
 from .host import UNET, finite, made
 from .ops import unwrap
 from .patcher import nf_layers
+from .weights import dense, key_patches
 
 
 def file_facts(file: NFQFile, name: str) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
         NFQError: the MODEL is not packed, or the original has other layers.
     """
     facts = made(model, "this MODEL is not quantised; connect one from NFQuantizeUNet or an NFQ loader")
-    before = without_dynamic_vram(original).get_key_patches(UNET) if original is not None else {}
+    before = key_patches(without_dynamic_vram(original)) if original is not None else {}
     layers, weights, packed_bytes = [], 0, 0
     for key, layer in nf_layers(model.model):
         packed, name = unwrap(layer.weight), key.removeprefix(UNET)
@@ -72,10 +73,10 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
             if key not in before or before[key][0][0].shape != packed.shape:
                 raise NFQError(f"the original has no weight {name!r} of shape {tuple(packed.shape)}; connect its own")
             (weight, convert), *patches = before[key]
-            dense = convert(weight.to("cpu")).float()
+            meant = convert(dense(weight).to("cpu")).float()
             if patches:
-                dense = comfy.lora.calculate_weight(patches, dense.clone(), key)
-            sqnr = sqnr_db(dense, packed.to("cpu").dequantize(torch.float32))
+                meant = comfy.lora.calculate_weight(patches, meant.clone(), key)
+            sqnr = sqnr_db(meant, packed.to("cpu").dequantize(torch.float32))
         weights += packed.numel()
         packed_bytes += packed.nbytes
         layers.append(
