@@ -137,8 +137,8 @@ def _plan(found: Iterable[Found], out: str | os.PathLike, settings: Settings, an
             row.settle(Result.FAILED, item.fault)
         elif item.same_as:
             row.settle(Result.SKIPPED, f"it is the same file as {item.same_as}")
-        elif item.is_other_format:
-            row.settle(Result.SKIPPED, f"convert it to safetensors first: {item.path.suffix} files are not opened here")
+        elif item.other_format:
+            row.settle(Result.SKIPPED, f"it is {item.other_format}")
         else:
             _recognise(row, any_kind)
         if row.result != Result.TO_CONVERT:

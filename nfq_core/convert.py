@@ -16,7 +16,7 @@ import torch
 
 from .allocation import SizeSearch
 from .article import is_article_file
-from .atomic import AtomicFile
+from .atomic import AtomicFile, is_same_file
 from .calibration import Calibration, measured_sensitivities
 from .codec import encode
 from .container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source, source_name
@@ -235,7 +235,7 @@ def refuse_container(file: SafetensorsFile) -> None:
 
 def refuse_same(source: str | os.PathLike, target: str | os.PathLike) -> None:
     """NFQError when a target is the source itself, which overwriting would lose."""
-    if os.path.exists(target) and os.path.samefile(source, target):
+    if os.path.exists(target) and is_same_file(source, target):
         raise NFQError(f"{target} is the source itself; name another target")
 
 

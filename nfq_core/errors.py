@@ -37,6 +37,11 @@ def missing_package(needed: str, *requirements: str) -> ImportError:
     return ImportError(f"{needed}: {command}, with the Python that runs this")
 
 
+def reason_of(error: OSError) -> str:
+    """Why the operating system refused something, in its own words, without Python's error number and name."""
+    return error.strerror or str(error) or "the system does not say why"
+
+
 class NFQError(Exception):
     """Base of every error that a user can cause; its text is fit to be shown as it is."""
 

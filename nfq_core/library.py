@@ -9,14 +9,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .atomic import file_identity, is_same_file
 from .container import SUFFIX
-from .errors import NFQError
+from .errors import NFQError, reason_of
 from .policy import DEFAULTS, Settings
+from .sniff import BY_ENDING
 
 SAFETENSORS = ".safetensors"
-
-OTHER_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".gguf")
-"""Model files of other kinds. They are told of, never opened: a pickle runs what it holds."""
 
 _DIFFUSERS_NAME = re.compile(r"diffusion_pytorch_model(\..+)?")
 """What diffusers calls the file of every model, with or without a variant such as `.fp16`."""
@@ -39,9 +38,9 @@ class Found:
     same_as: Path | None = None
 
     @property
-    def is_other_format(self) -> bool:
-        """Whether it is one of OTHER_SUFFIXES."""
-        return self.path.suffix.lower() in OTHER_SUFFIXES
+    def other_format(self) -> str:
+        """What it is if not safetensors, by its name: it is never opened, for a pickle runs what it holds."""
+        return BY_ENDING.get(self.path.suffix.lower(), "")
 
 
 def find_models(folders: Iterable[str | os.PathLike], out: str | os.PathLike) -> Iterator[Found]:
@@ -60,9 +59,9 @@ def find_models(folders: Iterable[str | os.PathLike], out: str | os.PathLike) ->
     absent = next((root for root in roots if not root.exists()), None)
     if absent is not None:
         raise NFQError(f"{absent}: no such folder")
-    seen: dict[tuple[int, int], Path] = {}
-    if os.path.isdir(out) and not any(os.path.samefile(root, out) for root in roots):
-        seen[_identity(Path(out))] = Path(out)
+    seen: dict[object, Path] = {}
+    if os.path.isdir(out) and not any(is_same_file(root, out) for root in roots):
+        seen[file_identity(Path(out))] = Path(out)
     for root in roots:
         if root.is_dir():
             yield from _walk(root, root, seen)
@@ -100,34 +99,29 @@ def tag(settings: Settings) -> str:
     return linear if settings.formats()[1] == DEFAULTS.formats()[1] else f"{linear}-{convolution}"
 
 
-def _walk(folder: Path, root: Path, seen: dict[tuple[int, int], Path]) -> Iterator[Found]:
+def _walk(folder: Path, root: Path, seen: dict[object, Path]) -> Iterator[Found]:
     try:
-        identity = _identity(folder)
+        identity = file_identity(folder)
         if identity in seen:
             return
         seen[identity] = folder
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
-        yield Found(folder, root, f"the folder cannot be read: {error.strerror}")
+        yield Found(folder, root, f"the folder cannot be read: {reason_of(error)}")
         return
     for name in names:
         path = folder / name
         if os.path.isdir(path):
             yield from _walk(path, root, seen)
-        elif path.suffix.lower() in (SAFETENSORS, *OTHER_SUFFIXES):
+        elif path.suffix.lower() in (SAFETENSORS, *BY_ENDING):
             yield _look(path, root, seen)
 
 
-def _look(path: Path, root: Path, seen: dict[tuple[int, int], Path]) -> Found:
+def _look(path: Path, root: Path, seen: dict[object, Path]) -> Found:
     try:
-        identity = _identity(path)
+        identity = file_identity(path)
         if not stat.S_ISREG(path.stat().st_mode):
             return Found(path, root, "it is no regular file")
     except OSError as error:
-        return Found(path, root, f"it cannot be read: {error.strerror}")
+        return Found(path, root, f"it cannot be read: {reason_of(error)}")
     return Found(path, root, same_as=None if seen.setdefault(identity, path) is path else seen[identity])
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino

@@ -38,7 +38,7 @@ def test_what_counts_as_a_model(tmp_path):
         "g.gguf",
         "sub/deep/c.SafeTensors",
     ]
-    assert [item.is_other_format for item in found] == [True, False, True, True, True, True, False]
+    assert [bool(item.other_format) for item in found] == [True, False, True, True, True, True, False]
 
 
 def test_several_folders_that_overlap(tmp_path):
