@@ -15,9 +15,20 @@ from .atomic import named_errors, remove_leftovers
 from .calibration import Calibration, recorded_settings
 from .container import NFQFile, source_name
 from .convert import quantize_file
-from .errors import CorruptFileError, DiskFullError, NFQError, TargetExistsError, UnsupportedFileError, printable
+from .errors import (
+    DEBUG,
+    CorruptFileError,
+    DiskFullError,
+    NFQError,
+    TargetExistsError,
+    UnsupportedFileError,
+    internal_fault,
+    printable,
+    reason_of,
+)
 from .kinds import kind_of
 from .library import Found, find_models, target_for
+from .memory import is_out_of_memory
 from .parallel import Progress, no_progress
 from .policy import DEFAULTS, Settings
 from .safefile import SafetensorsFile
@@ -181,8 +192,10 @@ def _settled(row: Row, recorded: dict, overwrite: bool, rehash: bool) -> bool:
             return False
         else:
             row.settle(Result.FAILED, f"{row.target} {difference}; --force replaces it")
-    except (NFQError, OSError) as error:
+    except NFQError as error:
         row.settle(Result.FAILED, str(error))
+    except OSError as error:
+        row.settle(Result.FAILED, reason_of(error))
     return True
 
 
@@ -240,12 +253,15 @@ def _convert(
         row.settle(Result.FAILED, str(error))
         # Another process may have written it meanwhile.
         _settled(row, recorded, overwrite, rehash=True)
-    except (NFQError, OSError) as error:
+    except NFQError as error:
         row.settle(Result.FAILED, str(error))
+    except OSError as error:
+        row.settle(Result.FAILED, reason_of(error))
     except Exception as error:
         # Whatever is wrong with one file, a night's work on the others shall not be lost.
-        log.exception("%s: unexpected", row.source)
-        row.settle(Result.FAILED, f"{type(error).__name__}: {error}")
+        if os.environ.get(DEBUG):
+            log.exception("%s", row.source)
+        row.settle(Result.FAILED, "not enough memory" if is_out_of_memory(error) else internal_fault(error))
     else:
         row.file_bytes, row.seconds, row.warnings = result["file_bytes"], result["seconds"], result["warnings"]
         row.settle(Result.CONVERTED)

@@ -30,6 +30,9 @@ from .writer import Plan
 CALIBRATION_KEY = "nfq_calibration"
 """The metadata entry that makes a safetensors file a calibration."""
 
+CALIBRATION_SUFFIX = ".calibration.safetensors"
+"""What the names of calibrations end in that nodes list."""
+
 CALIBRATION_VERSION = 1
 
 MIN_ROWS = 32

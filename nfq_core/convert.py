@@ -34,6 +34,7 @@ from .safefile import (
     tensor_bytes,
     tensor_from_bytes,
 )
+from .targets import PLAIN_SUFFIX, refuse_name
 from .writer import ContainerWriter, Plan
 
 log = logging.getLogger("nfq")
@@ -83,6 +84,7 @@ def quantize_file(
     with SafetensorsFile(source) as file, _SourceHash(file) as source_hash:
         refuse_container(file)
         refuse_same(source, target)
+        refuse_name(target)
         if is_article_file(file.entries):
             raise UnsupportedFileError(
                 f"{file.path} was written by the article's code; `nfq import-article` converts it"
@@ -195,6 +197,7 @@ def dequantize_file(
     started = perf_counter()
     with NFQFile(source) as file:
         refuse_same(source, target)
+        refuse_name(target, PLAIN_SUFFIX)
         refuse_beyond_memory(file, max(map(file.dense_bytes, file.keys()), default=0))
         outputs = {key: (file.entries[key].dtype, file.entries[key].shape) for key in file.kept}
         for key, quantized in file.quantized.items():

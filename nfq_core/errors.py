@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 
 MAX_MESSAGE = 2000
 """Characters of an error's message: what a file says may be quoted in it, and be megabytes long."""
+
+
+DEBUG = "NFQ_DEBUG"
+"""The environment variable with which commands show where a fault of the program's own arose."""
+
+
+def internal_fault(error: Exception) -> str:
+    """What a user is told of an error that no input should be able to cause."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f" ({os.path.basename(trace.tb_frame.f_code.co_filename)}, line {trace.tb_lineno})" if trace else ""
+    return f"this is a fault of the program{where}; {DEBUG}=1 in front of the command shows more, please report that"
 
 
 def printable(text: str, limit: int = MAX_MESSAGE) -> str:

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from .atomic import file_identity, is_same_file
-from .container import SUFFIX
 from .errors import NFQError, reason_of
-from .policy import DEFAULTS, Settings
+from .policy import Settings
 from .sniff import BY_ENDING
-
-SAFETENSORS = ".safetensors"
-
-_DIFFUSERS_NAME = re.compile(r"diffusion_pytorch_model(\..+)?")
-"""What diffusers calls the file of every model, with or without a variant such as `.fp16`."""
+from .targets import PLAIN_SUFFIX, container_name, model_name
 
 
 @dataclass(frozen=True)
@@ -70,33 +64,11 @@ def find_models(folders: Iterable[str | os.PathLike], out: str | os.PathLike) ->
 
 
 def target_for(found: Found, out: str | os.PathLike, settings: Settings) -> Path:
-    """Where a file's container goes: `<Model>-NF16.nfq.safetensors`, in the same subfolder of `out`.
-
-    The model's name is the file's, but for those that diffusers calls all alike: these take the name of the model's
-    folder, which is the one around `unet`, or in the hub's cache the one around `snapshots`.
-    """
-    model, folder = found.path.stem, found.path.parent
-    alike = _DIFFUSERS_NAME.fullmatch(model)
-    if alike:
-        folder = Path(os.path.abspath(folder))
-        folder = folder.parent if folder.name == "unet" else folder
-        if folder.parent.name == "snapshots":
-            folder = folder.parent.parent
-        model = folder.name.rpartition("--")[2] + (alike[1] or "")
-        folder = folder.parent
-    root, folder = os.path.abspath(found.root), os.path.abspath(folder)
+    """Where a file's container goes: `container_name`, in the same subfolder of `out` as the model in its root."""
+    _, around = model_name(found.path)
+    root, folder = os.path.abspath(found.root), os.path.abspath(around)
     below = os.path.relpath(folder, root) if Path(folder).is_relative_to(root) else ""
-    return Path(out, below, f"{model}-{tag(settings)}{SUFFIX}")
-
-
-def tag(settings: Settings) -> str:
-    """What settings are called in a file's name: `NF16`, `NF12-NF24` with other convolutions, `3.4bpw`, `1.2GB`."""
-    if settings.target_bpw is not None:
-        return f"{settings.target_bpw:g}bpw"
-    if settings.target_bytes is not None:
-        return f"{settings.target_bytes / 1e9:g}GB"
-    linear, convolution = (fmt.id.removesuffix("_b64").upper() for fmt in settings.formats())
-    return linear if settings.formats()[1] == DEFAULTS.formats()[1] else f"{linear}-{convolution}"
+    return Path(out, below, container_name(found.path, settings))
 
 
 def _walk(folder: Path, root: Path, seen: dict[object, Path]) -> Iterator[Found]:
@@ -113,7 +85,7 @@ def _walk(folder: Path, root: Path, seen: dict[object, Path]) -> Iterator[Found]
         path = folder / name
         if os.path.isdir(path):
             yield from _walk(path, root, seen)
-        elif path.suffix.lower() in (SAFETENSORS, *BY_ENDING):
+        elif path.suffix.lower() in (PLAIN_SUFFIX, *BY_ENDING):
             yield _look(path, root, seen)
 
 
