@@ -191,7 +191,7 @@ def test_the_size_search_takes_what_is_near() -> None:
 def test_the_size_search_ends() -> None:
     with pytest.raises(
         NFQError,
-        match="no file of at most 1,000,000 bytes was found; this model's file can have about 0.9. MB to 1.7. MB, ask for more",
+        match=r"no file of at most 1,000,000 bytes was found; this model's file can have about 0\.9. MB to 1\.7. MB",
     ):
         search(*[1_100_000] * (MAX_TRIES - 1)).accepts(1_100_000, LAYER)
     best = search(900_000, *[1_100_000] * (MAX_TRIES - 1))
@@ -288,10 +288,10 @@ def test_limits_that_are_told_can_be_had(small_model: Path, tmp_path: Path) -> N
         quantize_file(small_model, tmp_path / "b", Settings(target_bpw=0.1))
     smallest, largest = map(float, re.findall("have ([0-9.]+) to ([0-9.]+),", str(caught.value))[0])
     for number, bits in enumerate((smallest, largest)):
-        # The three digits that are shown may have been rounded to the wrong side.
+        # The three digits that are shown may have been rounded to the wrong side; then one of eight layers gets less.
         bits += 0.001 * (1 - 2 * number)
         quantize_file(small_model, tmp_path / f"c{number}", Settings(target_bpw=bits))
-        assert file_info(tmp_path / f"c{number}")["packed_bits_per_weight"] == pytest.approx(bits, rel=0.02)
+        assert file_info(tmp_path / f"c{number}")["packed_bits_per_weight"] == pytest.approx(bits, rel=0.05)
 
 
 @pytest.mark.parametrize(

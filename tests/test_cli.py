@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from nfq_core import cli
 from nfq_core.article import write_article_file
 from nfq_core.calibration import Calibration, LayerInputs
 from nfq_core.container import NFQFile
+from nfq_core.errors import DEBUG
 
 COMMAND = [sys.executable, "-m", "nfq_core"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -235,6 +237,48 @@ def test_a_file_name_that_is_no_unicode_is_no_obstacle(capsys, folder):
     assert code == 0
     assert "2 layers" in out
     assert as_json(capsys, "info", target)["source"]["name"] == "?"
+
+
+def test_warnings_are_marked_as_such(folder):
+    save_file(SMALL_MODEL | {"bad.weight": torch.full((64, 64), torch.inf)}, folder / "bad")
+    command = [*COMMAND, "quantize", str(folder / "bad"), str(folder / "a.nfq.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+    assert done.returncode == 0
+    assert one_line(done.stderr).startswith(f"nfq: warning: {folder / 'bad'}: tensor 'bad.weight' is kept as it is")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (KeyError("x"), f"this is a fault of the program (test_cli.py, line N); {DEBUG}=1 in front of the command"),
+        (RuntimeError("sizes of torch.Size([3])"), "this is a fault of the program"),
+        (RuntimeError("CUDA out of memory. Tried to"), "out of memory; no unfinished file is left"),
+        (MemoryError(), "out of memory; no unfinished file is left"),
+        (FileNotFoundError(2, "No such file or directory", "a"), "a: No such file or directory"),
+        (OSError("no number"), "the file: no number"),
+        (OSError(), "the file: the system does not say why"),
+    ],
+)
+def test_no_error_shows_what_only_programmers_read(capsys, folder, monkeypatch, error, told):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.delenv(DEBUG, raising=False)
+    monkeypatch.setattr(cli.examine, "file_info", fail)
+    code, out, message = run(capsys, "info", folder / "nfq")
+    assert (code, out) == (1, "")
+    assert re.sub("line [0-9]+", "line N", one_line(message)).startswith(f"nfq: {told}")
+    assert not re.search(r"KeyError|torch\.|\[Errno|Traceback", message)
+
+
+def test_a_fault_of_the_program_is_shown_where_that_is_wanted(capsys, folder, monkeypatch):
+    def fail(*_: object) -> None:
+        raise KeyError("x")
+
+    monkeypatch.setenv(DEBUG, "1")
+    monkeypatch.setattr(cli.examine, "file_info", fail)
+    with pytest.raises(KeyError):
+        run(capsys, "info", folder / "nfq")
 
 
 def flipped(data: bytes, position: int) -> bytes:

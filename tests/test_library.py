@@ -10,7 +10,8 @@ from systems import link, words
 
 from nfq_core import Settings
 from nfq_core.errors import NFQError
-from nfq_core.library import Found, find_models, tag, target_for
+from nfq_core.library import Found, find_models, target_for
+from nfq_core.targets import tag
 
 
 def make(folder: Path, *names: str) -> None:
