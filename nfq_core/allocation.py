@@ -19,6 +19,7 @@ from math import prod
 
 from .errors import NFQError
 from .formats import FORMATS, BlockFormat
+from .markdown import size_in_words
 from .writer import Plan
 
 EXPECTED_SQNR_DB = {
@@ -110,6 +111,12 @@ def worthwhile(weights: int, formats: Sequence[BlockFormat]) -> list[BlockFormat
             hull.pop()
         hull.append((size, noise, id))
     return [FORMATS[id] for _, _, id in hull]
+
+
+def packed_bounds(shapes: Mapping[str, Sequence[int]], effort: str = "fast") -> tuple[int, int]:
+    """The fewest and the most packed bytes that layers of these shapes can take together, see `menu`."""
+    counts = [prod(shape) for shape in shapes.values()]
+    return tuple(sum(limit(fmt.packed_bytes(n) for fmt in menu(effort)) for n in counts) for limit in (min, max))
 
 
 def expected_noise(fmt: BlockFormat) -> float:
@@ -210,7 +217,9 @@ class SizeSearch:
         if fits and not quantized:
             return True
         if fits and all(plan.format.id == LARGEST for plan in quantized):
-            self.warnings.append(f"every layer has {LARGEST}, the most there is; the file is smaller than asked for")
+            self.warnings.append(
+                f"every layer has {LARGEST}, the most there is; {self._possible(file_bytes, packed, plans)}"
+            )
             return True
         if fits and self._tries == MAX_TRIES:
             self.warnings.append(f"the file has {file_bytes:,} bytes, nothing nearer to {self._target:,} was found")
@@ -223,8 +232,16 @@ class SizeSearch:
         elif self._best_packed is not None:
             self.packed_bytes = self._best_packed
         else:
-            raise NFQError(f"no file of at most {self._target:,} bytes was found; ask for more")
+            possible = self._possible(file_bytes, packed, plans)
+            raise NFQError(f"no file of at most {self._target:,} bytes was found; {possible}, ask for more")
         return False
+
+    @staticmethod
+    def _possible(file_bytes: int, packed: int, plans: Mapping[str, Plan]) -> str:
+        """The sizes that a model's file can have, told by one of its files and that one's packed bytes."""
+        bounds = packed_bounds({key: plan.shape for key, plan in plans.items() if plan.format})
+        smallest, largest = (size_in_words(file_bytes - packed + bound) for bound in bounds)
+        return f"this model's file can have about {smallest} to {largest}"
 
 
 def _completed(shapes: Mapping[str, Sequence[int]], sensitivities: Mapping[str, float] | None) -> dict[str, float]:

@@ -24,6 +24,7 @@ from .formats import BLOCK, LEVELS, article_format
 from .packing import pack_codes
 from .parallel import Progress, no_progress, ordered_map
 from .safefile import Entry, SafetensorsFile, tensor_bytes
+from .targets import refuse_name
 from .tensor import NFTensor
 from .unet import detect
 from .writer import ContainerWriter, Plan
@@ -57,6 +58,7 @@ def import_article(
     with SafetensorsFile(source) as file:
         refuse_container(file)
         refuse_same([file], target)
+        refuse_name(target)
         if not is_article_file(file.entries):
             raise UnsupportedFileError(f"{file.path} was not written by the article's code; `nfq quantize` converts it")
         try:

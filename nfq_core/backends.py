@@ -93,12 +93,17 @@ def _fails(device: torch.device) -> str:
     return "" if torch.equal(wanted, found) else "Triton computes other weights here"
 
 
-def available() -> dict[str, Backend]:
-    """The back-end of every device that torch sees, by the device's name."""
+def device_names() -> list[str]:
+    """The names of all devices that torch sees."""
     names = ["cpu"]
     names += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     if hasattr(torch, "xpu"):
         names += [f"xpu:{number}" for number in range(torch.xpu.device_count())]
     if torch.backends.mps.is_available():
         names.append("mps")
-    return {name: choose(torch.device(name)) for name in names}
+    return names
+
+
+def available() -> dict[str, Backend]:
+    """The back-end of every device that torch sees, by the device's name."""
+    return {name: choose(torch.device(name)) for name in device_names()}

@@ -16,16 +16,20 @@ from .calibration import Calibration, recorded_settings
 from .container import NFQFile, source_name
 from .convert import quantize_file
 from .errors import (
+    DEBUG,
     AlreadyQuantizedError,
     CorruptFileError,
     DiskFullError,
     NFQError,
     TargetExistsError,
     UnsupportedFileError,
+    internal_fault,
     printable,
+    reason_of,
 )
 from .kinds import kind_of
 from .library import Found, find_models, target_for
+from .memory import is_out_of_memory
 from .original import Original, part_refusal, sharded_model
 from .parallel import Progress, no_progress
 from .policy import DEFAULTS, Settings
@@ -145,8 +149,8 @@ def _plan(found: Iterable[Found], out: str | os.PathLike, settings: Settings, an
             row.settle(Result.FAILED, item.fault)
         elif item.same_as:
             row.settle(Result.SKIPPED, f"it is the same file as {item.same_as}")
-        elif item.is_other_format:
-            row.settle(Result.SKIPPED, f"convert it to safetensors first: {item.path.suffix} files are not opened here")
+        elif item.other_format:
+            row.settle(Result.SKIPPED, f"it is {item.other_format}")
         elif sharded_model(item.path):
             row.settle(Result.SKIPPED, part_refusal(item.path))
         else:
@@ -194,8 +198,10 @@ def _settled(row: Row, recorded: dict, overwrite: bool, rehash: bool) -> bool:
             return False
         else:
             row.settle(Result.FAILED, f"{row.target} {difference}; --force replaces it")
-    except (NFQError, OSError) as error:
+    except NFQError as error:
         row.settle(Result.FAILED, str(error))
+    except OSError as error:
+        row.settle(Result.FAILED, reason_of(error))
     return True
 
 
@@ -254,12 +260,15 @@ def _convert(
         row.settle(Result.FAILED, str(error))
         # Another process may have written it meanwhile.
         _settled(row, recorded, overwrite, rehash=True)
-    except (NFQError, OSError) as error:
+    except NFQError as error:
         row.settle(Result.FAILED, str(error))
+    except OSError as error:
+        row.settle(Result.FAILED, reason_of(error))
     except Exception as error:
         # Whatever is wrong with one file, a night's work on the others shall not be lost.
-        log.exception("%s: unexpected", row.source)
-        row.settle(Result.FAILED, f"{type(error).__name__}: {error}")
+        if os.environ.get(DEBUG):
+            log.exception("%s", row.source)
+        row.settle(Result.FAILED, "not enough memory" if is_out_of_memory(error) else internal_fault(error))
     else:
         row.file_bytes, row.seconds, row.warnings = result["file_bytes"], result["seconds"], result["warnings"]
         row.settle(Result.CONVERTED)

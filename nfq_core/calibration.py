@@ -24,11 +24,14 @@ from .formats import BlockFormat
 from .policy import Settings
 from .safefile import DTYPE_NAMES, Entry, SafetensorsFile, aligned_entries, header_bytes, tensor_bytes
 from .unet import UNKNOWN, UNetInfo, detect, known_ldm_names
-from .untrusted import is_count, is_number, parse_json
+from .untrusted import fault_of, is_count, is_number, parse_json
 from .writer import Plan
 
 CALIBRATION_KEY = "nfq_calibration"
 """The metadata entry that makes a safetensors file a calibration."""
+
+CALIBRATION_SUFFIX = ".calibration.safetensors"
+"""What the names of calibrations end in that nodes list."""
 
 CALIBRATION_VERSION = 1
 
@@ -264,7 +267,9 @@ class Calibration:
                     )
                 _check_facts(facts, file.entries)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise CorruptFileError(f"{file.path}: its facts are damaged ({error}); fetch it again") from None
+                raise CorruptFileError(
+                    f"{file.path}: its facts are damaged ({fault_of(error)}); fetch it again"
+                ) from None
             loaded = [
                 LayerInputs(
                     file.tensor(f"importance.{index}"),

@@ -14,11 +14,14 @@ import torch
 from . import backends, convert, examine
 from .article_import import import_article
 from .batch import batch_lines, convert_folders
-from .calibration import Calibration
+from .calibration import CALIBRATION_SUFFIX, Calibration
+from .container import SUFFIX
 from .conversion_options import add_conversion_options, conversion
-from .errors import NFQError, printable
+from .errors import DEBUG, NFQError, internal_fault, printable, reason_of
+from .memory import is_out_of_memory
 from .merging import merge_calibrations
 from .report.command import add_card_command, add_report_command
+from .targets import PLAIN_SUFFIX, container_name, dense_name, model_name, target_path
 from .terminal import Run, decibels, progress_bar, show
 from .version import __version__
 
@@ -26,13 +29,17 @@ log = logging.getLogger("nfq")
 
 CONTAINER = "an .nfq.safetensors file"
 
+NEW_CONTAINER = "the .nfq.safetensors file to write, or a folder"
+
+NEW_PLAIN = "the .safetensors file to write, or a folder"
+
 OUTPUT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for bad input (one line on stderr), 2 for wrong usage."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(format="nfq: %(message)s", level=logging.WARNING)
+    logging.basicConfig(format="nfq: warning: %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return options.run(options)
@@ -40,14 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = str(error)
     except KeyboardInterrupt:
         message = "interrupted; no unfinished file is left"
-    except (MemoryError, torch.cuda.OutOfMemoryError):
-        message = "out of memory; no unfinished file is left"
     except BrokenPipeError:
         # Whoever read the output has seen enough; what is left must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        message = f"{error.filename or 'the file'}: {error.strerror or error}"
+        message = f"{error.filename or 'the file'}: {reason_of(error)}"
+    except Exception as error:
+        if not is_out_of_memory(error):
+            if os.environ.get(DEBUG):
+                raise
+            message = internal_fault(error)
+        else:
+            message = "out of memory; no unfinished file is left"
     print(f"nfq: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 1
 
@@ -73,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("quantize", _quantize, "convert a safetensors UNet, checkpoint or state dict to .nfq.safetensors")
     sub.add_argument("source", metavar="SRC", help="a .safetensors file")
-    sub.add_argument("target", metavar="DST", help="the .nfq.safetensors file to write")
+    sub.add_argument("target", metavar="DST", nargs="?", help=f"{NEW_CONTAINER} (default: SRC's, with the settings)")
     add_conversion_options(sub)
     sub.add_argument("--force", action="store_true", help="overwrite DST")
 
@@ -87,14 +99,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--force", action="store_true", help="overwrite files that were made from others, or otherwise")
 
     sub = command("calibrate-demo", _calibrate_demo, "collect a calibration of the demo model while it is sampled")
-    sub.add_argument("target", metavar="DST", help="the .safetensors file to write")
+    sub.add_argument("target", metavar="DST", help=NEW_PLAIN)
     sub.add_argument("--prompts", type=int, default=32, metavar="N", help="captions to sample (default: 32)")
     sub.add_argument("--no-sensitivities", action="store_true", help="leave out what sizes need, half of the time")
     sub.add_argument("--force", action="store_true", help="overwrite DST")
 
     sub = command("merge-calibrations", _merge_calibrations, "make one calibration of several of one architecture")
     sub.add_argument("sources", nargs="+", metavar="F", help="calibrations; each layer's count by the inputs they saw")
-    sub.add_argument("target", metavar="DST", help="the .safetensors file to write")
+    sub.add_argument("target", metavar="DST", help=NEW_PLAIN)
     sub.add_argument("--force", action="store_true", help="overwrite DST")
 
     sub = command("info", _info, "tell what an .nfq.safetensors file is")
@@ -114,21 +126,24 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("dequantize", _dequantize, "turn an .nfq.safetensors file back into plain safetensors")
     sub.add_argument("file", metavar="F", help=CONTAINER)
-    sub.add_argument("target", metavar="DST", help="the .safetensors file to write")
+    sub.add_argument("target", metavar="DST", nargs="?", help=f"{NEW_PLAIN} (default: F's, with the dtype)")
     sub.add_argument("--dtype", choices=tuple(OUTPUT_DTYPES), help="dtype of quantised tensors (default: as recorded)")
     sub.add_argument("--force", action="store_true", help="overwrite DST")
 
     sub = command("import-article", _import, "make an .nfq.safetensors file of one that the article's code wrote")
     sub.add_argument("file", metavar="F", help="a file that the article's code wrote")
-    sub.add_argument("target", metavar="DST", help="the .nfq.safetensors file to write")
+    sub.add_argument("target", metavar="DST", help=NEW_CONTAINER)
     sub.add_argument("--force", action="store_true", help="overwrite DST")
     return parser
 
 
 def _quantize(options: argparse.Namespace) -> int:
+    arguments = conversion(options)
+    name = container_name(options.source, arguments["settings"])
+    options.target = target_path(options.target, options.source, name)
     with progress_bar("quantising", options) as progress:
         result = convert.quantize_file(
-            options.source, options.target, **conversion(options), overwrite=options.force, progress=progress
+            options.source, options.target, **arguments, overwrite=options.force, progress=progress
         )
     return _show_conversion(options, result)
 
@@ -155,6 +170,7 @@ def _batch(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
+    options.target = target_path(options.target, options.file, f"{model_name(options.file)[0]}{SUFFIX}")
     with progress_bar("importing", options) as progress:
         result = import_article(options.file, options.target, overwrite=options.force, progress=progress)
     return _show_conversion(options, result)
@@ -162,13 +178,15 @@ def _import(options: argparse.Namespace) -> int:
 
 def _dequantize(options: argparse.Namespace) -> int:
     dtype = OUTPUT_DTYPES[options.dtype] if options.dtype else None
+    name = dense_name(options.file, options.dtype)
+    options.target = target_path(options.target, options.file, name, PLAIN_SUFFIX)
     with progress_bar("dequantising", options) as progress:
         result = convert.dequantize_file(
             options.file, options.target, dtype, overwrite=options.force, progress=progress
         )
     return show(
         options,
-        result,
+        {"target": str(options.target)} | result,
         f"{options.target}: {result['tensors']} tensors, {result['file_bytes']:,} bytes, {result['seconds']:.1f} s",
     )
 
@@ -227,6 +245,7 @@ def _calibrate_demo(options: argparse.Namespace) -> int:
 
     if not 1 <= options.prompts <= SCENE_COUNT:
         raise NFQError(f"--prompts must be from 1 to {SCENE_COUNT:,}, all captions there are, got {options.prompts}")
+    options.target = target_path(options.target, "", f"demo{CALIBRATION_SUFFIX}", PLAIN_SUFFIX)
     with progress_bar("calibrating", options, "caption") as progress:
         result = calibrate_demo(
             options.target,
@@ -240,11 +259,12 @@ def _calibrate_demo(options: argparse.Namespace) -> int:
 
 
 def _merge_calibrations(options: argparse.Namespace) -> int:
+    options.target = target_path(options.target, "", f"merged{CALIBRATION_SUFFIX}", PLAIN_SUFFIX)
     calibration, warnings = merge_calibrations([Calibration.load(path) for path in options.sources])
     for warning in warnings:
         log.warning("%s", warning)
     result = {
-        "target": options.target,
+        "target": str(options.target),
         "weights": len(calibration.inputs),
         "prompts": calibration.prompts,
         "file_bytes": calibration.save(options.target, overwrite=options.force),
@@ -258,7 +278,7 @@ def _merge_calibrations(options: argparse.Namespace) -> int:
 def _show_conversion(options: argparse.Namespace, result: dict) -> int:
     return show(
         options,
-        result,
+        {"target": str(options.target)} | result,
         f"{options.target}: {result['quantized']} tensors quantised, {result['kept']} kept, "
         f"{result['original_bytes']:,} → {result['file_bytes']:,} bytes in {result['seconds']:.1f} s",
     )

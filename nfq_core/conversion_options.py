@@ -14,13 +14,16 @@ from .formats import LEVELS, WRITABLE_IDS
 from .memory import check_device
 from .policy import DEFAULTS, Settings
 from .quantizer import FIT_DTYPE
+from .sizes import UNITS, parse_size
 
 
 def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how weights are quantised, and where."""
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--preset", choices=tuple(PRESETS), help=f"instead of all formats: {_presets_in_words()}")
-    either.add_argument("--target-size", type=_size, metavar="SIZE", help="likewise: size of the file, such as 1.2GB")
+    either.add_argument(
+        "--target-size", type=_size, metavar="SIZE", help=f"likewise: size of the file, such as 1.2GB; {UNITS}"
+    )
     either.add_argument("--target-bpw", type=_positive, metavar="X", help="likewise: packed bits per weight")
     # No defaults here: argparse does not take a default that is given for given.
     either.add_argument("--levels", type=int, choices=LEVELS, help="levels of Linear weights (default: 16)")
@@ -68,10 +71,10 @@ def _presets_in_words() -> str:
     return ", ".join(f"{name} ({bits} packed bits per weight)" for name, bits in PRESETS.items())
 
 
-def _positive(text: str, unit: int = 1) -> float:
-    """A number above zero times `unit`, below 2**63."""
+def _positive(text: str) -> float:
+    """A number above zero, below 2**63; a comma is a decimal point."""
     try:
-        number = float(text) * unit
+        number = float(text.replace(",", "."))
     except ValueError:
         number = math.nan
     if not 0 < number < 1 << 63:
@@ -80,7 +83,7 @@ def _positive(text: str, unit: int = 1) -> float:
 
 
 def _size(text: str) -> int:
-    """A number of bytes, with or without a unit of thousands."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    unit = units.get(text[-2:].upper())
-    return int(_positive(text[:-2], unit) if unit else _positive(text))
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

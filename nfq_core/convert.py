@@ -16,7 +16,7 @@ import torch
 
 from .allocation import SizeSearch
 from .article import is_article_file
-from .atomic import AtomicFile
+from .atomic import AtomicFile, is_same_file
 from .calibration import Calibration, measured_sensitivities
 from .codec import encode
 from .container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source, source_name
@@ -35,6 +35,7 @@ from .safefile import (
     tensor_bytes,
     tensor_from_bytes,
 )
+from .targets import PLAIN_SUFFIX, refuse_name
 from .writer import ContainerWriter, Plan
 
 log = logging.getLogger("nfq")
@@ -85,6 +86,7 @@ def quantize_file(
     with Original(source) as original, _SourceHash() as source_hash:
         refuse_container(original)
         refuse_same(original.files, target)
+        refuse_name(target)
         if is_article_file(original.entries):
             raise UnsupportedFileError(
                 f"{original.path} was written by the article's code; `nfq import-article` converts it"
@@ -209,6 +211,7 @@ def dequantize_file(
     started = perf_counter()
     with NFQFile(source) as file:
         refuse_same([file], target)
+        refuse_name(target, PLAIN_SUFFIX)
         refuse_beyond_memory(file, max(map(file.dense_bytes, file.keys()), default=0))
         outputs = {key: (file.entries[key].dtype, file.entries[key].shape) for key in file.kept}
         for key, quantized in file.quantized.items():
@@ -249,7 +252,7 @@ def refuse_container(file: SafetensorsFile | Original) -> None:
 
 def refuse_same(sources: Iterable[SafetensorsFile], target: str | os.PathLike) -> None:
     """NFQError when a target is one of its own sources, which overwriting would lose."""
-    if os.path.exists(target) and any(os.path.samefile(source.path, target) for source in sources):
+    if os.path.exists(target) and any(is_same_file(source.path, target) for source in sources):
         raise NFQError(f"{target} is the source itself; name another target")
 
 

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 
 MAX_MESSAGE = 2000
 """Characters of an error's message: what a file says may be quoted in it, and be megabytes long."""
+
+
+DEBUG = "NFQ_DEBUG"
+"""The environment variable with which commands show where a fault of the program's own arose."""
+
+
+def internal_fault(error: Exception) -> str:
+    """What a user is told of an error that no input should be able to cause."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f" ({os.path.basename(trace.tb_frame.f_code.co_filename)}, line {trace.tb_lineno})" if trace else ""
+    return f"this is a fault of the program{where}; {DEBUG}=1 in front of the command shows more, please report that"
 
 
 def printable(text: str, limit: int = MAX_MESSAGE) -> str:
@@ -35,6 +49,11 @@ def missing_package(needed: str, *requirements: str) -> ImportError:
     """
     command = f"python -m pip install {' '.join(requirements)}"
     return ImportError(f"{needed}: {command}, with the Python that runs this")
+
+
+def reason_of(error: OSError) -> str:
+    """Why the operating system refused something, in its own words, without Python's error number and name."""
+    return error.strerror or str(error) or "the system does not say why"
 
 
 class NFQError(Exception):

@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
-from .allocation import allocate
+from .allocation import allocate, packed_bounds
 from .codebook import effort_by_name
+from .errors import NFQError
 from .formats import BlockFormat, nf_format, writable_format
+from .markdown import size_in_words
 from .prequantized import compute_dtype
 from .safefile import DTYPE_NAMES, Entry
 from .tensor import QUANTIZABLE_DTYPES
@@ -115,7 +117,7 @@ def plan_tensors(
         What was recognised (None: a plain state dict), and a plan for every tensor.
 
     Raises:
-        NFQError: the size asked for is too small.
+        NFQError: the size asked for is too small, or the bits are more than any format has.
     """
     info = detect({key: entry.shape for key, entry in entries.items()})
     spared = first_and_last_convolution(info) if info and not settings.quantize_first_last else ()
@@ -137,6 +139,7 @@ def plan_tensors(
     if settings.has_target:
         shapes = {key: plan.shape for key, plan in plans.items() if plan.format}
         budget = _budget(plans, settings) if packed_bytes is None else packed_bytes
+        _refuse_impossible(shapes, budget, settings, plans)
         for key, (fmt, sensitivity) in allocate(shapes, budget, sensitivities, effort=settings.effort).items():
             plans[key] = replace(plans[key], format=fmt, sensitivity=sensitivity)
     return info, plans
@@ -148,3 +151,27 @@ def _budget(plans: Mapping[str, Plan], settings: Settings) -> int:
         return int(settings.target_bpw * sum(prod(plan.shape) for plan in plans.values() if plan.format) / 8)
     kept = sum(plan.nbytes for plan in plans.values() if not plan.format)
     return settings.target_bytes - kept - HEADER_BYTES * len(plans)
+
+
+def _refuse_impossible(
+    shapes: Mapping[str, tuple[int, ...]], budget: int, settings: Settings, plans: Mapping[str, Plan]
+) -> None:
+    """NFQError, which tells the limits, where no choice of formats is as small, or takes as many bits, as asked for."""
+    if not shapes:
+        return
+    smallest, largest = packed_bounds(shapes, settings.effort)
+    if settings.target_bpw is not None:
+        low, high = (bound * 8 / sum(map(prod, shapes.values())) for bound in (smallest, largest))
+        if budget < smallest or settings.target_bpw > high:
+            much, way = ("few", "more") if budget < smallest else ("many", "fewer")
+            raise NFQError(
+                f"{settings.target_bpw:g} packed bits per weight are too {much}; this model's can have {low:.3f} to "
+                f"{high:.3f}, ask for {way}"
+            )
+    elif budget < smallest:
+        beside = settings.target_bytes - _budget(plans, settings)
+        low, high = (size_in_words(beside + bound) for bound in (smallest, largest))
+        raise NFQError(
+            f"{size_in_words(settings.target_bytes)} are too few; this model's file can have about {low} to {high}, "
+            "ask for more"
+        )

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from .errors import CorruptFileError, NFQError, UnsupportedFileError
-from .untrusted import element_count, is_count, parse_json
+from .errors import CorruptFileError, NFQError, UnsupportedFileError, reason_of
+from .sniff import HEAD_BYTES, what_instead
+from .untrusted import element_count, fault_of, is_count, parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors limit on a header."""
@@ -90,14 +91,15 @@ class SafetensorsFile:
             reason = "is a directory; name the .safetensors file in it" if os.path.isdir(path) else "cannot be read"
             raise NFQError(f"{self.path} {reason} (permission denied)") from None
         except OSError as error:
-            raise NFQError(f"{self.path} cannot be opened: {error.strerror}") from None
+            raise NFQError(f"{self.path} cannot be opened: {reason_of(error)}") from None
         except ValueError as error:
             raise NFQError(f"{self.path} cannot be opened: {error}") from None
         try:
-            self._status = os.fstat(self._file.fileno())
-            if not stat.S_ISREG(self._status.st_mode):
+            status = os.fstat(self._file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise NFQError(f"{self.path} is not a regular file; name a .safetensors file")
-            self.file_bytes = self._status.st_size
+            self.file_bytes = status.st_size
+            self._version = self._version_now()
             self.raw_header = self._read_header()
             self.entries, self.metadata = self._parse_header()
         except BaseException:
@@ -115,11 +117,23 @@ class SafetensorsFile:
         self._file.close()
 
     def refuse_changed(self) -> None:
-        """NFQError when the file was written to since it was opened, or another has its name now."""
-        now = os.fstat(self._file.fileno())
-        changed = (now.st_size, now.st_mtime_ns) != (self._status.st_size, self._status.st_mtime_ns)
-        if changed or (self.path.exists() and not os.path.samestat(self.path.stat(), now)):
+        """NFQError when what has the file's name now has another size or time of change than when it was opened."""
+        now = self._version_now()
+        if now is not None and now != self._version:
             raise NFQError(f"{self.path} changed while it was read; nothing was written, try again")
+
+    def _version_now(self) -> tuple[int, int] | None:
+        """Size and time of change by the file's name; None where nothing has it.
+
+        Network file systems may renumber files and devices at any time, so that these numbers do not count.
+        """
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise NFQError(f"{self.path} cannot be looked at: {reason_of(error)}") from None
+        return status.st_size, status.st_mtime_ns
 
     def read(self, name: str) -> bytearray:
         """The bytes of one tensor."""
@@ -184,7 +198,7 @@ class SafetensorsFile:
                     raise CorruptFileError(f"{self.path} became shorter while it was read")
                 done += count
         except OSError as error:
-            raise NFQError(f"{self.path} cannot be read: {error.strerror}") from None
+            raise NFQError(f"{self.path} cannot be read: {reason_of(error)}") from None
 
     def _read_some(self, view: memoryview, offset: int) -> int:
         """Read up to a whole view; several threads at once where the operating system can."""
@@ -196,13 +210,13 @@ class SafetensorsFile:
 
     def _read_header(self) -> bytes:
         """The raw header: eight bytes of length, then JSON."""
-        if self.file_bytes < 8:
-            raise UnsupportedFileError(f"{self.path} is not a safetensors file: it has only {self.file_bytes} bytes")
-        prefix = bytearray(9)
-        self._read_at(memoryview(prefix)[: min(9, self.file_bytes)], 0)
-        length = int.from_bytes(prefix[:8], "little")
-        if length > MAX_HEADER_BYTES or prefix[8:] != b"{":
-            raise UnsupportedFileError(f"{self.path} is not a safetensors file: it does not start with such a header")
+        head = bytearray(min(HEAD_BYTES, self.file_bytes))
+        self._read_at(memoryview(head), 0)
+        length = int.from_bytes(head[:8], "little")
+        if len(head) < 9 or length > MAX_HEADER_BYTES or head[8:9] != b"{":
+            words = what_instead(bytes(head), self.path.name, self.file_bytes)
+            reason = f"it is {words}" if words else "it does not start with such a header; name a .safetensors file"
+            raise UnsupportedFileError(f"{self.path} is not a safetensors file: {reason}")
         if length > self.max_header_bytes:
             raise UnsupportedFileError(
                 f"{self.path} is not an .nfq.safetensors file: its header has {8 + length:,} bytes, that of one at "
@@ -220,14 +234,17 @@ class SafetensorsFile:
     def _parse_header(self) -> tuple[dict[str, Entry], dict[str, str]]:
         try:
             header = parse_json(self.raw_header[8:].decode("utf-8"))
-            metadata = header.pop(METADATA_KEY, {})
-            if not all(isinstance(value, str) for value in metadata.values()):
+            if not isinstance(header, dict):
+                raise ValueError("it is no JSON object")
+            # Some writers leave null there, which the safetensors library takes for nothing.
+            metadata = {} if (given := header.pop(METADATA_KEY, None)) is None else given
+            if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
                 raise ValueError(f"{METADATA_KEY} holds something else than text")
             entries = {name: _entry(name, fields) for name, fields in header.items()}
         except UnsupportedFileError as error:
             raise UnsupportedFileError(f"{self.path}: {error}") from None
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise CorruptFileError(f"{self.path}: its header is damaged ({error}); fetch it again") from None
+        except (ValueError, RecursionError) as error:
+            raise CorruptFileError(f"{self.path}: its header is damaged ({fault_of(error)}); fetch it again") from None
         position = 0
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
             if entry.start != position:
@@ -272,7 +289,9 @@ def dtype_bytes(dtype: str) -> int:
     return int(bits) // 8
 
 
-def _entry(name: str, fields: dict[str, object]) -> Entry:
+def _entry(name: str, fields: object) -> Entry:
+    if not isinstance(fields, dict):
+        raise ValueError(f"tensor {name!r} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
         raise ValueError(f"tensor {name!r} lacks dtype, shape or data_offsets")

@@ -38,6 +38,23 @@ def parse_json(text: str) -> Any:
     return value
 
 
+def fault_of(error: Exception) -> str:
+    """What is wrong with facts from a file, in words: Python's own errors would speak of its types and keys.
+
+    Args:
+        error: what reading them raised; the text of a ValueError is taken for words, unless it is a decoder's.
+    """
+    if isinstance(error, KeyError):
+        return f"{error.args[0]!r} is missing"
+    if isinstance(error, UnicodeError):
+        return "it is no text in UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is no JSON from character {error.pos:,} on"
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    return str(error) if isinstance(error, ValueError) else "a value is of another kind than it must be"
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 

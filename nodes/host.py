@@ -15,6 +15,7 @@ import folder_paths
 from server import PromptServer
 
 from ..nfq_core import NFQError
+from ..nfq_core.calibration import CALIBRATION_SUFFIX
 from ..nfq_core.container import SUFFIX, Source
 from .patcher import NFModelPatcher
 
@@ -32,8 +33,6 @@ CHECKPOINTS = "checkpoints"
 
 CALIBRATIONS = "nfq_calibrations"
 """Our folder of calibrations, below the host's models and below its output."""
-
-CALIBRATION_SUFFIX = ".calibration.safetensors"
 
 MADE = "nfq"
 """The name under which a MODEL carries its `Made`."""

@@ -171,6 +171,8 @@ def node_inputs(settings: Mapping[str, Any]) -> dict[str, Any] | None:
 def command_options(settings: Mapping[str, Any]) -> str:
     """The options of `nfq quantize` that stand for recorded settings."""
     given = {_OPTIONS[key]: value for key, value in settings.items() if key in _OPTIONS and value is not False}
+    if isinstance(size := given.get("target-size"), int):
+        given["target-size"] = f"{size}B"
     return " ".join(
         f"--{option}" if value is True else f"--{option} {shlex.quote(str(value))}" for option, value in given.items()
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from math import prod
 from pathlib import Path
 
@@ -188,7 +189,10 @@ def test_the_size_search_takes_what_is_near() -> None:
 
 
 def test_the_size_search_ends() -> None:
-    with pytest.raises(NFQError, match="no file of at most 1,000,000 bytes was found; ask for more"):
+    with pytest.raises(
+        NFQError,
+        match=r"no file of at most 1,000,000 bytes was found; this model's file can have about 0\.9. MB to 1\.7. MB",
+    ):
         search(*[1_100_000] * (MAX_TRIES - 1)).accepts(1_100_000, LAYER)
     best = search(900_000, *[1_100_000] * (MAX_TRIES - 1))
     assert best.packed_bytes == PACKED
@@ -243,14 +247,15 @@ def test_packed_bits_asked_for_on_the_command_line(small_model: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("flags", "code", "told"),
     [
-        (["--target-size", "10KB"], 1, "ask for more"),
-        (["--target-size", "soon"], 2, "'soon' is no number above zero"),
-        (["--target-size", "nanGB"], 2, "'nan' is no number above zero"),
+        (["--target-size", "10KB"], 1, "0.01 MB are too few; this model's file can have about 0.0"),
+        (["--target-size", "soon"], 2, "'soon' is no size; write one such as 1.2GB or 1200MiB"),
+        (["--target-size", "3"], 2, "'3' has no unit; write 3GB, 3MB or 3B (bytes)"),
+        (["--target-bpw", "1.9"], 1, "1.9 packed bits per weight are too few; this model's can have 2."),
+        (["--target-bpw", "16"], 1, "16 packed bits per weight are too many; this model's can have 2."),
         (["--target-bpw", "-1"], 2, "'-1' is no number above zero"),
         (["--target-bpw", "nan"], 2, "'nan' is no number above zero"),
         (["--target-bpw", "1e308"], 2, "'1e308' is no number above zero, or too large"),
-        (["--target-size", "1e22"], 2, "'1e22' is no number above zero, or too large"),
-        (["--target-size", "1e308GB"], 2, "'1e308' is no number above zero, or too large"),
+        (["--target-size", "99999999999GB"], 2, "is too large"),
         (["--preset", "small", "--conv-levels", "32"], 1, "leave out --conv-levels"),
         (["--target-bpw", "3", "--conv-format", "t3w8_b64"], 1, "leave out --conv-format"),
         (["--target-bpw", "3", "--levels", "16"], 2, "not allowed with"),
@@ -267,6 +272,26 @@ def test_bad_sizes(small_model: Path, tmp_path: Path, capsys, flags: list[str], 
     assert found == code
     assert told in capsys.readouterr().err
     assert not target.exists()
+
+
+def test_limits_that_are_told_can_be_had(small_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(NFQError) as caught:
+        quantize_file(small_model, tmp_path / "a", Settings(target_bytes=1))
+    smallest, largest = (float(number) for number in re.findall("([0-9.]+) MB", str(caught.value))[1:])
+    result = quantize_file(small_model, tmp_path / "large", Settings(target_bytes=10**9))
+    assert "the most there is; this model's file can have about" in result["warnings"][0]
+    assert 0.95 * largest < result["file_bytes"] / 1e6 < 1.05 * largest
+    result = quantize_file(small_model, tmp_path / "small", Settings(target_bytes=int(1.05e6 * smallest)))
+    assert result["file_bytes"] <= 1.05e6 * smallest
+
+    with pytest.raises(NFQError) as caught:
+        quantize_file(small_model, tmp_path / "b", Settings(target_bpw=0.1))
+    smallest, largest = map(float, re.findall("have ([0-9.]+) to ([0-9.]+),", str(caught.value))[0])
+    for number, bits in enumerate((smallest, largest)):
+        # The three digits that are shown may have been rounded to the wrong side; then one of eight layers gets less.
+        bits += 0.001 * (1 - 2 * number)
+        quantize_file(small_model, tmp_path / f"c{number}", Settings(target_bpw=bits))
+        assert file_info(tmp_path / f"c{number}")["packed_bits_per_weight"] == pytest.approx(bits, rel=0.05)
 
 
 @pytest.mark.parametrize(

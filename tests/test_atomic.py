@@ -6,12 +6,13 @@ import errno
 import os
 import re
 import time
+from pathlib import Path
 
 import pytest
-from systems import WINDOWS, link, words
+from systems import WINDOWS, link, names_are_bytes, words
 
 from nfq_core import atomic
-from nfq_core.atomic import SETTLED_SECONDS, AtomicFile, remove_leftovers
+from nfq_core.atomic import RETRY_SECONDS, SETTLED_SECONDS, AtomicFile, remove_leftovers
 from nfq_core.errors import DiskFullError, NFQError, TargetExistsError
 
 fcntl = atomic.fcntl
@@ -114,26 +115,146 @@ def test_a_folder_that_is_a_file(tmp_path):
 
 def test_a_name_too_long_for_the_disk(tmp_path):
     reason = words(lambda: (tmp_path / ("a" * 260)).write_bytes(b""))
-    assert reason in not_written(tmp_path / ("a" * 250))
+    assert reason in not_written(tmp_path / ("a" * 260))
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_disk_that_fails_at_the_last_moment(tmp_path, monkeypatch, call):
+ODD_NAMES = [
+    "-rf",
+    "--force",
+    ".hidden",
+    " a b ",
+    "ä\N{SNOWMAN}",
+    "モデル" * 20,
+    "a" * 101,
+    "a" * 242,
+    "a" * 255,
+    "é" * 127,
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_every_name_that_the_disk_takes(tmp_path, name):
+    try:
+        (tmp_path / name).write_bytes(b"old")
+    except OSError:
+        pytest.skip("this file system does not take the name")
+    found = names(tmp_path)
+    with AtomicFile(tmp_path / name, overwrite=True) as file:
+        # A killed writer's file is found by its long name, too.
+        assert remove_leftovers(tmp_path / name) or fcntl is None
+        file.write_at(0, b"whole")
+        file.commit()
+    assert names(tmp_path) == found
+    assert (tmp_path / name).read_bytes() == b"whole"
+
+
+@names_are_bytes
+@pytest.mark.parametrize("name", [b"\xff", b"\xe3" * 255], ids=["short", "long"])
+def test_a_name_that_is_no_text(tmp_path, name):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/" + name)
+    with AtomicFile(path) as file:
+        file.commit()
+    assert os.listdir(os.fsencode(tmp_path)) == [name]
+
+
+def test_names_that_begin_alike_do_not_share_leftovers(tmp_path):
+    with AtomicFile(tmp_path / ("a" * 240 + "b")):
+        assert not remove_leftovers(tmp_path / ("a" * 240 + "c"))
+
+
+def failing(monkeypatch, number: int, times: int, call: str = "replace") -> list[float]:
+    """Have a call of `os` fail so often; returns what is slept, which takes no time."""
+    slept: list[float] = []
+    real, left = getattr(os, call), [number] * times
+
+    def fail(*arguments: object, **named: object) -> object:
+        if left:
+            raise OSError(left.pop(), os.strerror(number))
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(os, call, fail)
+    monkeypatch.setattr(atomic.time, "sleep", slept.append)
+    return slept
+
+
+def test_a_disk_that_fails_before_the_file_is_whole(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"old")
-
-    def fail(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with AtomicFile(tmp_path / "a", overwrite=True) as file:
         file.write_at(0, b"new")
         with monkeypatch.context() as patch:
-            patch.setattr(os, call, fail)
+            failing(patch, errno.ENOSPC, 1, "fsync")
             told = f"a could not be written: {re.escape(os.strerror(errno.ENOSPC))}; nothing was changed"
             with pytest.raises(DiskFullError, match=told):
                 file.commit()
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EBUSY])
+def test_another_program_that_holds_a_file_for_a_moment_is_waited_for(tmp_path, monkeypatch, number):
+    (tmp_path / "a").write_bytes(b"old")
+    slept = failing(monkeypatch, number, len(RETRY_SECONDS))
+    with AtomicFile(tmp_path / "a", overwrite=True) as file:
+        file.write_at(0, b"new")
+        file.commit()
+    assert slept == list(RETRY_SECONDS)
+    assert 3 < sum(slept) < 15
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "sleeps"),
+    [
+        (errno.EACCES, NFQError, len(RETRY_SECONDS)),
+        (errno.EBUSY, NFQError, len(RETRY_SECONDS)),
+        (errno.ENOSPC, DiskFullError, 0),
+        (errno.EIO, NFQError, 0),
+    ],
+)
+@pytest.mark.parametrize("held", ["target", "both"])
+def test_a_finished_file_is_never_thrown_away(tmp_path, monkeypatch, number, error, sleeps, held):
+    """Whether only its name cannot be had, or it cannot be renamed at all."""
+    (tmp_path / "a").write_bytes(b"old")
+    slept = failing(monkeypatch, number, sleeps + 1 + (held == "both"))
+    with AtomicFile(tmp_path / "a", overwrite=True) as file, pytest.raises(error) as caught:
+        file.write_at(0, b"new")
+        file.commit()
+    assert len(slept) == sleeps
+    kept = next(path for path in tmp_path.iterdir() if path.name != "a")
+    assert kept.read_bytes() == b"new"
+    assert (tmp_path / "a").read_bytes() == b"old"
+    told = str(caught.value)
+    assert f"{tmp_path / 'a'} could not be given its name: {os.strerror(number)}; the finished file is {kept}" in told
+    if held == "target":
+        # The next write removes what killed writers left, but not this.
+        leave(kept.with_name(LEFTOVER))
+        assert not remove_leftovers(tmp_path / "a")
+        assert names(tmp_path) == sorted(["a", kept.name])
+
+
+def test_an_unfinished_file_that_another_program_holds(tmp_path, monkeypatch):
+    """It is waited for, and never hides what went wrong."""
+    slept: list[float] = []
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "held")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="what went wrong"), AtomicFile(tmp_path / "a"):
+        patch.setattr(Path, "unlink", refuse)
+        patch.setattr(atomic.time, "sleep", slept.append)
+        raise ValueError("what went wrong")
+    assert slept == list(RETRY_SECONDS)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_that_cannot_flush(tmp_path, monkeypatch, number):
+    failing(monkeypatch, number, 1, "fsync")
+    with AtomicFile(tmp_path / "a") as file:
+        file.write_at(0, b"whole")
+        file.commit()
+    assert (tmp_path / "a").read_bytes() == b"whole"
 
 
 LEFTOVER = ".a.0123abcd.tmp"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from nfq_core import cli
 from nfq_core.article import write_article_file
 from nfq_core.calibration import Calibration, LayerInputs
 from nfq_core.container import NFQFile
+from nfq_core.errors import DEBUG
 
 COMMAND = [sys.executable, "-m", "nfq_core"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -77,7 +79,8 @@ def test_version(capsys):
 USAGE = {
     "no command": [],
     "an unknown command": ["quantise"],
-    "no target": ["quantize", "a"],
+    "no target": ["import-article", "a"],
+    "a size without a unit": ["quantize", "a", "b", "--target-size", "3"],
     "levels without a format": ["quantize", "a", "b", "--levels", "20"],
     "levels that are no number": ["quantize", "a", "b", "--conv-levels", "many"],
     "an unknown format": ["quantize", "a", "b", "--format", "nf16"],
@@ -100,21 +103,25 @@ def test_wrong_usage(capsys, arguments):
 def test_quantize_with_a_calibration(capsys, folder):
     inputs = {"linear.weight": LayerInputs(torch.ones(100), 99), "conv.weight": LayerInputs(torch.ones(16), 99)}
     Calibration(inputs, prompts=1).save(folder / "calibration")
-    code, _, error = run(capsys, "quantize", folder / "model", folder / "a", "--calibration", folder / "calibration")
+    code, _, error = run(
+        capsys, "quantize", folder / "model", folder / "a.nfq.safetensors", "--calibration", folder / "calibration"
+    )
     assert code == 0
     assert "one prompt only" in error
-    assert as_json(capsys, "info", folder / "a")["settings"]["calibration"] == "calibration"
+    assert as_json(capsys, "info", folder / "a.nfq.safetensors")["settings"]["calibration"] == "calibration"
     code, out, error = run(capsys, "quantize", folder / "model", folder / "b", "--calibration", folder / "model")
     assert (code, out) == (1, "")
     assert "is no calibration" in one_line(error)
-    assert not (folder / "b").exists()
+    assert not (folder / "b.nfq.safetensors").exists()
 
 
 def test_the_whole_story_in_json(capsys, folder):
-    result = as_json(capsys, "quantize", folder / "model", folder / "a", "--levels", 12, "--conv-levels", 24)
+    result = as_json(
+        capsys, "quantize", folder / "model", folder / "a.nfq.safetensors", "--levels", 12, "--conv-levels", 24
+    )
     assert (result["quantized"], result["kept"], result["warnings"]) == (2, 1, [])
 
-    info = as_json(capsys, "info", folder / "a")
+    info = as_json(capsys, "info", folder / "a.nfq.safetensors")
     assert {
         "container_version",
         "weights",
@@ -129,39 +136,44 @@ def test_the_whole_story_in_json(capsys, folder):
     assert {layer["format"] for layer in info["layers"]} == {"nf12_b64", "nf24_b64"}
     assert info["original_bytes"] == (folder / "model").stat().st_size
 
-    assert as_json(capsys, "verify", folder / "a")["ok"] is True
+    assert as_json(capsys, "verify", folder / "a.nfq.safetensors")["ok"] is True
 
-    compared = as_json(capsys, "compare", folder / "model", folder / "a")
+    compared = as_json(capsys, "compare", folder / "model", folder / "a.nfq.safetensors")
     assert compared.keys() == {"sqnr_db", "layers"}
     assert all({"name", "format", "bits_per_weight", "sqnr_db"} <= layer.keys() for layer in compared["layers"])
     # The codebooks of 12 and 24 levels leave some 18 and 23 dB on Gaussian weights.
     assert 15 < compared["sqnr_db"] < 26
 
-    assert as_json(capsys, "dequantize", folder / "a", folder / "b", "--dtype", "fp32")["tensors"] == 3
-    restored = load_file(folder / "b")
+    assert (
+        as_json(capsys, "dequantize", folder / "a.nfq.safetensors", folder / "b.safetensors", "--dtype", "fp32")[
+            "tensors"
+        ]
+        == 3
+    )
+    restored = load_file(folder / "b.safetensors")
     assert {key: tensor.dtype for key, tensor in restored.items()} == {
         "linear.weight": torch.float32,
         "conv.weight": torch.float32,
         "norm.bias": torch.float16,
     }
-    compared = as_json(capsys, "compare", folder / "b", folder / "a")
+    compared = as_json(capsys, "compare", folder / "b.safetensors", folder / "a.nfq.safetensors")
     assert compared["sqnr_db"] is None
 
-    result = as_json(capsys, "import-article", folder / "article", folder / "c")
+    result = as_json(capsys, "import-article", folder / "article", folder / "c.nfq.safetensors")
     assert result["quantized"] == 2
-    assert as_json(capsys, "verify", folder / "c")["ok"] is True
+    assert as_json(capsys, "verify", folder / "c.nfq.safetensors")["ok"] is True
 
 
 def test_the_whole_story_in_text(capsys, folder):
     for arguments, wanted in [
-        (["quantize", folder / "model", folder / "a"], "2 tensors quantised, 1 kept"),
-        (["info", folder / "a"], "2 layers, 8,704 weights, 1 nf16_b64, 1 nf32_b64\n"),
-        (["info", folder / "a"], "kept          1 tensors, 14 bytes\n"),
-        (["verify", folder / "a"], "all 3 tensors are sound"),
-        (["compare", folder / "model", folder / "a"], "mean over 2 layers, by weights: "),
-        (["dequantize", folder / "a", folder / "b"], "3 tensors"),
-        (["compare", folder / "b", folder / "a"], "by weights:   equal"),
-        (["import-article", folder / "article", folder / "c"], "2 tensors quantised, 1 kept"),
+        (["quantize", folder / "model", folder / "a.nfq.safetensors"], "2 tensors quantised, 1 kept"),
+        (["info", folder / "a.nfq.safetensors"], "2 layers, 8,704 weights, 1 nf16_b64, 1 nf32_b64\n"),
+        (["info", folder / "a.nfq.safetensors"], "kept          1 tensors, 14 bytes\n"),
+        (["verify", folder / "a.nfq.safetensors"], "all 3 tensors are sound"),
+        (["compare", folder / "model", folder / "a.nfq.safetensors"], "mean over 2 layers, by weights: "),
+        (["dequantize", folder / "a.nfq.safetensors", folder / "b.safetensors"], "3 tensors"),
+        (["compare", folder / "b.safetensors", folder / "a.nfq.safetensors"], "by weights:   equal"),
+        (["import-article", folder / "article", folder / "c.nfq.safetensors"], "2 tensors quantised, 1 kept"),
     ]:
         code, out, error = run(capsys, *arguments)
         assert (code, error) == (0, "")
@@ -170,18 +182,18 @@ def test_the_whole_story_in_text(capsys, folder):
 
 def test_trellis_formats_in_json(capsys, folder):
     formats = ["--format", "t3w8_b64", "--conv-format", "t4w8_b64"]
-    assert as_json(capsys, "quantize", folder / "model", folder / "a", *formats)["quantized"] == 2
-    info = as_json(capsys, "info", folder / "a")
+    assert as_json(capsys, "quantize", folder / "model", folder / "a.nfq.safetensors", *formats)["quantized"] == 2
+    info = as_json(capsys, "info", folder / "a.nfq.safetensors")
     assert {layer["format"] for layer in info["layers"]} == {"t3w8_b64", "t4w8_b64"}
     assert info["settings"].items() >= {"format": "t3w8_b64", "conv_format": "t4w8_b64"}.items()
-    assert as_json(capsys, "verify", folder / "a")["ok"] is True
+    assert as_json(capsys, "verify", folder / "a.nfq.safetensors")["ok"] is True
     # Three and four bits leave some 17 and 23 dB on Gaussian weights.
-    assert 16 < as_json(capsys, "compare", folder / "model", folder / "a")["sqnr_db"] < 24
+    assert 16 < as_json(capsys, "compare", folder / "model", folder / "a.nfq.safetensors")["sqnr_db"] < 24
 
 
 def test_effort_and_outermost_convolutions_are_recorded(capsys, folder):
-    run(capsys, "quantize", folder / "model", folder / "a", "--effort", "best", "--quantize-first-last")
-    assert as_json(capsys, "info", folder / "a")["settings"] == {
+    run(capsys, "quantize", folder / "model", folder / "a.nfq.safetensors", "--effort", "best", "--quantize-first-last")
+    assert as_json(capsys, "info", folder / "a.nfq.safetensors")["settings"] == {
         "levels": 16,
         "conv_levels": 32,
         "effort": "best",
@@ -191,7 +203,7 @@ def test_effort_and_outermost_convolutions_are_recorded(capsys, folder):
 
 def test_a_process_of_its_own_prints_json_alone(folder):
     save_file(SMALL_MODEL | {"bad.weight": torch.full((64, 64), torch.nan)}, folder / "bad")
-    command = [*COMMAND, "quantize", str(folder / "bad"), str(folder / "a"), "--json"]
+    command = [*COMMAND, "quantize", str(folder / "bad"), str(folder / "a.nfq.safetensors"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
     assert done.returncode == 0
     assert json.loads(done.stdout)["kept"] == 2
@@ -203,28 +215,70 @@ def test_a_calibration_whose_name_is_no_text(capsys, folder):
     name = os.fsdecode(os.fsencode(folder) + b"/\xff")
     inputs = {"linear.weight": LayerInputs(torch.ones(100), 99), "conv.weight": LayerInputs(torch.ones(16), 99)}
     Calibration(inputs, prompts=2).save(name)
-    assert run(capsys, "quantize", folder / "model", folder / "a", "--calibration", name)[0] == 0
-    assert as_json(capsys, "info", folder / "a")["settings"]["calibration"] == "?"
+    assert run(capsys, "quantize", folder / "model", folder / "a.nfq.safetensors", "--calibration", name)[0] == 0
+    assert as_json(capsys, "info", folder / "a.nfq.safetensors")["settings"]["calibration"] == "?"
 
 
 def test_a_terminal_without_unicode_is_no_obstacle(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-        assert cli.main(["quantize", str(folder / "model"), str(folder / "ü")]) == 0
+        assert cli.main(["quantize", str(folder / "model"), str(folder / "ü.nfq.safetensors")]) == 0
         sys.stdout.flush()
         assert b"2 tensors quantised" in sys.stdout.buffer.getvalue()
-    assert nfq_core.load(folder / "ü").keys() == SMALL_MODEL.keys()
+    assert nfq_core.load(folder / "ü.nfq.safetensors").keys() == SMALL_MODEL.keys()
 
 
 @names_are_bytes
 def test_a_file_name_that_is_no_unicode_is_no_obstacle(capsys, folder):
-    source, target = (os.fsdecode(os.fsencode(folder) + name) for name in (b"/\xff", b"/\xfe"))
+    source, target = (os.fsdecode(os.fsencode(folder) + name) for name in (b"/\xff", b"/\xfe.nfq.safetensors"))
     os.link(folder / "model", source)
     assert run(capsys, "quantize", source, target)[0] == 0
     code, out, _ = run(capsys, "info", target)
     assert code == 0
     assert "2 layers" in out
     assert as_json(capsys, "info", target)["source"]["name"] == "?"
+
+
+def test_warnings_are_marked_as_such(folder):
+    save_file(SMALL_MODEL | {"bad.weight": torch.full((64, 64), torch.inf)}, folder / "bad")
+    command = [*COMMAND, "quantize", str(folder / "bad"), str(folder / "a.nfq.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+    assert done.returncode == 0
+    assert one_line(done.stderr).startswith(f"nfq: warning: {folder / 'bad'}: tensor 'bad.weight' is kept as it is")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (KeyError("x"), f"this is a fault of the program (test_cli.py, line N); {DEBUG}=1 in front of the command"),
+        (RuntimeError("sizes of torch.Size([3])"), "this is a fault of the program"),
+        (RuntimeError("CUDA out of memory. Tried to"), "out of memory; no unfinished file is left"),
+        (MemoryError(), "out of memory; no unfinished file is left"),
+        (FileNotFoundError(2, "No such file or directory", "a"), "a: No such file or directory"),
+        (OSError("no number"), "the file: no number"),
+        (OSError(), "the file: the system does not say why"),
+    ],
+)
+def test_no_error_shows_what_only_programmers_read(capsys, folder, monkeypatch, error, told):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.delenv(DEBUG, raising=False)
+    monkeypatch.setattr(cli.examine, "file_info", fail)
+    code, out, message = run(capsys, "info", folder / "nfq")
+    assert (code, out) == (1, "")
+    assert re.sub("line [0-9]+", "line N", one_line(message)).startswith(f"nfq: {told}")
+    assert not re.search(r"KeyError|torch\.|\[Errno|Traceback", message)
+
+
+def test_a_fault_of_the_program_is_shown_where_that_is_wanted(capsys, folder, monkeypatch):
+    def fail(*_: object) -> None:
+        raise KeyError("x")
+
+    monkeypatch.setenv(DEBUG, "1")
+    monkeypatch.setattr(cli.examine, "file_info", fail)
+    with pytest.raises(KeyError):
+        run(capsys, "info", folder / "nfq")
 
 
 def flipped(data: bytes, position: int) -> bytes:
@@ -374,25 +428,31 @@ def test_an_ordinary_file_is_no_article_file(capsys, folder):
     assert "was not written by the article's code" in one_line(error)
 
 
-WRITING = {"quantize": "model", "dequantize": "nfq", "import-article": "article"}
-each_writer = pytest.mark.parametrize(("command", "source"), WRITING.items(), ids=WRITING)
+WRITING = {
+    "quantize": ("model", "out.nfq.safetensors"),
+    "dequantize": ("nfq", "out.safetensors"),
+    "import-article": ("article", "out.nfq.safetensors"),
+}
+each_writer = pytest.mark.parametrize(
+    ("command", "source", "target"), [(name, *files) for name, files in WRITING.items()], ids=WRITING
+)
 
 
 @each_writer
-def test_an_existing_target_stays_without_force(capsys, folder, command, source):
-    (folder / "out").write_bytes(b"old")
-    code, _, error = run(capsys, command, folder / source, folder / "out")
+def test_an_existing_target_stays_without_force(capsys, folder, command, source, target):
+    (folder / target).write_bytes(b"old")
+    code, _, error = run(capsys, command, folder / source, folder / target)
     assert code == 1
-    assert "out exists already; --force overwrites it" in one_line(error)
-    assert (folder / "out").read_bytes() == b"old"
-    code, _, error = run(capsys, command, folder / source, folder / "out", "--force")
+    assert f"{target} exists already; --force overwrites it" in one_line(error)
+    assert (folder / target).read_bytes() == b"old"
+    code, _, error = run(capsys, command, folder / source, folder / target, "--force")
     assert (code, error) == (0, "")
-    assert load_file(folder / "out")
-    assert leftovers(folder) == {"out"}
+    assert load_file(folder / target)
+    assert leftovers(folder) == {target}
 
 
 @each_writer
-def test_the_source_as_target_stays_even_with_force(capsys, folder, command, source):
+def test_the_source_as_target_stays_even_with_force(capsys, folder, command, source, target):
     before = (folder / source).read_bytes()
     code, _, error = run(capsys, command, folder / source, folder / source, "--force")
     assert code == 1
@@ -401,48 +461,52 @@ def test_the_source_as_target_stays_even_with_force(capsys, folder, command, sou
 
 
 @each_writer
-@pytest.mark.parametrize("target", [".", "absent/out", "model/out"])
-def test_targets_that_cannot_be(capsys, folder, command, source, target):
-    code, out, error = run(capsys, command, folder / source, folder / target, "--force")
+@pytest.mark.parametrize("place", ["absent", "absent/deep", "model"])
+@pytest.mark.parametrize("within", [True, False])
+def test_targets_that_cannot_be(capsys, folder, command, source, target, place, within):
+    given = folder / place / target if within else f"{folder / place}/"
+    code, out, error = run(capsys, command, folder / source, given, "--force")
     assert (code, out) == (1, "")
-    assert str(folder / target) in one_line(error)
+    assert one_line(error).startswith(f"nfq: {folder / place}")
+    assert ("is a file, not a folder" if place == "model" else "no such folder; make it first") in error
     assert leftovers(folder) == set()
 
 
 @pytest.mark.skipif(WINDOWS, reason="folders have no such mode there")
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write to any folder")
 @each_writer
-def test_a_folder_without_permission(capsys, folder, command, source):
+def test_a_folder_without_permission(capsys, folder, command, source, target):
     (folder / "locked").mkdir(mode=0o500)
-    code, _, error = run(capsys, command, folder / source, folder / "locked" / "out")
+    code, _, error = run(capsys, command, folder / source, folder / "locked" / target)
     assert code == 1
     assert "could not be written: Permission denied; nothing was changed" in one_line(error)
 
 
-@pytest.mark.parametrize("device", ["nosuchdevice", "meta", "cuda:99"])
+@pytest.mark.parametrize("device", ["nosuchdevice", "gpu", "cpuu", "meta", "cuda:99", "", "CPU "])
 def test_a_device_that_is_not_there(capsys, folder, device):
     code, _, error = run(capsys, "quantize", folder / "model", folder / "out", "--device", device)
     assert code == 1
     assert f"device '{device}' cannot be used here" in one_line(error)
+    assert "this machine has cpu" in error
     assert leftovers(folder) == set()
 
 
 @each_writer
-def test_a_disk_that_fills_up(capsys, folder, command, source):
+def test_a_disk_that_fills_up(capsys, folder, command, source, target):
     """A limit on file size stands for the full disk: writing fails in the middle either way."""
     resource = pytest.importorskip("resource", reason="this system has no such limit")
-    (folder / "out").write_bytes(b"old")
+    (folder / target).write_bytes(b"old")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     # Python ignores SIGXFSZ, so that the write itself fails.
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        code, out, error = run(capsys, command, folder / source, folder / "out", "--force")
+        code, out, error = run(capsys, command, folder / source, folder / target, "--force")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (code, out) == (1, "")
-    assert "out could not be written: File too large; nothing was changed" in one_line(error)
-    assert (folder / "out").read_bytes() == b"old"
-    assert leftovers(folder) == {"out"}
+    assert f"{target} could not be written: File too large; nothing was changed" in one_line(error)
+    assert (folder / target).read_bytes() == b"old"
+    assert leftovers(folder) == {target}
 
 
 @pytest.fixture(scope="module")
@@ -465,11 +529,11 @@ def wait_for(condition, process) -> None:
 @pytest.mark.skipif(WINDOWS, reason="no signal reaches one process alone there but what ends it at once")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_interrupted_in_the_middle(large, tmp_path, number):
-    (tmp_path / "out").write_bytes(b"old")
+    (tmp_path / "out.nfq.safetensors").write_bytes(b"old")
     # A test run in the background may ignore Ctrl-C, which its children would do then, too.
     ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
-        [*COMMAND, "quantize", str(large), str(tmp_path / "out"), "--force"],
+        [*COMMAND, "quantize", str(large), str(tmp_path / "out.nfq.safetensors"), "--force"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -486,12 +550,12 @@ def test_interrupted_in_the_middle(large, tmp_path, number):
     assert process.returncode == 1
     assert out == ""
     assert one_line(error) == "nfq: interrupted; no unfinished file is left\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.nfq.safetensors"]
+    assert (tmp_path / "out.nfq.safetensors").read_bytes() == b"old"
 
 
 def test_two_processes_with_one_target_leave_a_sound_file(folder):
-    command = [*COMMAND, "quantize", str(folder / "model"), str(folder / "out")]
+    command = [*COMMAND, "quantize", str(folder / "model"), str(folder / "out.nfq.safetensors")]
     processes = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
         for _ in range(2)
@@ -501,5 +565,5 @@ def test_two_processes_with_one_target_leave_a_sound_file(folder):
     # The second one to finish is refused, unless both looked just before the first one was renamed.
     assert codes in ([0, 1], [0, 0]), results
     assert all("exists already" in one_line(error) for _, error in results if error)
-    assert (folder / "out").read_bytes() == (folder / "nfq").read_bytes()
-    assert leftovers(folder) == {"out"}
+    assert (folder / "out.nfq.safetensors").read_bytes() == (folder / "nfq").read_bytes()
+    assert leftovers(folder) == {"out.nfq.safetensors"}

@@ -43,15 +43,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`stock`, a fp16 UNet; `nfq.safetensors`, the same by `quantize_file`; `dense.safetensors`, back from it."""
     root = tmp_path_factory.mktemp("diffusers")
     stock_unet().save_pretrained(root / "stock")
-    quantize_file(root / "stock" / WEIGHTS, root / "nfq.safetensors")
-    dequantize_file(root / "nfq.safetensors", root / "dense.safetensors")
+    quantize_file(root / "stock" / WEIGHTS, root / "unet.nfq.safetensors")
+    dequantize_file(root / "unet.nfq.safetensors", root / "dense.safetensors")
     write_config(root / "config")
     return root
 
 
 @pytest.fixture(scope="module")
 def loaded(folders: Path) -> torch.nn.Module:
-    return load_unet(folders / "nfq.safetensors", folders / "config", dtype=torch.float32)
+    return load_unet(folders / "unet.nfq.safetensors", folders / "config", dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_the_package_does_not_hide_the_real_one() -> None:
 def test_quantised_at_load_as_by_the_command(folders: Path, dtype: torch.dtype) -> None:
     unet = UNet.from_pretrained(folders / "stock", quantization_config=NFQConfig(), torch_dtype=dtype)
     assert isinstance(unet, UNet) and not unet.training and unet.dtype == dtype
-    layers, tensors = packed_layers(unet), load(folders / "nfq.safetensors")
+    layers, tensors = packed_layers(unet), load(folders / "unet.nfq.safetensors")
     for name, tensor in tensors.items():
         if isinstance(tensor, NFTensor):
             packed = layers.pop(name.removesuffix(".weight")).packed
@@ -110,7 +110,7 @@ def test_a_file_and_a_config_are_enough(folders: Path, monkeypatch: pytest.Monke
 
     with monkeypatch.context() as patched:
         patched.setattr(NFTensor, "dequantize", never)
-        unet = load_unet(folders / "nfq.safetensors", folders / "config")
+        unet = load_unet(folders / "unet.nfq.safetensors", folders / "config")
     assert unet.dtype == torch.float16 and not unet.training
     stock = UNet.from_config(UNet.load_config(folders / "config")).half()
     stock.load_state_dict(dict(dense_weights(folders)))
@@ -119,7 +119,7 @@ def test_a_file_and_a_config_are_enough(folders: Path, monkeypatch: pytest.Monke
 
 def test_a_whole_checkpoint_in_ldm_names(folders: Path, tmp_path: Path, noise: torch.Tensor) -> None:
     ldm = diffusers_to_ldm(TINY)
-    checkpoint = {CHECKPOINT_PREFIX + ldm[key]: value for key, value in load(folders / "nfq.safetensors").items()}
+    checkpoint = {CHECKPOINT_PREFIX + ldm[key]: value for key, value in load(folders / "unet.nfq.safetensors").items()}
     checkpoint["first_stage_model.decoder.conv_in.weight"] = random_weight(8, 4, 3, 3)
     save(checkpoint, tmp_path / "whole.nfq.safetensors")
     unet = load_unet(tmp_path / "whole.nfq.safetensors", folders / "config", dtype=torch.float32)
@@ -128,7 +128,7 @@ def test_a_whole_checkpoint_in_ldm_names(folders: Path, tmp_path: Path, noise: t
 
 @pytest.mark.parametrize("memory", ["packed", "resident"])
 def test_memory(folders: Path, noise: torch.Tensor, memory: str) -> None:
-    unet = load_unet(folders / "nfq.safetensors", folders / "config", dtype=torch.float32, memory=memory)
+    unet = load_unet(folders / "unet.nfq.safetensors", folders / "config", dtype=torch.float32, memory=memory)
     assert bool(packed_layers(unet)) == (memory == "packed") == hasattr(unet, "hf_quantizer")
     assert torch.equal(noise_of(unet), noise)
 
@@ -144,7 +144,7 @@ def test_saved_and_back(
     back = UNet.from_pretrained(tmp_path, variant=variant)
     assert type(back) is type(loaded) and torch.equal(noise_of(back), noise)
     assert torch.equal(noise_of(load_unet(tmp_path / name, tmp_path, dtype=torch.float32)), noise)
-    with NFQFile(folders / "nfq.safetensors") as first, NFQFile(tmp_path / name) as second:
+    with NFQFile(folders / "unet.nfq.safetensors") as first, NFQFile(tmp_path / name) as second:
         assert first.facts == second.facts
         assert {key: (entry.crc32, entry.dtype) for key, entry in first.quantized.items()} == {
             key: (entry.crc32, entry.dtype) for key, entry in second.quantized.items()
@@ -217,7 +217,7 @@ def test_calibration(folders: Path, tmp_path: Path, quantised: list[dict]) -> No
 
 
 def test_casts_leave_packed_weights_alone(folders: Path, noise: torch.Tensor) -> None:
-    unet = load_unet(folders / "nfq.safetensors", folders / "config")
+    unet = load_unet(folders / "unet.nfq.safetensors", folders / "config")
     before = {name: layer.packed.data.clone() for name, layer in packed_layers(unet).items()}
     for cast in ("half", "float", "bfloat16", "half"):
         assert getattr(unet, cast)() is unet

@@ -10,7 +10,8 @@ from systems import link, words
 
 from nfq_core import Settings
 from nfq_core.errors import NFQError
-from nfq_core.library import Found, find_models, tag, target_for
+from nfq_core.library import Found, find_models, target_for
+from nfq_core.targets import tag
 
 
 def make(folder: Path, *names: str) -> None:
@@ -40,7 +41,7 @@ def test_what_counts_as_a_model(tmp_path):
         "m.safetensors.index.json",
         "sub/deep/c.SafeTensors",
     ]
-    assert [item.is_other_format for item in found] == [True, False, True, True, True, True, False, False]
+    assert [bool(item.other_format) for item in found] == [True, False, True, True, True, True, False, False]
 
 
 def test_several_folders_that_overlap(tmp_path):

@@ -138,8 +138,8 @@ def test_the_command(tmp_path, capsys) -> None:
     assert main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["weights"], report["prompts"], report["warnings"]) == (1, 8, [])
-    assert report["file_bytes"] == (tmp_path / "c").stat().st_size
-    assert Calibration.load(tmp_path / "c").inputs["a"].importance.tolist() == [2.0] * 4
+    assert report["file_bytes"] == (tmp_path / "c.safetensors").stat().st_size
+    assert Calibration.load(tmp_path / "c.safetensors").inputs["a"].importance.tolist() == [2.0] * 4
     assert main(arguments) == 1
     assert "exists" in capsys.readouterr().err
     assert main([*arguments, "--force"]) == 0

@@ -95,7 +95,7 @@ def test_a_size_that_a_preset_has_is_told_as_the_preset(recipe: ModuleType) -> N
     ("settings", "options"),
     [
         ({"format": "t4w8_b64", "conv_format": "t5w9_b64"}, "--format t4w8_b64 --conv-format t5w9_b64"),
-        ({"target_bytes": 1200000000}, "--target-size 1200000000"),
+        ({"target_bytes": 1200000000}, "--target-size 1200000000B"),
         ({"target_bpw": 3.3, "quantize_first_last": True}, "--target-bpw 3.3 --quantize-first-last"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,27 @@ def test_a_file_that_changes_while_it_is_open(tmp_path):
             file.refuse_changed()
 
 
+def test_a_network_disk_that_renumbers_its_files(tmp_path, monkeypatch):
+    """Its inodes and devices change while nobody touches the file; size and time still count."""
+    path = tmp_path / "a"
+    path.write_bytes(plain(GOOD, bytes(12)))
+    real, size = os.stat, [0]
+
+    def renumbered(*arguments: object, **named: object) -> os.stat_result:
+        status = list(real(*arguments, **named))
+        named = {name: getattr(real(*arguments), name) for name in ("st_mtime_ns", "st_atime_ns", "st_ctime_ns")}
+        status[1:3] = [status[1] + 1, status[2] + 1]
+        status[6] += size[0]
+        return os.stat_result(status, named)
+
+    with SafetensorsFile(path) as file:
+        monkeypatch.setattr(os, "stat", renumbered)
+        file.refuse_changed()
+        size[0] = 1
+        with pytest.raises(NFQError, match="changed while it was read"):
+            file.refuse_changed()
+
+
 @replaces_open_files
 def test_a_file_that_is_replaced_or_removed_while_it_is_open(tmp_path):
     path = tmp_path / "a"
@@ -217,6 +239,33 @@ FOREIGN = {
 def test_foreign_files(tmp_path, data):
     (tmp_path / "a").write_bytes(data)
     assert "is not a safetensors file" in refusal(tmp_path / "a", UnsupportedFileError)
+
+
+def test_metadata_of_nothing(tmp_path):
+    """As some writers leave it: the library reads such a file, too."""
+    (tmp_path / "a").write_bytes(plain({"__metadata__": None} | GOOD, bytes(12)))
+    with SafetensorsFile(tmp_path / "a") as file:
+        assert (file.metadata, file.tensor("a").shape) == ({}, (2, 3))
+    with safetensors.safe_open(tmp_path / "a", "pt") as opened:
+        assert not opened.metadata() and [*opened.keys()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (plain({"__metadata__": []}), "__metadata__ holds something else than text"),
+        (plain({"__metadata__": 0}), "__metadata__ holds something else than text"),
+        (plain('{"a":'), "it is no JSON from character 5 on"),
+        (plain('{"a":{}}'), "tensor 'a' lacks dtype, shape or data_offsets"),
+        (plain({"a": []}), "tensor 'a' lacks dtype, shape or data_offsets"),
+        ((8).to_bytes(8, "little") + b'{"\xff\xfe":1}', "it is no text in UTF-8"),
+        (plain('{"a":' + "[" * 100_000), "it is nested too deep"),
+    ],
+)
+def test_damage_is_told_in_words(tmp_path, data, words):
+    (tmp_path / "a").write_bytes(data)
+    told = refusal(tmp_path / "a", CorruptFileError)
+    assert f"its header is damaged ({words}" in told and not re.search("object has|codec|NoneType|char ", told)
 
 
 DAMAGED = {

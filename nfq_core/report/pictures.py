@@ -24,6 +24,7 @@ from ..parallel import Progress, no_progress
 from ..state import load
 from ..tensor import NFTensor
 from ..unet import detect, diffusers_names
+from ..untrusted import fault_of
 from . import protocol
 
 if TYPE_CHECKING:
@@ -311,7 +312,10 @@ def _load_pipeline(folder: Path, device: torch.device) -> StableDiffusionXLPipel
             folder, unet=unet, local_files_only=True, add_watermarker=False
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, KeyError | TypeError | AttributeError):
+            reason = fault_of(error)
+        else:
+            reason = next(iter(str(error).strip().splitlines()), "no reason is given")
         raise NFQError(f"{folder} cannot be loaded as an SDXL pipeline: {reason}") from None
     finally:
         logging.enable_progress_bar()

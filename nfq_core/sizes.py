@@ -1,0 +1,40 @@
+"""Sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+UNITS = "KB, MB, GB, TB are powers of 1,000, also written K, M, G, T; KiB, MiB, GiB, TiB are powers of 1,024"
+"""What units mean, in words; `parse_size` follows it."""
+
+_SIZE = re.compile(r"(?P<whole>[0-9]*)(?P<fraction>[.,][0-9]+)?\s*(?P<unit>[A-Za-z]*)")
+
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+_UNIT = re.compile(r"([kmgt]?)(i?)b|([kmgt])")
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes, written with a unit: `1.2GB`, `1,2 GB`, `1200 MB`, `1100MiB`, `2G`, `1200000000B`.
+
+    Raises:
+        ValueError: it is none, lacks its unit, or may be read in two ways; the text says what to write instead.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    number = found and found["whole"] + (found["fraction"] or "").replace(",", ".")
+    if not number or number.startswith(".") or len(number) > 30:
+        raise ValueError(f"{text!r} is no size; write one such as 1.2GB or 1200MiB")
+    if not found["unit"]:
+        raise ValueError(f"{text!r} has no unit; write {text.strip()}GB, {text.strip()}MB or {text.strip()}B (bytes)")
+    unit = _UNIT.fullmatch(found["unit"].lower())
+    if unit is None or (unit[2] and not unit[1]):
+        raise ValueError(f"{text!r} has the unit {found['unit']!r}, which is none: {UNITS}")
+    if re.fullmatch(",[0-9]{3}", found["fraction"] or ""):
+        # A comma parts thousands in some languages, and decimals in others.
+        whole, rest = found["whole"], found["fraction"][1:]
+        shown = found["unit"]
+        raise ValueError(f"{text!r} may mean two sizes; write {whole}{rest}{shown} or {whole}.{rest}{shown}")
+    nbytes = float(number) * (1024 if unit[2] else 1000) ** _POWERS[unit[1] or unit[3] or ""]
+    if not 1 <= nbytes < 1 << 63:
+        raise ValueError(f"{text!r} is {'too large' if nbytes > 1 else 'less than a byte'}; write a size such as 1.2GB")
+    return round(nbytes)
