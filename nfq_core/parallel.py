@@ -25,6 +25,24 @@ def no_progress(done: int, total: int, name: str) -> None:
     """The progress callback that shows nothing."""
 
 
+def share(done: int, total: int) -> float:
+    """The part of the work that is done, from 0 to 1; 1 where there is nothing to do, such as empty tensors only."""
+    return done / total if total else 1.0
+
+
+def seconds_left(elapsed: float, done: int, total: int) -> float | None:
+    """Estimate the seconds until `done` reaches `total`; None while nothing is done, such as after empty tensors.
+
+    Args:
+        elapsed: seconds that the work done so far took.
+        done: see `Progress`.
+        total: see `Progress`.
+    """
+    if done >= total:
+        return 0.0
+    return elapsed * (total - done) / done if done else None
+
+
 def default_threads() -> int:
     """One thread for each processor that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

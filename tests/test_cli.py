@@ -503,3 +503,19 @@ def test_two_processes_with_one_target_leave_a_sound_file(folder):
     assert all("exists already" in one_line(error) for _, error in results if error)
     assert (folder / "out").read_bytes() == (folder / "nfq").read_bytes()
     assert leftovers(folder) == {"out"}
+
+
+@pytest.mark.parametrize("tensors", [{"empty": torch.empty(0)}, {}])
+def test_a_bar_over_nothing(folder, monkeypatch, tensors):
+    """On a terminal, where the bar is drawn: a file of empty tensors only goes there and back."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    save_file(tensors, folder / "nothing")
+    for command in (["quantize", "nothing", "b"], ["verify", "b"], ["compare", "nothing", "b"], ["dequantize", "b", "c"]):
+        name, *paths = command
+        assert cli.main([name, *(str(folder / path) for path in paths)]) == 0
+    assert "quantising" in terminal.getvalue() and load_file(folder / "c").keys() == tensors.keys()

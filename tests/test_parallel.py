@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from nfq_core.parallel import IN_FLIGHT_BYTES, default_threads, no_progress, ordered_map
+from nfq_core.parallel import IN_FLIGHT_BYTES, default_threads, no_progress, ordered_map, seconds_left, share
 
 
 def run(work, items, *, size=lambda item: 1, max_in_flight=8, threads=4):
@@ -191,3 +191,12 @@ def test_no_progress_shows_nothing(capsys):
 
 def test_torch_does_not_spawn_threads_of_its_own_in_the_pool():
     assert set(run(lambda _: torch.get_num_threads(), range(4))) == {1}
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "part", "left"),
+    [(0, 0, 1.0, 0.0), (0, 8, 0.0, None), (2, 8, 0.25, 30.0), (8, 8, 1.0, 0.0)],
+)
+def test_share_and_time_left_by_hand(done, total, part, left):
+    """After ten seconds; empty tensors leave `done` at zero, and a file of them alone `total` too."""
+    assert share(done, total) == part and seconds_left(10.0, done, total) == left
