@@ -515,7 +515,7 @@ def test_a_bar_over_nothing(folder, monkeypatch, tensors):
 
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     save_file(tensors, folder / "nothing")
-    for command in (["quantize", "nothing", "b"], ["verify", "b"], ["compare", "nothing", "b"], ["dequantize", "b", "c"]):
-        name, *paths = command
+    for command in ("quantize nothing b", "verify b", "compare nothing b", "dequantize b c"):
+        name, *paths = command.split()
         assert cli.main([name, *(str(folder / path) for path in paths)]) == 0
     assert "quantising" in terminal.getvalue() and load_file(folder / "c").keys() == tensors.keys()
