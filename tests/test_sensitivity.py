@@ -170,7 +170,7 @@ class Late(torch.Tensor):
 
 
 class Offloaded(nn.Module):
-    """A layer whose weight stays on the CPU and is copied to the device without waiting, as hosts do with pinned ones."""
+    """A layer whose weight stays on the CPU and is copied without waiting, as hosts do with pinned ones."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
