@@ -41,7 +41,7 @@ def correctness(part: Part) -> None:
     elif backend.name != "triton":
         part.fail("triton", RuntimeError(f"not chosen: {backend.reason}"))
     else:
-        decoders["triton"] = backend.dequantize_into
+        decoders["triton"] = backends.dequantize_into
     wrong: list[dict] = []
     checked = 0
     for fmt in FORMATS.values():

@@ -9,7 +9,8 @@ import torch
 
 from .container import NFQFile
 from .errors import UnsupportedFileError
-from .parallel import ordered_map
+from .kernels import CHUNK_WEIGHTS, TEMPORARY_BYTES
+from .parallel import ordered_map, threads_for
 from .state import StateDict
 from .tensor import NFTensor
 from .unet import UNetInfo, detect, diffusers_names, ldm_names, what_is_missing
@@ -101,7 +102,8 @@ def dense(
 
     keys = list(tensors)
     sizes = {key: tensors[key].numel() * dtype.itemsize for key in keys}
-    return dict(zip(keys, ordered_map(work, keys, size=sizes.__getitem__), strict=True))
+    threads = threads_for(device, CHUNK_WEIGHTS * TEMPORARY_BYTES)
+    return dict(zip(keys, ordered_map(work, keys, size=sizes.__getitem__, threads=threads), strict=True))
 
 
 def renamed(tensors: StateDict, names: Mapping[str, str]) -> StateDict:

@@ -23,7 +23,7 @@ from .container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source, source_name
 from .errors import CannotQuantizeError, NFQError, UnsupportedFileError, printable
 from .memory import refuse_beyond_memory
 from .original import Original
-from .parallel import IN_FLIGHT_BYTES, Progress, no_progress, ordered_map
+from .parallel import IN_FLIGHT_BYTES, Progress, no_progress, ordered_map, threads_for
 from .policy import DEFAULTS, Settings, plan_tensors
 from .quantizer import quantize
 from .safefile import (
@@ -145,7 +145,9 @@ def quantize_file(
                 info, recorded, Source(source_name(original.path), original.file_bytes, NO_SHA256, metadata)
             )
             with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
-                for key, frames, raw, reason in ordered_map(work, jobs(), size=lambda job: len(job[1])):
+                for key, frames, raw, reason in ordered_map(
+                    work, jobs(), size=lambda job: len(job[1]), threads=threads_for(device)
+                ):
                     if frames is None:
                         unfit += [f"tensor {key!r} is kept as it is: {reason}"] if reason else []
                         writer.write_kept(key, [raw])

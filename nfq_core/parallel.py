@@ -14,6 +14,16 @@ import torch
 IN_FLIGHT_BYTES = 256 << 20
 """Bytes of tensors that a pipeline works on at once."""
 
+DEVICE_BYTES = 5 << 29
+"""What the temporaries of all threads of a pipeline may take on a device other than the CPU, 2.5 GiB."""
+
+QUANTIZING_BYTES = 5 << 27
+"""What the temporaries of one of them take while it quantises, at most, 640 MiB.
+
+Those of a trellis format's search are the largest: `trellis.DEVICE_BYTES`, and each of the blocks that
+`quantizer.DEVICE_CHUNK_BLOCKS` says under each of six scales, in fp32.
+"""
+
 Progress = Callable[[int, int, str], None]
 """Called with the bytes done, the bytes in all, and the name of the tensor that was finished."""
 
@@ -25,9 +35,39 @@ def no_progress(done: int, total: int, name: str) -> None:
     """The progress callback that shows nothing."""
 
 
+def share(done: int, total: int) -> float:
+    """The part of the work that is done, from 0 to 1; 1 where there is nothing to do, such as empty tensors only."""
+    return done / total if total else 1.0
+
+
+def seconds_left(elapsed: float, done: int, total: int) -> float | None:
+    """Estimate the seconds until `done` reaches `total`; None while nothing is done, such as after empty tensors.
+
+    Args:
+        elapsed: seconds that the work done so far took.
+        done: see `Progress`.
+        total: see `Progress`.
+    """
+    if done >= total:
+        return 0.0
+    return elapsed * (total - done) / done if done else None
+
+
 def default_threads() -> int:
     """One thread for each processor that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_for(device: torch.device | str | None, worker_bytes: int = QUANTIZING_BYTES) -> int:
+    """How many threads may work on a device, so that their temporaries take DEVICE_BYTES there at most.
+
+    Args:
+        device: the device; None: the CPU.
+        worker_bytes: what the temporaries of one thread take.
+    """
+    if device is None or torch.device(device).type == "cpu":
+        return default_threads()
+    return max(1, min(default_threads(), DEVICE_BYTES // worker_bytes))
 
 
 class _SingleThreadedTorch:

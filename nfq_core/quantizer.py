@@ -12,7 +12,7 @@ from .errors import CannotQuantizeError
 from .feedback import SecondMoment, check_inputs, round_columns
 from .formats import BLOCK, BlockFormat, nf_format, writable_format
 from .packing import pack_codes
-from .search import BlockQuantizer, ScaleGrid, largest_magnitudes
+from .search import BlockQuantizer, ScaleGrid, grid_and_factor, largest_magnitudes
 from .tensor import QUANTIZABLE_DTYPES, NFTensor
 from .trellis_feedback import TURNS, code_with_feedback
 from .trellis_fit import TRELLIS_EFFORTS, TrellisQuantizer, fit_trellis
@@ -31,6 +31,12 @@ FINE_SCALES_FROM = 16
 
 MIN_LARGEST = 2.0**-12
 """Below this largest magnitude, the smallest scale (2**-14) is too coarse for a weight."""
+
+MAX_LOST_BLOCKS = 1e-2
+"""Share of the blocks from LEAST_BLOCK up that may decode to zeros, for want of a scale as small."""
+
+LEAST_BLOCK = 2.0**-22
+"""Blocks whose largest magnitude is below this may be zeros: it is four of fp16's steps, in which weights come back."""
 
 MIN_IMPORTANCE = 1e-3
 """The least that an input channel counts, as a share of the mean: weights there are still rounded with some care."""
@@ -72,7 +78,8 @@ def quantize(
         The packed weight; zero blocks come back as exact zeros.
 
     Raises:
-        CannotQuantizeError: the weight is empty, not floating, holds NaN or Inf, or is too large or small for fp16.
+        CannotQuantizeError: the weight is empty, not floating, holds NaN or Inf, is too large or small for fp16, or has
+            many blocks too far below its largest magnitude for any scale of the format.
         ValueError: `levels`, `format` or `effort` is none of those listed, or `importance` or `hessian` does not fit
             the weight or holds NaN, Inf or (on the diagonal) negative numbers.
     """
@@ -87,12 +94,10 @@ def quantize(
     flat = weight.detach().to(device or weight.device).reshape(-1)
     largest = _largest_magnitudes(flat)
     finest_stride = 1 if fmt.levels >= FINE_SCALES_FROM else 2
-    grid, gain = ScaleGrid.for_blocks(largest, finest_stride), 1.0
-    if largest.amax() > grid.magnitudes[-1]:
-        # fp16 numbers beyond the largest scale: half the weights, twice the levels, and no product beyond fp16.
-        flat, gain = flat.float() / 2, 2.0
-        largest = largest / 2
-        grid = ScaleGrid.for_blocks(largest, finest_stride, torch.finfo(torch.float16).max / 2)
+    original = largest
+    grid, factor = grid_and_factor(largest, finest_stride)
+    if factor != 1:
+        flat, largest = flat.float() * factor, largest * factor
     if fmt.window:
         work = TRELLIS_EFFORTS[effort]
         trellis = fit_trellis(_sample(flat, work.sample_blocks)[0], fmt, work)
@@ -111,8 +116,33 @@ def quantize(
         sample, sampled_importance = _sample(flat, work.sample_blocks, columns)
         book = fit_codebook(sample, grid, fmt, work, flat.numel(), sampled_importance)
         fitted, parts = _scalar(flat, largest, grid, book, columns, moment)
-    data = _encode(parts, flat.numel(), fmt, grid, fitted * gain, flat.device)
-    return NFTensor(data, fmt, weight.shape, weight.dtype)
+    data = _encode(parts, flat.numel(), fmt, grid, fitted / factor, flat.device)
+    packed = NFTensor(data, fmt, weight.shape, weight.dtype)
+    _refuse_lost_blocks(packed, original, grid.magnitudes[0].item() / factor)
+    return packed
+
+
+def _refuse_lost_blocks(packed: NFTensor, largest: torch.Tensor, smallest: float) -> None:
+    """CannotQuantizeError where more than MAX_LOST_BLOCKS of the blocks from LEAST_BLOCK up decode to zeros.
+
+    Args:
+        packed: the quantised weight.
+        largest: the largest magnitude of each of its blocks before that.
+        smallest: the largest magnitude that a block has under the smallest scale; none above it is lost.
+    """
+    wanted = largest >= LEAST_BLOCK
+    count = int(wanted.sum())
+    if int((wanted & (largest < smallest)).sum()) <= MAX_LOST_BLOCKS * count:
+        return
+    found = torch.empty(packed.numel(), dtype=torch.float16, device=packed.device)
+    packed.dequantize(out=found.view(packed.shape))
+    decoded = torch.cat([largest_magnitudes(blocks) for _, blocks, _ in _chunks(found, largest)])
+    lost = int((wanted & (decoded == 0)).sum())
+    if lost > MAX_LOST_BLOCKS * count:
+        raise CannotQuantizeError(
+            f"{lost / count:.1%} of its blocks that hold weights would decode to zeros, so far are they below its "
+            f"largest magnitude, {largest.amax().item():.3g}"
+        )
 
 
 def chunk_blocks(device: torch.device) -> int:

@@ -44,6 +44,15 @@ MAX_UNSPANNED_BLOCKS = 1e-3
 MAX_UNSPANNED_ENERGY = 1e-5
 """... and the share of the energy that those blocks may have, by their largest magnitudes."""
 
+FP16_ZERO = 2.0**-25
+"""Numbers up to this are zero in fp16, which weights are decoded to: for blocks of them no scale is needed."""
+
+MAX_LIFT = 8
+"""Powers of two that weights are multiplied by, at most: smallest scales of 2**-22 name all that fp16 can hold.
+
+Levels are divided by it. Their last bit, 2**-24, is then still 1/65,536 of the largest of them.
+"""
+
 ZERO_BELOW = 1 / 8
 """A block whose largest magnitude is below this part of the smallest scale is zero: few levels would be nearer."""
 
@@ -78,15 +87,42 @@ class ScaleGrid:
         for stride in SCALE_STRIDES[SCALE_STRIDES.index(finest_stride) :]:
             octaves = (SCALE_MAGNITUDES - 1) * stride // SCALE_STEPS_PER_OCTAVE
             exponent = min(max(top - 1 - octaves, FP16_MIN_EXPONENT), FP16_MAX_EXPONENT - octaves)
-            below = used[used < 2.0**exponent]
-            few = len(below) <= MAX_UNSPANNED_BLOCKS * len(used)
-            spanned = few and below.square().sum() <= MAX_UNSPANNED_ENERGY * used.square().sum()
             # A coarser grid reaches no further down than the normal fp16 numbers do.
-            if spanned or exponent == FP16_MIN_EXPONENT:
+            if _spans(exponent, used) or exponent == FP16_MIN_EXPONENT:
                 break
         table = scale_table(exponent, stride)
         magnitudes = table[1 : SCALE_MAGNITUDES + 1].float()
         return cls(exponent, stride, table, magnitudes[magnitudes <= ceiling])
+
+
+def _spans(exponent: int, largest: torch.Tensor) -> bool:
+    """Whether blocks, all above zero, are no smaller than 2**exponent, but for a few with next to no energy."""
+    below = largest[largest < 2.0**exponent].double()
+    few = len(below) <= MAX_UNSPANNED_BLOCKS * len(largest)
+    return bool(few and below.square().sum() <= MAX_UNSPANNED_ENERGY * largest.double().square().sum())
+
+
+def grid_and_factor(largest: torch.Tensor, finest_stride: int = 1) -> tuple[ScaleGrid, float]:
+    """A grid of scales for a weight times a factor, a power of two; its levels are to be divided by the factor.
+
+    Scales are normal fp16 numbers, 2**-14 and up, and weights may be smaller or larger. The factor is 1 where these
+    scales span the blocks.
+
+    Args:
+        largest: the largest magnitude of each block, fp32 of shape (blocks,), none beyond fp16.
+        finest_stride: see `ScaleGrid.for_blocks`.
+    """
+    largest = largest.masked_fill(largest <= FP16_ZERO, 0)
+    grid = ScaleGrid.for_blocks(largest, finest_stride)
+    if largest.amax() > grid.magnitudes[-1]:
+        # fp16 numbers beyond the largest scale: half the weights, twice the levels, and no product beyond fp16.
+        return ScaleGrid.for_blocks(largest / 2, finest_stride, torch.finfo(torch.float16).max / 2), 0.5
+    used = largest[largest > 0]
+    lift = 0
+    while grid.exponent == FP16_MIN_EXPONENT and lift < MAX_LIFT and not _spans(grid.exponent - lift, used):
+        lift += 1
+        grid = ScaleGrid.for_blocks(largest * 2.0**lift, finest_stride)
+    return grid, 2.0**lift
 
 
 def largest_magnitudes(blocks: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ more than the model does, and works in any program that calls the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,7 +91,8 @@ class SensitivityProbe:
                 if not isinstance(weight, torch.Tensor) or weight.is_meta or weight.dtype not in QUANTIZABLE_DTYPES:
                     continue
                 arguments, named = make()
-                with self._disturbed(weight) as noise:
+                devices = _devices([output, arguments, named]) - {weight.device}
+                with self._disturbed(weight, devices) as noise:
                     other = model.forward(*arguments, **named)
                 change, power = _compared(output, other)
                 if noise > 0 and power > 0 and math.isfinite(change):
@@ -101,8 +102,12 @@ class SensitivityProbe:
             self.busy = False
 
     @contextmanager
-    def _disturbed(self, weight: torch.Tensor) -> Iterator[float]:
-        """Noise in a weight, its power relative to the weight's variance; afterwards the weight is what it was."""
+    def _disturbed(self, weight: torch.Tensor, devices: Iterable[torch.device]) -> Iterator[float]:
+        """Noise in a weight, its power relative to the weight's variance; afterwards the weight is what it was.
+
+        Each of `devices`, where the model computes, may have copies of the weight queued that are still to be made: a
+        host copies pinned weights without waiting. So they are waited for before the weight is written to.
+        """
         with torch.inference_mode(weight.is_inference() or torch.is_inference_mode_enabled()), torch.no_grad():
             original = weight.detach().clone()
             generator = self._generators.get(weight.device)
@@ -114,9 +119,11 @@ class SensitivityProbe:
             variance = values.var(correction=0)
             noise.mul_(variance.sqrt() * 10 ** (-NOISE_DB / 20)).add_(values)
             try:
+                _synchronize(devices)
                 weight.copy_(noise)
                 yield ((weight.float() - values).square().mean() / variance).item()
             finally:
+                _synchronize(devices)
                 weight.copy_(original)
 
 
@@ -127,6 +134,32 @@ def _copied(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_copied, value))
     return value
+
+
+def _devices(value: Any) -> set[torch.device]:
+    """Where the tensors in an argument or output are."""
+    if isinstance(value, torch.Tensor):
+        return {value.device}
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return set()
+    return set().union(*map(_devices, value))
+
+
+def _synchronize(devices: Iterable[torch.device]) -> None:
+    """Wait for all that is queued on some devices, on whichever of their streams."""
+    for device in devices:
+        if device.type in ("cpu", "meta"):
+            continue
+        wait = getattr(getattr(torch, device.type, None), "synchronize", None)
+        if wait is None:
+            # Such devices work in order: what is read from them comes last.
+            torch.zeros(1, device=device).item()
+        elif device.type == "mps":
+            wait()
+        else:
+            wait(device)
 
 
 def _compared(before: Any, after: Any) -> tuple[float, float]:

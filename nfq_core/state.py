@@ -17,8 +17,9 @@ from .codec import encode
 from .container import UNRECORDED, Facts, NFQFile, Source
 from .errors import CannotQuantizeError, NFQError
 from .examine import sqnr_db
+from .kernels import CHUNK_WEIGHTS, TEMPORARY_BYTES
 from .memory import check_device, choose, free_bytes, is_out_of_memory, needed_bytes, refuse_beyond_memory
-from .parallel import Progress, default_threads, no_progress, ordered_map
+from .parallel import Progress, no_progress, ordered_map, threads_for
 from .policy import Settings, plan_tensors
 from .prequantized import find_prequantized
 from .quantizer import quantize
@@ -72,12 +73,20 @@ def quantize_state_dict(
     settings = Settings(levels, conv_levels, effort, quantize_first_last, format, conv_format)
     stored = describe(state_dict)
     found = find_prequantized(stored, {}, state_dict.__getitem__, "the state dict")
+    others = (tensor.device for tensor in state_dict.values() if tensor.device.type != "cpu")
 
     def read(key: str) -> torch.Tensor:
         scaled = found.weights.get(key)
         return scaled.undo(state_dict[key]).to(TORCH_DTYPES[found.dtype]) if scaled else state_dict[key]
 
-    return quantize_tensors(found.undone(stored), read, settings, device=device, calibration=calibration)
+    return quantize_tensors(
+        found.undone(stored),
+        read,
+        settings,
+        device=device,
+        calibration=calibration,
+        threads=threads_for(device or next(others, None)),
+    )
 
 
 def quantize_tensors(
@@ -89,6 +98,7 @@ def quantize_tensors(
     progress: Progress = no_progress,
     sqnr: dict[str, float] | None = None,
     calibration: Calibration | None = None,
+    threads: int | None = None,
 ) -> StateDict:
     """Quantise a model whose tensors are made one at a time, so that few of them exist at once.
 
@@ -101,6 +111,7 @@ def quantize_tensors(
         progress: see `parallel.Progress`; an error raised in it ends the work.
         sqnr: is filled with the signal-to-quantisation-noise ratio in dB of each quantised weight, by name.
         calibration: as for `quantize_state_dict`.
+        threads: how many to use; by default what `parallel.threads_for` says of `device`.
 
     Returns:
         As `quantize_state_dict`; packed weights lie on the CPU when `device` is given.
@@ -131,9 +142,9 @@ def quantize_tensors(
 
     result: StateDict = {}
     done, total = 0, sum(plan.nbytes for plan in plans.values())
-    for key, (value, ratio) in zip(
-        entries, ordered_map(work, entries, size=lambda key: plans[key].nbytes), strict=True
-    ):
+    threads = threads_for(device) if threads is None else threads
+    made = ordered_map(work, entries, size=lambda key: plans[key].nbytes, threads=threads)
+    for key, (value, ratio) in zip(entries, made, strict=True):
         result[key] = value
         if sqnr is not None and ratio is not None:
             sqnr[key] = ratio
@@ -270,7 +281,7 @@ def _load_into(
     result: StateDict, file: NFQFile, wanted: list[str], device: torch.device, resident: bool, progress: Progress
 ) -> None:
     """Fill `result` with the tensors wanted, in their order."""
-    threads = default_threads()
+    threads = threads_for(device, CHUNK_WEIGHTS * TEMPORARY_BYTES)
     transfer = transfer_to(device, resident, max(map(file.packed_bytes, wanted), default=0), threads)
 
     def work(key: str) -> NFTensor | torch.Tensor:

@@ -44,6 +44,16 @@ def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> 
         )
 
 
+def dequantize_by_way_of_fp16(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> None:
+    """`dequantize_into` in fp16, then cast in the same memory: for bf16 where the kernel cannot write it.
+
+    Both dtypes take two bytes; torch reads each element before it writes the same one.
+    """
+    halves = out.view(torch.float16)
+    dequantize_into(halves, data, fmt)
+    out.copy_(halves)
+
+
 def groups_per_program(fmt: BlockFormat) -> int:
     """Groups of the coarse plane that one program decodes: a power of two."""
     return BLOCKS_PER_PROGRAM // (2 if fmt.coarse_digits < 4 else 4)

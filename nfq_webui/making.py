@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..nfq_core import NFQError, Settings, TargetExistsError
 from ..nfq_core.convert import quantize_file
+from ..nfq_core.parallel import seconds_left, share
 from .loading import SUFFIX
 
 SECONDS = 0.5
@@ -76,8 +77,8 @@ class Making:
             nonlocal line
             if self._stop.is_set():
                 raise _Stopped
-            left = (time.monotonic() - started) * (total - done) / done
-            line = f"{done / total:.0%}, {left:.0f} s left: {name}"
+            left = seconds_left(time.monotonic() - started, done, total)
+            line = f"{share(done, total):.0%}{'' if left is None else f', {left:.0f} s left'}: {name}"
 
         def work() -> None:
             try:

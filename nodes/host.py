@@ -17,6 +17,7 @@ from server import PromptServer
 from ..nfq_core import NFQError
 from ..nfq_core.calibration import CALIBRATION_SUFFIX
 from ..nfq_core.container import SUFFIX, Source
+from ..nfq_core.parallel import seconds_left
 from .patcher import NFModelPatcher
 
 UNET = "diffusion_model."
@@ -208,8 +209,9 @@ class NodeProgress:
         """See `parallel.Progress`."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         if self._bar is None:
-            self._bar = comfy.utils.ProgressBar(total)
-        self._bar.update_absolute(done, total)
+            self._bar = comfy.utils.ProgressBar(max(1, total))
+        # The page divides by the total.
+        self._bar.update_absolute(*((done, total) if total else (1, 1)))
 
 
 class LayerProgress(NodeProgress):
@@ -235,6 +237,6 @@ class LayerProgress(NodeProgress):
         if facts is None or client is None or now - self._told < self.SECONDS:
             return
         self._told = now
-        left = (now - self._started) * (total - done) / done
+        left = seconds_left(now - self._started, done, total)
         event = {"node": self._node_id, "done": done, "total": total, "name": name, "seconds_left": left, **facts}
         server.send_sync(self.EVENT, event, client)

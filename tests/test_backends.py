@@ -38,6 +38,13 @@ for format_id in FORMAT_IDS:
             triton_kernels.dequantize_into(out, data, fmt)
             assert torch.equal(out.view(integers), wanted.to(dtype).view(integers)), (format_id, weights, dtype)
             checked += 1
+        # By way of fp16 torch rounds to bf16.
+        out = torch.full((weights,), torch.nan, dtype=torch.bfloat16)
+        place = out.data_ptr()
+        triton_kernels.dequantize_by_way_of_fp16(out, data, fmt)
+        assert torch.equal(out.view(torch.int16), wanted.to(torch.bfloat16).view(torch.int16)), (format_id, weights)
+        assert out.data_ptr() == place
+        checked += 1
 print(checked)
 """
 
@@ -63,7 +70,8 @@ for fmt in FORMATS.values():
 for out in ("*bf16", "*fp32", "*fp64"):
     compiled(FORMATS["nf24_b64"], out, 80)
 for capability in (70, 75, 89, 90):
-    compiled(FORMATS["nf32_b64"], "*fp16", capability)
+    for out in ("*fp16", "*fp32", "*fp64"):
+        compiled(FORMATS["nf32_b64"], out, capability)
 print("compiled")
 """
 
@@ -83,7 +91,7 @@ def run_apart(code: str, **environment: str) -> str:
 
 
 def test_triton_equals_the_reference_bit_for_bit() -> None:
-    assert int(run_apart(INTERPRETED, TRITON_INTERPRET="1")) == len(FORMATS) * 8 * 3
+    assert int(run_apart(INTERPRETED, TRITON_INTERPRET="1")) == len(FORMATS) * 8 * 4
 
 
 def test_triton_compiles_for_gpus(tmp_path: Path) -> None:
@@ -113,9 +121,12 @@ def test_a_damaged_buffer_decodes_to_something(format_id: str) -> None:
 
 @pytest.fixture
 def asked():
-    backends.choose.cache_clear()
+    caches = (backends.choose, backends._without_triton)
+    for cached in caches:
+        cached.cache_clear()
     yield
-    backends.choose.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
 CUDA = torch.device("cuda:0")
@@ -135,12 +146,72 @@ def test_what_is_taken_on_a_gpu(asked, monkeypatch, caplog, missing, capability,
     triton = pytest.importorskip("triton", reason="Triton is not installed; it is for Linux only")
     monkeypatch.setattr(backends, "find_spec", lambda _: None if missing else triton.__spec__)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(backends, "_fails", lambda _: fails)
+    monkeypatch.setattr(backends, "_fails", lambda *_: fails)
     monkeypatch.setenv("NFQ_BACKEND", asks)
     backend = backends.choose(CUDA)
     assert backend.name == name and reason in backend.reason
     backends.choose(CUDA)
     assert [reason in record.message for record in caplog.records] == [True] * (name == "torch")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "fails", "wanted"),
+    [
+        ((7, 5), torch.bfloat16, (), "dequantize_by_way_of_fp16"),
+        ((7, 0), torch.bfloat16, (), "dequantize_by_way_of_fp16"),
+        ((7, 5), torch.float16, (), "dequantize_into"),
+        ((7, 5), torch.float32, (), "dequantize_into"),
+        ((8, 0), torch.bfloat16, (), "dequantize_into"),
+        # What fails although it should work is found before the call, too.
+        ((9, 0), torch.bfloat16, (torch.bfloat16,), "dequantize_by_way_of_fp16"),
+        ((9, 0), torch.float64, (torch.float64,), "torch"),
+    ],
+)
+def test_what_is_taken_for_a_dtype(asked, monkeypatch, capability, dtype, fails, wanted) -> None:
+    triton_kernels = stub_gpu(monkeypatch, capability, fails)
+    backend = backends.choose(CUDA, dtype)
+    if wanted == "torch":
+        assert backend.name == "torch" and backend.dequantize_into is kernels.dequantize_into
+    else:
+        assert backend.name == "triton" and backend.dequantize_into is getattr(triton_kernels, wanted)
+
+
+def stub_gpu(monkeypatch, capability: tuple[int, int], fails: tuple[torch.dtype, ...] = ()):
+    """A CUDA device of a capability, on which Triton fails with some dtypes; returns the module of its kernels."""
+    pytest.importorskip("triton", reason="Triton is not installed; it is for Linux only")
+    from nfq_core import triton_kernels
+
+    def probe(device: torch.device, dtype: torch.dtype = torch.float16) -> str:
+        assert capability >= (8, 0) or dtype != torch.bfloat16, "what cannot work is not tried"
+        return "Triton fails here" if dtype in fails else ""
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(backends, "_fails", probe)
+    monkeypatch.delenv("NFQ_BACKEND", raising=False)
+    return triton_kernels
+
+
+@pytest.mark.parametrize(("capability", "told"), [((7, 5), True), ((8, 0), False)])
+def test_the_command_tells_how_bf16_is_made(asked, monkeypatch, capsys, capability, told) -> None:
+    stub_gpu(monkeypatch, capability)
+    assert cli.main(["backends"]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.startswith("cuda:0   triton  one launch per weight")
+    reason = "; bf16 is cast from fp16: Triton's bf16 needs compute capability 8.0, this device has 7.5"
+    assert line.endswith(reason) == told and ("bf16" in line) == told
+
+
+def test_the_output_s_dtype_is_what_is_asked_for(monkeypatch) -> None:
+    asked = []
+
+    def choose(device: torch.device, dtype: torch.dtype) -> backends.Backend:
+        asked.append((device.type, dtype))
+        return backends.Backend("torch", "", kernels.dequantize_into)
+
+    monkeypatch.setattr(backends, "choose", choose)
+    quantize(torch.randn(64, 64)).dequantize(torch.bfloat16)
+    assert asked == [("cpu", torch.bfloat16)]
 
 
 @pytest.mark.parametrize("works", [True, False])
@@ -161,7 +232,7 @@ def test_what_is_too_large_for_the_kernel_goes_to_torch(monkeypatch) -> None:
     def never(*_: object) -> None:
         taken.append("triton")
 
-    monkeypatch.setattr(backends, "choose", lambda device: backends.Backend("triton", "", never))
+    monkeypatch.setattr(backends, "choose", lambda *_: backends.Backend("triton", "", never))
     tensor = quantize(torch.randn(64, 64))
     tensor.dequantize()
     assert taken == ["triton"]

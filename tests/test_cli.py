@@ -567,3 +567,23 @@ def test_two_processes_with_one_target_leave_a_sound_file(folder):
     assert all("exists already" in one_line(error) for _, error in results if error)
     assert (folder / "out.nfq.safetensors").read_bytes() == (folder / "nfq").read_bytes()
     assert leftovers(folder) == {"out.nfq.safetensors"}
+
+
+@pytest.mark.parametrize("tensors", [{"empty": torch.empty(0)}, {}])
+def test_a_bar_over_nothing(folder, monkeypatch, tensors):
+    """On a terminal, where the bar is drawn: a file of empty tensors only goes there and back."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    save_file(tensors, folder / "nothing")
+    paths = {
+        name: str(folder / f"{name}{end}")
+        for name, end in (("nothing", ""), ("b", ".nfq.safetensors"), ("c", ".safetensors"))
+    }
+    for command in ("quantize nothing b", "verify b", "compare nothing b", "dequantize b c"):
+        name, *arguments = command.split()
+        assert cli.main([name, *(paths[argument] for argument in arguments)]) == 0
+    assert "quantising" in terminal.getvalue() and load_file(paths["c"]).keys() == tensors.keys()

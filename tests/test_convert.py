@@ -261,7 +261,7 @@ HARD = {
     "rows of one": random_weight(2000, 1).half(),
     "rows of 1,001": random_weight(3, 1001).half(),
     "a prime number of weights": random_weight(1, 1031).half(),
-    "bf16 over many octaves": (random_weight(64, 64) * torch.logspace(-6, 3, 64)[:, None]).bfloat16(),
+    "bf16 over many octaves": (random_weight(64, 64) * torch.logspace(-3, 3, 64)[:, None]).bfloat16(),
     "fp32 subnormal in fp16": (random_weight(64, 64) * torch.logspace(-9, 0, 64)[:, None]),
     "fp32 just inside fp16": random_weight(64, 64).clamp(-1, 1) * 3e4,
     "fp16's largest number": random_weight(64, 64)
@@ -304,6 +304,10 @@ UNFIT = {
     ),
     "NaN only": (torch.full((64, 64), math.nan).bfloat16(), "NaN or Inf"),
     "beyond fp16": (random_weight(64, 64) * 1e5, "out of the range of fp16 scales"),
+    "many blocks below every scale": (
+        (random_weight(64, 64) * torch.logspace(-6, 3, 64)[:, None]).bfloat16(),
+        "of its blocks that hold weights would decode to zeros",
+    ),
     "far below fp16": (random_weight(64, 64) * 1e-12, "out of the range of fp16 scales"),
 }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -95,3 +97,22 @@ def test_levels_have_their_advice() -> None:
 
 def test_nothing_is_written_as_markup() -> None:
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b", SCRIPTS)
+
+
+def test_shares_of_nothing_are_whole(tmp_path: Path) -> None:
+    """What the page divides by may be zero: the bytes of a model of empty tensors."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("Node.js is not installed")
+    library, scripts = tmp_path / "extensions" / "nfq" / "lib", tmp_path / "scripts"
+    library.mkdir(parents=True)
+    scripts.mkdir()
+    shutil.copy(ROOT / "web" / "lib" / "text.js", library)
+    (tmp_path / "package.json").write_text('{"type": "module"}', "utf-8")
+    for name in ("app", "api"):
+        (scripts / f"{name}.js").write_text(f"export const {name} = {{}};\n", "utf-8")
+    asks = "console.log(JSON.stringify([share(0, 0), share(1, 4), percent(0, 0), percent(1, 4)]))"
+    code = f'import {{ share, percent }} from "{(library / "text.js").as_uri()}";\n{asks}'
+    done = subprocess.run([node, "--input-type=module", "-e", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [1, 0.25, "100 %", "25 %"]

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from nfq_core.parallel import IN_FLIGHT_BYTES, default_threads, no_progress, ordered_map
+from nfq_core import Settings, convert, quantizer, state, trellis
+from nfq_core.formats import BLOCK
+from nfq_core.parallel import (
+    DEVICE_BYTES,
+    IN_FLIGHT_BYTES,
+    QUANTIZING_BYTES,
+    default_threads,
+    no_progress,
+    ordered_map,
+    seconds_left,
+    share,
+    threads_for,
+)
+from nfq_core.trellis_fit import TRELLIS_EFFORTS
 
 
 def run(work, items, *, size=lambda item: 1, max_in_flight=8, threads=4):
@@ -191,3 +206,66 @@ def test_no_progress_shows_nothing(capsys):
 
 def test_torch_does_not_spawn_threads_of_its_own_in_the_pool():
     assert set(run(lambda _: torch.get_num_threads(), range(4))) == {1}
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "part", "left"),
+    [(0, 0, 1.0, 0.0), (0, 8, 0.0, None), (2, 8, 0.25, 30.0), (8, 8, 1.0, 0.0)],
+)
+def test_share_and_time_left_by_hand(done, total, part, left):
+    """After ten seconds; empty tensors leave `done` at zero, and a file of them alone `total` too."""
+    assert share(done, total) == part and seconds_left(10.0, done, total) == left
+
+
+@pytest.fixture
+def many_processors(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "xpu", "mps", torch.device("cuda", 0)])
+def test_threads_on_a_device_are_as_many_as_its_memory_is_for(many_processors, device):
+    assert threads_for(device) * QUANTIZING_BYTES <= DEVICE_BYTES < (threads_for(device) + 1) * QUANTIZING_BYTES
+    assert threads_for(device, 2 * DEVICE_BYTES) == 1 and threads_for(device, 1) == 64
+
+
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")])
+def test_threads_on_a_cpu_are_one_per_processor(many_processors, device):
+    assert threads_for(device) == 64
+
+
+def test_quantising_bytes_are_those_of_the_largest_search():
+    tried = 2 * max(len(effort.scale_steps) for effort in TRELLIS_EFFORTS.values())
+    values = 4 * BLOCK * quantizer.DEVICE_CHUNK_BLOCKS
+    assert trellis.DEVICE_BYTES + tried * values <= QUANTIZING_BYTES
+    assert 6 * values <= QUANTIZING_BYTES
+
+
+@pytest.mark.parametrize("way", ["file", "state dict", "tensors", "state dict on a device"])
+def test_quantising_on_a_device_takes_bounded_memory(many_processors, tmp_path, monkeypatch, way):
+    """Whatever the number of processors; the device is a stand-in that counts what its threads hold at once."""
+    held, most, lock = 0, 0, threading.Lock()
+
+    def on_device(weight: torch.Tensor, *, device: object, **options: object):
+        nonlocal held, most
+        with lock:
+            held += QUANTIZING_BYTES
+            most = max(most, held)
+        time.sleep(0.02)
+        with lock:
+            held -= QUANTIZING_BYTES
+        return quantizer.quantize(torch.zeros(weight.shape), **options)
+
+    model = {f"{number}.weight": torch.zeros(32, 32) for number in range(100)}
+    monkeypatch.setattr(convert, "quantize", on_device)
+    monkeypatch.setattr(state, "quantize", on_device)
+    if way == "file":
+        save_file(model, tmp_path / "a")
+        convert.quantize_file(tmp_path / "a", tmp_path / "b", device="cuda")
+    elif way == "state dict":
+        state.quantize_state_dict(model, device="cuda")
+    elif way == "tensors":
+        state.quantize_tensors(state.describe(model), model.__getitem__, Settings(), device="cuda")
+    else:
+        state.quantize_state_dict({name: weight.to("meta") for name, weight in model.items()})
+    assert QUANTIZING_BYTES < most <= DEVICE_BYTES

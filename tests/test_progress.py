@@ -64,3 +64,24 @@ def test_an_interrupt_comes_through(host: ModuleType, told: Events, monkeypatch:
 
 def test_ratios_that_json_cannot_hold(host: ModuleType) -> None:
     assert [host.finite(value) for value in (None, float("inf"), float("nan"), 21.12345)] == [None, None, None, 21.123]
+
+
+def test_empty_tensors_first_leave_the_time_open(host: ModuleType, told: Events) -> None:
+    told.clock += 1
+    host.LayerProgress("7", describe)(0, 400, "layer.0")
+    assert told[0][1]["seconds_left"] is None
+
+
+def test_a_total_of_nothing_is_a_full_bar(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+
+    class Bar:
+        def __init__(self, total: int) -> None:
+            shown.append(total)
+
+        def update_absolute(self, done: int, total: int) -> None:
+            shown.append(done / total)
+
+    monkeypatch.setattr(host.comfy.utils, "ProgressBar", Bar)
+    host.NodeProgress()(0, 0, "empty")
+    assert shown == [1, 1.0]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from samples import random_weight
 from torch import nn
 
-from nfq_core import collect
+from nfq_core import collect, sensitivity
+from nfq_core.sensitivity import SensitivityProbe
 
 LAYERS = {"strong.weight", "weak.weight", "convolution.weight"}
 
@@ -127,3 +130,82 @@ def test_gradients_are_left_alone() -> None:
 def test_a_negative_number_of_passes_is_refused() -> None:
     with pytest.raises(ValueError, match="passes"):
         used(Model(), passes=-1)
+
+
+class LateDevice:
+    """A GPU that does what it is asked for as late as it may: when it is waited for, or a result is read."""
+
+    def __init__(self) -> None:
+        self._queue: list[Callable[[], None]] = []
+
+    def compute(self, device: str, shape: tuple[int, ...], work: Callable[[], torch.Tensor]) -> Late:
+        """The result of `work`, which reads its tensors when it runs."""
+        result = Late(self, device, shape)
+        self._queue.append(lambda: setattr(result, "made", work()))
+        return result
+
+    def synchronize(self, *_: object) -> None:
+        while self._queue:
+            self._queue.pop(0)()
+
+
+class Late(torch.Tensor):
+    """A tensor on a `LateDevice`."""
+
+    made: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, gpu: LateDevice, device: str, shape: tuple[int, ...]) -> Late:
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=device)
+
+    def __init__(self, gpu: LateDevice, device: str, shape: tuple[int, ...]) -> None:
+        self.gpu = gpu
+
+    @classmethod
+    def __torch_dispatch__(cls, operation: Callable, types: tuple, arguments: tuple = (), named: dict | None = None):
+        for late in arguments:
+            if isinstance(late, Late):
+                late.gpu.synchronize()
+        return operation(*(getattr(each, "made", each) for each in arguments), **named or {})
+
+
+class Offloaded(nn.Module):
+    """A layer whose weight stays on the CPU and is copied without waiting, as hosts do with pinned ones."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64, bias=False)
+        self.device, self.gpu = device, LateDevice()
+
+    def forward(self, tokens: torch.Tensor) -> Late:
+        weight = self.layer.weight.detach()
+        return self.gpu.compute(self.device, (len(tokens), 64), lambda: tokens @ weight.T)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "xpu:0", "mps:0"])
+def test_copies_that_are_still_to_be_made_are_waited_for(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """The layer is all of the model: the output's noise is the weight's, but for that of so many draws."""
+    model = Offloaded(device)
+    waited = []
+
+    def synchronize(*which: torch.device) -> None:
+        waited.append(which)
+        model.gpu.synchronize()
+
+    monkeypatch.setattr(getattr(torch, device.partition(":")[0]), "synchronize", synchronize)
+    before = model.layer.weight.detach().clone()
+    probe = SensitivityProbe(model, {"layer": model.layer}, 1)
+    with probe.watching(), torch.no_grad():
+        output = model(random_weight(256, 64))
+    assert probe.result()["layer"] == pytest.approx(1, rel=0.1)
+    assert torch.equal(model.layer.weight, before)
+    assert torch.equal(output + 0, random_weight(256, 64) @ before.T)
+    assert set(waited) == {() if device == "mps:0" else (torch.device(device),)}
+
+
+def test_a_weight_on_the_device_of_the_output_needs_no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(devices: set[torch.device]) -> None:
+        assert not devices
+
+    monkeypatch.setattr(sensitivity, "_synchronize", refuse)
+    assert used(Model()).keys() == LAYERS

@@ -216,3 +216,24 @@ def test_one_checkpoint_is_made_at_a_time_and_can_be_stopped(making, tmp_path: P
     ):
         with pytest.raises(Exception, match=told):
             list(maker.run(str(path), str(target), settings, overwrite))
+
+
+@pytest.mark.parametrize("weights", [{}, {"weight": random_half(64, 64)}], ids=["all empty", "two empty"])
+def test_empty_tensors_do_not_disturb_the_progress(making, tmp_path: Path, monkeypatch, weights: dict) -> None:
+    """As in checkpoints of v-prediction models, whose `v_pred` and `ztsnr` are empty and may come first."""
+    convert, seen = making.quantize_file, []
+
+    def watched(*arguments: object, progress, **named: object) -> dict:
+        def report(done: int, total: int, name: str) -> None:
+            progress(done, total, name)
+            seen.append((done, name))
+
+        return convert(*arguments, progress=report, **named)
+
+    monkeypatch.setattr(making, "quantize_file", watched)
+    source, target = tmp_path / "source.safetensors", tmp_path / "new.nfq.safetensors"
+    marks = {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
+    save_file(marks | weights, source)
+    assert list(making.Making().run(str(source), str(target), making.Settings()))[-1].startswith(f"{target}: ")
+    assert {name for done, name in seen if not done} == marks.keys()
+    assert load(target).keys() == marks.keys() | weights.keys()

@@ -2,7 +2,7 @@
 
 import { api } from "../../../scripts/api.js";
 import { addPanel, after, element, findNode, whenPlaced } from "./dom.js";
-import { decibels, duration, text } from "./text.js";
+import { decibels, duration, share, text } from "./text.js";
 
 // What to call with each layer of a node, and with the word for its end.
 const reporters = new WeakMap();
@@ -45,10 +45,11 @@ export function addProgress(node) {
     layer(detail) {
       if (!running.has(reporter)) panel.replaceChildren(...bar);
       running.add(reporter);
-      fill.style.width = `${(100 * detail.done) / detail.total}%`;
+      fill.style.width = `${100 * share(detail.done, detail.total)}%`;
       name.textContent = detail.name;
-      const left = text("left", { time: duration(detail.seconds_left) });
-      facts.textContent = `${detail.format} · ${decibels(detail.sqnr_db)} · ${left}`;
+      const told = [detail.format, decibels(detail.sqnr_db)];
+      if (detail.seconds_left != null) told.push(text("left", { time: duration(detail.seconds_left) }));
+      facts.textContent = told.join(" · ");
     },
     end(word) {
       panel.replaceChildren(element("p", { className: "nfq-warning" }, text(word)));

@@ -28,8 +28,13 @@ export function decibels(value) {
   return value == null ? "–" : `${value.toFixed(2)} dB`;
 }
 
+// From 0 to 1; a whole of nothing is there entirely.
+export function share(part, whole) {
+  return whole ? part / whole : 1;
+}
+
 export function percent(part, whole) {
-  return `${Math.round((100 * part) / whole)} %`;
+  return `${Math.round(100 * share(part, whole))} %`;
 }
 
 export function duration(seconds) {
