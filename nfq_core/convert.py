@@ -20,7 +20,8 @@ from .atomic import AtomicFile
 from .calibration import Calibration, measured_sensitivities
 from .codec import encode
 from .container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source, source_name
-from .errors import CannotQuantizeError, NFQError, UnsupportedFileError, printable
+from .errors import CannotQuantizeError, CorruptFileError, NFQError, UnsupportedFileError, printable
+from .extras import SETTING, sift
 from .memory import refuse_beyond_memory
 from .parallel import IN_FLIGHT_BYTES, Progress, no_progress, ordered_map
 from .policy import DEFAULTS, Settings, plan_tensors
@@ -34,6 +35,8 @@ from .safefile import (
     tensor_bytes,
     tensor_from_bytes,
 )
+from .unet import detect
+from .wholeness import misgivings, what_is_lost
 from .writer import ContainerWriter, Plan
 
 log = logging.getLogger("nfq")
@@ -55,6 +58,7 @@ def quantize_file(
     *,
     device: str | None = None,
     calibration: Calibration | None = None,
+    drop_extras: bool = False,
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> dict:
@@ -69,6 +73,8 @@ def quantize_file(
         device: where to quantise, such as "cuda"; by default the CPU.
         calibration: statistics of the layers' inputs; a weight that they do not cover is quantised without, with a
             warning naming it. Where one was used, the header records the name and hash of its file.
+        drop_extras: whether tensors that no loader uses are left out, see `extras.find_extras`; a warning names them
+            either way.
         overwrite: whether an existing target may be replaced.
         progress: see `Progress`.
 
@@ -76,8 +82,8 @@ def quantize_file(
         `file_bytes`, `original_bytes`, `quantized` and `kept` (counts), `warnings` and `seconds`.
 
     Raises:
-        NFQError: the source is unfit, the calibration belongs to another architecture, or the target cannot be written.
-            Nothing is then left behind.
+        NFQError: the source is unfit, its UNet is incomplete, the calibration belongs to another architecture, or the
+            target cannot be written. Nothing is then left behind.
     """
     started = perf_counter()
     with SafetensorsFile(source) as file, _SourceHash(file) as source_hash:
@@ -88,12 +94,17 @@ def quantize_file(
                 f"{file.path} was written by the article's code; `nfq import-article` converts it"
             )
         metadata, extra, warnings = split_metadata(file.metadata)
-        warnings += _surprising(file.entries)
-        total = sum(entry.nbytes for entry in file.entries.values())
+        entries, about_extras = sift(file.entries, drop_extras)
+        warnings += about_extras + _surprising(entries) + _about_unet(file, entries)
+        dropped = {SETTING: True} if len(entries) < len(file.entries) else {}
+        total = sum(entry.nbytes for entry in entries.values())
 
         def jobs() -> Iterator[tuple[str, bytearray]]:
             for key in sorted(file.entries, key=lambda name: file.entries[name].start):
-                if plans[key].format is None:
+                if key not in plans:
+                    if not source_hash.complete:
+                        source_hash.pass_over(file.read_chunks(key))
+                elif plans[key].format is None:
                     pieces = file.read_chunks(key)
                     writer.write_kept(key, pieces if source_hash.complete else source_hash.over(pieces))
                     report(key)
@@ -120,13 +131,13 @@ def quantize_file(
             done += file.entries[key].nbytes
             progress(done, total, key)
 
-        measured = measured_sensitivities(file.entries, settings, calibration)
+        measured = measured_sensitivities(entries, settings, calibration)
         size = SizeSearch(settings.target_bytes)
         while True:
             done, unfit = 0, []
-            info, plans = plan_tensors(file.entries, settings, measured, size.packed_bytes)
+            info, plans = plan_tensors(entries, settings, measured, size.packed_bytes)
             inputs, uncalibrated = calibration.for_plans(info, plans) if calibration else ({}, [])
-            recorded = settings.as_dict() | (calibration.as_dict() if inputs or measured else {})
+            recorded = settings.as_dict() | (calibration.as_dict() if inputs or measured else {}) | dropped
             facts = Facts.of(info, recorded, Source(source_name(source), file.file_bytes, NO_SHA256, metadata))
             with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
                 for key, frames, raw, reason in ordered_map(work, jobs(), size=lambda job: len(job[1])):
@@ -239,6 +250,16 @@ def refuse_same(source: str | os.PathLike, target: str | os.PathLike) -> None:
         raise NFQError(f"{target} is the source itself; name another target")
 
 
+def _about_unet(file: SafetensorsFile, entries: dict[str, Entry]) -> list[str]:
+    """Warnings about the UNet of a file, of which `entries` are converted; CorruptFileError when it is incomplete."""
+    shapes = {key: entry.shape for key, entry in entries.items()}
+    info = detect(shapes)
+    lost = what_is_lost(info, shapes)
+    if lost:
+        raise CorruptFileError(f"{file.path} is incomplete: {lost}; fetch the file, or make the merge, again")
+    return misgivings(info, shapes)
+
+
 def _surprising(entries: dict[str, Entry]) -> list[str]:
     """Warnings about weights that one would expect to be quantised, and that are not."""
     eight_bit = [key for key, entry in entries.items() if entry.dtype.startswith("F8") and len(entry.shape) >= 2]
@@ -303,6 +324,11 @@ class _SourceHash:
         for piece in pieces:
             self._pool.submit(self._hash.update, piece).result()
             yield piece
+
+    def pass_over(self, pieces: Iterator[memoryview]) -> None:
+        """Take in pieces that nothing else is done with."""
+        for _ in self.over(pieces):
+            pass
 
     def hexdigest(self) -> str:
         """The digest of all that was taken in."""
