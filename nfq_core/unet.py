@@ -149,10 +149,10 @@ def nearest(info: UNetInfo, shapes: Mapping[str, Sequence[int]]) -> Likeness | N
         guidance = info.prefix + names.guidance_embedding
         if architecture.name != UNKNOWN and guidance in unet:
             wanted[guidance] = unet[guidance]
-        if architecture.added_width == 0:
+        added = info.prefix + _root(names.added_embedding) + "."
+        if architecture.added_width == 0 and not any(key.startswith(added) for key in unet):
             # Models of other families add nothing to the time embedding.
-            added = info.prefix + _root(names.added_embedding) + "."
-            wanted = {key: shape for key, shape in wanted.items() if key in unet or not key.startswith(added)}
+            wanted = {key: shape for key, shape in wanted.items() if not key.startswith(added)}
         found = Likeness(
             architecture.name,
             tuple(key for key in wanted if key not in unet),
