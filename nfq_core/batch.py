@@ -11,6 +11,7 @@ from enum import Enum
 from functools import partial
 from pathlib import Path
 
+from . import extras
 from .atomic import named_errors, remove_leftovers
 from .calibration import Calibration, recorded_settings
 from .container import NFQFile, source_name
@@ -80,6 +81,7 @@ def convert_folders(
     *,
     device: str | None = None,
     calibration: Calibration | None = None,
+    drop_extras: bool = False,
     any_kind: bool = False,
     overwrite: bool = False,
     rehash: bool = False,
@@ -96,7 +98,7 @@ def convert_folders(
     Args:
         folders: where to look, with all subfolders.
         out: where the containers go, see `library.target_for`.
-        settings: as `quantize_file`, and so `device` and `calibration`.
+        settings: as `quantize_file`, and so `device`, `calibration` and `drop_extras`.
         any_kind: whether files are converted that hold no UNet of the SDXL family: LoRAs, VAEs, anything.
         overwrite: whether an existing target that is not done may be replaced.
         rehash: whether SHA-256 decides always.
@@ -115,7 +117,7 @@ def convert_folders(
     if os.path.exists(out) and not os.path.isdir(out):
         raise NFQError(f"{out} is a file; name a folder for the results")
     rows = _plan(find_models(folders, out), out, settings, any_kind)
-    recorded = recorded_settings(settings, calibration)
+    recorded = recorded_settings(settings, calibration) | ({extras.SETTING: True} if drop_extras else {})
     waiting = [row for row in rows if row.result is Result.TO_CONVERT]
     done, total, stopped = 0, sum(row.original_bytes for row in waiting), ""
     if not dry_run:
@@ -217,11 +219,14 @@ def _difference(row: Row, recorded: dict, rehash: bool) -> str:
             facts = file.facts
     except (CorruptFileError, UnsupportedFileError):
         return "exists already and is no sound file of ours"
-    if facts.settings != recorded:
-        return "exists already, made with other settings"
-    if facts.source.bytes != row.original_bytes:
-        return "exists already, made from another file"
     with Original(row.source) as original:
+        drops = extras.SETTING in recorded
+        recorded = {name: value for name, value in recorded.items() if name != extras.SETTING}
+        recorded |= extras.recorded(drops, original.entries)
+        if facts.settings != recorded:
+            return "exists already, made with other settings"
+        if facts.source.bytes != row.original_bytes:
+            return "exists already, made from another file"
         sources = [file.path.stat() for file in original.files]
         # Renaming, copying and writing each set one of these two.
         touched = max(max(source.st_mtime_ns, source.st_ctime_ns) for source in sources)
@@ -250,6 +255,7 @@ def _convert(
             settings,
             device=device,
             calibration=calibration,
+            drop_extras=extras.SETTING in recorded,
             overwrite=overwrite,
             progress=progress,
         )

@@ -22,6 +22,9 @@ COMPANIONS = {
 }
 """What a whole checkpoint holds beside its UNet, and how the names of its tensors may begin."""
 
+MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+"""Tensors beside the UNet by which ComfyUI tells how a model predicts."""
+
 
 def unet_names(file: NFQFile) -> dict[str, str]:
     """The LDM name, without prefix, of every UNet tensor in a file.
@@ -59,7 +62,8 @@ def _recognised(file: NFQFile) -> tuple[UNetInfo, dict[str, tuple[int, ...]]]:
 
 def _unusable(file: NFQFile, missing: str) -> UnsupportedFileError:
     reason = missing or "its UNet is not of the SDXL family"
-    return UnsupportedFileError(f"{file.path} cannot be used: {reason}; quantise the original again")
+    advice = "fetch its original again and quantise that" if missing else "choose a model of that family"
+    return UnsupportedFileError(f"{file.path} cannot be used: {reason}; {advice}")
 
 
 def checkpoint_names(file: NFQFile) -> dict[str, str]:
@@ -72,7 +76,9 @@ def checkpoint_names(file: NFQFile) -> dict[str, str]:
     names = {key: CHECKPOINT_PREFIX + unet[key] if key in unet else key for key in file.keys()}  # noqa: SIM118
     twice = next((name for name, uses in Counter(names.values()).items() if uses > 1), None)
     if twice is not None:
-        raise UnsupportedFileError(f"{file.path} holds two tensors that a checkpoint calls {twice!r}; leave one out")
+        raise UnsupportedFileError(
+            f"{file.path} holds two tensors that a checkpoint calls {twice!r}; quantise its original with --drop-extras"
+        )
     return names
 
 

@@ -35,12 +35,15 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize-first-last", action="store_true", help="quantise a UNet's outermost convolutions too"
     )
+    parser.add_argument(
+        "--drop-extras", action="store_true", help="leave out what no loader uses: EMA weights, optimizer states, …"
+    )
     parser.add_argument("--calibration", metavar="F", help="what the model's layers are fed, see README")
     parser.add_argument("--device", metavar="D", help="where to quantise, such as cuda (default: cpu)")
 
 
 def conversion(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments `settings`, `device` and `calibration` of `convert.quantize_file` that the options stand for.
+    """Those arguments of `convert.quantize_file` that the options stand for, by name.
 
     Raises:
         NFQError: the device is not there, the calibration cannot be read, or formats are named beside a size.
@@ -64,7 +67,12 @@ def conversion(options: argparse.Namespace) -> dict[str, Any]:
     if options.device is not None:
         check_device(options.device, FIT_DTYPE)
     calibration = Calibration.load(options.calibration) if options.calibration else None
-    return {"settings": settings, "device": options.device, "calibration": calibration}
+    return {
+        "settings": settings,
+        "device": options.device,
+        "calibration": calibration,
+        "drop_extras": options.drop_extras,
+    }
 
 
 def _presets_in_words() -> str:

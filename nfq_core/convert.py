@@ -20,7 +20,8 @@ from .atomic import AtomicFile, is_same_file
 from .calibration import Calibration, measured_sensitivities
 from .codec import encode
 from .container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source, source_name
-from .errors import CannotQuantizeError, NFQError, UnsupportedFileError, printable
+from .errors import CannotQuantizeError, CorruptFileError, NFQError, UnsupportedFileError, printable
+from .extras import SETTING, sift
 from .memory import refuse_beyond_memory
 from .original import Original
 from .parallel import IN_FLIGHT_BYTES, Progress, no_progress, ordered_map, threads_for
@@ -29,6 +30,7 @@ from .quantizer import quantize
 from .safefile import (
     DTYPE_NAMES,
     TORCH_DTYPES,
+    Entry,
     SafetensorsFile,
     aligned_entries,
     header_bytes,
@@ -36,6 +38,8 @@ from .safefile import (
     tensor_from_bytes,
 )
 from .targets import PLAIN_SUFFIX, refuse_name
+from .unet import detect
+from .wholeness import misgivings, what_is_lost
 from .writer import ContainerWriter, Plan
 
 log = logging.getLogger("nfq")
@@ -57,6 +61,7 @@ def quantize_file(
     *,
     device: str | None = None,
     calibration: Calibration | None = None,
+    drop_extras: bool = False,
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> dict:
@@ -72,6 +77,8 @@ def quantize_file(
         device: where to quantise, such as "cuda"; by default the CPU.
         calibration: statistics of the layers' inputs; a weight that they do not cover is quantised without, with a
             warning naming it. Where one was used, the header records the name and hash of its file.
+        drop_extras: whether tensors that no loader uses are left out, see `extras.find_extras`; a warning names them
+            either way.
         overwrite: whether an existing target may be replaced.
         progress: see `Progress`.
 
@@ -79,8 +86,8 @@ def quantize_file(
         `file_bytes`, `original_bytes`, `quantized` and `kept` (counts), `warnings` and `seconds`.
 
     Raises:
-        NFQError: the source is unfit, the calibration belongs to another architecture, or the target cannot be written.
-            Nothing is then left behind.
+        NFQError: the source is unfit, its UNet is incomplete, the calibration belongs to another architecture, or the
+            target cannot be written. Nothing is then left behind.
     """
     started = perf_counter()
     with Original(source) as original, _SourceHash() as source_hash:
@@ -92,7 +99,10 @@ def quantize_file(
                 f"{original.path} was written by the article's code; `nfq import-article` converts it"
             )
         metadata, extra, warnings = split_metadata(original.metadata)
-        total = sum(entry.nbytes for entry in original.entries.values())
+        entries, about_extras = sift(original.entries, drop_extras)
+        warnings += about_extras + _about_unet(original, entries)
+        dropped = {SETTING: True} if len(entries) < len(original.entries) else {}
+        total = sum(entry.nbytes for entry in entries.values())
 
         def jobs() -> Iterator[tuple[str, bytearray]]:
             for file in original.files:
@@ -107,8 +117,7 @@ def quantize_file(
                         writer.write_kept(key, source_hash.over(file.read_chunks(key)))
                         report(key)
                     elif not source_hash.complete:
-                        for _ in source_hash.over(file.read_chunks(key)):
-                            pass
+                        source_hash.pass_over(file.read_chunks(key))
             source_hash.complete = True
 
         def work(job: tuple[str, bytearray]) -> tuple[str, list[bytes] | None, bytearray | memoryview, str]:
@@ -134,16 +143,15 @@ def quantize_file(
             done += original.entries[key].nbytes
             progress(done, total, key)
 
-        measured = measured_sensitivities(original.entries, settings, calibration)
+        measured = measured_sensitivities(entries, settings, calibration)
         size = SizeSearch(settings.target_bytes)
         while True:
             done, unfit = 0, []
-            info, plans = plan_tensors(original.entries, settings, measured, size.packed_bytes)
+            info, plans = plan_tensors(entries, settings, measured, size.packed_bytes)
             inputs, uncalibrated = calibration.for_plans(info, plans) if calibration else ({}, [])
-            recorded = settings.as_dict() | (calibration.as_dict() if inputs or measured else {})
-            facts = Facts.of(
-                info, recorded, Source(source_name(original.path), original.file_bytes, NO_SHA256, metadata)
-            )
+            recorded = settings.as_dict() | (calibration.as_dict() if inputs or measured else {}) | dropped
+            made_from = Source(source_name(original.path), original.file_bytes, NO_SHA256, metadata)
+            facts = Facts.of(info, recorded, made_from)
             with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
                 for key, frames, raw, reason in ordered_map(
                     work, jobs(), size=lambda job: len(job[1]), threads=threads_for(device)
@@ -258,6 +266,16 @@ def refuse_same(sources: Iterable[SafetensorsFile], target: str | os.PathLike) -
         raise NFQError(f"{target} is the source itself; name another target")
 
 
+def _about_unet(original: Original, entries: dict[str, Entry]) -> list[str]:
+    """Warnings about the UNet of a model, of which `entries` are converted; CorruptFileError when it is incomplete."""
+    shapes = {key: entry.shape for key, entry in entries.items()}
+    info = detect(shapes)
+    lost = what_is_lost(info, shapes)
+    if lost:
+        raise CorruptFileError(f"{original.path} is incomplete: {lost}; fetch the file, or make the merge, again")
+    return misgivings(info, shapes)
+
+
 def split_metadata(metadata: dict[str, str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """What becomes of a source's metadata.
 
@@ -316,6 +334,11 @@ class _SourceHash:
             if not self.complete:
                 self._pool.submit(self._hash.update, piece).result()
             yield piece
+
+    def pass_over(self, pieces: Iterator[memoryview]) -> None:
+        """Take in pieces that nothing else is done with."""
+        for _ in self.over(pieces):
+            pass
 
     def hexdigest(self) -> str:
         """The digest of all that was taken in."""

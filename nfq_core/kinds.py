@@ -12,7 +12,8 @@ from .container import FACTS_KEY
 from .original import Original
 from .policy import DEFAULTS, plan_tensors
 from .safefile import Entry
-from .unet import UNKNOWN, UNetInfo, what_is_missing
+from .unet import UNKNOWN, UNetInfo
+from .wholeness import HOST_WIDTHS, what_is_lost
 
 _TRAITS = {
     "ControlNet": r"^(control_model|controlnet)\.|controlnet_cond_embedding|input_hint_block|controlnet_down_blocks",
@@ -29,9 +30,6 @@ _TRAITS = {
     "embedding": r"^(emb_params|clip_[lgh])$",
 }
 """Names of tensors by which files are told that hold no UNet, as patterns; the first that is found counts."""
-
-_CONTEXT_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2"}
-"""Whose UNet reads text tokens of this width."""
 
 _TOKEN_WIDTHS = (768, 1024, 1280)
 """Widths of the tokens of SDXL's text encoders and its predecessors': an embedding is a few such rows and no more."""
@@ -59,6 +57,9 @@ def kind_of(file: Original) -> Kind:
     if is_article_file(file.entries):
         return Kind("the article's file", obstacle="`nfq import-article` converts it")
     info, plans = plan_tensors(file.entries, DEFAULTS)
+    lost = what_is_lost(info, {key: entry.shape for key, entry in file.entries.items()})
+    if lost:
+        return Kind(f"incomplete UNet ({lost})", obstacle="fetch it, or make the merge, again")
     name = _name(file.entries, info)
     if not any(plan.format for plan in plans.values()):
         return Kind(name, obstacle="there is nothing in it to quantise")
@@ -84,8 +85,5 @@ def _name(entries: Mapping[str, Entry], info: UNetInfo | None) -> str:
 
 def _foreign_unet(entries: Mapping[str, Entry], info: UNetInfo) -> str:
     """What a UNet is that SDXL's structure does not describe."""
-    missing = what_is_missing(info, {key: entry.shape for key, entry in entries.items()})
-    if missing:
-        return f"incomplete UNet ({missing})"
     width = next((entry.shape[-1] for key, entry in entries.items() if key.endswith("attn2.to_k.weight")), 0)
-    return f"{_CONTEXT_WIDTHS[width]} model" if width in _CONTEXT_WIDTHS else "UNet that is not of the SDXL family"
+    return f"{HOST_WIDTHS[width]} model" if width in HOST_WIDTHS else "UNet that is not of the SDXL family"

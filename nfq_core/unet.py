@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from typing import NamedTuple
@@ -99,19 +99,80 @@ def known_ldm_names(info: UNetInfo | None, keys: Iterable[str]) -> dict[str, str
 
 def what_is_missing(info: UNetInfo, shapes: Mapping[str, Sequence[int]]) -> str:
     """Says which tensors keep an unrecognised UNet from being a known model that it mostly is; else nothing."""
-    best = None
-    for known in KNOWN_ARCHITECTURES:
-        wanted = tensor_shapes(known, "diffusers" if info.layout == "diffusers" else "ldm")
-        unfit = [key for key, shape in wanted.items() if tuple(shapes.get(info.prefix + key, ())) != shape]
-        if best is None or len(unfit) < len(best[1]):
-            best = known, unfit, len(wanted)
-    known, unfit, count_wanted = best
-    if not unfit or 2 * len(unfit) > count_wanted:
+    found = nearest(info, shapes)
+    unfit = (*found.missing, *found.misshapen) if found and found.name != UNKNOWN else ()
+    if not unfit:
         return ""
-    first = info.prefix + unfit[0]
-    lacks = "has another shape" if first in shapes else "is missing"
+    lacks = "is missing" if found.missing else "has another shape"
     more = f", and {len(unfit) - 1:,} more" if len(unfit) > 1 else ""
-    return f"tensor {first!r} of {known.name}'s UNet {lacks}{more}"
+    return f"tensor {unfit[0]!r} of {found.name}'s UNet {lacks}{more}"
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How a file's UNet differs from the architecture that it is most like; keys are those of the file.
+
+    Args:
+        name: the architecture's; `UNKNOWN` for one that is read off the UNet's own names.
+        missing: keys that the architecture has and the file lacks, in forward order.
+        misshapen: keys of another shape.
+        unexpected: keys that the architecture does not have.
+    """
+
+    name: str
+    missing: tuple[str, ...]
+    misshapen: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    @property
+    def differences(self) -> int:
+        """How many keys differ."""
+        return len(self.missing) + len(self.misshapen) + len(self.unexpected)
+
+
+def nearest(info: UNetInfo, shapes: Mapping[str, Sequence[int]]) -> Likeness | None:
+    """The architecture that a UNet is most like: a known one, or that which its own names describe.
+
+    Returns:
+        The differences; None where no architecture has at least twice as many tensors as there are differences.
+    """
+    unet = {key: tuple(shape) for key, shape in shapes.items() if is_unet_key(info, key)}
+    names = _names(info)
+    layout: Layout = "diffusers" if info.layout == "diffusers" else "ldm"
+    candidates = list(KNOWN_ARCHITECTURES)
+    own = _read({key[len(info.prefix) :]: shape for key, shape in unet.items()}, names)
+    if own is not None:
+        candidates.append(own)
+    best = None
+    for architecture in candidates:
+        wanted = {info.prefix + key: shape for key, shape in tensor_shapes(architecture, layout).items()}
+        guidance = info.prefix + names.guidance_embedding
+        if architecture.name != UNKNOWN and guidance in unet:
+            wanted[guidance] = unet[guidance]
+        added = info.prefix + _root(names.added_embedding) + "."
+        if architecture.added_width == 0 and not any(key.startswith(added) for key in unet):
+            # Models of other families add nothing to the time embedding.
+            wanted = {key: shape for key, shape in wanted.items() if not key.startswith(added)}
+        found = Likeness(
+            architecture.name,
+            tuple(key for key in wanted if key not in unet),
+            tuple(key for key, shape in wanted.items() if key in unet and unet[key] != shape),
+            tuple(key for key in unet if key not in wanted),
+        )
+        fits = 2 * found.differences <= len(wanted)
+        if fits and (best is None or found.differences < best.differences):
+            best = found
+    return best
+
+
+def other_unets(info: UNetInfo, shapes: Mapping[str, Sequence[int]]) -> list[UNetInfo]:
+    """The UNets beside the one that `info` describes, such as averages, teachers or a refiner, unexamined."""
+    return [
+        UNetInfo(names.layout, prefix, None)
+        for names in (_LDM, _DIFFUSERS)
+        for prefix in _prefixes(shapes, names)
+        if (prefix, names) != (info.prefix, _names(info))
+    ]
 
 
 class _Names(NamedTuple):
@@ -170,35 +231,53 @@ def _names(info: UNetInfo) -> _Names:
 
 
 def _find_prefix(shapes: Mapping[str, Sequence[int]], names: _Names) -> str | None:
+    return next(_prefixes(shapes, names), None)
+
+
+def _prefixes(shapes: Mapping[str, Sequence[int]], names: _Names) -> Iterator[str]:
+    """What precedes the keys of each UNet in one layout, the checkpoint's own first."""
     needed = ((names.first_convolution, 4), (names.last_convolution, 4), (names.time_embedding, 2))
     candidates = {key.removesuffix(names.first_convolution) for key in shapes if key.endswith(names.first_convolution)}
     for prefix in sorted(candidates, key=lambda prefix: (prefix != CHECKPOINT_PREFIX, len(prefix), prefix)):
         if prefix and not prefix.endswith("."):
             continue
         if all(len(shapes.get(prefix + name, ())) == dimensions for name, dimensions in needed):
-            return prefix
-    return None
+            yield prefix
 
 
 def _infer(unet: Mapping[str, Shape], names: _Names) -> UNetArchitecture | None:
     """The architecture whose tensors are exactly `unet`: read off the names, then checked on every shape."""
+    inferred = _read(unet, names)
+    if inferred is None or tensor_shapes(inferred, names.layout) != unet:
+        return None
+    plain = replace(inferred, guidance_width=0)
+    name = next((known.name for known in KNOWN_ARCHITECTURES if replace(known, name=UNKNOWN) == plain), UNKNOWN)
+    return replace(inferred, name=name)
+
+
+def _read(unet: Mapping[str, Shape], names: _Names) -> UNetArchitecture | None:
+    """The architecture that a UNet's names describe, called `UNKNOWN`; nothing is checked."""
+    modules = {key[:i] for key in unet for i, letter in enumerate(key) if letter == "."}
 
     def size(key: str, axis: int) -> int:
         shape = unet.get(key, ())
         return shape[axis] if axis < len(shape) else 0
 
-    def depth(attention: str) -> int:
-        layers = (f"{attention}.transformer_blocks.{i}.norm1.weight" for i in count())
-        return sum(1 for _ in takewhile(unet.__contains__, layers))
+    def width(convolution: str) -> int:
+        return size(convolution, 0) or size(convolution.removesuffix("weight") + "bias", 0)
 
-    down, middle, up = _diffusers_blocks(unet) if names is _DIFFUSERS else _ldm_blocks(unet)
+    def depth(attention: str) -> int:
+        layers = (f"{attention}.transformer_blocks.{i}" for i in count())
+        return sum(1 for _ in takewhile(modules.__contains__, layers))
+
+    down, middle, up = _diffusers_blocks(modules) if names is _DIFFUSERS else _ldm_blocks(modules)
     has_a_block_per_skip = sum(map(len, up)) == sum(map(len, down)) + len(down)
     if not (down and len(up) == len(down) and all((*down, *up)) and has_a_block_per_skip):
         return None
     cross_attention = next((key for key in unet if key.endswith(".attn2.to_k.weight")), "")
-    inferred = UNetArchitecture(
+    return UNetArchitecture(
         name=UNKNOWN,
-        channels=tuple(size(level[0].convolution, 0) for level in down),
+        channels=tuple(width(level[0].convolution) for level in down),
         down_depths=tuple(tuple(depth(block.attention) for block in level) for level in down),
         middle_depth=depth(middle.attention) if middle else None,
         up_depths=tuple(tuple(depth(block.attention) for block in level) for level in up),
@@ -208,11 +287,6 @@ def _infer(unet: Mapping[str, Shape], names: _Names) -> UNetArchitecture | None:
         out_channels=size(names.last_convolution, 0),
         guidance_width=size(names.guidance_embedding, 1),
     )
-    if tensor_shapes(inferred, names.layout) != unet:
-        return None
-    plain = replace(inferred, guidance_width=0)
-    name = next((known.name for known in KNOWN_ARCHITECTURES if replace(known, name=UNKNOWN) == plain), UNKNOWN)
-    return replace(inferred, name=name)
 
 
 class _Block(NamedTuple):
@@ -226,23 +300,26 @@ _Blocks = tuple[list[list[_Block]], _Block | None, list[list[_Block]]]
 """The blocks of every level on the way down, the middle's first one, those on the way up."""
 
 
-def _diffusers_blocks(unet: Mapping[str, Shape]) -> _Blocks:
+def _diffusers_blocks(modules: Set[str]) -> _Blocks:
     def block(part: str, j: int) -> _Block:
         return _Block(f"{part}.resnets.{j}.conv1.weight", f"{part}.attentions.{j}")
 
     def present(part: str) -> list[_Block]:
-        return list(takewhile(lambda block: block.convolution in unet, (block(part, j) for j in count())))
+        return [block(part, j) for j in takewhile(lambda j: f"{part}.resnets.{j}" in modules, count())]
 
     def levels(side: str) -> list[list[_Block]]:
         return list(takewhile(bool, (present(f"{side}.{level}") for level in count())))
 
-    middle = block("mid_block", 0)
-    return levels("down_blocks"), middle if middle.convolution in unet else None, levels("up_blocks")
+    middle = block("mid_block", 0) if "mid_block.resnets.0" in modules else None
+    return levels("down_blocks"), middle, levels("up_blocks")
 
 
-def _ldm_blocks(unet: Mapping[str, Shape]) -> _Blocks:
+def _ldm_blocks(modules: Set[str]) -> _Blocks:
     def block(part: str) -> _Block:
         return _Block(f"{part}.0.in_layers.2.weight", f"{part}.1")
+
+    def is_block(part: str) -> bool:
+        return f"{part}.0.in_layers" in modules or f"{part}.0.out_layers" in modules
 
     def levels(side: str, start: int) -> list[list[_Block]]:
         """One list of blocks per level; every resampling begins a new level."""
@@ -250,19 +327,14 @@ def _ldm_blocks(unet: Mapping[str, Shape]) -> _Blocks:
         n = start
         while True:
             part = f"{side}.{n}"
-            is_block = block(part).convolution in unet
-            resamples = any(f"{part}.{name}.weight" in unet for name in ("0.op", "1.conv", "2.conv"))
-            if not (is_block or resamples):
+            resamples = any(f"{part}.{name}" in modules for name in ("0.op", "1.conv", "2.conv"))
+            if not (is_block(part) or resamples):
                 return found
-            if is_block:
+            if is_block(part):
                 found[-1].append(block(part))
             if resamples:
                 found.append([])
             n += 1
 
-    middle = block("middle_block")
-    return (
-        levels("input_blocks", 1),
-        middle if middle.convolution in unet else None,
-        levels("output_blocks", 0),
-    )
+    middle = block("middle_block") if is_block("middle_block") else None
+    return levels("input_blocks", 1), middle, levels("output_blocks", 0)

@@ -13,6 +13,9 @@ from ..nfq_core.convert import quantize_file
 from ..nfq_core.parallel import seconds_left, share
 from .loading import SUFFIX
 
+DROP_EXTRAS = "Leave out extras"
+"""The label of the check box."""
+
 SECONDS = 0.5
 """Time between two lines of progress."""
 
@@ -50,7 +53,9 @@ class Making:
         """End the work at the next tensor; nothing is left behind."""
         self._stop.set()
 
-    def run(self, source: str, target: str, settings: Settings, overwrite: bool = False) -> Iterator[str]:
+    def run(
+        self, source: str, target: str, settings: Settings, overwrite: bool = False, drop_extras: bool = False
+    ) -> Iterator[str]:
         """Quantise a file, yielding lines to be shown one after another; the last one says how it ended.
 
         Args:
@@ -58,6 +63,7 @@ class Making:
             target: the file to write; folders on the way are made. It appears whole or not at all.
             settings: levels and effort.
             overwrite: whether an existing target may be replaced.
+            drop_extras: whether tensors that no loader uses are left out.
 
         Raises:
             NFQError: the source is unfit, the target exists or cannot be written, or another file is in work.
@@ -66,11 +72,11 @@ class Making:
             raise NFQError("another checkpoint is being quantised; wait for it, or stop it")
         try:
             self._stop.clear()
-            yield from self._run(source, target, settings, overwrite)
+            yield from self._run(source, target, settings, {"overwrite": overwrite, "drop_extras": drop_extras})
         finally:
             self._busy.release()
 
-    def _run(self, source: str, target: str, settings: Settings, overwrite: bool) -> Iterator[str]:
+    def _run(self, source: str, target: str, settings: Settings, options: dict[str, bool]) -> Iterator[str]:
         line, outcome, started = "reading", [], time.monotonic()
 
         def progress(done: int, total: int, name: str) -> None:
@@ -83,7 +89,7 @@ class Making:
         def work() -> None:
             try:
                 os.makedirs(os.path.dirname(target), exist_ok=True)
-                outcome.append(quantize_file(source, target, settings, overwrite=overwrite, progress=progress))
+                outcome.append(quantize_file(source, target, settings, **options, progress=progress))
             except BaseException as error:
                 outcome.append(error)
 
@@ -100,6 +106,11 @@ class Making:
         yield _told(outcome[0], target)
 
 
+def _for_page(warning: str) -> str:
+    """A warning of the core, which names an option of the command, for the page, which has a check box."""
+    return warning.replace("`--drop-extras` leaves them out", f"tick {DROP_EXTRAS!r} to leave them out")
+
+
 def _told(outcome: dict | BaseException, target: str) -> str:
     """How the work ended, in words; what a user cannot have caused is raised."""
     if isinstance(outcome, _Stopped):
@@ -111,5 +122,8 @@ def _told(outcome: dict | BaseException, target: str) -> str:
     if isinstance(outcome, BaseException):
         raise outcome
     before, after = outcome["original_bytes"] / 1e9, outcome["file_bytes"] / 1e9
-    lines = [f"{target}: {before:.2f} GB → {after:.2f} GB in {outcome['seconds']:.0f} s", *outcome["warnings"]]
+    lines = [
+        f"{target}: {before:.2f} GB → {after:.2f} GB in {outcome['seconds']:.0f} s",
+        *map(_for_page, outcome["warnings"]),
+    ]
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from ..nfq_core.examine import file_info, info_lines
 from ..nfq_core.formats import LEVELS
 from ..nfq_core.policy import DEFAULTS
 from .loading import KEEP_PACKED, is_ours
-from .making import Making, default_name, target_path
+from .making import DROP_EXTRAS, Making, default_name, target_path
 
 SECTION = ("nfq", "NFQ")
 
@@ -83,12 +83,15 @@ def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
         chosen = current()
         return gr.update(choices=titles(), value=chosen), show(chosen)
 
-    def lines(title: str, levels: int, conv_levels: int, effort: str, name: str, overwrite: bool) -> Iterator[str]:
+    def lines(
+        title: str, levels: int, conv_levels: int, effort: str, name: str, overwrite: bool, drop_extras: bool
+    ) -> Iterator[str]:
         try:
             source = path_of(title)
             folder = shared.cmd_opts.ckpt_dir or sd_models.model_path
             target = target_path(folder, name or default_name(source, int(levels)))
-            yield from making.run(source, target, Settings(int(levels), int(conv_levels), effort), overwrite)
+            settings = Settings(int(levels), int(conv_levels), effort)
+            yield from making.run(source, target, settings, overwrite, drop_extras)
             sd_models.list_models()
         except NFQError as error:
             yield f"Error: {error}"
@@ -108,6 +111,9 @@ def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
         with gr.Row():
             name = gr.Textbox(label="Name of the new checkpoint", placeholder="empty: the old name with -NF and levels")
             overwrite = gr.Checkbox(False, label="Overwrite")
+            drop_extras = gr.Checkbox(
+                False, label=DROP_EXTRAS, info="EMA weights, optimizer states and whatever else no loader uses"
+            )
         with gr.Row():
             start = gr.Button("Quantise", variant="primary", elem_id="nfq_quantise")
             stop = gr.Button("Stop", elem_id="nfq_stop")
@@ -117,6 +123,6 @@ def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
         again.click(refresh, [], [chosen, about], queue=False)
         # Without the program's queue a page can be told the end only.
         told = last_line if shared.cmd_opts.no_gradio_queue else lines
-        start.click(told, [chosen, levels, conv_levels, effort, name, overwrite], [status])
+        start.click(told, [chosen, levels, conv_levels, effort, name, overwrite, drop_extras], [status])
         stop.click(making.stop, [], [], queue=False)
     return tab

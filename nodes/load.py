@@ -15,7 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..nfq_core import NFQError, NFQFile, NFTensor, UnsupportedFileError
-from ..nfq_core.checkpoint import unet_names
+from ..nfq_core.checkpoint import MARKERS, unet_names
 from ..nfq_core.memory import choose, needed_bytes
 from ..nfq_core.state import StateDict, load_tensors
 from ..nfq_core.unet_keys import CHECKPOINT_PREFIX
@@ -24,9 +24,6 @@ from .ops import NFOps, wrap
 from .patcher import adopt
 
 log = logging.getLogger("nfq")
-
-MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
-"""Tensors beside the UNet by which the host tells how a model predicts."""
 
 
 def load_unet(
@@ -154,12 +151,19 @@ def build_model(tensors: StateDict, file: NFQFile, mode: str, disable_dynamic: b
         if "size mismatch" not in str(error):
             raise
         mismatch = str(error).partition("size mismatch")[2].partition("\n")[0]
-        raise UnsupportedFileError(f"{file.path} has a tensor of a wrong shape{mismatch} Quantise it again") from None
+        raise UnsupportedFileError(
+            f"{file.path} has a tensor of a wrong shape{mismatch} Its original has the same; choose another model"
+        ) from None
     if patcher is None:
-        raise UnsupportedFileError(f"{file.path}: this ComfyUI does not know its architecture; update ComfyUI")
+        raise UnsupportedFileError(
+            f"{file.path}: this ComfyUI does not know its architecture; choose another model, unless a newer ComfyUI "
+            "knows it"
+        )
     missing = sorted(patcher.model.diffusion_model.state_dict().keys() - tensors.keys())
     if missing:
-        raise UnsupportedFileError(f"{file.path} lacks tensor {missing[0]!r}; quantise the original again")
+        raise UnsupportedFileError(
+            f"{file.path} lacks tensor {missing[0]!r}; fetch its original again and quantise that"
+        )
     if mode == "packed":
         adopt(patcher)
     patcher.set_attachments(MADE, Made(file.facts.settings, file.facts.source, os.path.basename(file.path)))

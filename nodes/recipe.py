@@ -15,7 +15,7 @@ from typing import Any
 
 import folder_paths
 
-from ..nfq_core import NFQFile
+from ..nfq_core import NFQFile, extras
 from ..nfq_core.allocation import PRESETS
 from ..nfq_core.container import BAKED, IMPORTED, Source
 from ..nfq_core.errors import printable
@@ -28,7 +28,7 @@ _NODE_INPUTS = ("levels", "conv_levels", "effort", "quantize_first_last", "calib
 """Settings that are inputs of NFQuantizeUNet, under the same name."""
 
 _OPTIONS = {
-    **{name: name.replace("_", "-") for name in (*_NODE_INPUTS, "format", "conv_format", "target_bpw")},
+    **{name: name.replace("_", "-") for name in (*_NODE_INPUTS, "format", "conv_format", "target_bpw", extras.SETTING)},
     "target_bytes": "target-size",
 }
 """The options of `nfq quantize` by the settings that they stand for. Others may be a stranger's words for a shell."""

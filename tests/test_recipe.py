@@ -133,3 +133,9 @@ def test_names_of_files_that_are_there(recipe: ModuleType, tmp_path: Path) -> No
         assert recipe.missing_file(UNETS, name, "") == ""
     for name in ("x.safetensors", 5, ["x"]):
         assert "which the stock loader takes" in recipe.missing_file(UNETS, name, told())
+
+
+def test_extras_that_were_left_out_are_left_out_again(recipe: ModuleType) -> None:
+    settings = {"levels": 12, "drop_extras": True}
+    assert recipe.command_options(settings) == "--levels 12 --drop-extras"
+    assert recipe.node_inputs(settings) == {"levels": 12}

@@ -237,3 +237,15 @@ def test_empty_tensors_do_not_disturb_the_progress(making, tmp_path: Path, monke
     assert list(making.Making().run(str(source), str(target), making.Settings()))[-1].startswith(f"{target}: ")
     assert {name for done, name in seen if not done} == marks.keys()
     assert load(target).keys() == marks.keys() | weights.keys()
+
+
+def test_extras_are_named_and_left_out_by_the_check_box(making, tmp_path: Path) -> None:
+    shapes = tensor_shapes(TINY, "prefixed")
+    tensors = {name: random_half(*shape, seed=n) / 16 for n, (name, shape) in enumerate(shapes.items())}
+    save_file(tensors | COMPANIONS | {"model_ema.x": random_half(256, 256)}, tmp_path / "a.safetensors")
+    for drop, told in ((False, f"; tick {making.DROP_EXTRAS!r} to leave them out"), (True, "is left out: EMA weights")):
+        target = str(tmp_path / f"{drop}.nfq.safetensors")
+        lines = making.Making().run(str(tmp_path / "a.safetensors"), target, making.Settings(), drop_extras=drop)
+        last = list(lines)[-1]
+        assert told in last and "--drop-extras" not in last
+        assert ("model_ema.x" in load(target)) is not drop

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from time import perf_counter
@@ -35,6 +38,21 @@ from .model import (
 from .shapes import CAPTIONS
 
 SEED = 0
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """The demo model is known to be too small for ComfyUI; nobody needs to be warned of that five times."""
+    log = logging.getLogger("nfq")
+
+    def refuse(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.WARNING
+
+    log.addFilter(refuse)
+    try:
+        yield
+    finally:
+        log.removeFilter(refuse)
 
 
 def run_demo(folder: str | Path, *, overwrite: bool = False, progress: Progress = no_progress) -> dict:
@@ -72,7 +90,8 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: Progress 
     rows = []
     for count, levels in enumerate(LEVELS, 2):
         target = folder / f"demo-nf{levels}{SUFFIX}"
-        quantize_file(original, target, Settings(levels), overwrite=overwrite)
+        with _without_warnings():
+            quantize_file(original, target, Settings(levels), overwrite=overwrite)
         pictures = _draw(build_pipeline(dense(load(target))))
         psnr = psnr_db(torch.from_numpy(reference), torch.from_numpy(pictures), 255)
         info = file_info(target)

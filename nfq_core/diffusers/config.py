@@ -10,6 +10,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from ..allocation import PRESETS
 from ..calibration import Calibration
+from ..extras import SETTING
 from ..policy import Settings
 from .quantizer import NFQQuantizer
 
@@ -76,7 +77,8 @@ class NFQConfig(QuantizationConfigMixin):
         is refused when it is to be done.
         """
         try:
-            config = cls(**config_dict)
+            # A model that diffusers builds has no extras.
+            config = cls(**{name: value for name, value in config_dict.items() if name != SETTING})
         except (TypeError, ValueError) as error:
             config = cls()
             config._refusal = str(error).removeprefix("NFQConfig.__init__() ")
