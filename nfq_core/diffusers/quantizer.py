@@ -13,7 +13,6 @@ from diffusers.utils import is_accelerate_available
 from torch import nn
 
 from ..calibration import measured_sensitivities
-from ..checkpoint import diffusers_unet_names
 from ..container import PREFIX, Facts, NFQFile
 from ..errors import CannotQuantizeError, NFQError, UnsupportedFileError, missing_package
 from ..layers import PACKED_KINDS, pack_layers
@@ -22,7 +21,7 @@ from ..quantizer import quantize
 from ..safefile import Entry
 from ..state import load_tensors
 from ..tensor import QUANTIZABLE_DTYPES, NFTensor
-from .model import become_packed, become_stock, check_fits
+from .model import become_packed, become_stock, check_fits, names_in_model
 
 if TYPE_CHECKING:
     from .config import NFQConfig
@@ -46,6 +45,7 @@ class NFQQuantizer(DiffusersQuantizer):
         """What a container of this model says about it."""
         self._file: NFQFile | None = None
         self._names: dict[str, str] = {}
+        self._loaded_keys: list[str] = []
         self._packed: dict[str, NFTensor] = {}
         self._formats: dict[str, str] = {}
         self._statistics: dict[str, dict[str, Any]] = {}
@@ -77,9 +77,10 @@ class NFQQuantizer(DiffusersQuantizer):
             folder = os.path.dirname(checkpoint_files[0])
             raise NFQError(f"{folder}: its weights are in several files; a quantised model has one")
         self._file = NFQFile(checkpoint_files[0])
-        self._names = diffusers_unet_names(self._file)
         self.facts = self._file.facts
-        return list(self._names.values())
+        # The model that says what these tensors are called is shown to `_process_model_before_weight_loading` first.
+        self._loaded_keys = []
+        return self._loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors of the weights file by their names in the model, packed ones as their buffers."""
@@ -135,10 +136,12 @@ class NFQQuantizer(DiffusersQuantizer):
         if self._file is not None:
             shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
             try:
+                self._names = names_in_model(self._file, shapes)
                 check_fits(self._file, self._names, shapes, "config.json")
             except BaseException:
                 self._file.close()
                 raise
+            self._loaded_keys += self._names.values()
             return model
         # A single file is converted by diffusers, which then takes it for quantised where nothing tells otherwise.
         if self.pre_quantized and "state_dict" not in kwargs:
