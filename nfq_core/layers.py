@@ -7,7 +7,7 @@ apart; all but the last are of size 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -21,6 +21,11 @@ from .low_rank import LowRank
 from .op import dequantize, dequantize_for_one_use
 from .tensor import NFTensor
 
+CANNOT_TRAIN = "packed weights cannot be trained; train a LoRA beside them, or dequantize the model first"
+CANNOT_SCRIPT = (
+    "torch.jit cannot record packed layers; use torch.export or torch.compile, or dequantize the model first"
+)
+
 
 class PackedLayer:
     """What both kinds of layers share: a packed weight, and low-rank changes that are added to what is dequantised.
@@ -28,13 +33,49 @@ class PackedLayer:
     The changes are part of no state dict.
     """
 
-    def _hold(self, tensor: NFTensor, bias: nn.Parameter | None) -> None:
+    def _hold(self, tensor: NFTensor, layer: nn.Linear | nn.Conv2d) -> None:
+        self.compute_dtype = tensor.dtype if layer.weight.is_meta else layer.weight.dtype
+        """What the layer computes in, as far as it is known; PEFT gives its factors this dtype."""
         self.format_id = tensor.format.id
         self.weight_shape = tuple(tensor.shape)
         self.weight_dtype = tensor.dtype
         data = tensor.data.view(*[1] * (len(tensor.shape) - 1), -1)
         self.weight = nn.Parameter(data, requires_grad=False)
-        self.bias = bias
+        self.bias = layer.bias
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """See torch: casts change what the layer computes in, and leave the packed weight's bytes as they are."""
+
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            if tensor.dtype == torch.uint8 and result.dtype != torch.uint8:
+                return tensor.to(result.device)
+            return result
+
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        return super()._apply(apply, recurse)
+
+    def requires_grad_(self, requires_grad: bool = True) -> nn.Module:
+        """See torch.
+
+        Raises:
+            NFQError: the packed weight would be trained.
+        """
+        if requires_grad:
+            raise NFQError(CANNOT_TRAIN)
+        return super().requires_grad_(False)
+
+    @property
+    def W_q(self) -> nn.Parameter:
+        """The packed weight, by the name at which PEFT recognises that it has to call `dequantize` (as for HQQ)."""
+        return self.weight
+
+    def dequantize(self) -> torch.Tensor:
+        """NFQError: PEFT calls it for adapters that need the dense weight at each step, such as DoRA."""
+        raise NFQError("DoRA needs the dense weights, and these are packed; dequantize the model first, or use a LoRA")
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NFQError(CANNOT_SCRIPT)
 
     @property
     def buffer(self) -> torch.Tensor:
@@ -73,7 +114,16 @@ class PackedLayer:
 
     def _weight_now(self, dtype: torch.dtype) -> torch.Tensor:
         """`dense_weight`, which need not last beyond this layer's forward."""
-        return self._changed(dequantize_for_one_use(self.buffer, self.format_id, self.weight_shape, dtype))
+        change = self.low_rank
+        if change is not None and change.up.dtype != dtype and _is_autocast(change.up.device.type):
+            # The sum is cast as a stock layer's weight would be.
+            dtype = change.up.dtype
+        return self._changed(self._dequantized(dtype))
+
+    def _dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        if torch.jit.is_tracing():
+            raise NFQError(CANNOT_SCRIPT)
+        return dequantize_for_one_use(self.buffer, self.format_id, self.weight_shape, dtype)
 
     def _changed(self, weight: torch.Tensor) -> torch.Tensor:
         change = self._low_rank_for(weight)
@@ -82,7 +132,9 @@ class PackedLayer:
     def _low_rank_for(self, tensor: torch.Tensor) -> LowRank | None:
         """`low_rank`; NFQError where it cannot be computed with `tensor`."""
         change = self.low_rank
-        if change is not None and (change.up.dtype != tensor.dtype or change.up.device != tensor.device):
+        if change is None or (change.up.dtype == tensor.dtype and change.up.device == tensor.device):
+            return change
+        if change.up.device != tensor.device or not _is_autocast(tensor.device.type):
             raise NFQError(
                 f"the low-rank change is {change.up.dtype} on {change.up.device}, the layer computes in "
                 f"{tensor.dtype} on {tensor.device}; make it anew for these"
@@ -102,13 +154,13 @@ class PackedLinear(PackedLayer, nn.Linear):
 
     def __init__(self, layer: nn.Linear, tensor: NFTensor) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
-        self._hold(tensor, layer.bias)
+        self._hold(tensor, layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The product with the weight dequantised to the dtype of `x`, or in int8, where changes are not rounded."""
         if not self.int8 or unfit(x, self.out_features):
             return nn.functional.linear(x, self._weight_now(x.dtype), self.bias)
-        weight = dequantize_for_one_use(self.buffer, self.format_id, self.weight_shape, torch.float32)
+        weight = self._dequantized(torch.float32)
         result, change = int8_linear(x, weight, self.bias), self._low_rank_for(x)
         return result if change is None else result.add_(change.product(x))
 
@@ -136,7 +188,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
 
     def __init__(self, layer: nn.Conv2d, tensor: NFTensor) -> None:
         super().__init__(**_settings(layer))
-        self._hold(tensor, layer.bias)
+        self._hold(tensor, layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The convolution with the weight dequantised to the dtype of `x`."""
@@ -149,6 +201,13 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
 
 PACKED_KINDS = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
 """Which layer takes the place of which."""
+
+
+def _is_autocast(device_type: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except TypeError:  # before torch 2.4
+        return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
 
 
 def _settings(layer: nn.Conv2d) -> dict:

@@ -41,16 +41,17 @@ _FORMATS = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "int8_tensorwise")
 _EIGHT_BIT = ("F8_E4M3", "F8_E5M2", "I8")
 _SCALE_DTYPES = ("F32", "F16", "BF16", "F64")
 
-_WAY_OUT = "quantise the model's fp16 or bf16 file instead"
+WAY_OUT = "quantise the model's fp16 or bf16 file instead"
 
 _OTHER_FORMS = {
-    "bitsandbytes": r"\.weight\.(quant_state\.bitsandbytes__\w+|absmax|quant_map|nested_absmax)$|\.SCB$",
+    "bitsandbytes": r"\.weight\.(quant_state\..+|absmax|quant_map|nested_absmax)$|\.SCB$",
     "NVFP4": r"\.weight_scale_2$",
     "asym_w4a8_int8": r"\.weight_s_rel$",
-    "SVDQuant (Nunchaku)": r"\.(qweight|wscales|wtscale)$",
-    "GPTQ or AWQ": r"\.(qzeros|g_idx)$",
+    "SVDQuant (Nunchaku)": r"\.(wscales|wtscale)$",
+    "GPTQ or AWQ": r"\.(qweight|qzeros|g_idx)$",
     "SDNQ": r"\.(zero_point|svd_up|svd_down)$",
-    "optimum-quanto": r"\.weight\._(data|scale)$",
+    "optimum-quanto": r"\.weight\._(data|scale)$|\.weight_qtype$",
+    "NVIDIA ModelOpt": r"_quantizer\._(amax|scale)$",
     "fp8 in blocks": r"\.weight_scale_inv$",
     "a format with scaled inputs": r"\.pre_quant_scale$",
 }
@@ -119,9 +120,9 @@ def find_prequantized(
     Raises:
         AlreadyQuantizedError: weights are quantised in a form that is not undone, or a scale does not fit its weight.
     """
-    _refuse_other_forms(entries, metadata, where)
+    _refuse_other_forms(entries, where)
     configs = _configs(entries, metadata, read, where)
-    weights, consumed = {}, {key for key in entries if key == _MARKER or key.endswith("." + _MARKER)}
+    weights, consumed = {}, set(filter(_is_marker, entries))
     consumed |= {key for key in entries if key.endswith((_CONFIG, *_ACTIVATION_SCALES)) and _layer(key) in entries}
     for suffix in _SCALES:
         for key in (key for key in entries if key.endswith(suffix)):
@@ -175,16 +176,39 @@ def _scale_keys(weight: str) -> Iterable[str]:
 
 
 def _refusal(where: str, key: str, how: str) -> AlreadyQuantizedError:
-    return AlreadyQuantizedError(f"{where}: tensor {key!r} is quantised already {how}; {_WAY_OUT}")
+    return AlreadyQuantizedError(f"{where}: tensor {key!r} is quantised already {how}; {WAY_OUT}")
 
 
-def _refuse_other_forms(entries: Mapping[str, Entry], metadata: Mapping[str, str], where: str) -> None:
-    for name, trait in _OTHER_FORMS.items():
-        pattern = re.compile(trait)
-        found = next((key for key in entries if pattern.search(key)), None)
-        # ComfyUI's own 4-bit formats are named by their descriptions, more exactly.
-        if found is not None and found.rpartition(".")[0] + _CONFIG not in entries:
-            raise _refusal(where, found, f"by {name}")
+def other_form(names: Iterable[str]) -> tuple[str, str] | None:
+    """The program or format that made weights which are not undone here, and the name that tells; None: there are none.
+
+    Args:
+        names: of all tensors of a source.
+    """
+    names = list(names)
+    for form, trait in _OTHER_FORMS.items():
+        found = next((name for name in names if re.search(trait, name)), None)
+        if found is not None:
+            return form, found
+    return None
+
+
+def scale_name(names: Iterable[str]) -> str | None:
+    """The first name of a scale, marker or description of weights that are undone here; None: there is none."""
+    endings = (*_SCALES, *_ACTIVATION_SCALES, _CONFIG)
+    return next((name for name in names if name.endswith(endings) or _is_marker(name)), None)
+
+
+def _is_marker(name: str) -> bool:
+    return name == _MARKER or name.endswith("." + _MARKER)
+
+
+def _refuse_other_forms(entries: Mapping[str, Entry], where: str) -> None:
+    # ComfyUI's own 4-bit formats are named by their descriptions, more exactly.
+    described = {key.removesuffix(_CONFIG) for key in entries if key.endswith(_CONFIG)}
+    found = other_form(key for key in entries if key.rpartition(".")[0] not in described)
+    if found:
+        raise _refusal(where, found[1], f"by {found[0]}")
     for key, entry in entries.items():
         scale = entries.get(key.removesuffix(".weight") + ".scale")
         if key.endswith(".weight") and entry.dtype in (*_EIGHT_BIT, "U8") and scale is not None:
@@ -237,7 +261,7 @@ def _scale(
     entry, shape = entries[key], entries[weight].shape
     stored = f"{entry.dtype} {list(entry.shape)}"
     misfit = AlreadyQuantizedError(
-        f"{where}: scale {key!r} ({stored}) does not fit its weight {list(shape)}; {_WAY_OUT}"
+        f"{where}: scale {key!r} ({stored}) does not fit its weight {list(shape)}; {WAY_OUT}"
     )
     if entries[weight].dtype not in (*_EIGHT_BIT, *_SCALE_DTYPES):
         raise _refusal(where, weight, f"as {entries[weight].dtype} with a scale")
@@ -281,6 +305,6 @@ def _rotation(entry: Entry, weight: str, config: Mapping[str, Any], where: str) 
     is_power_of_four = isinstance(size, int) and size in (4**n for n in range(1, 8))
     if not is_power_of_four or len(entry.shape) != 2 or entry.shape[1] % size:
         raise AlreadyQuantizedError(
-            f"{where}: tensor {weight!r} {list(entry.shape)} cannot be rotated in groups of {size!r}; {_WAY_OUT}"
+            f"{where}: tensor {weight!r} {list(entry.shape)} cannot be rotated in groups of {size!r}; {WAY_OUT}"
         )
     return size

@@ -192,7 +192,7 @@ def test_new_adapters_can_be_trained(file: Path) -> None:
     [
         ("dora", "DoRA does not work on packed weights"),
         ("lora", r"LoRAs are attached, .*unload_lora_weights\(\) takes them away"),
-        ("fused", r"a LoRA is fused into .*unfuse_lora\(\) takes it away"),
+        ("fused", r"a LoRA is fused into .* for good, .*dequantize\(\) makes a stock model of both"),
         ("bias", "adapter 'default' is no plain LoRA"),
         ("nan", "adapters one hold NaN or Inf"),
         ("qkv", "q, k and v cannot be fused while they are packed"),

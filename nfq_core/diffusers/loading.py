@@ -12,7 +12,6 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from ..checkpoint import diffusers_unet_names
 from ..container import NFQFile
 from ..errors import NFQError
 from ..layers import assign_state, packed_layers
@@ -21,7 +20,7 @@ from ..safefile import TORCH_DTYPES
 from ..state import load_tensors
 from ..tensor import QUANTIZABLE_DTYPES, NFTensor
 from .config import NFQConfig
-from .model import become_packed, check_fits
+from .model import become_packed, check_fits, names_in_model
 
 CONFIG = "config.json"
 
@@ -57,9 +56,9 @@ def load_unet(
         raise ValueError(f"dtype must be fp16, bf16, fp32 or fp64, got {dtype}")
     config = _read_config(Path(config_dir))
     with NFQFile(nfq_path) as file:
-        names = diffusers_unet_names(file)
         model = _empty_model(config, Path(config_dir) / CONFIG)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        names = names_in_model(file, shapes)
         check_fits(file, names, shapes, os.fspath(Path(config_dir) / CONFIG))
         dtype = dtype or _recorded_dtype(file)
         loaded = load_tensors(file, names, device=device, memory=memory, progress=progress)

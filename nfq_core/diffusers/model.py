@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
+import torch
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from ..atomic import AtomicFile
+from ..checkpoint import diffusers_unet_names
 from ..container import NFQFile
 from ..errors import NFQError, UnsupportedFileError
-from ..layers import dense_layers, packed_layers
+from ..layers import CANNOT_TRAIN, dense_layers, packed_layers
 from ..state import save
+from .saving import refuse_offloaded, saved_tensors
 
 if TYPE_CHECKING:
     from .quantizer import NFQQuantizer
+
+_NEED_WEIGHTS = {"lora_magnitude_vector": "DoRA", "dora_scale": "DoRA", ".hada_": "LoHa", ".lokr_": "LoKr"}
+"""Adapters that need the dense weights, by parts of their tensors' names."""
+
+_COPYING = {
+    "ControlNetModel": "from_unet",
+    "ControlNetUnionModel": "from_unet",
+    "UNetControlNetXSModel": "from_unet",
+    "UNetMotionModel": "from_unet2d",
+}
+"""diffusers' classes that copy a UNet's weights, and by which method."""
 
 
 class PackedModel:
@@ -61,7 +78,7 @@ class PackedModel:
             raise NFQError("a packed model is saved as safetensors only; leave out safe_serialization=False")
         if push_to_hub:
             raise NFQError("save_pretrained does not upload a packed model; use the model's push_to_hub")
-        state = _saved_tensors(self)
+        state = saved_tensors(self, stock_class(type(self)))
         folder = Path(save_directory)
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         try:
@@ -95,20 +112,50 @@ class PackedModel:
         with _casts_allowed(self):
             return super().float()
 
-    def bfloat16(self) -> nn.Module:
-        """As torch's; packed weights stay as they are."""
-        with _casts_allowed(self):
-            return super().bfloat16()
+    def requires_grad_(self, requires_grad: bool = True) -> nn.Module:
+        """As torch's.
+
+        Raises:
+            NFQError: packed weights would be trained.
+        """
+        if requires_grad:
+            raise NFQError(CANNOT_TRAIN)
+        return super().requires_grad_(False)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As torch's. PEFT walks the modules whenever it has added adapters: those meet packed layers here."""
+        if "peft" in sys.modules and not torch.compiler.is_compiling():
+            from .lora import adopt
+
+            adopt(self)
+        return super().named_modules(*args, **kwargs)
+
+    def add_adapter(self, adapter_config: Any, *args: Any, **kwargs: Any) -> None:
+        """As diffusers'.
+
+        Raises:
+            NFQError: the adapter needs the dense weights.
+        """
+        from .lora import check_config
+
+        check_config(adapter_config)
+        super().add_adapter(adapter_config, *args, **kwargs)
 
     def fuse_qkv_projections(self) -> None:
         """NFQError: packed weights cannot be put together."""
         raise NFQError("q, k and v cannot be fused while they are packed; unet.dequantize() comes first")
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        """As diffusers'; DoRA, which needs the weights themselves, is refused."""
+        """As diffusers'.
+
+        Raises:
+            NFQError: the adapter needs the dense weights.
+        """
         given = pretrained_model_name_or_path_or_dict
-        if isinstance(given, Mapping) and any("lora_magnitude_vector" in key for key in given):
-            raise NFQError("DoRA does not work on packed weights; unet.dequantize() comes first")
+        names = list(given) if isinstance(given, Mapping) else []
+        kind = next((kind for part, kind in _NEED_WEIGHTS.items() if any(part in name for name in names)), None)
+        if kind is not None:
+            raise NFQError(f"{kind} does not work on packed weights; unet.dequantize() comes first")
         return super().load_lora_adapter(given, *args, **kwargs)
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
@@ -132,6 +179,19 @@ def _blank(make: Callable, stock: type, *arguments: Any) -> nn.Module:
     return make(packed_class(stock), *arguments)
 
 
+class _Packed(type):
+    """The type of packed classes: each equals its stock class.
+
+    A pipeline's `from_pipe` compares classes with those of its signature.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is stock_class(cls)
+
+    def __hash__(cls) -> int:
+        return hash(stock_class(cls))
+
+
 @lru_cache
 def packed_class(stock: type) -> type:
     """The class of packed models for a diffusers model class.
@@ -140,12 +200,12 @@ def packed_class(stock: type) -> type:
     up by.
     """
     names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(stock.__name__, (PackedModel, stock), names)
+    return _Packed(stock.__name__, (PackedModel, stock), names | {"_stock": stock})
 
 
 def stock_class(packed: type) -> type:
     """The inverse of `packed_class`."""
-    return packed.__mro__[packed.__mro__.index(PackedModel) + 1]
+    return packed._stock
 
 
 def become_packed(model: nn.Module, quantizer: NFQQuantizer) -> nn.Module:
@@ -154,13 +214,15 @@ def become_packed(model: nn.Module, quantizer: NFQQuantizer) -> nn.Module:
     Returns:
         The model itself.
     """
+    _let_others_copy()
     model.__class__ = packed_class(type(model))
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = quantizer.quantization_config.quant_method
     method = model.quantization_method.value
     model.register_to_config(quantization_config={"quant_method": method, **quantizer.facts.settings})
-    _tell_compute_dtype(model)
+    for layer in packed_layers(model).values():
+        layer.compute_dtype = model.dtype
     return model
 
 
@@ -173,14 +235,48 @@ def become_stock(model: nn.Module) -> nn.Module:
     Raises:
         NFQError: weights are offloaded.
     """
-    _refuse_offloaded(model)
+    refuse_offloaded(model)
     dense_layers(model, model.dtype)
+    if "peft" in sys.modules:
+        from .lora import abandon
+
+        abandon(model)
     model.__class__ = stock_class(type(model))
     del model.quantization_method
     model.is_quantized = False
     config = {name: value for name, value in model.config.items() if name != "quantization_config"}
     model._internal_dict = type(model.config)(config)
     return model
+
+
+@lru_cache
+def _let_others_copy() -> None:
+    """Have diffusers' classes that copy a UNet's weights copy them from a packed one dequantised."""
+    for name, method in _COPYING.items():
+        found = getattr(diffusers, name, None)
+        if hasattr(found, method):
+            setattr(found, method, classmethod(_from_dense(getattr(found, method).__func__)))
+
+
+def _from_dense(method: Callable) -> Callable:
+    @wraps(method)
+    def from_unet(cls: type, unet: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        if isinstance(unet, PackedModel):
+            unet = copy.deepcopy(unet).dequantize()
+        return method(cls, unet, *args, **kwargs)
+
+    return from_unet
+
+
+def names_in_model(file: NFQFile, shapes: Mapping[str, Any]) -> dict[str, str]:
+    """What a model calls each tensor of a file: as the file does where all names are the model's.
+
+    Raises:
+        UnsupportedFileError: they are not, and the file holds no whole UNet of the SDXL family.
+    """
+    if set(file.keys()) == set(shapes):
+        return {name: name for name in shapes}
+    return diffusers_unet_names(file)
 
 
 def check_fits(file: NFQFile, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], config: str) -> None:
@@ -214,37 +310,6 @@ def check_fits(file: NFQFile, names: Mapping[str, str], shapes: Mapping[str, tup
     )
 
 
-def _saved_tensors(model: nn.Module) -> dict[str, Any]:
-    """What a packed model's file holds, by name; NFQError where that would lose something."""
-    _refuse_offloaded(model)
-    state, layers = model.state_dict(), packed_layers(model)
-    if any(".base_layer." in name for name in state):
-        raise NFQError(
-            "LoRAs are attached, which a packed model's file cannot hold; unload_lora_weights() takes them away, "
-            "save_lora_adapter() keeps them"
-        )
-    fused = next((name for name, layer in layers.items() if layer.low_rank is not None), None)
-    if fused is not None:
-        raise NFQError(
-            f"a LoRA is fused into {fused!r}, which a packed model's file cannot hold; unfuse_lora() takes it away, "
-            "dequantize() makes a stock model of both"
-        )
-    return state | {f"{name}.weight": layer.packed for name, layer in layers.items()}
-
-
-def _refuse_offloaded(model: nn.Module) -> None:
-    away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if away is not None:
-        raise NFQError(f"{away!r} is offloaded; the pipeline's remove_all_hooks() brings it back")
-
-
-def _tell_compute_dtype(model: nn.Module) -> None:
-    """Tell PEFT, by the name it looks for, what dtype its factors are to have beside packed weights."""
-    dtype = model.dtype
-    for layer in packed_layers(model).values():
-        layer.compute_dtype = dtype
-
-
 @contextmanager
 def _casts_allowed(model: nn.Module) -> Iterator[None]:
     """diffusers refuses to cast quantised models, for most would be damaged."""
@@ -253,4 +318,3 @@ def _casts_allowed(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.is_quantized = True
-        _tell_compute_dtype(model)

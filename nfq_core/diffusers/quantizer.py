@@ -13,7 +13,6 @@ from diffusers.utils import is_accelerate_available
 from torch import nn
 
 from ..calibration import measured_sensitivities
-from ..checkpoint import diffusers_unet_names
 from ..container import PREFIX, Facts, NFQFile
 from ..errors import CannotQuantizeError, NFQError, UnsupportedFileError, missing_package
 from ..layers import PACKED_KINDS, pack_layers
@@ -22,7 +21,8 @@ from ..quantizer import quantize
 from ..safefile import Entry
 from ..state import load_tensors
 from ..tensor import QUANTIZABLE_DTYPES, NFTensor
-from .model import become_packed, become_stock, check_fits
+from .foreign import EIGHT_BIT_FLOATS, refuse_foreign, refuse_integers
+from .model import become_packed, become_stock, check_fits, names_in_model
 
 if TYPE_CHECKING:
     from .config import NFQConfig
@@ -46,6 +46,8 @@ class NFQQuantizer(DiffusersQuantizer):
         """What a container of this model says about it."""
         self._file: NFQFile | None = None
         self._names: dict[str, str] = {}
+        self._loaded_keys: list[str] = []
+        self._checked: Mapping[str, torch.Tensor] | None = None
         self._packed: dict[str, NFTensor] = {}
         self._formats: dict[str, str] = {}
         self._statistics: dict[str, dict[str, Any]] = {}
@@ -72,18 +74,21 @@ class NFQQuantizer(DiffusersQuantizer):
                     f"{checkpoint_files[0]} is quantised already, and its config.json does not say so; "
                     "load_unet(FILE, FOLDER) reads it"
                 )
+            refuse_foreign(loaded_keys, os.fspath(checkpoint_files[0]))
             return loaded_keys
         if len(checkpoint_files) > 1:
             folder = os.path.dirname(checkpoint_files[0])
             raise NFQError(f"{folder}: its weights are in several files; a quantised model has one")
         self._file = NFQFile(checkpoint_files[0])
-        self._names = diffusers_unet_names(self._file)
         self.facts = self._file.facts
-        return list(self._names.values())
+        # The model that says what these tensors are called is shown to `_process_model_before_weight_loading` first.
+        self._loaded_keys = []
+        return self._loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors of the weights file by their names in the model, packed ones as their buffers."""
         if self._file is None:
+            self._check_source(state_dict)
             return state_dict
         with self._file as file:
             tensors = load_tensors(file, self._names)
@@ -96,7 +101,10 @@ class NFQQuantizer(DiffusersQuantizer):
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: Mapping, **kwargs: Any
     ) -> bool:
         """Whether `create_quantized_param` is to deal with a tensor."""
-        return param_name in self._packed or param_name in self._formats
+        if param_name in self._packed or param_name in self._formats:
+            return True
+        # diffusers would leave these as they are.
+        return param_value.dtype in EIGHT_BIT_FLOATS
 
     def create_quantized_param(
         self,
@@ -113,9 +121,19 @@ class NFQQuantizer(DiffusersQuantizer):
         packed = self._packed.pop(param_name, None)
         parent, _, name = param_name.removesuffix(".weight").rpartition(".")
         module = model.get_submodule(parent)
+        if state_dict is not None and packed is None:
+            self._check_source(state_dict)
+        if packed is None and param_name not in self._formats:
+            from accelerate.utils import set_module_tensor_to_device
+
+            dtype = kwargs.get("dtype") or torch.float32
+            set_module_tensor_to_device(model, param_name, device, value=param_value.to(dtype), dtype=dtype)
+            return
         if packed is None:
             # diffusers has cast `param_value` to the dtype to compute in; the file's own number decides.
             weight = param_value if state_dict is None else state_dict[param_name]
+            if weight.dtype in EIGHT_BIT_FLOATS:
+                weight = weight.half()
             try:
                 packed = quantize(
                     weight,
@@ -131,14 +149,23 @@ class NFQQuantizer(DiffusersQuantizer):
                 return
         pack_layers(module, {f"{name}.weight": packed.to(device)})
 
+    def _check_source(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """NFQError where weights are quantised already; older versions of diffusers call `create_…` alone."""
+        if state_dict is not self._checked:
+            refuse_foreign(state_dict, "the source")
+            refuse_integers(state_dict, "the source")
+            self._checked = state_dict
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self._file is not None:
             shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
             try:
+                self._names = names_in_model(self._file, shapes)
                 check_fits(self._file, self._names, shapes, "config.json")
             except BaseException:
                 self._file.close()
                 raise
+            self._loaded_keys += self._names.values()
             return model
         # A single file is converted by diffusers, which then takes it for quantised where nothing tells otherwise.
         if self.pre_quantized and "state_dict" not in kwargs:
@@ -164,7 +191,7 @@ class NFQQuantizer(DiffusersQuantizer):
         missing = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
         if missing is not None:
             raise NFQError(f"the weights lack tensor {missing!r}, which config.json asks for")
-        self._statistics = {}
+        self._statistics, self._checked = {}, None
         return become_packed(model, self)
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
