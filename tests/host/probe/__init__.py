@@ -193,7 +193,7 @@ class Check:
 @PromptServer.instance.routes.get("/nfq_test/state")
 async def state(request: web.Request) -> web.Response:
     """Whether the host has yet to take up what it was asked to free, and each node's progress."""
-    progress = {name: node["value"] for name, node in get_progress_state().nodes.items()}
+    progress = {name: node["value"] for name, node in dict(get_progress_state().nodes).items()}
     freeing = bool(PromptServer.instance.prompt_queue.get_flags(reset=False))
     return web.json_response({"freeing": freeing, "progress": progress})
 
