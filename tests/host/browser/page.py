@@ -29,8 +29,10 @@ HOSTILE = '<img src=x onerror="window.hacked=1">'
 APP = "const app = window.app ?? window.comfyAPI.app.app;"
 READY = """() => {
   const app = window.app ?? window.comfyAPI?.app?.app;
-  return app?.graph && window.LiteGraph?.registered_node_types.NFQuantizeUNet;
+  const known = app?.graph && window.LiteGraph?.registered_node_types.NFQuantizeUNet;
+  return known && app.extensionManager?.workflow?.activeWorkflow;
 }"""
+"""The workflow that the page starts with comes last; it would take the place of one that was opened before it."""
 
 NEW_WORKFLOW = """
 const before = app.extensionManager.workflow.activeWorkflow?.path;
