@@ -44,7 +44,7 @@ def test_older_hosts_are_refused_in_one_line(tmp_path: Path, version: str | None
     assert told == f"ImportError: ComfyUI-NFQ needs ComfyUI 0.8.0 or newer, this is {shown}: update ComfyUI"
 
 
-@pytest.mark.parametrize("version", ["0.8.0", "0.22.0", "1.0.0rc1"])
+@pytest.mark.parametrize("version", ["0.8.0", "0.22.0", "0.33.0", "1.0.0rc1"])
 def test_newer_hosts_are_told_what_is_missing(tmp_path: Path, version: str) -> None:
     (tmp_path / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
     # A package that is missing here even where it is installed: the name is found in this folder first, and blocked.

@@ -9,11 +9,19 @@ from pathlib import Path
 
 import pytest
 from driver import Host, host_python, make_base
+from last_run import Recorder, asked_for, host_versions
 from models import KINDS, random_adapter, write_unet
 from safetensors.torch import save_file
 
 from nfq_core.convert import dequantize_file, quantize_file
 from nfq_core.unet_keys import SEGMIND_VEGA
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    def host() -> dict[str, str]:
+        return host_versions(Path(os.environ["COMFYUI_PATH"]), host_python())
+
+    config.pluginmanager.register(Recorder(config, Path(__file__).resolve().parent, host))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -32,11 +40,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     for item in ours:
         item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def asked_for(config: pytest.Config) -> list[Path]:
-    """The files and folders named on the command line."""
-    return [(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args]
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,8 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-OPEN_MS = 180_000
-SHOW_MS = 60_000
+OPEN_MS = 600_000
+SHOW_MS = 180_000
 
 HOSTILE = '<img src=x onerror="window.hacked=1">'
 """What must never become an element."""
@@ -29,14 +29,27 @@ HOSTILE = '<img src=x onerror="window.hacked=1">'
 APP = "const app = window.app ?? window.comfyAPI.app.app;"
 READY = """() => {
   const app = window.app ?? window.comfyAPI?.app?.app;
-  return app?.graph && window.LiteGraph?.registered_node_types.NFQuantizeUNet;
+  const known = app?.graph && window.LiteGraph?.registered_node_types.NFQuantizeUNet;
+  return known && app.extensionManager?.workflow?.activeWorkflow;
+}"""
+"""The workflow that the page starts with comes last; it would take the place of one that was opened before it."""
+
+NEW_WORKFLOW = """
+const before = app.extensionManager.workflow.activeWorkflow?.path;
+await app.extensionManager.command.execute("Comfy.NewBlankWorkflow");
+return before ?? null;
+"""
+
+IS_NEW = """(before) => {
+  const app = window.app ?? window.comfyAPI.app.app;
+  const now = app.extensionManager.workflow.activeWorkflow?.path;
+  const shown = document.querySelector("[data-node-id], .nfq-content");
+  return now && now !== before && app.graph._nodes.length === 0 && !shown;
 }"""
 
+FRAMES = "() => new Promise((next) => requestAnimationFrame(() => requestAnimationFrame(next)))"
+
 BUILD = """
-app.graph.clear();
-app.nodeOutputs = {};
-// Nodes 2.0 takes a node of the same number in the same frame for the old one.
-await new Promise((next) => setTimeout(next, 200));
 const made = {};
 for (const [name, spec] of Object.entries(argument)) {
   const node = LiteGraph.createNode(spec.type);
@@ -97,8 +110,22 @@ class Page:
         """Run JavaScript with the host's `app`, and `argument`."""
         return self.tab.evaluate(f"async (argument) => {{ {APP} {body} }}", argument)
 
+    def new_workflow(self) -> None:
+        """Open an empty workflow in a new tab.
+
+        A cleared graph is not empty: newer front ends keep its widgets' values for the next node of the same number.
+        """
+        before = self.script(NEW_WORKFLOW)
+        self.tab.wait_for_function(IS_NEW, arg=before, timeout=SHOW_MS)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until what the page has in hand is drawn."""
+        self.tab.evaluate(FRAMES)
+
     def build(self, **nodes: dict) -> None:
-        """Replace the graph: `type`, `at`, and where wanted `values` by widget, `links` by input, of each node."""
+        """Make a graph in a new workflow: `type`, `at`, and if needed `values` by widget, `links` by input, of each."""
+        self.new_workflow()
         self.script(BUILD, nodes)
 
     def set(self, type: str, widget: str, value: Any) -> None:

@@ -68,7 +68,7 @@ def opened(page: Page, example: Path) -> None:
     served = page.host.get(f"/api/workflow_templates/ComfyUI-NFQ/{urllib.parse.quote(example.name)}")
     assert served == json.loads(example.read_text("utf-8"))
     page.open(served)
-    page.tab.wait_for_timeout(500)
+    page.settle()
     assert page.types() == sorted(node["type"] for node in served["nodes"])
 
 

@@ -16,6 +16,9 @@ import comfy.sd
 import comfy.sdxl_clip
 import comfy.supported_models_base
 import torch
+from aiohttp import web
+from comfy_execution.progress import get_progress_state
+from server import PromptServer
 
 from . import checks
 
@@ -185,6 +188,14 @@ class Check:
         package = next(name for name in sys.modules if name.endswith("ComfyUI-NFQ.nodes"))
         result = getattr(checks, check)(package, model, other, **argument)
         return {"ui": {"text": [json.dumps(result)]}}
+
+
+@PromptServer.instance.routes.get("/nfq_test/state")
+async def state(request: web.Request) -> web.Response:
+    """Whether the host has yet to take up what it was asked to free, and each node's progress."""
+    progress = {name: node["value"] for name, node in dict(get_progress_state().nodes).items()}
+    freeing = bool(PromptServer.instance.prompt_queue.get_flags(reset=False))
+    return web.json_response({"freeing": freeing, "progress": progress})
 
 
 NODE_CLASS_MAPPINGS = {

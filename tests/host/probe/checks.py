@@ -21,6 +21,10 @@ STEPS: list[tuple[float, float]] = []
 """When the calls of the UNet began and ended that the probe's timer saw, in seconds since the epoch."""
 
 
+def nothing(package: str, model, other) -> None:
+    """Nothing: a prompt that is done once everything before it is."""
+
+
 def step_times(package: str, model, other) -> list:
     """What the timer noted."""
     return STEPS
@@ -111,6 +115,11 @@ def _ready_steps(patcher, layer) -> list:
     return patch._ready if patch else []
 
 
+def _low_rank_bytes(step) -> int:
+    """Bytes of the two factors of a `LowRank`."""
+    return step.up.nbytes + step.down.nbytes
+
+
 def lora_factors(package: str, model, other) -> dict:
     """Where the factors of a model's LoRAs are, loaded wholly, then in half, and what the host counts for them."""
     device = comfy.model_management.get_torch_device()
@@ -127,12 +136,12 @@ def lora_factors(package: str, model, other) -> dict:
             "loaded": model.loaded_size(),
             "patched": sum(patch is not None for patch in patches),
             "kept": len(kept),
-            "bytes": sum(step.nbytes for step in kept),
+            "bytes": sum(map(_low_rank_bytes, kept)),
         }
 
     model.patch_model(device)
     result["counted at load"] = sum(
-        step.nbytes for _, layer in patcher.nf_layers(model.model) for step in _ready_steps(patcher, layer)
+        _low_rank_bytes(step) for _, layer in patcher.nf_layers(model.model) for step in _ready_steps(patcher, layer)
     )
     look("full")
     result["freed"] = model.partially_unload(torch.device("cpu"), model.model_size() // 2)
