@@ -86,7 +86,7 @@ class Misfits:
     ) -> torch.Tensor:
         """The weight with a patch, by the host's arithmetic; what the host logs is shown once a load.
 
-        Adapters compute in fp32, as when the host loads a dense model: OFT and BOFT fail in fp16.
+        Adapters compute in fp32, as when the host loads a dense model: OFT fails in fp16.
 
         Args:
             patch: the patch, as `skips` is asked about it.

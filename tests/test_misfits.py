@@ -1,4 +1,4 @@
-"""LoRA patches that do not fit: skipped, logged once a load, never at each step; by a stand-in for the host's arithmetic.
+"""LoRA patches that do not fit: skipped, logged once a load, never at each step; with a stand-in for the host.
 
 `tests/host/test_patches.py` compares with the host's own.
 """
