@@ -21,13 +21,14 @@ import torch
 from .checks import _difference, _forward, _module
 
 
-def _hooks(patcher, names: tuple[str, ...], target, strength: float = 1.0) -> list[comfy.hooks.HookGroup]:
-    """A group for each of the named LoRA files, registered with a patcher."""
-    groups = []
+def _hooks(patcher, names: tuple[str, ...], target) -> list[comfy.hooks.HookGroup]:
+    """A group for each of the named LoRA files; all are registered with a patcher together, each time anew."""
+    groups, together = [], comfy.hooks.HookGroup()
     for name in names:
         lora = comfy.utils.load_torch_file(folder_paths.get_full_path("loras", f"{name}.safetensors"))
-        groups.append(comfy.hooks.create_hook_lora(lora, strength, strength))
-        patcher.register_all_hook_patches(groups[-1], comfy.hooks.create_target_dict(target), {})
+        groups.append(comfy.hooks.create_hook_lora(lora, 1.0, 1.0))
+        together.add(groups[-1].hooks[0])
+    patcher.register_all_hook_patches(together, comfy.hooks.create_target_dict(target), {})
     return groups
 
 
