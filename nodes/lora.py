@@ -11,14 +11,11 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
-import comfy.lora
 import torch
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
 from ..nfq_core.low_rank import LowRank
-
-Patch = tuple
-"""As the host has it: strength, adapter or difference, strength of the model, offset, function."""
+from .misfits import Misfits, Patch
 
 
 class WeightPatch:
@@ -28,6 +25,7 @@ class WeightPatch:
         key: the weight's name in the model, for the host's messages.
         patches: the patches.
         shape: shape of the weight.
+        misfits: what leaves out patches that do not fit.
         resident: whether factors stay on the device where they are first needed.
         original_weights: what the host hands to patches that compare with the weights before.
     """
@@ -37,13 +35,15 @@ class WeightPatch:
         key: str,
         patches: Sequence[Patch],
         shape: Sequence[int],
+        misfits: Misfits,
         *,
         resident: bool = False,
         original_weights: Mapping[str, Any] | None = None,
     ) -> None:
         self.key = key
         self.patches = list(patches)
-        self._groups = _grouped(patches, (shape[0], prod(shape[1:])))
+        self._shape, self._misfits = tuple(shape), misfits
+        self._groups = self._grouped()
         self._resident = resident
         self._original_weights = original_weights
         self._ready: list[LowRank | Patch] = []
@@ -51,17 +51,13 @@ class WeightPatch:
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         """The patched weight; `weight` itself, contiguous, may be overwritten."""
-        for step in self._steps(weight.device, weight.dtype):
+        for step, group in zip(self._steps(weight.device, weight.dtype), self._groups, strict=True):
             if isinstance(step, LowRank):
                 weight = step.add_to(weight)
             else:
-                weight = comfy.lora.calculate_weight(
-                    [step],
-                    weight,
-                    self.key,
-                    intermediate_dtype=weight.dtype,
-                    original_weights=self._original_weights,
-                )
+                weight = self._misfits.apply(group, weight, self.key, self._original_weights, moved=step)
+                if self._misfits.skips(self.key, group, self._shape):
+                    self._groups, self._ready_for = self._grouped(), None
         return weight
 
     def factor_bytes(self, dtype: torch.dtype) -> int:
@@ -91,26 +87,32 @@ class WeightPatch:
             self._ready, self._ready_for = steps, (device, dtype)
         return steps
 
+    def _grouped(self) -> list[list[Patch] | Patch]:
+        """Patches in their order, neighbouring plain LoRAs in a list together, without those that do not fit."""
+        groups: list[list[Patch] | Patch] = []
+        for patch in self.patches:
+            if not _is_plain(patch, (self._shape[0], prod(self._shape[1:]))):
+                if not self._misfits.skips(self.key, patch, self._shape):
+                    groups.append(patch)
+            elif groups and isinstance(groups[-1], list):
+                groups[-1].append(patch)
+            else:
+                groups.append([patch])
+        return groups
 
-def _grouped(patches: Sequence[Patch], shape: tuple[int, int]) -> list[list[Patch] | Patch]:
-    """Patches in their order, neighbouring plain LoRAs of a weight of (rows, columns) in a list together."""
-    groups: list[list[Patch] | Patch] = []
-    for patch in patches:
-        if not _is_plain(patch, shape):
-            groups.append(patch)
-        elif groups and isinstance(groups[-1], list):
-            groups[-1].append(patch)
-        else:
-            groups.append([patch])
-    return groups
+
+class HookPatch(WeightPatch):
+    """Applies what the host's hooks add for a while, after the layer's own patches."""
 
 
 def _is_plain(patch: Patch, shape: tuple[int, int]) -> bool:
-    """Whether a patch only adds the product of two factors."""
+    """Whether a patch only adds the product of two factors, to a weight of (rows, columns)."""
     _, adapter, strength_model, offset, function = patch
     if not isinstance(adapter, LoRAAdapter) or strength_model != 1.0 or offset is not None or function is not None:
         return False
     up, down, _, *special = adapter.weights
+    if up.dim() < 2 or down.dim() < 2 or not len(down):
+        return False
     fits = up.shape[0] == shape[0] and down.numel() == down.shape[0] * shape[1] and up.numel() == shape[0] * len(down)
     return fits and all(value is None for value in special)
 

@@ -7,8 +7,8 @@ forward to the weight that was just dequantised. Everything else is left to the 
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
+from collections.abc import Iterator, Mapping
+from functools import cache, cached_property
 from typing import Any
 
 import comfy.hooks
@@ -19,7 +19,8 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 
-from .lora import WeightPatch
+from .lora import HookPatch, WeightPatch
+from .misfits import Misfits
 from .ops import NFLayer, is_packed, unwrap
 
 
@@ -43,14 +44,28 @@ def _is_patch(function: object) -> bool:
     return isinstance(function, (WeightPatch, comfy.model_patcher.LowVramPatch))
 
 
+def _is_hook(function: object) -> bool:
+    return isinstance(function, HookPatch)
+
+
 def _attach(layer: NFLayer, patch: WeightPatch | None) -> None:
-    """Make `patch` the layer's only patch, before other weight functions; the host's own would apply it twice."""
-    others = [function for function in layer.weight_function if not _is_patch(function)]
+    """Make `patch` the layer's patch, before hooks and other weight functions; the host's own would apply it twice."""
+    others = [function for function in layer.weight_function if _is_hook(function) or not _is_patch(function)]
     layer.weight_function = [patch, *others] if patch else others
 
 
+def _attach_hook(layer: NFLayer, hook: HookPatch | None) -> None:
+    """Make `hook` the layer's only patch of hooks, behind its own patch and before other weight functions."""
+    others = [function for function in layer.weight_function if not _is_hook(function)]
+    patches = [function for function in others if _is_patch(function)]
+    rest = [function for function in others if not _is_patch(function)]
+    layer.weight_function = [*patches, hook, *rest] if hook else others
+
+
 def _attached(layer: NFLayer) -> WeightPatch | None:
-    return next((function for function in layer.weight_function if isinstance(function, WeightPatch)), None)
+    """The layer's own patch, without hooks."""
+    patches = (function for function in layer.weight_function if isinstance(function, WeightPatch))
+    return next((patch for patch in patches if not _is_hook(patch)), None)
 
 
 def _is_loaded(layer: NFLayer) -> bool:
@@ -123,25 +138,32 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
         return self._factors
 
     def _compute_dtype(self) -> torch.dtype:
-        return self.model.manual_cast_dtype or self.model.get_dtype()
+        return self.get_model_object("manual_cast_dtype") or self.model.get_dtype()
+
+    @cached_property
+    def _misfits(self) -> Misfits:
+        return Misfits()
 
     def load(self, device_to: torch.device | None = None, *args: Any, **kwargs: Any) -> Any:
         """Load as the host does, then attach the patches of packed weights to their layers.
 
-        The factors of layers that are loaded are put beside them now, while the host reckons with it.
+        The host's load ends with its forced hooks, whose patches stay. The factors of layers that are loaded are put
+        beside them now, while the host reckons with it.
         """
+        self._misfits.start()
         result = super().load(device_to, *args, **kwargs)
         for key, layer in nf_layers(self.model):
-            self._attach_to(key, layer)
-            patch = _attached(layer)
+            patch = self._patch(key, layer, _is_loaded(layer))
+            _attach(layer, patch)
             if patch and _is_loaded(layer):
                 patch.prepare(device_to or self.load_device, self._compute_dtype())
+        self._misfits.report()
         return result
 
     def partially_unload(self, *args: Any, **kwargs: Any) -> int:
         """Unload as the host does, which puts patches of its own into the layers it unloads.
 
-        Scheduled hooks are taken out before; the sampler applies them again at its next step.
+        Hooks are taken out before. The sampler applies scheduled ones again at its next step; forced ones return here.
         """
         if getattr(self.model, "nf_hooked", None):
             self.unpatch_hooks()
@@ -151,6 +173,8 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
             if patch and not _is_loaded(layer):
                 patch.release()
             _attach(layer, patch)
+        if self.forced_hooks is not None:
+            self.apply_hooks(self.forced_hooks, force_apply=True)
         return freed
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True, **kwargs: Any) -> Any:
@@ -175,37 +199,26 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
     def _nf_layers(self) -> Iterator[NFLayer]:
         return (layer for _, layer in nf_layers(self.model))
 
-    def _attach_to(self, key: str, layer: NFLayer, hook_patches: Iterable = (), originals: Any = None) -> None:
-        """Scheduled hooks change too often for their factors to stay anywhere."""
-        resident = _is_loaded(layer) and not hook_patches
-        _attach(layer, self._patch(key, layer, resident, hook_patches, originals))
-
-    def _patch(
-        self,
-        key: str,
-        layer: NFLayer,
-        resident: bool = False,
-        hook_patches: Iterable = (),
-        originals: Any = None,
-    ) -> WeightPatch | None:
-        patches = [*self.patches.get(key, []), *hook_patches]
-        if not patches:
-            return None
-        return WeightPatch(key, patches, layer.weight.shape, resident=resident, original_weights=originals)
+    def _patch(self, key: str, layer: NFLayer, resident: bool = False) -> WeightPatch | None:
+        patches = self.patches.get(key)
+        return WeightPatch(key, patches, layer.weight.shape, self._misfits, resident=resident) if patches else None
 
     def patch_hooks(self, hooks: comfy.hooks.HookGroup) -> Any:
-        """Apply scheduled hooks without a cache of patched weights: they would be dense."""
+        """Apply hooks without a cache of patched weights: they would be dense."""
         self.hook_mode = comfy.hooks.EnumHookMode.MinVram
-        return super().patch_hooks(hooks)
+        result = super().patch_hooks(hooks)
+        self._misfits.report()
+        return result
 
     def patch_hook_weight_to_device(
         self, hooks: Any, combined_patches: dict, key: str, original_weights: dict, *args: Any, **kwargs: Any
     ) -> Any:
-        """Attach a scheduled hook's patches to a packed layer, behind those of the model."""
+        """Attach a hook's patches to a packed layer; they change too often for their factors to stay on a device."""
         layer = _nf_layer(self.model, key)
         if layer is None or key not in combined_patches:
             return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, *args, **kwargs)
-        self._attach_to(key, layer, combined_patches[key], original_weights)
+        patches, shape = combined_patches[key], layer.weight.shape
+        _attach_hook(layer, HookPatch(key, patches, shape, self._misfits, original_weights=original_weights))
         self.model.nf_hooked = getattr(self.model, "nf_hooked", set()) | {key}
         return None
 
@@ -214,7 +227,7 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
         for key in getattr(self.model, "nf_hooked", ()):
             layer = _nf_layer(self.model, key)
             if layer is not None:
-                self._attach_to(key, layer)
+                _attach_hook(layer, None)
         self.model.nf_hooked = set()
         return super().unpatch_hooks(*args, **kwargs)
 

@@ -20,7 +20,7 @@ from aiohttp import web
 from comfy_execution.progress import get_progress_state
 from server import PromptServer
 
-from . import checks
+from . import checks, patch_checks
 
 
 def _random(seed: int, *shape: int) -> torch.Tensor:
@@ -173,7 +173,7 @@ class Timer:
 
 
 class Check:
-    """Runs a function of `checks` in this process."""
+    """Runs a function of `checks` or `patch_checks` in this process."""
 
     CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "nfq test", "run", (), True
 
@@ -186,7 +186,8 @@ class Check:
 
     def run(self, check, run, model=None, other=None, **argument):
         package = next(name for name in sys.modules if name.endswith("ComfyUI-NFQ.nodes"))
-        result = getattr(checks, check)(package, model, other, **argument)
+        function = getattr(checks, check, None) or getattr(patch_checks, check)
+        result = function(package, model, other, **argument)
         return {"ui": {"text": [json.dumps(result)]}}
 
 
