@@ -104,8 +104,8 @@ def test_a_hook_of_another_base_is_logged_once(host, base) -> None:
     hooked = host.latent(sample(nodes, MODEL, steps=3, positive=["hooked", 0]))
     new = host.log.read_text(errors="replace")[len(before) :]
     path.unlink()
-    assert new.count(SKIPPED) == 1
-    assert not any(known in new for known in HOST_LINE)
+    (line,) = [line for line in new.splitlines() if any(known in line for known in (*HOST_LINE, SKIPPED))]
+    assert SKIPPED in line
     assert (hooked - plain).abs().max() <= 2e-4 * plain.abs().max()
 
 
