@@ -227,6 +227,9 @@ class SizeSearch:
         if fits and file_bytes > self._best:
             self._best, self._best_packed = file_bytes, packed
         self._tries += 1
+        smallest, _ = packed_bounds({key: plan.shape for key, plan in plans.items() if plan.format})
+        if not fits and packed == smallest:
+            self._tries = MAX_TRIES
         if self._tries < MAX_TRIES:
             self.packed_bytes = int(packed + (1 + NEAR) / 2 * self._target - file_bytes)
         elif self._best_packed is not None:

@@ -132,7 +132,7 @@ class AtomicFile:
             kept = self._keep()
             raise _kind(error)(
                 f"{self.path} could not be given its name: {reason_of(error)}; the finished file is {kept}, "
-                "close what uses the old one and rename it"
+                "close what uses the old one and rename it before you write to this name again"
             ) from None
         self._file.close()
         # The file is there now; not every system can make a folder's change durable on request.
@@ -147,7 +147,7 @@ class AtomicFile:
         """Give the finished temporary file a name that no later write removes, if that can be; returns where it is."""
         finished = self._temporary.with_name(self._temporary.name.removeprefix(".").removesuffix(".tmp") + ".finished")
         with suppress(OSError):
-            os.replace(self._temporary, finished)
+            _patiently(lambda: os.replace(self._temporary, finished))
             self._temporary = finished
         kept, self._temporary = self._temporary, None
         self._file.close()

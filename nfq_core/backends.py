@@ -110,7 +110,8 @@ def _fails(device: torch.device, dtype: torch.dtype = torch.float16) -> str:
     try:
         triton_kernels.dequantize_into(found, data, fmt)
     except Exception as error:
-        return f"Triton fails here ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+        log.debug("Triton on %s", device, exc_info=True)
+        return f"Triton fails here ({str(error).strip().partition(chr(10))[0] or 'without a reason'})"
     return "" if torch.equal(wanted, found) else "Triton computes other weights here"
 
 

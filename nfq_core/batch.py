@@ -178,6 +178,9 @@ def _recognise(row: Row, any_kind: bool) -> None:
     except NFQError as error:
         row.settle(Result.FAILED, str(error))
         return
+    except OSError as error:
+        row.settle(Result.FAILED, reason_of(error))
+        return
     row.kind = kind.name
     if kind.obstacle:
         row.settle(Result.SKIPPED, kind.obstacle)
@@ -222,7 +225,7 @@ def _difference(row: Row, recorded: dict, rehash: bool) -> str:
     with Original(row.source) as original:
         drops = extras.SETTING in recorded
         recorded = {name: value for name, value in recorded.items() if name != extras.SETTING}
-        recorded |= extras.recorded(drops, original.entries)
+        recorded |= extras.recorded_extras(drops, original.entries)
         if facts.settings != recorded:
             return "exists already, made with other settings"
         if facts.source.bytes != row.original_bytes:

@@ -21,7 +21,7 @@ from .calibration import Calibration, measured_sensitivities
 from .codec import encode
 from .container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source, source_name
 from .errors import CannotQuantizeError, CorruptFileError, NFQError, UnsupportedFileError, printable
-from .extras import SETTING, sift
+from .extras import recorded_extras, split_extras
 from .memory import refuse_beyond_memory
 from .original import Original
 from .parallel import IN_FLIGHT_BYTES, Progress, no_progress, ordered_map, threads_for
@@ -39,7 +39,7 @@ from .safefile import (
 )
 from .targets import PLAIN_SUFFIX, refuse_name
 from .unet import detect
-from .wholeness import misgivings, what_is_lost
+from .wholeness import unet_warnings, what_is_lost
 from .writer import ContainerWriter, Plan
 
 log = logging.getLogger("nfq")
@@ -99,9 +99,9 @@ def quantize_file(
                 f"{original.path} was written by the article's code; `nfq import-article` converts it"
             )
         metadata, extra, warnings = split_metadata(original.metadata)
-        entries, about_extras = sift(original.entries, drop_extras)
+        entries, about_extras = split_extras(original.entries, drop_extras)
         warnings += about_extras + _about_unet(original, entries)
-        dropped = {SETTING: True} if len(entries) < len(original.entries) else {}
+        dropped = recorded_extras(drop_extras, original.entries)
         total = sum(entry.nbytes for entry in entries.values())
 
         def jobs() -> Iterator[tuple[str, bytearray]]:
@@ -273,7 +273,7 @@ def _about_unet(original: Original, entries: dict[str, Entry]) -> list[str]:
     lost = what_is_lost(info, shapes)
     if lost:
         raise CorruptFileError(f"{original.path} is incomplete: {lost}; fetch the file, or make the merge, again")
-    return misgivings(info, shapes)
+    return unet_warnings(info, shapes)
 
 
 def split_metadata(metadata: dict[str, str]) -> tuple[dict[str, str], dict[str, str], list[str]]:

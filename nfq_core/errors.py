@@ -19,7 +19,9 @@ def internal_fault(error: Exception) -> str:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     where = f" ({os.path.basename(trace.tb_frame.f_code.co_filename)}, line {trace.tb_lineno})" if trace else ""
-    return f"this is a fault of the program{where}; {DEBUG}=1 in front of the command shows more, please report that"
+    return (
+        f"this is a fault of the program{where}; set the environment variable {DEBUG} to 1 to see more, and report it"
+    )
 
 
 def printable(text: str, limit: int = MAX_MESSAGE) -> str:

@@ -17,6 +17,9 @@ from .unet_keys import CHECKPOINT_PREFIX
 SETTING = "drop_extras"
 """The name under which a file's settings record that extras were left out; only files that had some record it."""
 
+DROPPING = "`--drop-extras` leaves them out"
+"""How the command drops extras, at the end of a warning; the web UI's page has a check box instead."""
+
 SILENT_BYTES = 1 << 16
 """Smaller groups are kept without a word: schedules, markers, counters."""
 
@@ -90,7 +93,7 @@ def find_extras(entries: Mapping[str, Entry]) -> list[Extra]:
     return sorted(extras, key=lambda extra: -extra.nbytes)
 
 
-def sift(entries: Mapping[str, Entry], drop: bool) -> tuple[dict[str, Entry], list[str]]:
+def split_extras(entries: Mapping[str, Entry], drop: bool) -> tuple[dict[str, Entry], list[str]]:
     """What of a file is converted, and a line about its extras, if it has any.
 
     Args:
@@ -108,10 +111,10 @@ def sift(entries: Mapping[str, Entry], drop: bool) -> tuple[dict[str, Entry], li
     if drop:
         kept = {key: entry for key, entry in entries.items() if key not in dropped}
         return kept, [f"{amount} {_verb(dropped)} left out: {named}"]
-    return dict(entries), [f"{amount} {_verb(dropped)} kept: {named}; `--drop-extras` leaves them out"]
+    return dict(entries), [f"{amount} {_verb(dropped)} kept: {named}; {DROPPING}"]
 
 
-def recorded(drop: bool, entries: Mapping[str, Entry]) -> dict[str, Any]:
+def recorded_extras(drop: bool, entries: Mapping[str, Entry]) -> dict[str, Any]:
     """What the settings of a file record of its source's extras, when they are to be dropped or not."""
     return {SETTING: True} if drop and find_extras(entries) else {}
 

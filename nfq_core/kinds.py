@@ -13,7 +13,7 @@ from .original import Original
 from .policy import DEFAULTS, plan_tensors
 from .safefile import Entry
 from .unet import UNKNOWN, UNetInfo
-from .wholeness import HOST_WIDTHS, what_is_lost
+from .wholeness import HOST_WIDTHS, context_width, what_is_lost
 
 _TRAITS = {
     "ControlNet": r"^(control_model|controlnet)\.|controlnet_cond_embedding|input_hint_block|controlnet_down_blocks",
@@ -85,5 +85,5 @@ def _name(entries: Mapping[str, Entry], info: UNetInfo | None) -> str:
 
 def _foreign_unet(entries: Mapping[str, Entry], info: UNetInfo) -> str:
     """What a UNet is that SDXL's structure does not describe."""
-    width = next((entry.shape[-1] for key, entry in entries.items() if key.endswith("attn2.to_k.weight")), 0)
+    width = context_width({key: entry.shape for key, entry in entries.items()})
     return f"{HOST_WIDTHS[width]} model" if width in HOST_WIDTHS else "UNet that is not of the SDXL family"

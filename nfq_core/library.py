@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .atomic import file_identity, is_same_file
 from .errors import NFQError, reason_of
-from .original import INDEX_SUFFIX
+from .original import indexed_model
 from .policy import Settings
 from .sniff import BY_ENDING
 from .targets import PLAIN_SUFFIX, container_name, model_name
@@ -86,7 +86,7 @@ def _walk(folder: Path, root: Path, seen: dict[object, Path]) -> Iterator[Found]
         path = folder / name
         if os.path.isdir(path):
             yield from _walk(path, root, seen)
-        elif path.suffix.lower() in (PLAIN_SUFFIX, *BY_ENDING) or name.endswith(INDEX_SUFFIX):
+        elif path.suffix.lower() in (PLAIN_SUFFIX, *BY_ENDING) or indexed_model(name):
             yield _look(path, root, seen)
 
 

@@ -75,13 +75,13 @@ def check_device(device: torch.device | str, dtype: torch.dtype = torch.uint8) -
     try:
         # What a device cannot run may only show when it is waited for.
         torch.ones(1, dtype=dtype, device=device).item()
-    except (RuntimeError, AssertionError, TypeError, ValueError, AttributeError, ImportError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError, AttributeError, ImportError):
         names = device_names()
         kinds = [name.partition(":")[0] for name in names]
         if str(device) not in names + kinds:
             raise NFQError(f"device '{device}' cannot be used here; this machine has {', '.join(names)}") from None
-        reason = str(error).splitlines()[0].replace("torch.", "")
-        raise NFQError(f"device '{device}' cannot be used here: {reason}; choose another, such as cpu") from None
+        kind = str(dtype).removeprefix("torch.")
+        raise NFQError(f"device '{device}' cannot compute in {kind}; choose another, such as cpu") from None
 
 
 def choose(mode: str, dense_bytes: int, packed_bytes: int, free: int | None) -> tuple[str, str]:

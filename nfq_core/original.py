@@ -11,13 +11,13 @@ import torch
 
 from .article import is_article_file
 from .container import FACTS_KEY
-from .errors import CorruptFileError, NFQError, UnsupportedFileError
+from .errors import CorruptFileError, NFQError, UnsupportedFileError, reason_of
 from .prequantized import QUANTIZATION_METADATA, Prequantized, find_prequantized
 from .safefile import MAX_HEADER_BYTES, TORCH_DTYPES, Entry, SafetensorsFile
 from .untrusted import parse_json
 
-INDEX_SUFFIX = ".safetensors.index.json"
-"""What the names of the indices of sharded models end in."""
+_INDEX = re.compile(r"(?P<model>.+)\.safetensors\.index(?P<variant>\.[^.]+)?\.json")
+"""The name of a sharded model's index; diffusers puts a variant, such as `fp16`, behind `index`."""
 
 _PART = re.compile(r"(?P<model>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 """The name of a part of a sharded model."""
@@ -50,9 +50,11 @@ class Original:
                 raise CorruptFileError(f"{self.path}: two of its parts hold the same tensor; fetch it again")
             stored = {key: file.entries[key] for key, file in self._file_of.items()}
             metadata = self.files[0].metadata
+            texts = (file.metadata.get(QUANTIZATION_METADATA) for file in self.files)
+            descriptions = [text for text in texts if text is not None]
             is_ours = FACTS_KEY in metadata or is_article_file(stored)
             self._quantized = (
-                Prequantized() if is_ours else find_prequantized(stored, metadata, self._stored, str(self.path))
+                Prequantized() if is_ours else find_prequantized(stored, descriptions, self._stored, str(self.path))
             )
         except BaseException:
             self.close()
@@ -95,7 +97,7 @@ class Original:
         return self.undo(key, self._stored(key))
 
     def refuse_changed(self) -> None:
-        """NFQError when a file was written to since it was opened, or another has its name now."""
+        """See `SafetensorsFile.refuse_changed`."""
         for file in self.files:
             file.refuse_changed()
 
@@ -121,11 +123,19 @@ def sharded_model(path: str | os.PathLike) -> tuple[str, int, int] | None:
     return found["model"], int(found["number"]), int(found["count"])
 
 
+def indexed_model(path: str | os.PathLike) -> str | None:
+    """The model's name, its variant included, that the name of an index tells; None for other names."""
+    found = _INDEX.fullmatch(Path(path).name)
+    return found and found["model"] + (found["variant"] or "")
+
+
 def part_refusal(path: Path) -> str:
     """What a part of a sharded model is, and what to name instead of it."""
     model, number, count = sharded_model(path)
-    index = path.with_name(model + INDEX_SUFFIX)
-    whole = f"name {index.name} instead" if index.exists() else f"its index {index.name} is missing; fetch it too"
+    base, dot, variant = model.rpartition(".")
+    names = [f"{model}.safetensors.index.json", *([f"{base}.safetensors.index.{variant}.json"] if dot else ())]
+    found = next((name for name in names if path.with_name(name).exists()), None)
+    whole = f"name {found} instead" if found else f"its index {' or '.join(names)} is missing; fetch it too"
     return f"part {number} of {count} of a sharded model; {whole}"
 
 
@@ -133,7 +143,7 @@ def _parts(path: Path) -> list[Path]:
     """The files of a model."""
     if path.is_dir():
         path = _index_in(path)
-    if path.name.endswith(".index.json"):
+    if indexed_model(path):
         return _parts_of(path)
     if sharded_model(path):
         raise NFQError(f"{path} is {part_refusal(path)}")
@@ -142,7 +152,10 @@ def _parts(path: Path) -> list[Path]:
 
 def _index_in(folder: Path) -> Path:
     """The index in a folder."""
-    names = sorted(path.name for path in folder.iterdir() if path.name.endswith(INDEX_SUFFIX))
+    try:
+        names = sorted(path.name for path in folder.iterdir() if indexed_model(path))
+    except OSError as error:
+        raise NFQError(f"{folder} cannot be read: {reason_of(error)}") from None
     if len(names) == 1:
         return folder / names[0]
     if names:
@@ -162,13 +175,13 @@ def _parts_of(index: Path) -> list[Path]:
         parts = sorted({str(name) for name in names})
         if not parts or any(Path(name).name != name or name in ("", ".", "..") for name in parts):
             raise ValueError("it names no files beside it")
+        absent = [name for name in parts if not (index.parent / name).exists()]
     except FileNotFoundError:
         raise NFQError(f"{index}: no such file") from None
     except OSError as error:
-        raise NFQError(f"{index} cannot be read: {error.strerror}") from None
+        raise NFQError(f"{index} cannot be read: {reason_of(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UnsupportedFileError(f"{index} is not the index of a sharded model, or is damaged") from None
-    absent = [name for name in parts if not (index.parent / name).exists()]
     if absent:
         more = f" and {len(absent) - 1:,} more" if len(absent) > 1 else ""
         raise NFQError(f"{index}: its part {absent[0]}{more} is missing; fetch it into the same folder")

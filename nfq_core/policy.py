@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -24,8 +25,11 @@ MIN_WEIGHTS = 1024
 HEADER_BYTES = 400
 """What a tensor takes in a file's header, about."""
 
+MIN_OF_SMALLEST = 0.9
+"""Below this part of the smallest file, as estimated before it is written, a size is refused at once."""
+
 _QUANTIZABLE = {DTYPE_NAMES[dtype] for dtype in QUANTIZABLE_DTYPES}
-_EIGHT_BIT = {"F8_E4M3", "F8_E5M2"}
+_FP8 = {"F8_E4M3", "F8_E5M2"}
 
 
 @dataclass(frozen=True)
@@ -122,24 +126,24 @@ def plan_tensors(
     info = detect({key: entry.shape for key, entry in entries.items()})
     spared = first_and_last_convolution(info) if info and not settings.quantize_first_last else ()
     linear, convolution = settings.formats()
-    computed = compute_dtype(entries) if any(entry.dtype in _EIGHT_BIT for entry in entries.values()) else ""
+    computed = compute_dtype(entries) if any(entry.dtype in _FP8 for entry in entries.values()) else ""
     plans = {}
     for key, entry in entries.items():
         quantized = (
             len(entry.shape) >= 2
-            and entry.dtype in _QUANTIZABLE | _EIGHT_BIT
+            and entry.dtype in _QUANTIZABLE | _FP8
             and "emb" not in key
             and key not in spared
             and (info is None or is_unet_key(info, key))
             and prod(entry.shape) >= MIN_WEIGHTS
         )
         fmt = linear if len(entry.shape) == 2 else convolution
-        dtype = computed if quantized and entry.dtype in _EIGHT_BIT else entry.dtype
+        dtype = computed if quantized and entry.dtype in _FP8 else entry.dtype
         plans[key] = Plan(dtype, entry.shape, fmt if quantized else None)
     if settings.has_target:
         shapes = {key: plan.shape for key, plan in plans.items() if plan.format}
         budget = _budget(plans, settings) if packed_bytes is None else packed_bytes
-        _refuse_impossible(shapes, budget, settings, plans)
+        budget = _possible_budget(shapes, budget, settings, plans)
         for key, (fmt, sensitivity) in allocate(shapes, budget, sensitivities, effort=settings.effort).items():
             plans[key] = replace(plans[key], format=fmt, sensitivity=sensitivity)
     return info, plans
@@ -153,25 +157,31 @@ def _budget(plans: Mapping[str, Plan], settings: Settings) -> int:
     return settings.target_bytes - kept - HEADER_BYTES * len(plans)
 
 
-def _refuse_impossible(
+def _possible_budget(
     shapes: Mapping[str, tuple[int, ...]], budget: int, settings: Settings, plans: Mapping[str, Plan]
-) -> None:
-    """NFQError, which tells the limits, where no choice of formats is as small, or takes as many bits, as asked for."""
+) -> int:
+    """The packed bytes to plan with: at least what the smallest formats take, since a file may compress below that.
+
+    Raises:
+        NFQError: no choice of formats comes near the size, or the bits are more than any format has.
+    """
     if not shapes:
-        return
+        return budget
     smallest, largest = packed_bounds(shapes, settings.effort)
     if settings.target_bpw is not None:
         low, high = (bound * 8 / sum(map(prod, shapes.values())) for bound in (smallest, largest))
         if budget < smallest or settings.target_bpw > high:
             much, way = ("few", "more") if budget < smallest else ("many", "fewer")
+            low, high = math.ceil(low * 1000) / 1000, math.floor(high * 1000) / 1000
             raise NFQError(
                 f"{settings.target_bpw:g} packed bits per weight are too {much}; this model's can have {low:.3f} to "
                 f"{high:.3f}, ask for {way}"
             )
-    elif budget < smallest:
+    else:
         beside = settings.target_bytes - _budget(plans, settings)
-        low, high = (size_in_words(beside + bound) for bound in (smallest, largest))
-        raise NFQError(
-            f"{size_in_words(settings.target_bytes)} are too few; this model's file can have about {low} to {high}, "
-            "ask for more"
-        )
+        if settings.target_bytes < MIN_OF_SMALLEST * (beside + smallest):
+            raise NFQError(
+                f"{size_in_words(settings.target_bytes)} are too few; this model's file can have about "
+                f"{size_in_words(beside + smallest)} to {size_in_words(beside + largest)}, ask for more"
+            )
+    return max(budget, smallest)

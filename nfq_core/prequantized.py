@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from .errors import AlreadyQuantizedError
+from .errors import AlreadyQuantizedError, CorruptFileError
 from .safefile import Entry
 from .unet import detect
 from .unet_keys import CHECKPOINT_PREFIX
-from .untrusted import parse_json
+from .untrusted import fault_of, parse_json
 
 QUANTIZATION_METADATA = "_quantization_metadata"
 """The metadata entry in which ComfyUI names quantised layers and their formats."""
@@ -32,6 +32,9 @@ ROTATION_GROUP = 256
 
 MIN_PACKED_BYTES = 1024
 """Smaller integer tensors called `weight` are no packed layers."""
+
+MAX_DESCRIPTION_BYTES = 1 << 16
+"""A longer tensor `comfy_quant` describes no layer."""
 
 _MARKER = "scaled_fp8"
 _SCALES = (".weight_scale", ".scale_weight")
@@ -107,21 +110,22 @@ class Prequantized:
 
 
 def find_prequantized(
-    entries: Mapping[str, Entry], metadata: Mapping[str, str], read: Callable[[str], torch.Tensor], where: str
+    entries: Mapping[str, Entry], descriptions: Iterable[str], read: Callable[[str], torch.Tensor], where: str
 ) -> Prequantized:
     """Find what of a source is quantised already.
 
     Args:
         entries: every tensor of the source by its name.
-        metadata: the metadata of its file.
+        descriptions: what its files have in their metadata as QUANTIZATION_METADATA.
         read: one stored tensor by its name; called for scales and descriptions only.
         where: the source as messages name it.
 
     Raises:
         AlreadyQuantizedError: weights are quantised in a form that is not undone, or a scale does not fit its weight.
+        CorruptFileError: a description is damaged, or a scale is missing.
     """
     _refuse_other_forms(entries, where)
-    configs = _configs(entries, metadata, read, where)
+    configs = _configs(entries, descriptions, read, where)
     weights, consumed = {}, set(filter(_is_marker, entries))
     consumed |= {key for key in entries if key.endswith((_CONFIG, *_ACTIVATION_SCALES)) and _layer(key) in entries}
     for suffix in _SCALES:
@@ -138,7 +142,7 @@ def find_prequantized(
         scale_key = next((key for key in _scale_keys(weight) if key in entries), None)
         if scale_key is None:
             if name in ("mxfp8", "int8_tensorwise"):
-                raise AlreadyQuantizedError(f"{where}: tensor {weight!r} is {name} without a scale; fetch it again")
+                raise CorruptFileError(f"{where}: tensor {weight!r} is {name} without a scale; fetch it again")
             continue
         scale = _scale(entries, weight, scale_key, name == "mxfp8", read, where)
         weights[weight] = Scaled(scale, _rotation(entries[weight], weight, config, where))
@@ -149,7 +153,8 @@ def find_prequantized(
 def compute_dtype(entries: Mapping[str, Entry]) -> str:
     """The dtype, as safetensors names it, that a host shows for a model's 8-bit weights.
 
-    SDXL's family computes in fp16. For other models, the more frequent of the two 16-bit dtypes in the file tells.
+    UNets, of SDXL's family and others, compute in fp16. For other models, the more frequent of the two 16-bit dtypes in
+    the file tells.
     """
     if detect({key: entry.shape for key, entry in entries.items()}) is not None:
         return "F16"
@@ -228,25 +233,35 @@ def _refuse_packed(
 
 
 def _configs(
-    entries: Mapping[str, Entry], metadata: Mapping[str, str], read: Callable[[str], torch.Tensor], where: str
+    entries: Mapping[str, Entry], descriptions: Iterable[str], read: Callable[[str], torch.Tensor], where: str
 ) -> dict[str, dict[str, Any]]:
     """What the source says of each quantised weight, by the weight's name."""
-    texts: dict[str, Any] = {}
+    configs: dict[str, Any] = {}
     try:
-        if QUANTIZATION_METADATA in metadata:
-            for layer, config in parse_json(metadata[QUANTIZATION_METADATA]).get("layers", {}).items():
+        for text in descriptions:
+            for layer, config in _object(_object(parse_json(text))["layers"]).items():
                 names = (f"{prefix}{layer}.weight" for prefix in ("", CHECKPOINT_PREFIX))
-                texts |= {name: config for name in names if name in entries}
+                configs |= {name: config for name in names if name in entries}
         for key, entry in entries.items():
             if key.endswith(_CONFIG) and _layer(key) in entries:
-                if entry.dtype not in ("U8", "I8") or prod(entry.shape) > 1 << 16:
+                if entry.dtype not in ("U8", "I8") or prod(entry.shape) > MAX_DESCRIPTION_BYTES:
                     raise ValueError(f"tensor {key!r} is no description")
-                texts[_layer(key)] = parse_json(bytes(read(key).flatten().tolist()).decode())
-        if not all(isinstance(config, dict) and isinstance(config.get("format", ""), str) for config in texts.values()):
-            raise ValueError("a description is no JSON object")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise AlreadyQuantizedError(f"{where}: what it says of its quantised layers is damaged ({error})") from None
-    return texts
+                configs[_layer(key)] = parse_json(bytes(read(key).view(torch.uint8).flatten().tolist()).decode())
+        for config in configs.values():
+            if not isinstance(_object(config).get("format", ""), str):
+                raise ValueError("a format is no text")
+    except (ValueError, KeyError, RecursionError) as error:
+        fault = fault_of(error)
+        raise CorruptFileError(
+            f"{where}: what it says of its quantised layers is damaged ({fault}); fetch it again"
+        ) from None
+    return configs
+
+
+def _object(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("a description is no JSON object")
+    return value
 
 
 def _scale(

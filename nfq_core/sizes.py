@@ -22,14 +22,14 @@ def parse_size(text: str) -> int:
     """
     found = _SIZE.fullmatch(text.strip())
     number = found and found["whole"] + (found["fraction"] or "").replace(",", ".")
-    if not number or number.startswith(".") or len(number) > 30:
+    if not number or number == "." or len(number) > 30:
         raise ValueError(f"{text!r} is no size; write one such as 1.2GB or 1200MiB")
     if not found["unit"]:
         raise ValueError(f"{text!r} has no unit; write {text.strip()}GB, {text.strip()}MB or {text.strip()}B (bytes)")
     unit = _UNIT.fullmatch(found["unit"].lower())
     if unit is None or (unit[2] and not unit[1]):
         raise ValueError(f"{text!r} has the unit {found['unit']!r}, which is none: {UNITS}")
-    if re.fullmatch(",[0-9]{3}", found["fraction"] or ""):
+    if re.fullmatch("[1-9][0-9]{0,2},[0-9]{3}", found["whole"] + (found["fraction"] or "")):
         # A comma parts thousands in some languages, and decimals in others.
         whole, rest = found["whole"], found["fraction"][1:]
         shown = found["unit"]

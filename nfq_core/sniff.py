@@ -40,6 +40,8 @@ _HTML = re.compile(rb"\s*(<!--.*?-->\s*)?<(!doctype\s+html|html|head|body|\?xml)
 _PICKLE_START = re.compile(rb"\x80[\x02-\x05]")
 """The opcode that every pickle since protocol 2 begins with, and the protocol."""
 
+_INDEX_NAME = re.compile(r"\.index(\.[^.]+)?\.json$")
+
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -81,7 +83,7 @@ def _holds_pickle(head: bytes, name: str) -> bool:
 
 
 def _json(text: bytes, name: str) -> str:
-    if name.lower().endswith(".index.json") or b'"weight_map"' in text:
+    if _INDEX_NAME.search(name.lower()) or b'"weight_map"' in text:
         return (
             "the index of a sharded model, which `nfq quantize`, `compare` and `report` take as the original; "
             "name a single .safetensors file here"

@@ -72,7 +72,7 @@ def quantize_state_dict(
     """
     settings = Settings(levels, conv_levels, effort, quantize_first_last, format, conv_format)
     stored = describe(state_dict)
-    found = find_prequantized(stored, {}, state_dict.__getitem__, "the state dict")
+    found = find_prequantized(stored, (), state_dict.__getitem__, "the state dict")
     others = (tensor.device for tensor in state_dict.values() if tensor.device.type != "cpu")
 
     def read(key: str) -> torch.Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from .atomic import is_same_file
 from .container import SUFFIX, NFQFile
 from .errors import NFQError
-from .original import INDEX_SUFFIX
+from .original import indexed_model
 from .policy import DEFAULTS, Settings
 from .sniff import BY_ENDING
 
@@ -38,7 +38,7 @@ def model_name(source: str | os.PathLike) -> tuple[str, Path]:
     which is the one around `unet`, or in the hub's cache the one around `snapshots`.
     """
     path = Path(source)
-    model, folder = _without(path.name, (INDEX_SUFFIX, SUFFIX)) or path.stem, path.parent
+    model, folder = indexed_model(path) or _without(path.name, (SUFFIX,)) or path.stem, path.parent
     if path.is_dir():
         model, folder = "diffusion_pytorch_model", path
     alike = _DIFFUSERS_NAME.fullmatch(model)
@@ -94,7 +94,8 @@ def target_path(given: str | None, source: str | os.PathLike, name: str, suffix:
         NFQError: the folder is missing, or programs would not list the file under this name.
     """
     if given is None:
-        return Path(source).parent / name
+        beside = os.path.abspath(source) if os.path.isdir(source) else source
+        return Path(beside).parent / name
     if not given:
         raise NFQError("DST is empty; name a file or folder")
     if given.endswith(tuple(filter(None, (os.sep, os.altsep)))) or os.path.isdir(given):

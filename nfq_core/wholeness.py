@@ -16,7 +16,7 @@ _ENDINGS: tuple[tuple[Layout, str, str], ...] = (
     ("ldm", "", "output_blocks."),
     ("diffusers", "", "up_blocks."),
 )
-"""The layouts of complete UNets, their prefixes, and the parts that no ControlNet has."""
+"""The layouts of complete UNets, their prefixes, and their second halves, which ControlNets lack."""
 
 _HALVES = (("input_blocks", "output_blocks"), ("down_blocks", "up_blocks"))
 """Parts without which there is no UNet, in LDM's layout and diffusers'."""
@@ -35,8 +35,10 @@ def what_is_lost(info: UNetInfo | None, shapes: Mapping[str, Sequence[int]]) -> 
     tensor by which it is recognised may be what is missing.
     """
     if info is None:
-        return next(filter(None, (_told_lost(like, shapes, _MOSTLY_WHOLE) for like in _unrecognised(shapes))), "")
-    return _told_lost(info, shapes) if info.architecture is None else ""
+        return next(
+            filter(None, (_missing_in_words(info, shapes, _MOSTLY_WHOLE) for info in _unrecognised(shapes))), ""
+        )
+    return _missing_in_words(info, shapes) if info.architecture is None else ""
 
 
 def _unrecognised(shapes: Mapping[str, Sequence[int]]) -> Iterator[UNetInfo]:
@@ -46,7 +48,7 @@ def _unrecognised(shapes: Mapping[str, Sequence[int]]) -> Iterator[UNetInfo]:
             yield UNetInfo(layout, prefix, None)
 
 
-def _told_lost(info: UNetInfo, shapes: Mapping[str, Sequence[int]], limit: int | None = None) -> str:
+def _missing_in_words(info: UNetInfo, shapes: Mapping[str, Sequence[int]], limit: int | None = None) -> str:
     """See `what_is_lost`; `limit`: how many tensors of a known architecture may differ."""
     found = nearest(info, shapes)
     if limit is not None and (found is None or found.name == UNKNOWN or found.differences > limit):
@@ -63,7 +65,7 @@ def _told_lost(info: UNetInfo, shapes: Mapping[str, Sequence[int]], limit: int |
     return f"tensor {lost[0]!r} of {whose} UNet is missing{more}"
 
 
-def misgivings(info: UNetInfo | None, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+def unet_warnings(info: UNetInfo | None, shapes: Mapping[str, Sequence[int]]) -> list[str]:
     """Warnings about a complete UNet that some loader will not take, and about tensors in it that do not belong."""
     if info is None:
         return []
@@ -88,7 +90,7 @@ def misgivings(info: UNetInfo | None, shapes: Mapping[str, Sequence[int]]) -> li
             f"the UNet is not of the SDXL family and has diffusers' names{why}; only diffusers' `load_unet` takes the "
             "result, for ComfyUI quantise the same model with LDM's names"
         ]
-    if not reason and _context_width(shapes) in HOST_WIDTHS:
+    if not reason and context_width(shapes) in HOST_WIDTHS:
         return []
     return [
         f"the UNet is not of the SDXL family{why}; "
@@ -96,7 +98,8 @@ def misgivings(info: UNetInfo | None, shapes: Mapping[str, Sequence[int]]) -> li
     ]
 
 
-def _context_width(shapes: Mapping[str, Sequence[int]]) -> int:
+def context_width(shapes: Mapping[str, Sequence[int]]) -> int:
+    """The width of the text tokens that a UNet reads; 0 where it reads none."""
     return next((shape[-1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight") and shape), 0)
 
 
@@ -111,22 +114,22 @@ def _host_knows(architecture: UNetArchitecture) -> bool:
 
 
 def _lost(info: UNetInfo, found: Likeness, shapes: Mapping[str, Sequence[int]]) -> list[str]:
-    """Those missing keys whose like the UNet has elsewhere, or whose whole part is gone."""
+    """Those missing keys of a kind that the UNet has elsewhere, or of a part that is gone as a whole."""
     if not found.missing:
         return []
     keys = [key for key in shapes if key.startswith(info.prefix)]
-    like, modules = set(map(_like, keys)), {key.rpartition(".")[0] for key in keys}
+    alike, modules = set(map(_without_numbers, keys)), {key.rpartition(".")[0] for key in keys}
     parts = _parts(info, keys)
     return [
         key
         for key in found.missing
-        if _like(key) in like
+        if _without_numbers(key) in alike
         or key.rpartition(".")[0] in modules
         or (parts.isdisjoint(_parts(info, [key])) and not key[len(info.prefix) :].startswith(ADDED))
     ]
 
 
-def _like(key: str) -> str:
+def _without_numbers(key: str) -> str:
     return re.sub(r"\d+", "0", key)
 
 

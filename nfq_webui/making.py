@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..nfq_core import NFQError, Settings, TargetExistsError
 from ..nfq_core.convert import quantize_file
+from ..nfq_core.extras import DROPPING
 from ..nfq_core.parallel import seconds_left, share
 from .loading import SUFFIX
 
@@ -108,7 +109,7 @@ class Making:
 
 def _for_page(warning: str) -> str:
     """A warning of the core, which names an option of the command, for the page, which has a check box."""
-    return warning.replace("`--drop-extras` leaves them out", f"tick {DROP_EXTRAS!r} to leave them out")
+    return warning.replace(DROPPING, f"tick {DROP_EXTRAS!r} to leave them out")
 
 
 def _told(outcome: dict | BaseException, target: str) -> str:

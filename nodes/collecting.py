@@ -81,7 +81,7 @@ def collecting(model: Any, hessians: bool, sensitivities: bool) -> Any:
     unet = model.model.diffusion_model
     if any(map(is_quantized, unet.parameters())):
         raise NFQError(
-            "this MODEL is quantised; a calibration is collected from the original, so connect the fp16 model's loader"
+            "this MODEL is quantised; a calibration is collected from dense weights, so connect the fp16 model's loader"
         )
     _refuse_compiled(model)
     if detect({name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}) is None:

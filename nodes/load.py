@@ -152,12 +152,11 @@ def build_model(tensors: StateDict, file: NFQFile, mode: str, disable_dynamic: b
             raise
         mismatch = str(error).partition("size mismatch")[2].partition("\n")[0]
         raise UnsupportedFileError(
-            f"{file.path} has a tensor of a wrong shape{mismatch} Its original has the same; choose another model"
+            f"{file.path} has a tensor of a wrong shape{mismatch} Quantise the model again, from its original file"
         ) from None
     if patcher is None:
         raise UnsupportedFileError(
-            f"{file.path}: this ComfyUI does not know its architecture; choose another model, unless a newer ComfyUI "
-            "knows it"
+            f"{file.path}: this ComfyUI does not know its architecture; update ComfyUI, or choose another model"
         )
     missing = sorted(patcher.model.diffusion_model.state_dict().keys() - tensors.keys())
     if missing:

@@ -18,6 +18,9 @@ from .ops import NFOps
 LAYERS = {torch.nn.Linear: NFOps.Linear, torch.nn.Conv2d: NFOps.Conv2d}
 """The kinds of layers whose weights can be packed, and ours of each kind."""
 
+_PROGRAMS = {"GGMLTensor": "GGUF", "Params4bit": "4 bits by bitsandbytes", "Int8Params": "8 bits by bitsandbytes"}
+"""What other plugins' kinds of weights mean to a user."""
+
 _EIGHT_BIT = re.compile(r"TensorCore(MX)?FP8\w*Layout|TensorWiseINT8Layout")
 """The names of the host's own layouts of 8 bits: such weights are dequantised, and then as good as any others."""
 
@@ -25,13 +28,15 @@ _EIGHT_BIT = re.compile(r"TensorCore(MX)?FP8\w*Layout|TensorWiseINT8Layout")
 def key_patches(model: Any) -> dict[str, list]:
     """The UNet's weights with their patches, as the host's `get_key_patches` gives them.
 
-    That fails for a MODEL whose weights have scales, which stand in its state dict and are no attributes of its layers.
+    That fails for a MODEL whose weights have scales: its state dict holds them, its layers have no such parameters.
     """
     result = {}
+    parameters = model.model.named_parameters(remove_duplicate=False)
+    held = {name for name, _ in (*parameters, *model.model.named_buffers(remove_duplicate=False))}
     for key in model.model_state_dict(UNET):
         path, _, name = key.rpartition(".")
-        layer = comfy.utils.get_attr(model.model, path)
-        if is_host_quantized_linear(layer) and name not in ("weight", "bias"):
+        is_linear = is_host_quantized_linear(comfy.utils.get_attr(model.model, path))
+        if key not in held or (is_linear and name not in ("weight", "bias")):
             continue
         weight, _, convert = comfy.model_patcher.get_key_weight(model.model, key)
         if key in model.backup:
@@ -47,7 +52,7 @@ def _unchanged(weight: torch.Tensor, **_: Any) -> torch.Tensor:
 
 
 def dense(weight: torch.Tensor) -> torch.Tensor:
-    """A weight without the host's quantisation, fp16 instead of fp8; the weight itself where nothing is to do."""
+    """A weight with the host's 8-bit quantisation undone, fp16 instead of plain fp8; any other weight as it is."""
     if isinstance(weight, QuantizedTensor):
         return weight.dequantize()
     return weight if weight.dtype.itemsize > 1 else weight.to(torch.float16)
@@ -85,5 +90,12 @@ def refuse_other_forms(model: torch.nn.Module) -> None:
     """NFQError when weights are quantised in a form that `dense` does not undo."""
     for weight in model.parameters():
         if is_quantized(weight) and not has_eight_bits(weight):
-            form = getattr(weight, "_layout_cls", str(weight.dtype).removeprefix("torch."))
-            raise NFQError(f"this MODEL is quantised already, as {form}; load its fp16 or bf16 file instead")
+            raise NFQError(f"this MODEL is quantised already, as {_form(weight)}; load its fp16 or bf16 file instead")
+
+
+def _form(weight: torch.Tensor) -> str:
+    """How a weight is quantised, in a few words."""
+    if isinstance(weight, QuantizedTensor):
+        return str(weight._layout_cls).removeprefix("TensorCore").removesuffix("Layout")
+    kind = type(weight.data).__name__
+    return _PROGRAMS.get(kind, f"{str(weight.dtype).removeprefix('torch.')} by another program")

@@ -283,13 +283,17 @@ def test_limits_that_are_told_can_be_had(small_model: Path, tmp_path: Path) -> N
     assert 0.95 * largest < result["file_bytes"] / 1e6 < 1.05 * largest
     result = quantize_file(small_model, tmp_path / "small", Settings(target_bytes=int(1.05e6 * smallest)))
     assert result["file_bytes"] <= 1.05e6 * smallest
+    least = quantize_file(small_model, tmp_path / "least", Settings(format="t2w8_b64", conv_format="t2w8_b64"))
+    # Its header says more: how sensitive each layer is.
+    near = int(1.02 * least["file_bytes"])
+    assert quantize_file(small_model, tmp_path / "near", Settings(target_bytes=near))["file_bytes"] <= near
+    with pytest.raises(NFQError, match="no file of at most"):
+        quantize_file(small_model, tmp_path / "less", Settings(target_bytes=int(0.97 * least["file_bytes"])))
 
     with pytest.raises(NFQError) as caught:
         quantize_file(small_model, tmp_path / "b", Settings(target_bpw=0.1))
     smallest, largest = map(float, re.findall("have ([0-9.]+) to ([0-9.]+),", str(caught.value))[0])
     for number, bits in enumerate((smallest, largest)):
-        # The three digits that are shown may have been rounded to the wrong side; then one of eight layers gets less.
-        bits += 0.001 * (1 - 2 * number)
         quantize_file(small_model, tmp_path / f"c{number}", Settings(target_bpw=bits))
         assert file_info(tmp_path / f"c{number}")["packed_bits_per_weight"] == pytest.approx(bits, rel=0.05)
 

@@ -205,7 +205,10 @@ def test_one_broken_file_does_not_stop_the_rest(models, out):
     [
         (NFQError("bad"), "bad"),
         (OSError(errno.EIO, "bad"), "bad"),
-        (KeyError("bad"), f"this is a fault of the program (test_batch.py, line N); {DEBUG}=1 in front of the command"),
+        (
+            KeyError("bad"),
+            f"this is a fault of the program (test_batch.py, line N); set the environment variable {DEBUG} to 1",
+        ),
         (MemoryError("bad"), "not enough memory"),
     ],
 )

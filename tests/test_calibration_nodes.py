@@ -204,7 +204,7 @@ def test_a_quantized_model_is_refused(nodes: dict, model: Patcher, error: type) 
         torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), False),
     ):
         layer.weight = weight
-        with pytest.raises(error, match="this MODEL is quantised; a calibration is collected from the original"):
+        with pytest.raises(error, match="this MODEL is quantised; a calibration is collected from dense weights"):
             collecting(nodes, model)
 
 

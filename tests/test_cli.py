@@ -250,7 +250,10 @@ def test_warnings_are_marked_as_such(folder):
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (KeyError("x"), f"this is a fault of the program (test_cli.py, line N); {DEBUG}=1 in front of the command"),
+        (
+            KeyError("x"),
+            f"this is a fault of the program (test_cli.py, line N); set the environment variable {DEBUG} to 1",
+        ),
         (RuntimeError("sizes of torch.Size([3])"), "this is a fault of the program"),
         (RuntimeError("CUDA out of memory. Tried to"), "out of memory; no unfinished file is left"),
         (MemoryError(), "out of memory; no unfinished file is left"),

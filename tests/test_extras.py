@@ -15,7 +15,7 @@ from nfq_core.batch import convert_folders
 from nfq_core.checkpoint import MARKERS, checkpoint_names
 from nfq_core.convert import dequantize_file, quantize_file
 from nfq_core.errors import UnsupportedFileError
-from nfq_core.extras import find_extras, sift
+from nfq_core.extras import find_extras, split_extras
 from nfq_core.safefile import aligned_entries
 from nfq_core.unet_keys import CHECKPOINT_PREFIX, SDXL_BASE, SDXL_REFINER, tensor_shapes
 
@@ -105,12 +105,12 @@ def test_in_a_plain_state_dict_only_twins_and_optimizer_states_are():
 
 def test_one_line_names_them_with_their_bytes():
     """SDXL's UNet has 1,680 tensors of 2,567,463,684 weights of two bytes."""
-    _, (line,) = sift(entries(UNET | flat("model_ema.", BARE) | {"x.y": (500, 1000)}), drop=False)
+    _, (line,) = split_extras(entries(UNET | flat("model_ema.", BARE) | {"x.y": (500, 1000)}), drop=False)
     assert line == (
         "1,681 tensors (5.14 GB) that no loader uses are kept: EMA weights (`model_ema.*`, 1,680 tensors, 5.13 GB), "
         "other tensors (`x.*`, 1 tensor, 1.00 MB); `--drop-extras` leaves them out"
     )
-    kept, (line,) = sift(entries(UNET | {"x.y": (500, 1000)}), drop=True)
+    kept, (line,) = split_extras(entries(UNET | {"x.y": (500, 1000)}), drop=True)
     assert kept.keys() == UNET.keys()
     assert line == "1 tensor (1.00 MB) that no loader uses is left out: other tensors (`x.*`, 1 tensor, 1.00 MB)"
 

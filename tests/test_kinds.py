@@ -90,6 +90,11 @@ def test_kinds_of_lora(key):
     assert kind_of(file({key: (64, 64)})).name == "LoRA"
 
 
+def test_a_scalar_where_a_weight_should_be():
+    shapes = dict(tensor_shapes(SMALLEST, "ldm")) | {"input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": ()}
+    assert "UNet" in kind_of(file(shapes)).name
+
+
 def test_an_embedding_of_any_name():
     assert kind_of(file({"<cat-toy>": (4, 768)})).name == "embedding"
     assert kind_of(file({"<cat-toy>": (4, 769)})).name == "file of an unknown kind"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from samples import random_unet
+from samples import random_unet, random_weight
 
 from nfq_core.batch import convert_folders
 from nfq_core.convert import dequantize_file, quantize_file
@@ -92,6 +92,46 @@ def test_a_single_part_is_refused(index):
     index.unlink()
     assert f"its index {INDEX} is missing" in refusal(part)
     assert "without the index of a sharded model" in refusal(index.parent)
+
+
+def test_a_variants_index_is_named_as_diffusers_names_it(tmp_path, index):
+    for part in sorted(index.parent.glob("*.safetensors")):
+        part.rename(part.with_name(part.name.replace(NAME, f"{NAME}.fp16")))
+    variant = index.with_name(f"{NAME}.safetensors.index.fp16.json")
+    variant.write_text(index.read_text().replace(f"{NAME}-", f"{NAME}.fp16-"))
+    index.unlink()
+    assert f"; name {variant.name} instead" in refusal(index.parent / f"{NAME}.fp16-00001-of-00003.safetensors")
+    for source in (variant, index.parent):
+        with Original(source) as original:
+            assert original.entries.keys() == random_unet().keys()
+    report = convert_folders([tmp_path], tmp_path / "out")
+    (made,) = [row for row in report["files"] if row["result"] == "converted"]
+    assert Path(made["source"]).name == variant.name and made["target"].endswith(".fp16-NF16.nfq.safetensors")
+
+
+def test_every_part_says_how_its_weights_are_quantised(tmp_path):
+    codes = (20 * random_weight(16, 16)).to(torch.int8)
+    layers = {
+        "format_version": "1.0",
+        "layers": {"b": {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16}},
+    }
+    own = {"b.weight": codes, "b.weight_scale": torch.ones(16, 1)}
+    described = {"_quantization_metadata": json.dumps(layers)}
+    first, second = (f"m-0000{n}-of-00002.safetensors" for n in (1, 2))
+    save_file({"a.bias": torch.ones(4)}, tmp_path / first)
+    save_file(own, tmp_path / second, metadata=described)
+    weight_map = {"a.bias": first} | dict.fromkeys(own, second)
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    save_file(own, tmp_path / "alone.safetensors", metadata=described)
+    with Original(tmp_path) as sharded, Original(tmp_path / "alone.safetensors") as alone:
+        assert torch.equal(sharded.tensor("b.weight"), alone.tensor("b.weight"))
+        assert not torch.equal(sharded.tensor("b.weight"), codes.half())
+
+
+def test_a_part_whose_name_is_too_long_for_the_disk(tmp_path):
+    name = "x" * 300 + ".safetensors"
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    assert f"{tmp_path / INDEX}" in refusal(tmp_path / INDEX)
 
 
 def test_a_sole_part_is_a_file_like_any_other(tmp_path):

@@ -13,7 +13,7 @@ from samples import SMALLEST, random_unet, random_weight
 import nfq_core
 from nfq_core import NFQError
 from nfq_core.convert import dequantize_file, quantize_file
-from nfq_core.errors import AlreadyQuantizedError
+from nfq_core.errors import AlreadyQuantizedError, CorruptFileError
 from nfq_core.examine import compare_files
 from nfq_core.original import Original
 from nfq_core.prequantized import find_prequantized, rotation_matrix
@@ -213,38 +213,71 @@ def test_other_forms_are_refused_by_name(tmp_path, name):
         quantize_state_dict(REFUSED[name])
 
 
+FP8_WEIGHT = {"a.weight": VALUES.to(FP8)}
+INT8_WEIGHT = {"a.weight": torch.zeros(8, 24, dtype=torch.int8), "a.weight_scale": torch.ones(8)}
+MISFITS = {
+    "a scale of another length": (FP8_WEIGHT | {"a.weight_scale": torch.ones(3)}, "does not fit its weight [2, 2]"),
+    "a scale for each column": (
+        {"a.weight": torch.zeros(2, 3).to(FP8), "a.weight_scale": torch.ones(1, 3)},
+        "does not fit its weight [2, 3]",
+    ),
+    "an integer scale": (FP8_WEIGHT | {"a.weight_scale": torch.ones(2, dtype=torch.int32)}, "(I32 [2]) does not fit"),
+    "a rotation of another size": (
+        INT8_WEIGHT | {"a.comfy_quant": conf(format="int8_tensorwise", convrot=True, convrot_groupsize=16)},
+        "cannot be rotated in groups of 16",
+    ),
+    "a rotation by no power of four": (
+        INT8_WEIGHT | {"a.comfy_quant": conf(format="int8_tensorwise", convrot=True, convrot_groupsize=8)},
+        "cannot be rotated in groups of 8",
+    ),
+    "mxfp8 with one scale": (
+        {
+            "a.weight": torch.zeros(32, 32).to(FP8),
+            "a.weight_scale": torch.ones(1),
+            "a.comfy_quant": conf(format="mxfp8"),
+        },
+        "does not fit its weight [32, 32]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_scales_that_do_not_fit_are_refused(tmp_path, name):
+    tensors, words = MISFITS[name]
+    with pytest.raises(AlreadyQuantizedError) as refusal:
+        opened(tmp_path, tensors)
+    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def text(*characters: int) -> dict[str, torch.Tensor]:
+    return FP8_WEIGHT | {"a.comfy_quant": torch.tensor(characters, dtype=torch.uint8)}
+
+
 DAMAGED = {
-    "a scale of another length": {"a.weight": VALUES.to(FP8), "a.weight_scale": torch.ones(3)},
-    "a scale for each column": {"a.weight": torch.zeros(2, 3).to(FP8), "a.weight_scale": torch.ones(1, 3)},
-    "an integer scale": {"a.weight": VALUES.to(FP8), "a.weight_scale": torch.ones(2, dtype=torch.int32)},
-    "no JSON": {"a.weight": VALUES.to(FP8), "a.comfy_quant": torch.zeros(8, dtype=torch.uint8)},
-    "JSON that is no object": {"a.weight": VALUES.to(FP8), "a.comfy_quant": torch.tensor([91, 93], dtype=torch.uint8)},
-    "a format that is no text": {"a.weight": VALUES.to(FP8), "a.comfy_quant": conf(format=8)},
-    "int8 without its scale": {"a.weight": VALUES.to(torch.int8), "a.comfy_quant": conf(format="int8_tensorwise")},
-    "a rotation of another size": {
-        "a.weight": torch.zeros(8, 24, dtype=torch.int8),
-        "a.weight_scale": torch.ones(8),
-        "a.comfy_quant": conf(format="int8_tensorwise", convrot=True, convrot_groupsize=16),
-    },
-    "a rotation by no power of four": {
-        "a.weight": torch.zeros(8, 24, dtype=torch.int8),
-        "a.weight_scale": torch.ones(8),
-        "a.comfy_quant": conf(format="int8_tensorwise", convrot=True, convrot_groupsize=8),
-    },
-    "mxfp8 with one scale": {
-        "a.weight": torch.zeros(32, 32).to(FP8),
-        "a.weight_scale": torch.ones(1),
-        "a.comfy_quant": conf(format="mxfp8"),
-    },
+    "no JSON": (text(*b"hello"), {}, "(it is no JSON from character 0 on)"),
+    "no text": (text(255, 254), {}, "(it is no text in UTF-8)"),
+    "a list": (text(*b"[]"), {}, "(a description is no JSON object)"),
+    "a format that is no text": (FP8_WEIGHT | {"a.comfy_quant": conf(format=8)}, {}, "(a format is no text)"),
+    "a description of floats": (FP8_WEIGHT | {"a.comfy_quant": torch.ones(2)}, {}, "is no description)"),
+    "int8 without its scale": (
+        {"a.weight": VALUES.to(torch.int8), "a.comfy_quant": conf(format="int8_tensorwise")},
+        {},
+        "is int8_tensorwise without a scale",
+    ),
+    "metadata that is no JSON": (FP8_WEIGHT, "]", "(it is no JSON from character 0 on)"),
+    "metadata that is a list": (FP8_WEIGHT, "[]", "(a description is no JSON object)"),
+    "metadata without layers": (FP8_WEIGHT, "{}", "('layers' is missing)"),
+    "layers that are null": (FP8_WEIGHT, '{"layers":null}', "(a description is no JSON object)"),
+    "a layer that is text": (FP8_WEIGHT, '{"layers":{"a":"fp8"}}', "(a description is no JSON object)"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_descriptions_that_do_not_fit_are_refused(tmp_path, name):
-    save_file(DAMAGED[name], tmp_path / "a.safetensors")
-    with pytest.raises(AlreadyQuantizedError) as refusal:
-        Original(tmp_path / "a.safetensors")
-    assert "\n" not in str(refusal.value) and "a.safetensors: " in str(refusal.value)
+def test_damaged_descriptions_are_told_in_words(tmp_path, name):
+    tensors, described, words = DAMAGED[name]
+    with pytest.raises(CorruptFileError) as refusal:
+        opened(tmp_path, tensors, {"_quantization_metadata": described} if described else None)
+    assert words in str(refusal.value) and "fetch it again" in str(refusal.value)
 
 
 def test_integers_that_are_no_weights_stay_what_they_are(tmp_path):
@@ -277,10 +310,12 @@ def test_a_scaled_checkpoint_becomes_the_file_that_its_fp16_twin_becomes(tmp_pat
     stored, meant = scaled_unet()
     save_file(stored, tmp_path / "fp8.safetensors")
     save_file(meant, tmp_path / "fp16.safetensors")
+    told = []
     for name in ("fp8", "fp16"):
         result = quantize_file(tmp_path / f"{name}.safetensors", tmp_path / f"{name}.nfq.safetensors")
-        assert result["warnings"] == []
+        told.append((result["quantized"], result["kept"], result["warnings"]))
         dequantize_file(tmp_path / f"{name}.nfq.safetensors", tmp_path / f"{name}-back.safetensors")
+    assert told[0] == told[1]
     ours, twins = load_file(tmp_path / "fp8-back.safetensors"), load_file(tmp_path / "fp16-back.safetensors")
     assert ours.keys() == twins.keys() == meant.keys()
     for key, weight in twins.items():
@@ -305,8 +340,8 @@ def test_plain_fp8_is_an_ordinary_source(tmp_path):
     save_file(stored, tmp_path / "a.safetensors")
     save_file({key: w.half() for key, w in stored.items()}, tmp_path / "b.safetensors")
     result = quantize_file(tmp_path / "a.safetensors", tmp_path / "a.nfq.safetensors")
-    quantize_file(tmp_path / "b.safetensors", tmp_path / "b.nfq.safetensors")
-    assert result["warnings"] == []
+    twin = quantize_file(tmp_path / "b.safetensors", tmp_path / "b.nfq.safetensors")
+    assert result["warnings"] == twin["warnings"]
     ours, twins = load(tmp_path / "a.nfq.safetensors"), load(tmp_path / "b.nfq.safetensors")
     for key, value in twins.items():
         if isinstance(value, nfq_core.NFTensor):
@@ -331,7 +366,7 @@ def test_fp8_that_cannot_be_quantised_is_kept_as_what_is_meant(tmp_path):
 def test_nothing_is_read_but_scales_and_descriptions():
     tensors = SPELLINGS["a description"][0]
     read = []
-    find_prequantized(describe(tensors), {}, lambda key: read.append(key) or tensors[key], "it")
+    find_prequantized(describe(tensors), (), lambda key: read.append(key) or tensors[key], "it")
     assert sorted(read) == ["a.comfy_quant", "a.weight_scale"]
 
 

@@ -23,6 +23,9 @@ SIZES = {
     "1.125MiB": 1_179_648,
     "1.200GB": 1_200_000_000,
     "0.02TB": 20_000_000_000,
+    "0,125GB": 125_000_000,
+    ".5GB": 500_000_000,
+    "1200,125MB": 1_200_125_000,
     "1TiB": 1 << 40,
     "3k": 3000,
 }
@@ -44,7 +47,7 @@ REFUSED = {
     "1e9B": "is no size",
     "1.2.3GB": "is no size",
     "１GB": "is no size",
-    ".5GB": "is no size",
+    ".GB": "is no size",
     "9" * 40 + "GB": "is no size",
     "1iB": "'iB', which is none: KB, MB, GB, TB are powers of 1,000",
     "1XB": "'XB', which is none",

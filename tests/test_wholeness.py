@@ -20,7 +20,7 @@ from nfq_core.unet_keys import (
     diffusers_to_ldm,
     tensor_shapes,
 )
-from nfq_core.wholeness import misgivings, what_is_lost
+from nfq_core.wholeness import unet_warnings, what_is_lost
 
 LAYOUTS = ("ldm", "prefixed", "diffusers")
 
@@ -31,7 +31,7 @@ def lost(shapes: dict) -> str:
 
 def warnings(shapes: dict) -> list[str]:
     assert lost(shapes) == ""
-    return misgivings(detect(shapes), shapes)
+    return unet_warnings(detect(shapes), shapes)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -144,7 +144,7 @@ def test_tensors_that_do_not_belong_are_named(layout, refusal):
     ids=["empty", "plain", "other", "ControlNet", "LDM ControlNet"],
 )
 def test_anything_else_is_no_incomplete_unet(shapes):
-    assert lost(shapes) == "" and misgivings(detect(shapes), shapes) == []
+    assert lost(shapes) == "" and unet_warnings(detect(shapes), shapes) == []
 
 
 def test_quantising_refuses_and_warns(tmp_path):

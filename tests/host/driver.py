@@ -186,6 +186,8 @@ class Host:
     def free(self) -> None:
         """Have the host unload all models and forget all results; returns when it has."""
         self.post("/free", {"unload_models": True, "free_memory": True})
+        # The host misses this while it ends a prompt, and then sleeps for minutes; another prompt wakes it.
+        self.check("nothing", {})
         self.wait_until(lambda state: not state["freeing"], "it frees nothing")
         # The host takes the next prompt only when it is done with what it was asked before.
         self.check("nothing", {})

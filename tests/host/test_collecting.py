@@ -46,7 +46,7 @@ def test_collect_save_and_quantize(host) -> None:
 
 
 def test_a_packed_model_is_refused(host) -> None:
-    with pytest.raises(HostError, match="a calibration is collected from the original"):
+    with pytest.raises(HostError, match="a calibration is collected from dense weights"):
         nodes = {"model": OURS, "collect": collect(["model", 0])}
         host.run(sample(nodes, ["collect", 0], steps=1))
 

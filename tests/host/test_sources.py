@@ -134,7 +134,7 @@ def test_four_bits_are_refused_by_name(host) -> None:
     }
     save_file(tensors, path, metadata={"format": "pt"})
     try:
-        with pytest.raises(HostError, match="quantised already, as TensorCoreNVFP4Layout"):
+        with pytest.raises(HostError, match="quantised already, as NVFP4"):
             host.run({"model": loader(path.name), "packed": quantize(MODEL), "save": save(["packed", 0], "x")})
     finally:
         host.free()
