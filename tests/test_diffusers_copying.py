@@ -11,19 +11,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers_models import diffusers
-from test_diffusers_doors import pack, small_unet
+from test_diffusers_doors import SHAPE, UP, pack, small_unet
 
 from nfq_core import NFQError
 from nfq_core.diffusers import NFQConfig, patches
 from nfq_core.layers import packed_layers
 
+TIMES = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}
 UNETS = {
-    "ControlNetModel": {},
-    "ControlNetUnionModel": {"addition_embed_type": "text_time", "addition_time_embed_dim": 8},
-    "SparseControlNetModel": {},
-    "UNetControlNetXSModel": {},
-    "UNetMotionModel": {},
+    "ControlNetModel": ({}, {}),
+    "ControlNetUnionModel": (TIMES, {}),
+    "SparseControlNetModel": ({}, {}),
+    "UNetControlNetXSModel": ({"layers_per_block": 2}, {"size_ratio": 0.5, "ctrl_optional_kwargs": {}}),
+    "UNetMotionModel": ({}, {}),
 }
+"""The settings of the UNet, and the options of the method that copies it."""
 
 
 def transformer(kind: str) -> torch.nn.Module:
@@ -32,6 +34,8 @@ def transformer(kind: str) -> torch.nn.Module:
     torch.manual_seed(0)
     if kind == "SD3ControlNetModel":
         sizes = {"joint_attention_dim": 32, "caption_projection_dim": 32, "pooled_projection_dim": 32}
+        # The last block is unlike those of a ControlNet.
+        heads["num_layers"] = 2
         return diffusers.SD3Transformer2DModel(sample_size=8, pos_embed_max_size=8, **heads, **sizes)
     if kind == "FluxControlNetModel":
         sizes = {"joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8)}
@@ -40,13 +44,15 @@ def transformer(kind: str) -> torch.nn.Module:
         return diffusers.QwenImageTransformer2DModel(
             in_channels=16, joint_attention_dim=32, axes_dims_rope=(4, 4, 8), **heads
         )
-    sizes = {"cross_attention_dim": 32, "cross_attention_dim_t5": 32, "pooled_projection_dim": 32, "text_len": 4}
+    sizes = {"cross_attention_dim": 32, "cross_attention_dim_t5": 32, "pooled_projection_dim": 1024, "text_len": 4}
     heads["num_layers"] = 2
-    return diffusers.HunyuanDiT2DModel(sample_size=8, hidden_size=32, text_len_t5=4, in_channels=4, **heads, **sizes)
+    return diffusers.HunyuanDiT2DModel(
+        sample_size=8, patch_size=2, hidden_size=32, text_len_t5=4, in_channels=4, **heads, **sizes
+    )
 
 
 TRANSFORMERS = {
-    "SD3ControlNetModel": {},
+    "SD3ControlNetModel": {"num_layers": 1},
     "FluxControlNetModel": {
         "num_layers": 1,
         "num_single_layers": 1,
@@ -79,10 +85,14 @@ def check_copies(kind: str, packed: torch.nn.Module, **options: object) -> None:
 
 
 @pytest.mark.parametrize("kind", UNETS)
-def test_unets_are_copied(kind: str, unet: torch.nn.Module) -> None:
+def test_unets_are_copied(kind: str, unet: torch.nn.Module, tmp_path: Path) -> None:
     if not hasattr(diffusers, kind):
         pytest.skip(f"this diffusers has no {kind}")
-    check_copies(kind, unet)
+    settings, options = UNETS[kind]
+    if settings:
+        torch.manual_seed(0)
+        unet = pack(diffusers.UNet2DConditionModel(**SHAPE | UP | settings), tmp_path)
+    check_copies(kind, unet, **options)
 
 
 @pytest.mark.parametrize("kind", TRANSFORMERS)
