@@ -7,6 +7,7 @@ apart; all but the last are of size 1.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
@@ -25,6 +26,36 @@ CANNOT_TRAIN = "packed weights cannot be trained; train a LoRA beside them, or d
 CANNOT_SCRIPT = (
     "torch.jit cannot record packed layers; use torch.export or torch.compile, or dequantize the model first"
 )
+
+
+def needs_dense(what: str) -> NFQError:
+    """The error for `what` reads weights that are packed."""
+    return NFQError(
+        f"{what} needs dense weights, and these are packed; dequantize the model first, or use a plain LoRA"
+    )
+
+
+class _LayerState(dict):
+    """A packed layer's entry in a state dict's metadata: a layer of another kind cannot load the weight beside it.
+
+    `torch.nn.Module._load_from_state_dict` asks the entry whether to assign before it reads a tensor.
+    """
+
+    def __init__(self, name: str, entry: Mapping[str, Any]) -> None:
+        super().__init__(entry)
+        self._name = name
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if key == "assign_to_params_buffers":
+            raise NFQError(
+                f"the packed weight {self._name!r} cannot be copied into a layer that is not packed; copy from a "
+                "dequantized copy of the model"
+            )
+        return super().get(key, default)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # torch.load(weights_only=True) takes no classes but its own.
+        return OrderedDict, (), None, None, iter(self.items())
 
 
 class PackedLayer:
@@ -71,8 +102,18 @@ class PackedLayer:
         return self.weight
 
     def dequantize(self) -> torch.Tensor:
-        """NFQError: PEFT calls it for adapters that need the dense weight at each step, such as DoRA."""
-        raise NFQError("DoRA needs the dense weights, and these are packed; dequantize the model first, or use a LoRA")
+        """NFQError: PEFT calls it for adapters that read the dense weight; `dense_weight` makes one."""
+        raise needs_dense(f"what calls {type(self).__name__}.dequantize(), such as DoRA,")
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:
+            path = prefix.removesuffix(".")
+            metadata[path] = _LayerState(f"{prefix}weight", metadata.get(path, {}))
+
+    def _load_from_state_dict(self, state_dict: Mapping, prefix: str, local_metadata: Mapping, *others: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, dict(local_metadata), *others)
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise NFQError(CANNOT_SCRIPT)

@@ -130,21 +130,6 @@ def test_other_pipelines_share_the_unet(kind: str, tmp_path: Path) -> None:
     assert type(packed) == diffusers.UNet2DConditionModel != diffusers.ControlNetModel  # noqa: E721
 
 
-def test_a_controlnet_copies_a_packed_unet(twins: tuple) -> None:
-    packed, stock = twins
-    found, wanted = (diffusers.ControlNetModel.from_unet(model).state_dict() for model in twins)
-    shared = [name for name in wanted if name.startswith(("down_blocks", "mid_block", "conv_in"))]
-    assert shared and all(torch.equal(found[name], wanted[name]) for name in shared)
-    assert packed_layers(packed) and not packed_layers(stock)
-
-
-def test_a_motion_model_copies_a_packed_unet(twins: tuple) -> None:
-    torch.manual_seed(0)
-    found, wanted = (diffusers.UNetMotionModel.from_unet2d(model).state_dict() for model in twins)
-    name = "mid_block.resnets.0.conv1.weight"
-    assert torch.equal(found[name], wanted[name])
-
-
 @pytest.mark.parametrize("safe", [False, True])
 def test_pefts_own_merge(twins: tuple, safe: bool) -> None:
     wrapped, plain = [], noise(twins[0])
@@ -159,56 +144,6 @@ def test_pefts_own_merge(twins: tuple, safe: bool) -> None:
     assert torch.equal(noise(wrapped[0]), beside)
     merged = wrapped[0].merge_and_unload(safe_merge=safe)
     assert close(noise(merged), beside) and packed_layers(merged)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (lambda: lora("to_q", use_dora=True), "DoRA needs? the dense weights"),
-        (lambda: peft.LoHaConfig(r=2, target_modules=["to_q"]), "kind LOHA need the dense weights"),
-        (lambda: peft.LoKrConfig(r=2, target_modules=["to_q", "conv1"]), "kind LOKR need the dense weights"),
-    ],
-)
-@pytest.mark.parametrize("door", ["add_adapter", "get_peft_model", "inject"])
-def test_adapters_that_need_dense_weights(twins: tuple, config: Callable, message: str, door: str) -> None:
-    unet, before = twins[0], noise(twins[0])
-    with pytest.raises(NFQError, match=message):
-        if door == "add_adapter":
-            unet.add_adapter(config())
-        elif door == "inject":
-            peft.inject_adapter_in_model(config(), unet)
-        else:
-            peft.get_peft_model(unet, config())
-    assert torch.equal(noise(unet), before) and not any("base_layer" in name for name in unet.state_dict())
-
-
-@pytest.mark.parametrize("part", ["lokr_w1", "hada_w1_a", "lora_magnitude_vector"])
-def test_files_of_such_adapters(unet: torch.nn.Module, part: str) -> None:
-    with pytest.raises(NFQError, match=r"does not work on packed weights; unet\.dequantize\(\) comes first"):
-        unet.load_lora_adapter({f"mid_block.attentions.0.proj_in.{part}": torch.ones(2, 2)}, prefix=None)
-
-
-def test_initialisations_that_need_dense_weights(unet: torch.nn.Module) -> None:
-    with pytest.raises(NFQError, match="init_lora_weights='pissa' needs the dense weights"):
-        unet.add_adapter(lora("to_q", init_lora_weights="pissa"))
-
-
-@pytest.mark.parametrize("door", ["fuse_lora", "merge_adapter", "merge_and_unload"])
-def test_other_adapters_run_and_cannot_be_merged(twins: tuple, door: str) -> None:
-    settings = {"target_modules": ["to_q"], "feedforward_modules": [], "init_ia3_weights": False}
-    results = []
-    for model in twins:
-        torch.manual_seed(0)
-        model.add_adapter(peft.IA3Config(**settings))
-        results.append(noise(model))
-    assert close(*results)
-    with pytest.raises(NFQError, match="kind IA3 cannot be merged into packed weights"):
-        if door == "fuse_lora":
-            twins[0].fuse_lora()
-        else:
-            twins[0].delete_adapters("default")
-            twins[0].unload_lora()
-            getattr(peft.get_peft_model(twins[0], peft.IA3Config(**settings)), door)()
 
 
 def add_two(model: torch.nn.Module) -> None:

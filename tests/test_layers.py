@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,3 +222,29 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(name: str, shape: tupl
 
 def test_a_layer_tells_its_format() -> None:
     assert "in_features=48, out_features=24, bias=False, format=nf16_b64" in repr(packed_model()[0])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("part", ["", "2", "3", "3.1"])
+def test_packed_weights_are_not_copied_into_stock_layers(part: str, assign: bool) -> None:
+    packed, stock = packed_model()[0].get_submodule(part), small_model().get_submodule(part)
+    before = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
+    for strict in (True, False):
+        with pytest.raises(NFQError, match=r"the packed weight '.*weight' cannot be copied into"):
+            stock.load_state_dict(packed.state_dict(), strict=strict, assign=assign)
+    name = next(name for name in before if name.endswith("weight"))
+    assert torch.equal(stock.state_dict()[name], before[name])
+
+
+def test_a_state_dict_is_saved_without_classes_of_ours(tmp_path: Path) -> None:
+    model, _ = packed_model()
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    model[2].weight.data.zero_()
+    model.load_state_dict(state)
+    assert torch.equal(model(PICTURE), packed_model()[0](PICTURE))
+
+
+def test_a_layer_has_no_dequantize_for_adapters() -> None:
+    with pytest.raises(NFQError, match=r"what calls PackedLinear\.dequantize\(\), such as DoRA, needs dense weights"):
+        packed_model()[0][2].dequantize()

@@ -12,6 +12,8 @@ from ..allocation import PRESETS
 from ..calibration import Calibration
 from ..extras import SETTING
 from ..policy import Settings
+from .foreign import refuse_other_method
+from .patches import watch_configs
 from .quantizer import NFQQuantizer
 
 
@@ -68,6 +70,18 @@ class NFQConfig(QuantizationConfigMixin):
         self.settings = Settings(levels, conv_levels, effort, quantize_first_last, format, conv_format, target_bpw=bits)
         self.calibration = calibration
         self._refusal = ""
+        watch_configs()
+
+    def check_folder(self, config: Any) -> None:
+        """See that a folder can be loaded with this configuration.
+
+        Args:
+            config: the `quantization_config` of the folder's `config.json`.
+
+        Raises:
+            NFQError: another program quantised its weights.
+        """
+        refuse_other_method(config, METHOD.value)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import Conv2d, Linear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from torch.func import functional_call
 
 from ..errors import NFQError
-from ..layers import PackedLayer
+from ..layers import PackedConv2d, PackedLayer, needs_dense
 from ..low_rank import LowRank
+from .patches import watch_adapters
 
 WORKING = ("lora", "ia3", "oft", "boft")
-"""PEFT's methods that need no more of a layer than its output; the others read the dense weight or its shape."""
+"""PEFT's methods that can do without the dense weight; whether they do beside a given layer is tried (`adopt`)."""
+
+_VARIANTS = {"use_dora": "DoRA", "kasa_config": "KaSA"}
+"""Settings of LoRAs that read the dense weight."""
 
 _INITIALISATIONS = (True, False, "gaussian", "eva")
 """What `init_lora_weights` may be without reading the dense weight."""
+
+_READING = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+"""How those begin that read it."""
 
 
 class _Merging:
@@ -96,19 +107,20 @@ def adopt(model: nn.Module) -> None:
         model: is changed: the classes of its adapters.
 
     Raises:
-        NFQError: one of them needs the dense weights; those that do are taken away.
+        NFQError: one of them needs the dense weights; its adapter is taken away from the whole model.
     """
-    found = list(_beside_packed(model))
-    unfit = [(name, module) for name, module in found if _method(module) not in WORKING]
-    for name, module in unfit:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module.base_layer)
-    if unfit:
-        kind = _method(unfit[0][1]).upper()
-        raise NFQError(f"adapters of kind {kind} need the dense weights; dequantize() the model first, or use a LoRA")
-    for _, module in found:
-        if not isinstance(module, (_Merging, _Separate)):
-            module.__class__ = MERGING.get(type(module)) or _separate(type(module))
+    watch_adapters()
+    added = [found for found in _beside_packed(model) if not isinstance(found[1], (_Merging, _Separate))]
+    tried: dict[tuple, bool] = {}
+    for name, module in added:
+        key = (type(module), type(module.get_base_layer()), getattr(module, "is_feedforward", False))
+        if key not in tried:
+            tried[key] = _method(module) in WORKING and (type(module) in MERGING or _runs(module))
+        if not tried[key]:
+            _take_away(model, module._get_available_adapters())
+            raise needs_dense(f"{_method(module).upper()} beside {name!r}")
+    for _, module in added:
+        module.__class__ = MERGING.get(type(module)) or _separate(type(module))
 
 
 def abandon(model: nn.Module) -> None:
@@ -135,26 +147,58 @@ def let_merge(model: nn.Module, adapter_names: Sequence[str] | None = None) -> N
         _check_plain(module, adapter_names or module.active_adapters)
 
 
-def check_config(config: Any) -> None:
-    """Refuse a PEFT configuration whose adapters need the dense weights.
-
-    Raises:
-        NFQError: they do.
-    """
+def refusal(config: Any) -> NFQError | None:
+    """Why adapters of a PEFT configuration cannot be put beside any packed layer; None where they may."""
     kind = str(getattr(getattr(config, "peft_type", ""), "value", ""))
+    variant = next((name for setting, name in _VARIANTS.items() if getattr(config, setting, None)), None)
+    if variant is not None or (kind and kind.lower() not in WORKING):
+        return needs_dense(variant or kind)
     start = getattr(config, "init_lora_weights", True)
-    if getattr(config, "use_dora", False):
-        kind = "DoRA"
-    elif kind.lower() in WORKING and start not in _INITIALISATIONS:
-        raise NFQError(f"init_lora_weights={start!r} needs the dense weights; choose True, False or 'gaussian'")
-    if kind and kind.lower() not in WORKING:
-        raise NFQError(f"adapters of kind {kind} need the dense weights; dequantize() the model first, or use a LoRA")
+    lower = start.lower() if isinstance(start, str) else start
+    if lower in _INITIALISATIONS:
+        return None
+    if str(lower).startswith(_READING):
+        return needs_dense(f"init_lora_weights={start!r}")
+    reason = "is not known to work beside packed weights"
+    if lower == "orthogonal":
+        reason = "takes its dtype from the weights, and packed weights are uint8"
+    return NFQError(f"init_lora_weights={start!r} {reason}; choose True, False, 'gaussian' or 'eva'")
 
 
 def _beside_packed(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
     for name, module in nn.Module.named_modules(model):
         if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), PackedLayer):
             yield name, module
+
+
+def _runs(module: BaseTunerLayer) -> bool:
+    """Whether an adapter computes something beside its packed layer; it is tried without memory, on the meta device."""
+    # Which versions of PEFT read the weight differs by method and kind of layer. Hooks of offloading are left out.
+    layer, module = copy.copy(module.get_base_layer()), copy.copy(module)
+    layer.__dict__.pop("forward", None)
+    module._modules = {**module._modules, "base_layer": layer}
+    tensors = {name: t.to("meta") for name, t in chain(module.named_parameters(), module.named_buffers())}
+    convolution = isinstance(layer, PackedConv2d)
+    shape = (1, layer.in_channels, 64, 64) if convolution else (1, layer.in_features)
+    x = torch.empty(shape, dtype=layer.compute_dtype, device="meta")
+    try:
+        with torch.no_grad():
+            result = functional_call(module, tensors, (x,))
+        return result.dtype == x.dtype and result.shape[1] == layer.weight_shape[0]
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+
+
+def _take_away(model: nn.Module, adapters: Sequence[str]) -> None:
+    """Remove adapters, and their layers where no other adapter is left."""
+    for name, module in list(nn.Module.named_modules(model)):
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        for adapter in set(adapters).intersection(module._get_available_adapters()):
+            module.delete_adapter(adapter)
+        if not module._get_available_adapters():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.base_layer)
 
 
 def _check_plain(module: BaseTunerLayer, adapters: Sequence[str]) -> None:

@@ -7,11 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache, wraps
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
@@ -20,8 +19,9 @@ from ..atomic import AtomicFile
 from ..checkpoint import diffusers_unet_names
 from ..container import NFQFile
 from ..errors import NFQError, UnsupportedFileError
-from ..layers import CANNOT_TRAIN, dense_layers, packed_layers
+from ..layers import CANNOT_TRAIN, dense_layers, needs_dense, packed_layers
 from ..state import save
+from .patches import let_copy
 from .saving import refuse_offloaded, saved_tensors
 
 if TYPE_CHECKING:
@@ -29,14 +29,6 @@ if TYPE_CHECKING:
 
 _NEED_WEIGHTS = {"lora_magnitude_vector": "DoRA", "dora_scale": "DoRA", ".hada_": "LoHa", ".lokr_": "LoKr"}
 """Adapters that need the dense weights, by parts of their tensors' names."""
-
-_COPYING = {
-    "ControlNetModel": "from_unet",
-    "ControlNetUnionModel": "from_unet",
-    "UNetControlNetXSModel": "from_unet",
-    "UNetMotionModel": "from_unet2d",
-}
-"""diffusers' classes that copy a UNet's weights, and by which method."""
 
 
 class PackedModel:
@@ -136,10 +128,35 @@ class PackedModel:
         Raises:
             NFQError: the adapter needs the dense weights.
         """
-        from .lora import check_config
+        self.check_adapter(adapter_config)
+        loaded, configs = self._hf_peft_config_loaded, dict(getattr(self, "peft_config", {}))
+        try:
+            super().add_adapter(adapter_config, *args, **kwargs)
+        except NFQError:
+            # The adapter's layers were taken away; diffusers must not remember them either.
+            self._hf_peft_config_loaded = loaded
+            if hasattr(self, "peft_config"):
+                self.peft_config = configs
+            raise
 
-        check_config(adapter_config)
-        super().add_adapter(adapter_config, *args, **kwargs)
+    def check_adapter(self, config: Any) -> None:
+        """See that an adapter can be added.
+
+        Args:
+            config: PEFT's configuration.
+
+        Raises:
+            NFQError: it cannot work beside packed weights.
+        """
+        from .lora import refusal
+
+        error = refusal(config)
+        if error is not None:
+            raise error
+
+    def dense_copy(self) -> nn.Module:
+        """A stock copy with the weights dequantised; this model stays packed."""
+        return copy.deepcopy(self).dequantize()
 
     def fuse_qkv_projections(self) -> None:
         """NFQError: packed weights cannot be put together."""
@@ -155,7 +172,7 @@ class PackedModel:
         names = list(given) if isinstance(given, Mapping) else []
         kind = next((kind for part, kind in _NEED_WEIGHTS.items() if any(part in name for name in names)), None)
         if kind is not None:
-            raise NFQError(f"{kind} does not work on packed weights; unet.dequantize() comes first")
+            raise needs_dense(kind)
         return super().load_lora_adapter(given, *args, **kwargs)
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
@@ -214,7 +231,7 @@ def become_packed(model: nn.Module, quantizer: NFQQuantizer) -> nn.Module:
     Returns:
         The model itself.
     """
-    _let_others_copy()
+    let_copy(type(model))
     model.__class__ = packed_class(type(model))
     model.hf_quantizer = quantizer
     model.is_quantized = True
@@ -247,25 +264,6 @@ def become_stock(model: nn.Module) -> nn.Module:
     config = {name: value for name, value in model.config.items() if name != "quantization_config"}
     model._internal_dict = type(model.config)(config)
     return model
-
-
-@lru_cache
-def _let_others_copy() -> None:
-    """Have diffusers' classes that copy a UNet's weights copy them from a packed one dequantised."""
-    for name, method in _COPYING.items():
-        found = getattr(diffusers, name, None)
-        if hasattr(found, method):
-            setattr(found, method, classmethod(_from_dense(getattr(found, method).__func__)))
-
-
-def _from_dense(method: Callable) -> Callable:
-    @wraps(method)
-    def from_unet(cls: type, unet: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        if isinstance(unet, PackedModel):
-            unet = copy.deepcopy(unet).dequantize()
-        return method(cls, unet, *args, **kwargs)
-
-    return from_unet
 
 
 def names_in_model(file: NFQFile, shapes: Mapping[str, Any]) -> dict[str, str]:

@@ -1,0 +1,116 @@
+"""Methods of diffusers and PEFT that are wrapped when packed models are first used.
+
+A wrapper calls a method of the object that it is given. Where a process has two copies of this package, the first
+copy's wrapper therefore serves both, and nothing is wrapped twice.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any
+
+import diffusers
+from diffusers.quantizers.auto import DiffusersAutoQuantizer
+from torch import nn
+
+_MARK = "_nfq_wrapper"
+
+_COPYING = {
+    "UNet2DConditionModel": {
+        "ControlNetModel": "from_unet",
+        "ControlNetUnionModel": "from_unet",
+        "SparseControlNetModel": "from_unet",
+        "UNetControlNetXSModel": "from_unet",
+        "UNetMotionModel": "from_unet2d",
+    },
+    "FluxTransformer2DModel": {"FluxControlNetModel": "from_transformer"},
+    "HunyuanDiT2DModel": {"HunyuanDiT2DControlNetModel": "from_transformer"},
+    "QwenImageTransformer2DModel": {"QwenImageControlNetModel": "from_transformer"},
+    "SD3Transformer2DModel": {"SD3ControlNetModel": "from_transformer"},
+}
+"""diffusers' classes that copy a model's weights, by the model's class, and by which method.
+
+Other copies are refused by the state dict of packed layers.
+"""
+
+
+def wrap_once(owner: type, name: str, make: Callable[[Callable], Callable]) -> None:
+    """Replace a method by a wrapper, unless a copy of this package has wrapped it.
+
+    Args:
+        owner: the class, which is changed.
+        name: of the method or class method.
+        make: gives the wrapper of a plain function.
+    """
+    found = inspect.getattr_static(owner, name)
+    function = found.__func__ if isinstance(found, classmethod) else found
+    if getattr(function, _MARK, False):
+        return
+    wrapper = wraps(function)(make(function))
+    setattr(wrapper, _MARK, True)
+    setattr(owner, name, classmethod(wrapper) if isinstance(found, classmethod) else wrapper)
+
+
+def watch_configs() -> None:
+    """Have `from_pretrained` refuse a folder of another method; diffusers only warns that it ignores the argument."""
+
+    def make(merge: Callable) -> Callable:
+        def wrapper(cls: type, quantization_config: Any, quantization_config_from_args: Any) -> Any:
+            check = getattr(quantization_config_from_args, "check_folder", None)
+            if check is not None:
+                check(quantization_config)
+            return merge(cls, quantization_config, quantization_config_from_args)
+
+        return wrapper
+
+    wrap_once(DiffusersAutoQuantizer, "merge_quantization_configs", make)
+
+
+@lru_cache
+def let_copy(stock: type) -> None:
+    """Have diffusers' classes that copy weights of a model class copy them dequantised where they are packed.
+
+    Args:
+        stock: the model class. Classes that copy others are not imported.
+    """
+    for name, method in _COPYING.get(stock.__name__, {}).items():
+        try:
+            owner = getattr(diffusers, name, None)
+            found = hasattr(owner, method)
+        except (ImportError, RuntimeError):  # a package that it needs is missing; older versions raise the latter
+            continue
+        if found:
+            wrap_once(owner, method, _from_dense)
+
+
+def _from_dense(method: Callable) -> Callable:
+    def wrapper(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return method(cls, *map(_dense, args), **{name: _dense(value) for name, value in kwargs.items()})
+
+    return wrapper
+
+
+def _dense(value: Any) -> Any:
+    return value.dense_copy() if isinstance(value, nn.Module) and hasattr(value, "dense_copy") else value
+
+
+@lru_cache
+def watch_adapters() -> None:
+    """Have PEFT ask a packed model before it makes the first layer of a LoRA, by whichever of its functions."""
+    from peft.tuners.lora import LoraModel
+
+    from .lora import refusal
+
+    def make(create: Callable) -> Callable:
+        def wrapper(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+            if refusal(config) is not None:
+                for module in self.model.modules():
+                    if hasattr(module, "check_adapter"):
+                        module.check_adapter(config)
+            return create(self, config, *args, **kwargs)
+
+        return wrapper
+
+    wrap_once(LoraModel, "_create_and_replace", make)
