@@ -190,7 +190,7 @@ def test_new_adapters_can_be_trained(file: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        ("dora", "DoRA does not work on packed weights"),
+        ("dora", "DoRA needs dense weights"),
         ("lora", r"LoRAs are attached, .*unload_lora_weights\(\) takes them away"),
         ("fused", r"a LoRA is fused into .* for good, .*dequantize\(\) makes a stock model of both"),
         ("bias", "adapter 'default' is no plain LoRA"),

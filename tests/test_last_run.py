@@ -45,7 +45,7 @@ def test_fails_late(broken): pass
 BROWSER = """
 import os, pytest
 
-def test_page():
+def test_recorded_page():
     if os.environ.get("NO_BROWSER"): pytest.skip("no Chromium")
     if os.environ.get("STOPPED"): raise KeyboardInterrupt
 """
@@ -68,8 +68,8 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
     (host / "browser").mkdir(parents=True)
     shutil.copy(MODULE, host)
     (host / "conftest.py").write_text(CONFTEST)
-    (host / "test_nodes.py").write_text(NODES)
-    (host / "browser" / "test_page.py").write_text(BROWSER)
+    (host / "test_recorded_nodes.py").write_text(NODES)
+    (host / "browser" / "test_recorded_page.py").write_text(BROWSER)
     (pytester.path / "tests" / "test_unit.py").write_text("def test_unit(): pass\n")
     last_run.write(host / "last_run.json", OTHER)
     return pytester
@@ -107,15 +107,18 @@ def test_only_its_own_tests_are_counted(project: pytest.Pytester) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["tests/host/test_nodes.py"], "only a part of the tests was asked for"),
+        (["tests/host/test_recorded_nodes.py"], "only a part of the tests was asked for"),
         (["tests/host/browser"], "only a part of the tests was asked for"),
-        (["tests/host/test_nodes.py", "tests/host/browser"], "only a part of the tests was asked for"),
-        (["tests/host/test_nodes.py::test_passes"], "only a part of the tests was asked for"),
+        (["tests/host/test_recorded_nodes.py", "tests/host/browser"], "only a part of the tests was asked for"),
+        (["tests/host/test_recorded_nodes.py::test_passes"], "only a part of the tests was asked for"),
         (["tests/host", "-k", "not skips"], "1 tests were deselected"),
         (["tests/host", "-m", "smoke"], "5 tests were deselected"),
-        (["tests/host", "--deselect", "tests/host/test_nodes.py::test_passes"], "1 tests were deselected"),
-        (["tests/host", "--ignore", "tests/host/browser"], "browser/test_page.py was not collected"),
-        (["tests/host", "--ignore-glob", "*test_*"], "browser/test_page.py, test_nodes.py were not collected"),
+        (["tests/host", "--deselect", "tests/host/test_recorded_nodes.py::test_passes"], "1 tests were deselected"),
+        (["tests/host", "--ignore", "tests/host/browser"], "browser/test_recorded_page.py was not collected"),
+        (
+            ["tests/host", "--ignore-glob", "*test_*"],
+            "browser/test_recorded_page.py, test_recorded_nodes.py were not collected",
+        ),
         (["tests/host", "-x"], "2 tests never ran"),
         (["tests/host", "--collect-only"], "no test was to run"),
         (["tests/host", "--setup-plan"], "no test was to run"),
@@ -129,7 +132,7 @@ def test_a_partial_run_is_not(project: pytest.Pytester, arguments: list[str], re
 
 @pytest.mark.parametrize(
     ("variable", "reason"),
-    [("NO_BROWSER", "browser/test_page.py was skipped"), ("STOPPED", "the run was interrupted")],
+    [("NO_BROWSER", "browser/test_recorded_page.py was skipped"), ("STOPPED", "the run was interrupted")],
 )
 def test_nor_is_one_without_a_browser_or_stopped(
     project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, variable: str, reason: str
@@ -139,9 +142,9 @@ def test_nor_is_one_without_a_browser_or_stopped(
 
 
 def test_nor_is_one_with_a_broken_file(project: pytest.Pytester) -> None:
-    (project.path / "tests" / "host" / "test_broken.py").write_text("import nothing_of_that_name\n")
+    (project.path / "tests" / "host" / "test_recorded_fault.py").write_text("import nothing_of_that_name\n")
     entries, told = run(project, "tests/host", "--continue-on-collection-errors")
-    assert entries == [OTHER] and told == "last_run.json not written: test_broken.py was not collected"
+    assert entries == [OTHER] and told == "last_run.json not written: test_recorded_fault.py was not collected"
 
 
 def test_nor_is_one_that_several_processes_share(project: pytest.Pytester) -> None:

@@ -29,7 +29,7 @@ ON_CHOICE = {module: {"diffusers"} for module in MODULES if module.startswith("n
 ON_CHOICE |= {"nfq_core.diffusers.lora": {"peft"}, "nfq_core.triton_kernels": {"triton"}}
 """What modules need that are imported only after they were chosen."""
 
-EXTRAS = {"PIL", "accelerate", "diffusers", "matplotlib", "numba", "transformers"}
+EXTRAS = {"PIL", "accelerate", "diffusers", "matplotlib", "numba", "peft", "transformers"}
 """What only some features need: imported where such a feature starts."""
 
 

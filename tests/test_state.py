@@ -167,7 +167,7 @@ def test_loading_to_another_device(model, tmp_path):
 def test_a_device_that_is_not_there_is_told_in_one_line(model, tmp_path, monkeypatch, memory):
     nfq_core.save(model, tmp_path / "a")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(NFQError, match=r"^device 'cuda:0' cannot be used here: "):
+    with pytest.raises(NFQError, match=r"^device 'cuda:0' cannot be used here; this machine has"):
         nfq_core.load(tmp_path / "a", device="cuda:0", memory=memory)
 
 
