@@ -27,15 +27,15 @@ import torch
 from torch import nn
 
 from nfq_core import NFQError, NFTensor, load, quantize_state_dict, save
-from nfq_core.article import article_dequantize, article_disk_bytes, article_quantize
-from nfq_core.examine import file_info, sqnr_db
-from nfq_core.formats import LEVELS
-from nfq_core.layers import int8_layers
-from nfq_core.metrics import psnr_db
-from nfq_core.sheet import check_pillow, comparison_sheet
-from nfq_core.state import StateDict
+from nfq_core.checkpoints.examine import file_info, sqnr_db
+from nfq_core.checkpoints.state_dict import StateDict
+from nfq_core.files.article import article_dequantize, article_disk_bytes, article_quantize
+from nfq_core.packed.formats import LEVELS
+from nfq_core.report.metrics import psnr_db
+from nfq_core.report.sheet import check_pillow, comparison_sheet
 
 from .article_models import PROMPTS, SEED, Model, demo_model, folder_model
+from .int8_layers import int8_layers
 from .report import RESULTS, ROOT, call_seconds, machine, markdown_table, summary, timed, write_results
 
 CONV_LEVELS = 32

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from nfq_core import NFQError, NFTensor
+from nfq_core.checkpoints.memory import check_device
+from nfq_core.checkpoints.state_dict import StateDict
 from nfq_core.demo.model import GUIDANCE as DEMO_GUIDANCE
 from nfq_core.demo.model import STEPS as DEMO_STEPS
 from nfq_core.demo.model import TinyPipeline, build_pipeline, import_diffusers, load_weights, sample, split_weights
 from nfq_core.demo.shapes import CAPTIONS
 from nfq_core.layers import assign_state
-from nfq_core.memory import check_device
-from nfq_core.state import StateDict
 
 SEED = 42
 """The article's, for each of its prompts."""

@@ -12,13 +12,13 @@ import argparse
 from collections.abc import Callable
 
 from nfq_core import quantize
-from nfq_core.calibration import Calibration
+from nfq_core.calibration.statistics import Calibration
 from nfq_core.demo.calibrate import collect_demo
 from nfq_core.demo.model import load_weights
-from nfq_core.formats import LEVELS
-from nfq_core.policy import DEFAULTS, plan_tensors
-from nfq_core.state import describe
-from nfq_core.unet import detect
+from nfq_core.files.safefile import describe
+from nfq_core.models.unet import detect
+from nfq_core.packed.formats import LEVELS
+from nfq_core.planning.policy import DEFAULTS, plan_tensors
 
 from .judge import HELD_OUT, OUTPUT_BATCH, PROMPTS, Judge, Weights
 from .quality_peers import Stored, article, stored

@@ -32,14 +32,14 @@ import torch
 from safetensors.torch import save_file
 
 import nfq_core
-from nfq_core.article import write_article_file
-from nfq_core.article_import import import_article
-from nfq_core.atomic import TEMPORARY_ENDING, AtomicFile
-from nfq_core.batch import convert_folders
-from nfq_core.container import NFQFile
-from nfq_core.convert import quantize_file
+from nfq_core.checkpoints.article_import import import_article
+from nfq_core.checkpoints.batch import convert_folders
+from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.errors import NFQError
-from nfq_core.policy import DEFAULTS, Settings
+from nfq_core.files.article import write_article_file
+from nfq_core.files.atomic import TEMPORARY_ENDING, AtomicFile
+from nfq_core.files.container import NFQFile
+from nfq_core.planning.policy import DEFAULTS, Settings
 
 from .report import write_results
 from .synthetic import gaussian
@@ -49,7 +49,7 @@ OPERATIONS = ("save", "quantize", "batch", "import")
 AIMS = tuple((when, call) for call in ("write", "fsync", "replace") for when in ("before", "after"))
 """Steps of a write, and on which side of them the process is killed."""
 
-PRELOADED = ["nfq_core.article_import", "nfq_core.batch", "benchmarks.synthetic"]
+PRELOADED = ["nfq_core.checkpoints.article_import", "nfq_core.checkpoints.batch", "benchmarks.synthetic"]
 """What takes long to import."""
 
 LEFTOVER = re.compile(r"\..+" + TEMPORARY_ENDING)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from nfq_core import quantize
-from nfq_core.formats import LEVELS
+from nfq_core.packed.formats import LEVELS
 
 from .report import in_turns, machine, markdown_table, summary, unavailable, write_results
 from .synthetic import gaussian

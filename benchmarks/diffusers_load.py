@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from nfq_core.container import NFQFile
-from nfq_core.convert import quantize_file
-from nfq_core.memory import needed_bytes
+from nfq_core.checkpoints.convert import quantize_file
+from nfq_core.checkpoints.memory import needed_bytes
+from nfq_core.files.container import NFQFile
 
 from .report import markdown_table, process_status, timed, write_results
 from .synthetic import write_sdxl_unet

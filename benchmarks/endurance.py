@@ -30,10 +30,10 @@ from time import monotonic, sleep
 import torch
 
 import nfq_core
-from nfq_core.convert import quantize_file
+from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.demo.model import build_pipeline, bundled_weights_path, sample, split_weights
 from nfq_core.layers import PackedLayer, assign_state, packed_layers
-from nfq_core.low_rank import LowRank
+from nfq_core.layers.low_rank import LowRank
 
 from .report import RESULTS, ROOT, machine, process_status, with_origin, write_json
 
@@ -142,7 +142,7 @@ def host_cycles(directory: Path, cycles: int) -> dict:
     from models import random_adapter, write_unet
     from safetensors.torch import save_file
 
-    from nfq_core.unet_keys import SEGMIND_VEGA
+    from nfq_core.models.unet_keys import SEGMIND_VEGA
 
     base = directory / "comfyui"
     if not base.exists():

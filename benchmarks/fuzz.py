@@ -1,7 +1,8 @@
 """Mutated files put to every reader: `python -m benchmarks.fuzz --files 100000`.
 
-A file is a container, a calibration, the article's, or plain safetensors, changed at random as `tests/mutations.py`
-says; `tests/trial.py` says what must come of it: the numbers that a second reader reads, or one of our errors. File `i`
+A file is a container, a calibration, the article's, or plain safetensors, changed at random as
+`tests/helpers/mutations.py` says; `tests/helpers/trial.py` says what must come of it: the numbers that a second reader
+reads, or one of our errors. File `i`
 of a seed is always the same. Its memory is what the process's peak grows by while it is tried (Linux alone tells), less
 twice the file's size, in a process whose address space is limited, so that memory that is asked for and never touched
 is noticed too. The second reader has read it before: it may take what it likes.

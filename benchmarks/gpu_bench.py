@@ -18,11 +18,11 @@ from typing import TypeVar
 import torch
 
 from nfq_core import NFTensor
-from nfq_core.formats import BLOCK, SCALE_STEPS_PER_OCTAVE, BlockFormat, Scales
-from nfq_core.packing import pack_codes
-from nfq_core.policy import DEFAULTS, Settings, plan_tensors
-from nfq_core.safefile import Entry
-from nfq_core.unet_keys import SDXL_BASE, UNetArchitecture, tensor_shapes
+from nfq_core.files.safefile import Entry
+from nfq_core.models.unet_keys import SDXL_BASE, UNetArchitecture, tensor_shapes
+from nfq_core.packed.formats import BLOCK, SCALE_STEPS_PER_OCTAVE, BlockFormat, Scales
+from nfq_core.packed.packing import pack_codes
+from nfq_core.planning.policy import DEFAULTS, Settings, plan_tensors
 
 from .report import summary
 

@@ -6,16 +6,17 @@ from collections.abc import Callable
 
 import torch
 
-from nfq_core import NFTensor, backends, kernels, op, quantize
-from nfq_core.examine import sqnr_db
-from nfq_core.formats import FORMATS, LEVELS, format_by_id
+from nfq_core import NFTensor, quantize
+from nfq_core.checkpoints.examine import sqnr_db
+from nfq_core.packed import backends, op, torch_decode
+from nfq_core.packed.formats import FORMATS, LEVELS, format_by_id
 
 from .gpu_bench import Part, graphed, layer_formats, measure, random_packed
 from .gpu_rivals import dequantize_q4_0, random_q4_0, without_bitsandbytes
 from .synthetic import channel_spread
 
 ODD_SIZES = (1, 63, 64, 65, 24 * 64 + 1, 256 * 64 + 1)
-LARGE_SIZES = (1280 * 1280, kernels.CHUNK_WEIGHTS + 65)
+LARGE_SIZES = (1280 * 1280, torch_decode.CHUNK_WEIGHTS + 65)
 INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 HUGE_BYTES = 14 << 30
@@ -35,7 +36,7 @@ def correctness(part: Part) -> None:
     """Every format, size and dtype: both back-ends on the device give the bits of the CPU; quantising on both."""
     backend = backends.choose(part.device)
     part.note(backend=backend.name, backend_reason=backend.reason)
-    decoders: dict[str, Callable] = {"torch": kernels.dequantize_into}
+    decoders: dict[str, Callable] = {"torch": torch_decode.dequantize_into}
     if not part.on_gpu:
         part.skip("triton", "Triton compiles for GPUs only")
     elif backend.name != "triton":
@@ -74,7 +75,7 @@ def _largest(part: Part) -> None:
     fmt = format_by_id("nf16_b64")
     packed = random_packed((backends.MAX_WEIGHTS,), fmt, torch.Generator(part.device).manual_seed(0))
     wanted = torch.empty(packed.shape, dtype=torch.float16, device=part.device)
-    kernels.dequantize_into(wanted, packed.data, fmt)
+    torch_decode.dequantize_into(wanted, packed.data, fmt)
     equal = torch.equal(packed.dequantize().view(torch.int16), wanted.view(torch.int16))
     part.note(largest_tensor={"weights": packed.numel(), "equal": equal})
     if not equal:
@@ -122,7 +123,7 @@ def decode(part: Part) -> None:
 
     def torch_only() -> None:
         for tensor, out in zip(tensors, outs, strict=True):
-            kernels.dequantize_into(out, tensor.data, tensor.format)
+            torch_decode.dequantize_into(out, tensor.data, tensor.format)
 
     works |= {"operation": through_operation, "torch": torch_only}
     works |= _rivals(part, tensors, outs, generator)
@@ -207,7 +208,7 @@ def tuning(part: Part) -> None:
     if not part.on_gpu or backends.choose(part.device).name != "triton":
         part.skip("tuning", "needs Triton on a GPU")
         return
-    from nfq_core import triton_kernels
+    from nfq_core.packed import triton_decode
 
     generator = torch.Generator(part.device).manual_seed(0)
     layers = [one for one in layer_formats(part.architecture).values() if one[1] is not None]
@@ -228,8 +229,8 @@ def tuning(part: Part) -> None:
                     part.skip("tuning", "the rest: no time left")
                     return
                 settings = {"format": fmt.id, "blocks_per_program": blocks, "warps": warps}
-                triton_kernels.BLOCKS_PER_PROGRAM, triton_kernels.WARPS = blocks, warps
-                triton_kernels.constants.cache_clear()
+                triton_decode.BLOCKS_PER_PROGRAM, triton_decode.WARPS = blocks, warps
+                triton_decode.constants.cache_clear()
                 reading = part.attempt(
                     str(settings), lambda: measure(part, {"": graphed(part.device, work)}, 5, GRAPH_REPEATS)[""]["ms"]
                 )

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from nfq_core import NFTensor
-from nfq_core.allocation import PRESETS
 from nfq_core.layers import PackedLinear, assign_state, dense_layers, packed_layers
-from nfq_core.low_rank import LowRank
-from nfq_core.policy import Settings
-from nfq_core.unet_keys import UNetArchitecture, tensor_shapes
+from nfq_core.layers.low_rank import LowRank
+from nfq_core.models.unet_keys import UNetArchitecture, tensor_shapes
+from nfq_core.planning.allocation import PRESETS
+from nfq_core.planning.policy import Settings
 
 from .gpu_bench import SMALL, Part, added_bytes, fan_in_std, graphed, measure, random_unet
 from .gpu_rivals import nf4_layer, q4_0_layer, without_bitsandbytes

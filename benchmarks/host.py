@@ -20,8 +20,8 @@ from time import time
 
 from safetensors.torch import load_file, save_file
 
-from nfq_core.convert import quantize_file
-from nfq_core.unet_keys import KNOWN_ARCHITECTURES
+from nfq_core.checkpoints.convert import quantize_file
+from nfq_core.models.unet_keys import KNOWN_ARCHITECTURES
 
 from .report import ROOT, markdown_table, summary, write_results
 

@@ -19,16 +19,16 @@ import torch
 from torch import nn
 
 from nfq_core import NFTensor, quantize, quantize_state_dict
+from nfq_core.checkpoints.examine import sqnr_db
 from nfq_core.demo.model import TinyPipeline, build_pipeline, load_weights
-from nfq_core.examine import sqnr_db
-from nfq_core.int8 import round_rows, unfit
-from nfq_core.layers import PackedLinear, int8_layers, pack_layers, packed_layers
-from nfq_core.metrics import psnr_db
-from nfq_core.op import dequantize_for_one_use
+from nfq_core.layers import PackedLinear, pack_layers, packed_layers
+from nfq_core.packed.op import dequantize_for_one_use
+from nfq_core.report.metrics import psnr_db
 
 from .article import dynamic_int8
 from .article_models import Model, demo_model
 from .gpu_bench import synchronize
+from .int8_layers import fits, int8_layers, round_rows
 from .judge import held_out_batch
 from .report import RESULTS, in_turns, machine, markdown_table, summary, write_results
 
@@ -86,8 +86,6 @@ def layer_times(shape: tuple[int, int, int], device: torch.device, rounds: int =
         pack_layers(layers[name], packed)
     layers = {name: layer.to(device, dtype) for name, layer in layers.items()}
     int8_layers(layers[INT8])
-    if unfit(x, rows):
-        raise ValueError(f"{shape} does not fit: {unfit(x, rows)}")
     if device.type == "cpu":
         layers[DYNAMIC] = dynamic_int8(dense)
     calls = {name: lambda layer=layer: layer(x) for name, layer in layers.items()}
@@ -129,7 +127,7 @@ def layer_errors(unet: nn.Module, batch: tuple[torch.Tensor, ...]) -> dict:
     def hook(name: str) -> Callable:
         def compare(layer: PackedLinear, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
             x = inputs[0]
-            if unfit(x, layer.out_features):
+            if not fits(x, layer.out_features):
                 return
             exact = nn.functional.linear(x, layer.dense_weight(x.dtype), layer.bias)
             peaks = x.abs().amax(dim=-1) / x.square().mean(dim=-1).sqrt()

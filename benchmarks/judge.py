@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from nfq_core.checkpoints.examine import sqnr_db
 from nfq_core.demo.calibrate import HELD_OUT_SEED, noisy_pictures, random_captions
 from nfq_core.demo.model import SCHEDULER_CONFIG, TinyPipeline, build_pipeline, sample
 from nfq_core.demo.shapes import describe, random_scene
-from nfq_core.examine import sqnr_db
-from nfq_core.metrics import psnr_db, ssim
+from nfq_core.report.metrics import psnr_db, ssim
 
 PROMPTS, HELD_OUT = 32, 24
 """Captions that a calibration saw, and others that are drawn."""

@@ -11,9 +11,9 @@ from math import log2
 import torch
 
 from nfq_core import NFTensor, quantize
-from nfq_core.codec import encode, frame_spans
-from nfq_core.formats import BLOCK, LEVELS
-from nfq_core.packing import unpack_codes
+from nfq_core.packed.codec import encode, frame_spans
+from nfq_core.packed.formats import BLOCK, LEVELS
+from nfq_core.packed.packing import unpack_codes
 
 from .quality_peers import Stored, article
 from .quality_tables import SOURCES

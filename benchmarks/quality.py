@@ -19,10 +19,10 @@ from time import perf_counter
 
 import torch
 
-from nfq_core.calibration import Calibration
-from nfq_core.codebook import EFFORTS
+from nfq_core.calibration.statistics import Calibration
 from nfq_core.demo.calibrate import collect_demo
 from nfq_core.errors import NFQError
+from nfq_core.fitting.codebook import EFFORTS
 
 from .judge import HELD_OUT, OUTPUT_BATCH, PROMPTS
 from .quality_checks import checks, left_of

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from nfq_core.calibration import Calibration
-from nfq_core.container import NFQFile
-from nfq_core.convert import quantize_file
+from nfq_core.calibration.statistics import Calibration
+from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.demo.model import bundled_weights_path, load_weights
 from nfq_core.errors import NFQError
-from nfq_core.formats import LEVELS, TRELLIS_IDS
+from nfq_core.files.container import NFQFile
+from nfq_core.files.safefile import describe
+from nfq_core.models.unet import detect
+from nfq_core.packed.formats import LEVELS, TRELLIS_IDS
 from nfq_core.parallel import ordered_map
-from nfq_core.policy import DEFAULTS, Settings, plan_tensors
-from nfq_core.state import describe
-from nfq_core.unet import detect
+from nfq_core.planning.policy import DEFAULTS, Settings, plan_tensors
 
 from . import ggml
 from .judge import Judge, Weights

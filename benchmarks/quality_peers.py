@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from nfq_core import NFTensor, quantize
-from nfq_core.article import article_dequantize, article_disk_bytes, article_quantize
-from nfq_core.codec import encode
-from nfq_core.formats import LEVELS, WRITABLE_IDS, article_format
-from nfq_core.policy import DEFAULTS
+from nfq_core.files.article import article_dequantize, article_disk_bytes, article_quantize
+from nfq_core.packed.codec import encode
+from nfq_core.packed.formats import LEVELS, WRITABLE_IDS, article_format
+from nfq_core.planning.policy import DEFAULTS
 
 from . import ggml
 from .report import unavailable

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from nfq_core.allocation import allocate
+from nfq_core.checkpoints.examine import sqnr_db
 from nfq_core.demo.model import bundled_weights_path
 from nfq_core.errors import NFQError
-from nfq_core.examine import sqnr_db
+from nfq_core.files.safefile import SafetensorsFile
 from nfq_core.parallel import ordered_map
-from nfq_core.policy import DEFAULTS, plan_tensors
-from nfq_core.safefile import SafetensorsFile
+from nfq_core.planning.allocation import allocate
+from nfq_core.planning.policy import DEFAULTS, plan_tensors
 
 from .quality_peers import OURS, Contestant, Stored
 from .synthetic import channel_spread, gaussian, student_t

@@ -20,7 +20,7 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from nfq_core.markdown import markdown_table as markdown_table
+from nfq_core.report.markdown import markdown_table as markdown_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from nfq_core import NFTensor, quantize
-from nfq_core.allocation import PRESETS
-from nfq_core.calibration import Calibration
+from nfq_core.calibration.statistics import Calibration
 from nfq_core.demo.calibrate import collect_demo
 from nfq_core.demo.model import load_weights
-from nfq_core.policy import Settings, plan_tensors
-from nfq_core.state import describe
+from nfq_core.files.safefile import describe
+from nfq_core.planning.allocation import PRESETS
+from nfq_core.planning.policy import Settings, plan_tensors
 
 from .judge import PROMPTS, Judge
 from .report import machine, markdown_table, write_results

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from nfq_core.atomic import AtomicFile
-from nfq_core.safefile import aligned_entries, header_bytes, tensor_bytes
-from nfq_core.unet_keys import SDXL_BASE, Layout, tensor_shapes
+from nfq_core.files.atomic import AtomicFile
+from nfq_core.files.safefile import aligned_entries, header_bytes, tensor_bytes
+from nfq_core.models.unet_keys import SDXL_BASE, Layout, tensor_shapes
 
 SCALE = 0.03
 """Typical standard deviation of an SDXL weight."""

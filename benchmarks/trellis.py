@@ -22,13 +22,13 @@ from time import process_time
 import torch
 
 from nfq_core import quantize
-from nfq_core.allocation import allocate
-from nfq_core.codebook import EFFORTS
-from nfq_core.formats import BLOCK, FORMATS, TRELLIS_IDS, BlockFormat, Scales
-from nfq_core.policy import DEFAULTS, plan_tensors
-from nfq_core.safefile import Entry
-from nfq_core.trellis import TrellisCoder
-from nfq_core.unet_keys import SDXL_BASE, tensor_shapes
+from nfq_core.files.safefile import Entry
+from nfq_core.fitting.codebook import EFFORTS
+from nfq_core.fitting.trellis import TrellisCoder
+from nfq_core.models.unet_keys import SDXL_BASE, tensor_shapes
+from nfq_core.packed.formats import BLOCK, FORMATS, TRELLIS_IDS, BlockFormat, Scales
+from nfq_core.planning.allocation import allocate
+from nfq_core.planning.policy import DEFAULTS, plan_tensors
 
 from .quality_checks import FLOORS, PACKED
 from .quality_peers import packaged, stored

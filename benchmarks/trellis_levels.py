@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from nfq_core.formats import BLOCK, FORMATS, TRELLIS_IDS, BlockFormat
-from nfq_core.trellis_fit import STARTING_LEVELS, Trellis, lloyd
+from nfq_core.fitting.trellis_fit import STARTING_LEVELS, Trellis, lloyd
+from nfq_core.packed.formats import BLOCK, FORMATS, TRELLIS_IDS, BlockFormat
 
 STARTS = 64
 STAGES = ((64, 600, 4), (8, 3000, 8), (2, 16000, 30))

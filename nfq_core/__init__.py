@@ -1,8 +1,8 @@
 """The core of ComfyUI-NFQ: the NF block format, its file container and the `nfq` command. It never imports a host."""
 
-from .calibration import Calibration
-from .collector import collect
-from .container import NFQFile
+from .calibration.collector import collect
+from .calibration.statistics import Calibration
+from .checkpoints.state_dict import load, quantize_state_dict, save
 from .errors import (
     CannotQuantizeError,
     CorruptFileError,
@@ -11,10 +11,10 @@ from .errors import (
     TargetExistsError,
     UnsupportedFileError,
 )
-from .policy import Settings
-from .quantizer import quantize
-from .state import load, quantize_state_dict, save
-from .tensor import NFTensor
+from .files.container import NFQFile
+from .fitting.quantizer import quantize
+from .packed.tensor import NFTensor
+from .planning.policy import Settings
 from .version import __version__
 
 __all__ = [

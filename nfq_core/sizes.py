@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes as people read and write them."""
 
 from __future__ import annotations
 
@@ -38,3 +38,10 @@ def parse_size(text: str) -> int:
     if not 1 <= nbytes < 1 << 63:
         raise ValueError(f"{text!r} is {'too large' if nbytes > 1 else 'less than a byte'}; write a size such as 1.2GB")
     return round(nbytes)
+
+
+def size_in_words(nbytes: int) -> str:
+    """Bytes in GB or MB of thousands, to about three digits."""
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:.2f} GB"
+    return f"{nbytes / 1e6:.{0 if nbytes >= 1e8 else 1 if nbytes >= 1e7 else 2}f} MB"

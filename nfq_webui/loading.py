@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from ..nfq_core import NFQError, NFQFile
-from ..nfq_core.checkpoint import checkpoint_names, dense, missing_companions, renamed
-from ..nfq_core.container import HASH_KEY, SUFFIX
-from ..nfq_core.state import StateDict, load_tensors
+from ..nfq_core.checkpoints.state_dict import StateDict, load_tensors
+from ..nfq_core.checkpoints.whole_checkpoint import checkpoint_names, dense, missing_companions, renamed
+from ..nfq_core.files.container import HASH_KEY, SUFFIX
 
 KEEP_PACKED = "nfq_keep_packed"
 """The name of the setting that has weights stay packed, where the program can."""

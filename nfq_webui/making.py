@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..nfq_core import NFQError, Settings, TargetExistsError
-from ..nfq_core.convert import quantize_file
-from ..nfq_core.extras import DROPPING
+from ..nfq_core.checkpoints.convert import quantize_file
+from ..nfq_core.checkpoints.extras import DROPPING
 from ..nfq_core.parallel import seconds_left, share
 from .loading import SUFFIX
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ..nfq_core import NFTensor
-from ..nfq_core.checkpoint import dense
-from ..nfq_core.formats import BlockFormat
-from ..nfq_core.state import StateDict
-from ..nfq_core.unet_keys import CHECKPOINT_PREFIX
+from ..nfq_core.checkpoints.state_dict import StateDict
+from ..nfq_core.checkpoints.whole_checkpoint import dense
+from ..nfq_core.models.unet_keys import CHECKPOINT_PREFIX
+from ..nfq_core.packed.formats import BlockFormat
 
 
 class NFQ:

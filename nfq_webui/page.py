@@ -13,10 +13,10 @@ from modules import script_callbacks
 from modules.options import OptionHTML, OptionInfo, options_section
 
 from ..nfq_core import NFQError, Settings
-from ..nfq_core.codebook import EFFORTS
-from ..nfq_core.examine import file_info, info_lines
-from ..nfq_core.formats import LEVELS
-from ..nfq_core.policy import DEFAULTS
+from ..nfq_core.checkpoints.examine import file_info, info_lines
+from ..nfq_core.fitting.codebook import EFFORTS
+from ..nfq_core.packed.formats import LEVELS
+from ..nfq_core.planning.policy import DEFAULTS
 from .loading import KEEP_PACKED, is_ours
 from .making import DROP_EXTRAS, Making, default_name, target_path
 

@@ -15,13 +15,13 @@ import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 
 from ..nfq_core import Calibration, NFQError, NFTensor, Settings
-from ..nfq_core.calibration import measured_sensitivities, recorded_settings
-from ..nfq_core.container import BAKED
-from ..nfq_core.memory import check_device
-from ..nfq_core.policy import plan_tensors
-from ..nfq_core.quantizer import FIT_DTYPE
-from ..nfq_core.safefile import DTYPE_NAMES, Entry
-from ..nfq_core.state import StateDict, quantize_tensors
+from ..nfq_core.calibration.statistics import measured_sensitivities, recorded_settings
+from ..nfq_core.checkpoints.memory import check_device
+from ..nfq_core.checkpoints.state_dict import StateDict, quantize_tensors
+from ..nfq_core.files.container import BAKED
+from ..nfq_core.files.safefile import DTYPE_NAMES, Entry
+from ..nfq_core.fitting.quantizer import FIT_DTYPE
+from ..nfq_core.planning.policy import plan_tensors
 from .host import BYPASS_LORA, COLLECTED, MADE, UNET, LayerProgress, Made, finite
 from .ops import NFOps, wrap
 from .patcher import NFModelPatcher, adopt, nf_layers

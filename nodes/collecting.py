@@ -10,9 +10,9 @@ import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 
 from ..nfq_core import NFQError
-from ..nfq_core.collector import Collector
-from ..nfq_core.sensitivity import PASSES
-from ..nfq_core.unet import detect
+from ..nfq_core.calibration.collector import Collector
+from ..nfq_core.calibration.sensitivity import PASSES
+from ..nfq_core.models.unet import detect
 from .bake import without_dynamic_vram
 from .host import CALIBRATION_SUFFIX, CALIBRATIONS, COLLECTED, refuse_existing, target
 from .weights import is_quantized

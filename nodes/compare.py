@@ -10,8 +10,8 @@ import comfy.latent_formats
 import torch
 
 from ..nfq_core import NFQError
-from ..nfq_core.metrics import psnr_db, ssim
-from ..nfq_core.sheet import comparison_sheet
+from ..nfq_core.report.metrics import psnr_db, ssim
+from ..nfq_core.report.sheet import comparison_sheet
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import comfy.model_management
 from comfy_api.latest import io
 
 from ..nfq_core import Calibration, Settings
-from ..nfq_core.allocation import PRESETS
-from ..nfq_core.codebook import EFFORTS
-from ..nfq_core.formats import LEVELS
-from ..nfq_core.memory import MODES
-from ..nfq_core.policy import DEFAULTS
+from ..nfq_core.checkpoints.memory import MODES
+from ..nfq_core.fitting.codebook import EFFORTS
+from ..nfq_core.packed.formats import LEVELS
+from ..nfq_core.planning.allocation import PRESETS
+from ..nfq_core.planning.policy import DEFAULTS
 from . import bake, host, load, report, save
 from .calibrating import NFCollectCalibration, NFSaveCalibration
 from .measuring import NFCompare, NFInspect, NFQualityReport

@@ -15,8 +15,8 @@ import folder_paths
 from server import PromptServer
 
 from ..nfq_core import NFQError
-from ..nfq_core.calibration import CALIBRATION_SUFFIX
-from ..nfq_core.container import SUFFIX, Source
+from ..nfq_core.calibration.statistics import CALIBRATION_SUFFIX
+from ..nfq_core.files.container import SUFFIX, Source
 from ..nfq_core.parallel import seconds_left
 from .patcher import NFModelPatcher
 

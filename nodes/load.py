@@ -15,10 +15,10 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..nfq_core import NFQError, NFQFile, NFTensor, UnsupportedFileError
-from ..nfq_core.checkpoint import MARKERS, unet_names
-from ..nfq_core.memory import choose, needed_bytes
-from ..nfq_core.state import StateDict, load_tensors
-from ..nfq_core.unet_keys import CHECKPOINT_PREFIX
+from ..nfq_core.checkpoints.memory import choose, needed_bytes
+from ..nfq_core.checkpoints.state_dict import StateDict, load_tensors
+from ..nfq_core.checkpoints.whole_checkpoint import MARKERS, unet_names
+from ..nfq_core.models.unet_keys import CHECKPOINT_PREFIX
 from .host import MADE, UNETS, Made, NodeProgress
 from .ops import NFOps, wrap
 from .patcher import adopt

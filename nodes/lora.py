@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
-from ..nfq_core.low_rank import LowRank
+from ..nfq_core.layers.low_rank import LowRank
 from .misfits import Misfits, Patch
 
 

@@ -17,8 +17,8 @@ from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layo
 from comfy_kitchen.tensor.base import BaseLayoutParams
 
 from ..nfq_core import NFTensor
-from ..nfq_core.formats import BlockFormat
-from ..nfq_core.op import dequantize, dequantize_for_one_use
+from ..nfq_core.packed.formats import BlockFormat
+from ..nfq_core.packed.op import dequantize, dequantize_for_one_use
 
 LAYOUT = f"{__name__}.NFLayout"
 """The name under which comfy-kitchen knows `NFLayout`: each copy of the plugin in a host has its own."""

@@ -15,10 +15,11 @@ from typing import Any
 
 import folder_paths
 
-from ..nfq_core import NFQFile, extras
-from ..nfq_core.allocation import PRESETS
-from ..nfq_core.container import BAKED, IMPORTED, Source
+from ..nfq_core import NFQFile
+from ..nfq_core.checkpoints import extras
 from ..nfq_core.errors import printable
+from ..nfq_core.files.container import BAKED, IMPORTED, Source
+from ..nfq_core.planning.allocation import PRESETS
 from .host import CHECKPOINTS, SUFFIX, UNETS, listed_name
 
 LOADER_INPUTS = {"unet_name": UNETS, "ckpt_name": CHECKPOINTS, "model_name": "", "model_path": ""}

@@ -11,9 +11,9 @@ import comfy.lora
 import torch
 
 from ..nfq_core import NFQError, NFQFile
+from ..nfq_core.checkpoints.examine import container_info, mean_sqnr_db, settings_in_words, sqnr_db
 from ..nfq_core.errors import printable
-from ..nfq_core.examine import container_info, mean_sqnr_db, settings_in_words, sqnr_db
-from ..nfq_core.formats import format_by_id
+from ..nfq_core.packed.formats import format_by_id
 from .bake import without_dynamic_vram
 from .host import UNET, finite, made
 from .ops import unwrap

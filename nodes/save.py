@@ -15,7 +15,7 @@ import comfy.model_sampling
 import torch
 
 from ..nfq_core import NFQError, NFTensor, save
-from ..nfq_core.unet_keys import CHECKPOINT_PREFIX
+from ..nfq_core.models.unet_keys import CHECKPOINT_PREFIX
 from .host import BYPASS_LORA, CHECKPOINTS, SUFFIX, UNET, UNETS, NodeProgress, made, refuse_existing, target
 from .ops import is_packed, unwrap
 

@@ -11,6 +11,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import structure
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {
@@ -26,7 +27,7 @@ LIGHT = {"numpy", "safetensors", "torch", "tqdm", "zstandard"}
 """What a plain `pip install` brings."""
 
 ON_CHOICE = {module: {"diffusers"} for module in MODULES if module.startswith("nfq_core.diffusers")}
-ON_CHOICE |= {"nfq_core.diffusers.lora": {"peft"}, "nfq_core.triton_kernels": {"triton"}}
+ON_CHOICE |= {"nfq_core.diffusers.lora": {"peft"}, "nfq_core.packed.triton_decode": {"triton"}}
 """What modules need that are imported only after they were chosen."""
 
 EXTRAS = {"PIL", "accelerate", "diffusers", "matplotlib", "numba", "peft", "transformers"}
@@ -86,9 +87,9 @@ def top_names(names: set[str]) -> set[str]:
 
 
 def test_the_modules_are_found():
-    assert {"nfq_core", "nfq_core.formats", "nfq_core.cli"} <= MODULES.keys()
-    assert "nfq_core.errors" in all_imports("nfq_core.formats")
-    assert "torch" in imports_at_import("nfq_core.formats")
+    assert {"nfq_core", "nfq_core.packed.formats", "nfq_core.cli"} <= MODULES.keys()
+    assert "nfq_core.errors" in all_imports("nfq_core.packed.formats")
+    assert "torch" in imports_at_import("nfq_core.packed.formats")
     assert {ROOT / "nodes" / "host.py", ROOT / "nfq_webui" / "page.py"} <= set(PROGRAMS)
 
 
@@ -125,14 +126,47 @@ def test_importing_a_module_needs_only_the_light_dependencies(module):
     assert top_names(all_imports(module)) <= {*sys.stdlib_module_names, "nfq_core"} | needed | EXTRAS
 
 
-def test_imports_have_no_cycle():
-    graph = {}
-    for module in MODULES:
-        names = imports_at_import(module) & MODULES.keys()
-        # `from .a import b` names the package too, whose own imports are not meant.
-        graph[module] = {name for name in names if not module.startswith(f"{name}.") and name != module}
+FLOORS = (
+    {"cli"},
+    {"demo"},
+    {"report", "diffusers"},
+    {"checkpoints"},
+    {"calibration"},
+    {"planning"},
+    {"files", "fitting", "layers"},
+    {"packed"},
+    {"models"},
+    {"errors", "parallel", "sizes", "version"},
+)
+"""The rooms of the core from top to bottom: each imports only from floors below its own."""
+
+FACE = {"__init__", "__main__"}
+"""The public names, and `python -m nfq_core`: they may import from any floor."""
+
+
+def test_rooms_import_only_from_the_floors_below():
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    house = structure.read(ROOT / "nfq_core")
+    assert house.rooms == floor.keys() | FACE
+    upward = [edge for edge in house.arrows if edge[0] not in FACE and floor[edge[0]] >= floor[edge[1]]]
+    assert not upward
+
+
+def test_no_circle_of_modules():
+    """Imports inside functions and for type checkers count too."""
+    graph = {module: set(found) for module, found in structure.read(ROOT / "nfq_core").imports.items()}
     try:
-        order = list(TopologicalSorter(graph).static_order())
+        list(TopologicalSorter(graph).static_order())
     except CycleError as error:
         pytest.fail(" → ".join(reversed(error.args[1])))
-    assert order.index("nfq_core.errors") < order.index("nfq_core.tensor") < order.index("nfq_core.cli")
+
+
+def test_every_package_says_what_it_is_for():
+    for package in (ROOT / "nfq_core").rglob("__init__.py"):
+        assert ast.get_docstring(ast.parse(package.read_text("utf-8"))), package
+
+
+def test_files_are_short():
+    """About 350 lines are what a reader holds in the head."""
+    long = {path.name: lines for path in MODULES.values() if (lines := len(path.read_text("utf-8").splitlines())) > 350}
+    assert not long

@@ -11,8 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nfq_core import Settings, convert, quantizer, state, trellis
-from nfq_core.formats import BLOCK
+from nfq_core import Settings
+from nfq_core.checkpoints import convert
+from nfq_core.checkpoints import state_dict as state
+from nfq_core.fitting import quantizer, trellis
+from nfq_core.fitting.trellis_fit import TRELLIS_EFFORTS
+from nfq_core.packed.formats import BLOCK
 from nfq_core.parallel import (
     DEVICE_BYTES,
     IN_FLIGHT_BYTES,
@@ -24,7 +28,6 @@ from nfq_core.parallel import (
     share,
     threads_for,
 )
-from nfq_core.trellis_fit import TRELLIS_EFFORTS
 
 
 def run(work, items, *, size=lambda item: 1, max_in_flight=8, threads=4):

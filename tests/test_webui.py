@@ -18,7 +18,7 @@ from samples import TINY, random_half
 from stub_webui import ROOT, Program
 
 from nfq_core import NFTensor, load, quantize_state_dict, save
-from nfq_core.unet_keys import tensor_shapes
+from nfq_core.models.unet_keys import tensor_shapes
 
 COMPANIONS = {"conditioner.x": random_half(8, 8), "first_stage_model.y": random_half(8)}
 

@@ -11,8 +11,8 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from ..calibration import Calibration
-from ..collector import collect
+from ..calibration.collector import collect
+from ..calibration.statistics import Calibration
 from ..errors import TargetExistsError
 from ..parallel import Progress, no_progress
 from .model import SCHEDULER_CONFIG, STEPS, build_pipeline, import_diffusers, load_weights, sample

@@ -14,17 +14,17 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from ..atomic import prepare_folder, write_whole
-from ..checkpoint import dense
-from ..container import SUFFIX
-from ..convert import quantize_file
-from ..examine import compare_files, file_info
-from ..formats import LEVELS
-from ..metrics import psnr_db
+from ..checkpoints.convert import quantize_file
+from ..checkpoints.examine import compare_files, file_info
+from ..checkpoints.state_dict import load
+from ..checkpoints.whole_checkpoint import dense
+from ..files.atomic import prepare_folder, write_whole
+from ..files.container import SUFFIX
+from ..packed.formats import LEVELS
 from ..parallel import Progress, no_progress
-from ..policy import Settings
-from ..sheet import check_pillow, comparison_sheet
-from ..state import load
+from ..planning.policy import Settings
+from ..report.metrics import psnr_db
+from ..report.sheet import check_pillow, comparison_sheet
 from .model import (
     GUIDANCE,
     STEPS,

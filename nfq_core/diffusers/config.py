@@ -8,10 +8,10 @@ from typing import Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
-from ..allocation import PRESETS
-from ..calibration import Calibration
-from ..extras import SETTING
-from ..policy import Settings
+from ..calibration.statistics import Calibration
+from ..checkpoints.extras import SETTING
+from ..planning.allocation import PRESETS
+from ..planning.policy import Settings
 from .foreign import refuse_other_method
 from .patches import watch_configs
 from .quantizer import NFQQuantizer

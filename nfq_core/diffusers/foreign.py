@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..errors import NFQError
-from ..prequantized import other_form, scale_name
-from ..tensor import QUANTIZABLE_DTYPES
+from ..files.prequantized import other_form, scale_name
+from ..packed.tensor import QUANTIZABLE_DTYPES
 
 EIGHT_BIT_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 """Without scales they are numbers like others; fp16 holds them exactly."""

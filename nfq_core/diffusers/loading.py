@@ -12,13 +12,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from ..container import NFQFile
+from ..checkpoints.state_dict import load_tensors
 from ..errors import NFQError
-from ..layers import assign_state, packed_layers
+from ..files.container import NFQFile
+from ..files.safefile import TORCH_DTYPES
+from ..layers.packed_layers import assign_state, packed_layers
+from ..packed.tensor import QUANTIZABLE_DTYPES, NFTensor
 from ..parallel import Progress, no_progress
-from ..safefile import TORCH_DTYPES
-from ..state import load_tensors
-from ..tensor import QUANTIZABLE_DTYPES, NFTensor
 from .config import NFQConfig
 from .model import become_packed, check_fits, names_in_model
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.func import functional_call
 
 from ..errors import NFQError
-from ..layers import PackedConv2d, PackedLayer, needs_dense
-from ..low_rank import LowRank
+from ..layers.low_rank import LowRank
+from ..layers.packed_layers import PackedConv2d, PackedLayer, needs_dense
 from .patches import watch_adapters
 
 WORKING = ("lora", "ia3", "oft", "boft")
@@ -109,7 +109,7 @@ def adopt(model: nn.Module) -> None:
     Raises:
         NFQError: one of them needs the dense weights; its adapter is taken away from the whole model.
     """
-    watch_adapters()
+    watch_adapters(refusal)
     added = [found for found in _beside_packed(model) if not isinstance(found[1], (_Merging, _Separate))]
     tried: dict[tuple, bool] = {}
     for name, module in added:

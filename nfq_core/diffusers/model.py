@@ -9,23 +9,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
-from ..atomic import AtomicFile
-from ..checkpoint import diffusers_unet_names
-from ..container import NFQFile
+from ..checkpoints.state_dict import save
+from ..checkpoints.whole_checkpoint import diffusers_unet_names
 from ..errors import NFQError, UnsupportedFileError
-from ..layers import CANNOT_TRAIN, dense_layers, needs_dense, packed_layers
-from ..state import save
+from ..files.atomic import AtomicFile
+from ..files.container import NFQFile
+from ..layers.packed_layers import CANNOT_TRAIN, dense_layers, needs_dense, packed_layers
 from .patches import let_copy
 from .saving import refuse_offloaded, saved_tensors
-
-if TYPE_CHECKING:
-    from .quantizer import NFQQuantizer
 
 _NEED_WEIGHTS = {"lora_magnitude_vector": "DoRA", "dora_scale": "DoRA", ".hada_": "LoHa", ".lokr_": "LoKr"}
 """Adapters that need the dense weights, by parts of their tensors' names."""
@@ -225,8 +223,12 @@ def stock_class(packed: type) -> type:
     return packed._stock
 
 
-def become_packed(model: nn.Module, quantizer: NFQQuantizer) -> nn.Module:
+def become_packed(model: nn.Module, quantizer: DiffusersQuantizer) -> nn.Module:
     """Finish a model whose layers were packed: its class, and what diffusers wants to know of its quantiser.
+
+    Args:
+        model: is changed.
+        quantizer: an `NFQQuantizer`, whose `facts` go into the model's config.
 
     Returns:
         The model itself.

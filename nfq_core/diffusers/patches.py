@@ -97,11 +97,13 @@ def _dense(value: Any) -> Any:
 
 
 @lru_cache
-def watch_adapters() -> None:
-    """Have PEFT ask a packed model before it makes the first layer of a LoRA, by whichever of its functions."""
-    from peft.tuners.lora import LoraModel
+def watch_adapters(refusal: Callable[[Any], Exception | None]) -> None:
+    """Have PEFT ask a packed model before it makes the first layer of a LoRA, by whichever of its functions.
 
-    from .lora import refusal
+    Args:
+        refusal: why an adapter's configuration cannot work beside packed weights; None where it can.
+    """
+    from peft.tuners.lora import LoraModel
 
     def make(create: Callable) -> Callable:
         def wrapper(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:

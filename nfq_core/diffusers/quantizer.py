@@ -5,27 +5,25 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusers.utils import is_accelerate_available
 from torch import nn
 
-from ..calibration import measured_sensitivities
-from ..container import PREFIX, Facts, NFQFile
+from ..calibration.statistics import measured_sensitivities
+from ..checkpoints.state_dict import load_tensors
 from ..errors import CannotQuantizeError, NFQError, UnsupportedFileError, missing_package
-from ..layers import PACKED_KINDS, pack_layers
-from ..policy import plan_tensors
-from ..quantizer import quantize
-from ..safefile import Entry
-from ..state import load_tensors
-from ..tensor import QUANTIZABLE_DTYPES, NFTensor
+from ..files.container import PREFIX, Facts, NFQFile
+from ..files.safefile import Entry
+from ..fitting.quantizer import quantize
+from ..layers.packed_layers import PACKED_KINDS, pack_layers
+from ..packed.tensor import QUANTIZABLE_DTYPES, NFTensor
+from ..planning.policy import plan_tensors
 from .foreign import EIGHT_BIT_FLOATS, refuse_foreign, refuse_integers
 from .model import become_packed, become_stock, check_fits, names_in_model
-
-if TYPE_CHECKING:
-    from .config import NFQConfig
 
 log = logging.getLogger("nfq")
 
@@ -40,7 +38,7 @@ class NFQQuantizer(DiffusersQuantizer):
         kwargs: as diffusers gives them.
     """
 
-    def __init__(self, quantization_config: NFQConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.facts = Facts()
         """What a container of this model says about it."""

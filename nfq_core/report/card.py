@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..allocation import PRESETS
-from ..checkpoint import missing_companions
-from ..container import NFQFile
+from ..checkpoints.examine import container_info, settings_in_words
+from ..checkpoints.whole_checkpoint import missing_companions
 from ..errors import CorruptFileError, NFQError
-from ..examine import container_info, settings_in_words
-from ..markdown import as_code, as_text, markdown_table, ratio_in_words, size_in_words
+from ..files.container import NFQFile
+from ..files.untrusted import parse_json
+from ..models.unet import UNKNOWN
 from ..parallel import Progress, no_progress
-from ..unet import UNKNOWN
-from ..untrusted import parse_json
+from ..planning.allocation import PRESETS
+from ..sizes import size_in_words
+from .markdown import as_code, as_text, markdown_table, ratio_in_words
 from .measure import label, measure, short_names
 from .write import JSON_NAME, MARKDOWN_NAME, MEANINGS, PLOT_TITLES, markdown
-from .yaml import front_matter
 
 PLACEHOLDERS = {"base_model": "FILL-IN/BASE-MODEL", "license": "FILL-IN-LICENSE-OF-THE-BASE-MODEL"}
 """What stands for a fact that only the author of the card knows."""
@@ -239,3 +239,29 @@ def _settings(one: Mapping[str, Any]) -> str:
     origin = as_code(source["name"]) if source["name"] else "a model that is not recorded"
     origin += f" (SHA-256 `{source['sha256'][:16]}…`)" if source["sha256"] else ""
     return f"- {as_code(one['name'])} from {origin}, by {as_text(one['writer'])}: {as_text(settings)}"
+
+
+def front_matter(fields: Mapping[str, str | Sequence[str]], comments: Mapping[str, str]) -> str:
+    """Texts and lists of texts between two lines of dashes.
+
+    Args:
+        fields: values by name; names are plain words.
+        comments: what stands behind a field's line, by its name.
+    """
+    lines = ["---"]
+    for name, value in fields.items():
+        comment = f"  # {comments[name]}" if name in comments else ""
+        if isinstance(value, str):
+            lines.append(f"{name}: {quoted(value)}{comment}")
+        else:
+            lines += [f"{name}:{comment}", *(f"  - {quoted(item)}" for item in value)]
+    return "\n".join([*lines, "---"])
+
+
+def quoted(text: str) -> str:
+    """A double-quoted scalar that every YAML reader takes for exactly this text: JSON, for YAML contains it.
+
+    What is not printable is escaped (YAML 1.2, section 5.7), and so are line separators, which old readers fold.
+    """
+    letters = json.dumps(text, ensure_ascii=False)
+    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08X}" for letter in letters)

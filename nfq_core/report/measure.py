@@ -9,14 +9,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..container import SUFFIX, NFQFile
+from ..checkpoints.examine import compare_files, container_info, mean_sqnr_db
 from ..errors import NFQError
-from ..examine import compare_files, container_info, mean_sqnr_db
-from ..original import Original
+from ..files.container import SUFFIX, NFQFile
+from ..files.original import Original
+from ..models.roles import OTHER_CONVOLUTION, OTHER_LINEAR, ROLES, common_names, role, stage
+from ..models.unet import detect, is_unet_key
 from ..parallel import Progress, no_progress
-from ..unet import detect, is_unet_key
 from ..version import __version__
-from .layers import OTHER_CONVOLUTION, OTHER_LINEAR, ROLES, common_names, role, stage
 
 SUFFIXES = (SUFFIX, ".safetensors")
 

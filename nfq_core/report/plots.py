@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import missing_package
-from ..sheet import FONTS
-from .layers import GROUPS, OTHER
+from ..models.roles import GROUPS, OTHER
 from .measure import label
 from .protocol import APPLE_SDXL
+from .sheet import FONTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

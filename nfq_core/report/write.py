@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic import prepare_folder, write_whole
-from ..markdown import as_code, as_text, markdown_table, ratio_in_words, size_in_words
-from ..sheet import comparison_sheet
+from ..files.atomic import prepare_folder, write_whole
+from ..sizes import size_in_words
+from .markdown import as_code, as_text, markdown_table, ratio_in_words
 from .measure import label
 from .plots import plots, png
+from .sheet import comparison_sheet
 
 JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
 

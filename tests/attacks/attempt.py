@@ -16,21 +16,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import torch
 from samples import random_half
 from trial import Fault, guarded, kind, reset_peak, status
 
 import nfq_core
-from nfq_core import NFQFile, cli
-from nfq_core.article_import import import_article
-from nfq_core.calibration import Calibration
-from nfq_core.checkpoint import checkpoint_names
-from nfq_core.convert import dequantize_file, quantize_file
-from nfq_core.examine import compare_files, file_info, verify_file
-from nfq_core.safefile import SafetensorsFile
-from nfq_core.unet import detect
+from nfq_core import NFQFile
+from nfq_core.calibration.statistics import Calibration
+from nfq_core.checkpoints.article_import import import_article
+from nfq_core.checkpoints.convert import dequantize_file, quantize_file
+from nfq_core.checkpoints.examine import compare_files, file_info, verify_file
+from nfq_core.checkpoints.whole_checkpoint import checkpoint_names
+from nfq_core.cli import commands as cli
+from nfq_core.files.safefile import SafetensorsFile
+from nfq_core.models.unet import detect
 
 SECONDS = 30
 """What takes longer is taken for something that hangs."""

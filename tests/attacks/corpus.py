@@ -1,7 +1,8 @@
 """Files that attack their reader, each made by a few lines: `make_all` writes them into a folder.
 
-What only damages a container or a header is in `tests/test_container.py`, `test_safefile.py` and `test_codec.py`, one
-file per refusal. Here is what aims at the reader's machine: its time, memory, terminal and files.
+What only damages a container or a header is in `tests/files/test_container.py`, `test_safefile.py` and
+`tests/packed/test_codec.py`, one file per refusal. Here is what aims at the reader's machine: its
+time, memory, terminal and files.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from forging import Draft, compressed, plain, split
 from samples import TINY, random_half
 
 import nfq_core
-from nfq_core.article import write_article_file
-from nfq_core.calibration import CALIBRATION_KEY, Calibration, LayerInputs
-from nfq_core.container import FACTS_KEY
-from nfq_core.safefile import METADATA_KEY
-from nfq_core.unet_keys import CHECKPOINT_PREFIX, tensor_shapes
+from nfq_core.calibration.statistics import CALIBRATION_KEY, Calibration, LayerInputs
+from nfq_core.files.article import write_article_file
+from nfq_core.files.container import FACTS_KEY
+from nfq_core.files.safefile import METADATA_KEY
+from nfq_core.models.unet_keys import CHECKPOINT_PREFIX, tensor_shapes
 
 MEBIBYTE = 1 << 20
 

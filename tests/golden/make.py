@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 import nfq_core
-from nfq_core.article import article_dequantize, article_quantize
-from nfq_core.article_import import pack_article
-from nfq_core.formats import FORMATS, Scales
+from nfq_core.checkpoints.article_import import pack_article
+from nfq_core.files.article import article_dequantize, article_quantize
+from nfq_core.packed.formats import FORMATS, Scales
 
 FOLDER = Path(__file__).resolve().parent
 

@@ -13,8 +13,8 @@ from last_run import Recorder, asked_for, host_versions
 from models import KINDS, random_adapter, write_unet
 from safetensors.torch import save_file
 
-from nfq_core.convert import dequantize_file, quantize_file
-from nfq_core.unet_keys import SEGMIND_VEGA
+from nfq_core.checkpoints.convert import dequantize_file, quantize_file
+from nfq_core.models.unet_keys import SEGMIND_VEGA
 
 
 def pytest_configure(config: pytest.Config) -> None:

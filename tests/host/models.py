@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from nfq_core import NFTensor, quantize
-from nfq_core.policy import DEFAULTS, Settings, plan_tensors
-from nfq_core.state import describe
-from nfq_core.unet_keys import UNetArchitecture, tensor_shapes
+from nfq_core.files.safefile import describe
+from nfq_core.models.unet_keys import UNetArchitecture, tensor_shapes
+from nfq_core.planning.policy import DEFAULTS, Settings, plan_tensors
 
 KINDS = ("lora", "locon", "loha", "lokr", "dora")
 

@@ -8,7 +8,7 @@ from driver import HostError
 from graphs import ORIGINAL, OURS, quantize, sample, save
 
 from nfq_core import Calibration, NFQFile
-from nfq_core.calibration import LayerInputs
+from nfq_core.calibration.statistics import LayerInputs
 
 NAME = "vega.calibration.safetensors"
 

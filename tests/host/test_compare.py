@@ -8,7 +8,7 @@ import pytest
 import torch
 from driver import HostError
 
-from nfq_core.metrics import psnr_db, ssim
+from nfq_core.report.metrics import psnr_db, ssim
 
 COMPANIONS = {"class_type": "NFQTestCompanions", "inputs": {}}
 

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import nfq_core
-from nfq_core.examine import file_info, verify_file
-from nfq_core.unet_keys import KOALA_700M
+from nfq_core.checkpoints.examine import file_info, verify_file
+from nfq_core.models.unet_keys import KOALA_700M
 
 MODEL = ["model", 0]
 NODES = ("NFQuantizedUNetLoader", "NFQuantizeUNet", "NFSaveCheckpoint", "NFQuantizedCheckpointLoader", "NFInspect")

@@ -10,7 +10,7 @@ from graphs import DENSE, OURS, lora, sample
 from models import KINDS, random_adapter
 from safetensors.torch import save_file
 
-from nfq_core.unet_keys import SEGMIND_VEGA
+from nfq_core.models.unet_keys import SEGMIND_VEGA
 
 MODEL = ["model", 0]
 SKIPPED = "LoRA patches do not fit this model and are skipped"

@@ -8,8 +8,8 @@ from graphs import DENSE, ORIGINAL, OURS, loader, lora, sample
 from models import KINDS, random_unet
 from safetensors.torch import load_file, save_file
 
-from nfq_core.convert import dequantize_file, quantize_file
-from nfq_core.unet_keys import CHECKPOINT_PREFIX, KOALA_700M
+from nfq_core.checkpoints.convert import dequantize_file, quantize_file
+from nfq_core.models.unet_keys import CHECKPOINT_PREFIX, KOALA_700M
 
 MODEL = ["model", 0]
 

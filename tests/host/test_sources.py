@@ -12,11 +12,11 @@ from graphs import loader, quantize, sample, save
 from models import random_unet
 from safetensors.torch import save_file
 
-from nfq_core.convert import quantize_file
-from nfq_core.original import Original
-from nfq_core.policy import Settings
-from nfq_core.prequantized import rotation_matrix
-from nfq_core.unet_keys import SEGMIND_VEGA
+from nfq_core.checkpoints.convert import quantize_file
+from nfq_core.files.original import Original
+from nfq_core.files.prequantized import rotation_matrix
+from nfq_core.models.unet_keys import SEGMIND_VEGA
+from nfq_core.planning.policy import Settings
 
 MODEL = ["model", 0]
 FP8 = torch.float8_e4m3fn

@@ -8,9 +8,9 @@ from graphs import DENSE, OURS, loader, lora, sample
 from models import packed_unet
 
 import nfq_core
-from nfq_core.convert import dequantize_file
-from nfq_core.policy import Settings
-from nfq_core.unet_keys import KOALA_1B, KOALA_700M, SDXL_BASE, SDXL_INPAINTING, SDXL_REFINER, SSD_1B
+from nfq_core.checkpoints.convert import dequantize_file
+from nfq_core.models.unet_keys import KOALA_1B, KOALA_700M, SDXL_BASE, SDXL_INPAINTING, SDXL_REFINER, SSD_1B
+from nfq_core.planning.policy import Settings
 
 MODEL = ["model", 0]
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from samples import TINY, random_half
 
-from nfq_core.container import NFQFile
-from nfq_core.convert import dequantize_file, quantize_file
-from nfq_core.safefile import aligned_entries, header_bytes, tensor_bytes
-from nfq_core.unet_keys import tensor_shapes
+from nfq_core.checkpoints.convert import dequantize_file, quantize_file
+from nfq_core.files.container import NFQFile
+from nfq_core.files.safefile import aligned_entries, header_bytes, tensor_bytes
+from nfq_core.models.unet_keys import tensor_shapes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

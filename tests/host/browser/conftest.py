@@ -12,7 +12,7 @@ import torch
 from driver import Host
 
 from nfq_core import quantize_state_dict, save
-from nfq_core.container import Source
+from nfq_core.files.container import Source
 
 try:
     from page import FLAGS, HOSTILE, Page

@@ -13,7 +13,7 @@ from page import Page
 from PIL import Image
 from playwright.sync_api import expect
 
-from nfq_core.convert import quantize_file
+from nfq_core.checkpoints.convert import quantize_file
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "example_workflows").glob("*.json"))
 

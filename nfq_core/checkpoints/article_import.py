@@ -1,0 +1,134 @@
+"""Turning a file that the article's code wrote into a container, bit-equal to what the article's loader returns."""
+
+from __future__ import annotations
+
+import os
+from math import prod
+from time import perf_counter
+
+import torch
+
+from ..errors import CorruptFileError, UnsupportedFileError
+from ..files.article import (
+    ArticleTensor,
+    article_codebook,
+    article_dequantize,
+    is_article_file,
+    quantized_shapes,
+    read_article_tensor,
+)
+from ..files.container import IMPORTED, Facts, Source, source_name
+from ..files.safefile import Entry, SafetensorsFile, tensor_bytes
+from ..files.writer import ContainerWriter, Plan
+from ..models.unet import detect
+from ..packed.codec import encode
+from ..packed.formats import BLOCK, LEVELS, article_format
+from ..packed.packing import pack_codes
+from ..packed.tensor import NFTensor
+from ..parallel import Progress, no_progress, ordered_map
+from .convert import conversion_result, refuse_container, refuse_same, split_metadata
+from .targets import refuse_name
+
+
+def import_article(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> dict:
+    """Convert an article file to `.nfq.safetensors`.
+
+    A tensor whose codes the article's rounding bug has spoilt, or whose number of levels has no format id, is kept as
+    the fp16 weights that the article's loader returns; the former with a warning naming it.
+
+    Args:
+        source: the article's file.
+        target: the file to write.
+        overwrite: whether an existing target may be replaced.
+        progress: see `parallel.Progress`.
+
+    Returns:
+        As `convert.quantize_file`.
+
+    Raises:
+        NFQError: the source is no sound article file, or the target cannot be written. Nothing is then left behind.
+    """
+    started = perf_counter()
+    with SafetensorsFile(source) as file:
+        refuse_container(file)
+        refuse_same([file], target)
+        refuse_name(target)
+        if not is_article_file(file.entries):
+            raise UnsupportedFileError(f"{file.path} was not written by the article's code; `nfq quantize` converts it")
+        try:
+            found = dict(quantized_shapes(file.entries, file.tensor))
+            plans = {key: _plan(file.entries[key], specification) for key, specification in found.items()}
+            info = detect({key: plan.shape for key, plan in plans.items()})
+            metadata, extra, warnings = split_metadata(file.metadata)
+            recorded = Source(source_name(source), file.file_bytes, "", metadata)
+            facts = Facts.of(info, {IMPORTED: "article"}, recorded)
+
+            def work(key: str) -> tuple[str, list[bytes] | torch.Tensor, str]:
+                if found[key] is None:
+                    return key, file.tensor(key), ""
+                return key, *_converted(read_article_tensor(file.tensor, key), plans[key])
+
+            total, done = sum(plan.nbytes for plan in plans.values()), 0
+            with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
+                for key, result, reason in ordered_map(work, plans, size=lambda key: plans[key].nbytes):
+                    warnings += [f"tensor {key!r} {reason}; it is kept as fp16"] if reason else []
+                    if isinstance(result, list):
+                        writer.write_quantized(key, result)
+                    else:
+                        writer.write_kept(key, [tensor_bytes(result)])
+                    done += plans[key].nbytes
+                    progress(done, total, key)
+                file.refuse_changed()
+                file_bytes = writer.finish()
+        except (CorruptFileError, UnsupportedFileError) as error:
+            prefix = "" if str(error).startswith(str(file.path)) else f"{file.path}: "
+            raise type(error)(f"{prefix}{error}") from None
+    return conversion_result(source, facts, plans, writer, file_bytes, warnings, started)
+
+
+def pack_article(tensor: ArticleTensor) -> NFTensor:
+    """The same weights in the container's article format, bit for bit.
+
+    Raises:
+        ValueError: there is no format of this number of levels.
+    """
+    fmt = article_format(tensor.levels)
+    sections = fmt.sections(tensor.weights)
+    blocks = -(-tensor.weights // BLOCK)
+    codes = torch.zeros(blocks * BLOCK, dtype=torch.uint8, device="cpu")
+    codes[: tensor.weights] = tensor.assignable_codes()
+    coarse, fine = pack_codes(codes.view(-1, BLOCK), fmt)
+    data = torch.zeros(sections.end, dtype=torch.uint8, device="cpu")
+    data[: 2 * fmt.levels].view(torch.float16).copy_(article_codebook(fmt.levels))
+    data[sections.coarse : sections.fine] = coarse
+    data[sections.fine : sections.superblock_scales] = fine
+    data[sections.superblock_scales : sections.block_scales].view(torch.float32).copy_(tensor.c2)
+    data[sections.block_scales :] = tensor.c1[:blocks]
+    return NFTensor(data, fmt, tensor.shape, torch.float16)
+
+
+def _plan(entry: Entry, found: tuple[tuple[int, ...], int] | None) -> Plan:
+    """What becomes of a tensor, given its shape and number of levels if it is quantised."""
+    if found is None:
+        return Plan(entry.dtype, entry.shape)
+    shape, levels = found
+    return Plan("F16", shape, article_format(levels) if levels in LEVELS else None)
+
+
+def _converted(tensor: ArticleTensor, plan: Plan) -> tuple[list[bytes] | torch.Tensor, str]:
+    """A tensor's frames; or its weights where it is kept, and what is wrong with it, if anything."""
+    if not torch.isfinite(tensor.c2).all():
+        return article_dequantize(tensor), "holds NaN or Inf"
+    spoilt = tensor.corrupt_weights()
+    if spoilt:
+        return article_dequantize(tensor), f"has {spoilt:,} weights spoilt by the article's rounding bug"
+    if plan.format is None:
+        return article_dequantize(tensor), ""
+    packed = pack_article(tensor)
+    return encode(packed.data, packed.format.sections(prod(tensor.shape))), ""

@@ -1,0 +1,222 @@
+"""What a container is, whether it is sound, and how far it is from its original."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..errors import CorruptFileError, NFQError, printable
+from ..files.container import NFQFile
+from ..files.original import Original
+from ..models.unet import detect, known_ldm_names
+from ..parallel import Progress, no_progress, ordered_map
+from .memory import refuse_beyond_memory
+
+MAX_LINE = 500
+"""Characters of a line about a file: what it says of itself may be megabytes long."""
+
+
+def file_info(path: str | os.PathLike) -> dict:
+    """What a container's header says, as `nfq info --json` prints it; no tensor is read. See `container_info`.
+
+    Raises:
+        NFQError: the file is missing, damaged, foreign or newer.
+    """
+    with NFQFile(path) as file:
+        return container_info(file)
+
+
+def container_info(file: NFQFile) -> dict:
+    """What the header of an open container says.
+
+    Returns:
+        `container_version`, `writer`, `architecture`, `layout`, `source`, `settings`, `weights` (count of quantised
+        weights), `bits_per_weight` (stored bytes of the quantised tensors × 8 ÷ those weights),
+        `packed_bits_per_weight` (the same for the packed buffers), `file_bytes`, `original_bytes` (size of the source
+        file), `kept` and `kept_bytes` (number and size of the tensors kept), `has_workflow`, and `layers` (each `name`,
+        `format`, `shape`, `bits_per_weight` and, where a conversion of a file chose formats by size, `sensitivity`: see
+        `allocation.allocate`).
+    """
+    weights = sum(entry.weights for entry in file.quantized.values())
+    stored = sum(file.stored_bytes(key) for key in file.quantized)
+    packed = sum(entry.packed_bytes for entry in file.quantized.values())
+    source = file.facts.source
+    return {
+        "container_version": file.container_version,
+        "writer": file.writer,
+        "architecture": file.facts.architecture,
+        "layout": file.facts.layout,
+        "source": {"name": source.name, "sha256": source.sha256},
+        "settings": file.facts.settings,
+        "weights": weights,
+        "bits_per_weight": stored * 8 / weights if weights else 0.0,
+        "packed_bits_per_weight": packed * 8 / weights if weights else 0.0,
+        "file_bytes": file.file_bytes,
+        "original_bytes": source.bytes,
+        "kept": len(file.kept),
+        "kept_bytes": sum(file.stored_bytes(key) for key in file.kept),
+        "has_workflow": "workflow" in file.metadata,
+        "layers": [
+            {
+                "name": key,
+                "format": entry.format.id,
+                "shape": list(entry.shape),
+                "bits_per_weight": file.stored_bytes(key) * 8 / entry.weights,
+                **({} if entry.sensitivity is None else {"sensitivity": entry.sensitivity}),
+            }
+            for key, entry in file.quantized.items()
+        ],
+    }
+
+
+def info_lines(path: str | os.PathLike, info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What `file_info` says of the file at `path`, to read: names with short texts, fit for a terminal."""
+    formats = Counter(layer["format"] for layer in info["layers"])
+    share = f", {info['file_bytes'] / info['original_bytes']:.0%} of the original" if info["original_bytes"] else ""
+    lines = [
+        ("file", f"{path}, {info['file_bytes']:,} bytes{share}"),
+        ("written by", f"{info['writer']}, container version {info['container_version']}"),
+        ("model", f"{info['architecture']}, {info['layout']} keys"),
+        ("source", f"{info['source']['name'] or 'not recorded'} {info['source']['sha256'][:10]}"),
+        ("settings", settings_in_words(info["settings"]) or "not recorded"),
+        (
+            "quantised",
+            f"{len(info['layers'])} layers, {info['weights']:,} weights"
+            + "".join(f", {count} {name}" for name, count in sorted(formats.items())),
+        ),
+        ("bits/weight", f"{info['bits_per_weight']:.3f} in the file, {info['packed_bits_per_weight']:.3f} packed"),
+        ("kept", f"{info['kept']} tensors, {info['kept_bytes']:,} bytes"),
+        ("workflow", "embedded" if info["has_workflow"] else "none"),
+    ]
+    return [(name, printable(text, MAX_LINE)) for name, text in lines]
+
+
+def settings_in_words(settings: Mapping[str, Any]) -> str:
+    """Recorded settings on one line, such as "levels 16, effort best"; empty where none are recorded."""
+    texts = {name: ", ".join(map(str, v)) if isinstance(v, list) else v for name, v in settings.items()}
+    return ", ".join(f"{name} {text}" for name, text in texts.items())
+
+
+def verify_file(path: str | os.PathLike, *, progress: Progress = no_progress) -> dict:
+    """Read a whole container and check every checksum and bound.
+
+    Returns:
+        `ok`, `tensors` (how many were checked) and `errors` (one line for each damaged tensor).
+
+    Raises:
+        NFQError: the header already is unsound, or the file missing or foreign.
+    """
+    with NFQFile(path) as file:
+        refuse_beyond_memory(file, max(map(file.packed_bytes, file.quantized), default=0))
+
+        def check(key: str) -> tuple[str, str]:
+            try:
+                file.verify(key)
+            except CorruptFileError as error:
+                return key, str(error)
+            return key, ""
+
+        errors = []
+        done, total = 0, sum(map(file.stored_bytes, file.keys()))
+        for key, error in ordered_map(check, file.keys(), size=file.stored_bytes):
+            errors += [error] if error else []
+            done += file.stored_bytes(key)
+            progress(done, total, key)
+        return {"ok": not errors, "tensors": len(file.keys()), "errors": errors}
+
+
+def sqnr_db(original: torch.Tensor, approximation: torch.Tensor) -> float:
+    """Signal to quantisation noise, ``10 * log10(var(original) / mse)`` in dB; infinite when both are equal.
+
+    The variance of a constant tensor is 0; its mean square takes its place.
+    """
+    total = squares = error = 0.0
+    for part, other in zip(original.reshape(-1).split(1 << 20), approximation.reshape(-1).split(1 << 20), strict=True):
+        part = part.double()
+        total += part.sum().item()
+        squares += part.square().sum().item()
+        error += (part - other.double()).square_().sum().item()
+    if error == 0:
+        return math.inf
+    weights = original.numel()
+    variance = squares - total * total / weights
+    # Below the rounding of the sums, all weights are equal.
+    signal = variance if variance > 1e-12 * squares else squares
+    ratio = signal / error
+    return 10 * math.log10(ratio) if ratio else -math.inf
+
+
+def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progress: Progress = no_progress) -> dict:
+    """Measure how far a container's quantised weights are from the original's.
+
+    Args:
+        original: the safetensors file it was made from, or any with the same names and shapes; the UNet's names may be
+            those of another layout. A sharded model is named by its index or its folder. Weights that have scales are
+            compared without them.
+        path: the `.nfq.safetensors` file.
+        progress: see `parallel.Progress`.
+
+    Returns:
+        `sqnr_db` (mean over layers, weighted by their numbers of weights) and `layers` (each `name`, `format`,
+        `bits_per_weight` as stored, `sqnr_db`; None where original and result are equal).
+
+    Raises:
+        NFQError: a file is missing or unsound, or a quantised tensor has no counterpart of its shape in the original.
+    """
+    with Original(original) as before, NFQFile(path) as after:
+        names = _counterparts(before, after)
+        for key, entry in after.quantized.items():
+            found = before.entries[names[key]].shape if key in names else None
+            if found != entry.shape:
+                raise NFQError(f"{before.path}: tensor {key!r} has shape {found}, {after.path} has {entry.shape}")
+
+        refuse_beyond_memory(after, max((8 * entry.weights for entry in after.quantized.values()), default=0))
+
+        def measure(key: str) -> float:
+            return sqnr_db(before.tensor(names[key]), after.load(key).dequantize(torch.float32))
+
+        layers = []
+        done, total = 0, sum(before.entries[names[key]].nbytes for key in after.quantized)
+        results = ordered_map(measure, after.quantized, size=lambda key: 8 * after.quantized[key].weights)
+        for (key, entry), ratio in zip(after.quantized.items(), results, strict=True):
+            if math.isnan(ratio) or ratio == -math.inf:
+                raise NFQError(f"{before.path}: tensor {key!r} is not what {after.path} was made from")
+            layers.append(
+                {
+                    "name": key,
+                    "format": entry.format.id,
+                    "bits_per_weight": after.stored_bytes(key) * 8 / entry.weights,
+                    "sqnr_db": ratio if math.isfinite(ratio) else None,
+                }
+            )
+            done += before.entries[names[key]].nbytes
+            progress(done, total, key)
+        return {
+            "sqnr_db": mean_sqnr_db((after.quantized[each["name"]].weights, each["sqnr_db"]) for each in layers),
+            "layers": layers,
+        }
+
+
+def mean_sqnr_db(layers: Iterable[tuple[int, float | None]]) -> float | None:
+    """Mean over layers, given by their numbers of weights and ratios in dB, weighted by the former.
+
+    Layers without a ratio do not count; None where there is no other.
+    """
+    known = [(weights, ratio) for weights, ratio in layers if ratio is not None]
+    total = sum(weights for weights, _ in known)
+    return sum(weights * ratio for weights, ratio in known) / total if total else None
+
+
+def _counterparts(before: Original, after: NFQFile) -> dict[str, str]:
+    """What the original calls each quantised tensor, as far as it has it: the same, or the UNet's in another layout."""
+    if any(key in before.entries for key in after.quantized):
+        return {key: key for key in after.quantized if key in before.entries}
+    shapes = after.shapes(), {key: entry.shape for key, entry in before.entries.items()}
+    ours, theirs = (known_ldm_names(detect(each), each) for each in shapes)
+    known = {ldm: key for key, ldm in theirs.items()}
+    return {key: known[ldm] for key, ldm in ours.items() if ldm in known and key in after.quantized}

@@ -1,0 +1,305 @@
+"""Quantising, saving and loading state dicts in memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from typing import Any
+
+import torch
+
+from ..calibration.statistics import Calibration, measured_sensitivities
+from ..errors import CannotQuantizeError, NFQError
+from ..files.container import UNRECORDED, Facts, NFQFile, Source
+from ..files.prequantized import find_prequantized
+from ..files.safefile import TORCH_DTYPES, Entry, describe, tensor_bytes
+from ..files.writer import ContainerWriter, Plan
+from ..fitting.quantizer import quantize
+from ..models.unet import detect
+from ..packed.backends import choose as choose_backend
+from ..packed.codec import encode
+from ..packed.tensor import NFTensor
+from ..packed.torch_decode import CHUNK_WEIGHTS, TEMPORARY_BYTES
+from ..parallel import Progress, no_progress, ordered_map, threads_for
+from ..planning.policy import Settings, plan_tensors
+from .examine import sqnr_db
+from .memory import check_device, choose, free_bytes, is_out_of_memory, needed_bytes, refuse_beyond_memory
+
+log = logging.getLogger("nfq")
+
+StateDict = dict[str, NFTensor | torch.Tensor]
+
+
+def quantize_state_dict(
+    state_dict: Mapping[str, torch.Tensor],
+    levels: int = 16,
+    *,
+    conv_levels: int = 32,
+    effort: str = "fast",
+    quantize_first_last: bool = False,
+    format: str | None = None,
+    conv_format: str | None = None,
+    device: torch.device | str | None = None,
+    calibration: Calibration | None = None,
+) -> StateDict:
+    """Quantise the weights of a model in memory, by the same rules as `nfq quantize`.
+
+    Args:
+        state_dict: tensors by name; it is not changed, and kept tensors are shared with the result. fp8 and int8
+            weights with scales are taken without them, see `prequantized`.
+        levels: levels of 2-D weights: 32, 24, 16, 12 or 7.
+        conv_levels: levels of weights of three and more dimensions.
+        effort: "fast" or "best".
+        quantize_first_last: whether a UNet's first and last convolution are quantised too.
+        format: the format of 2-D weights instead of `levels`, one of `formats.WRITABLE_IDS`.
+        conv_format: likewise instead of `conv_levels`.
+        device: where to work; by default where each tensor is.
+        calibration: statistics of the layers' inputs; a weight that they do not cover is quantised without, with a
+            warning in the log naming it.
+
+    Returns:
+        The same names but for scales, in the same order: an NFTensor for each quantised weight, the tensor itself for a
+        kept one. A weight that cannot be quantised (NaN, Inf, beyond fp16) is kept, with a warning in the log that
+        names it.
+
+    Raises:
+        ValueError: a setting is none of those allowed.
+        NFQError: a tensor has a dtype that safetensors lacks, or the calibration belongs to another architecture.
+    """
+    settings = Settings(levels, conv_levels, effort, quantize_first_last, format, conv_format)
+    stored = describe(state_dict)
+    found = find_prequantized(stored, (), state_dict.__getitem__, "the state dict")
+    others = (tensor.device for tensor in state_dict.values() if tensor.device.type != "cpu")
+
+    def read(key: str) -> torch.Tensor:
+        scaled = found.weights.get(key)
+        return scaled.undo(state_dict[key]).to(TORCH_DTYPES[found.dtype]) if scaled else state_dict[key]
+
+    return quantize_tensors(
+        found.undone(stored),
+        read,
+        settings,
+        device=device,
+        calibration=calibration,
+        threads=threads_for(device or next(others, None)),
+    )
+
+
+def quantize_tensors(
+    entries: Mapping[str, Entry],
+    read: Callable[[str], torch.Tensor],
+    settings: Settings,
+    *,
+    device: torch.device | str | None = None,
+    progress: Progress = no_progress,
+    sqnr: dict[str, float] | None = None,
+    calibration: Calibration | None = None,
+    threads: int | None = None,
+) -> StateDict:
+    """Quantise a model whose tensors are made one at a time, so that few of them exist at once.
+
+    Args:
+        entries: dtype and shape of every tensor by name, as `describe` gives them. They alone decide what is quantised,
+            and the dtype that is recorded for it.
+        read: makes the tensor of a name; called on several threads, its result may have another floating dtype.
+        settings: formats and effort.
+        device: where to work; by default where each tensor is.
+        progress: see `parallel.Progress`; an error raised in it ends the work.
+        sqnr: is filled with the signal-to-quantisation-noise ratio in dB of each quantised weight, by name.
+        calibration: as for `quantize_state_dict`.
+        threads: how many to use; by default what `parallel.threads_for` says of `device`.
+
+    Returns:
+        As `quantize_state_dict`; packed weights lie on the CPU when `device` is given.
+    """
+    info, plans = plan_tensors(entries, settings, measured_sensitivities(entries, settings, calibration))
+    inputs, warnings = calibration.for_plans(info, plans) if calibration else ({}, [])
+    for warning in warnings:
+        log.warning("%s", warning)
+
+    def work(key: str) -> tuple[NFTensor | torch.Tensor, float | None]:
+        tensor, plan = read(key), plans[key].format
+        if plan is None:
+            return tensor, None
+        if tensor.dtype.itemsize == 1:
+            tensor = tensor.to(TORCH_DTYPES[plans[key].dtype])
+        try:
+            statistics = inputs[key].arguments() if key in inputs else {}
+            packed = quantize(tensor, format=plan.id, effort=settings.effort, device=device, **statistics)
+        except CannotQuantizeError as error:
+            log.warning("tensor %r is kept as it is: %s", key, error)
+            return tensor, None
+        ratio = None
+        if sqnr is not None:
+            ratio = sqnr_db(tensor.to(packed.device), packed.dequantize(torch.float32))
+        if device is not None:
+            packed = packed.to("cpu")
+        return NFTensor(packed.data, packed.format, packed.shape, TORCH_DTYPES[plans[key].dtype]), ratio
+
+    result: StateDict = {}
+    done, total = 0, sum(plan.nbytes for plan in plans.values())
+    threads = threads_for(device) if threads is None else threads
+    made = ordered_map(work, entries, size=lambda key: plans[key].nbytes, threads=threads)
+    for key, (value, ratio) in zip(entries, made, strict=True):
+        result[key] = value
+        if sqnr is not None and ratio is not None:
+            sqnr[key] = ratio
+        done += plans[key].nbytes
+        progress(done, total, key)
+    return result
+
+
+def save(
+    state_dict: Mapping[str, NFTensor | torch.Tensor],
+    path: str | os.PathLike,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    source: Source = UNRECORDED,
+    workflow: Any = None,
+    prompt: Any = None,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> int:
+    """Write quantised and kept tensors as `.nfq.safetensors`; the file appears whole or not at all.
+
+    Args:
+        state_dict: tensors by their original names, on any device.
+        path: the file to write.
+        settings: how they were quantised, for the header.
+        source: the file they come from, for the header.
+        workflow: a ComfyUI workflow, as JSON-ready objects, for the header.
+        prompt: a ComfyUI prompt, likewise.
+        overwrite: whether an existing file may be replaced.
+        progress: see `parallel.Progress`; an error raised in it leaves nothing behind.
+
+    Returns:
+        Size of the file in bytes.
+
+    Raises:
+        NFQError: the target exists or cannot be written, or a tensor has a dtype that safetensors lacks.
+    """
+    info = detect({key: tuple(tensor.shape) for key, tensor in state_dict.items()})
+    plans = {
+        key: Plan(entry.dtype, entry.shape, value.format if isinstance(value, NFTensor) else None)
+        for (key, entry), value in zip(describe(state_dict).items(), state_dict.values(), strict=True)
+    }
+    facts = Facts.of(info, settings or {}, source)
+    extra = {name: json.dumps(value) for name, value in (("workflow", workflow), ("prompt", prompt)) if value}
+
+    def work(key: str) -> tuple[str, list[bytes]]:
+        tensor = state_dict[key]
+        return key, encode(tensor.data.cpu(), tensor.format.sections(tensor.numel()))
+
+    done, total = 0, sum(value.nbytes for value in state_dict.values())
+
+    def report(key: str) -> None:
+        nonlocal done
+        done += state_dict[key].nbytes
+        progress(done, total, key)
+
+    with ContainerWriter(path, plans, facts, extra=extra, overwrite=overwrite) as writer:
+        for key, value in state_dict.items():
+            if not isinstance(value, NFTensor):
+                writer.write_kept(key, [tensor_bytes(value)])
+                report(key)
+        quantized = [key for key in state_dict if plans[key].format]
+        for key, frames in ordered_map(work, quantized, size=lambda key: state_dict[key].nbytes):
+            writer.write_quantized(key, frames)
+            report(key)
+        return writer.finish()
+
+
+def load(
+    path: str | os.PathLike,
+    keys: Iterable[str] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    memory: str = "packed",
+    progress: Progress = no_progress,
+) -> StateDict:
+    """Read an `.nfq.safetensors` file into memory of its own.
+
+    Args:
+        path: the file.
+        keys: original names of the tensors wanted; by default all.
+        device: where they go.
+        memory: "packed", "resident" (quantised weights are dequantised once, in the dtype they had) or "auto"
+            (resident where the device has room for it, see `memory.choose`; the log says why).
+        progress: see `parallel.Progress`; an error raised in it ends the work.
+
+    Returns:
+        An NFTensor (resident: a tensor) for each quantised weight, a tensor for each kept one, by original name,
+        complete for all that the caller does next, on a CUDA device on its current stream.
+
+    Raises:
+        NFQError: the file is missing, damaged, foreign or newer, the device is not there, or memory not enough.
+        KeyError: a wanted tensor is not in the file.
+        ValueError: `memory` is none of those listed.
+    """
+    with NFQFile(path) as file:
+        return load_tensors(file, keys, device=device, memory=memory, progress=progress)
+
+
+def load_tensors(
+    file: NFQFile,
+    keys: Iterable[str] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    memory: str = "packed",
+    progress: Progress = no_progress,
+) -> StateDict:
+    """`load` from a file that is open already."""
+    wanted = list(file.keys() if keys is None else keys)
+    # No number can be asked of torch's meta device, which is there everywhere.
+    if str(device) != "meta":
+        check_device(device)
+    device = torch.device(device)
+    sizes = needed_bytes(file, wanted)
+    mode, reason = choose(memory, *sizes, free_bytes(device) if memory == "auto" else None)
+    if memory == "auto":
+        log.info("%s: weights are held %s on %s: %s", file.path, mode, device, reason)
+    if device.type == "cpu":
+        refuse_beyond_memory(file, sizes[0] if mode == "resident" else sizes[1])
+    result: StateDict = {}
+    try:
+        _load_into(result, file, wanted, device, mode == "resident", progress)
+        return result
+    except BaseException as error:
+        # Whoever catches the error holds this frame, but not the tensors.
+        result.clear()
+        if not is_out_of_memory(error):
+            raise
+    # Out here the allocator's own error is gone, and with it the frames of the threads that it passed through.
+    raise NFQError(_without_memory(file, device, mode, *sizes))
+
+
+def _load_into(
+    result: StateDict, file: NFQFile, wanted: list[str], device: torch.device, resident: bool, progress: Progress
+) -> None:
+    """Fill `result` with the tensors wanted, in their order."""
+    if resident:
+        # Tried once here, not by all threads at once.
+        choose_backend(device)
+    threads = threads_for(device, CHUNK_WEIGHTS * TEMPORARY_BYTES)
+
+    def work(key: str) -> NFTensor | torch.Tensor:
+        tensor = file.load(key).to(device)
+        return tensor.dequantize(tensor.dtype) if resident and isinstance(tensor, NFTensor) else tensor
+
+    done, total = 0, sum(map(file.stored_bytes, wanted))
+    with closing(ordered_map(work, wanted, size=file.stored_bytes, threads=threads)) as tensors:
+        for key, tensor in zip(wanted, tensors, strict=True):
+            result[key] = tensor
+            done += file.stored_bytes(key)
+            progress(done, total, key)
+
+
+def _without_memory(file: NFQFile, device: torch.device, mode: str, dense_bytes: int, packed_bytes: int) -> str:
+    """What to tell where the tensors of a file do not fit on a device."""
+    needed, advice = packed_bytes, "free some, or take a file of fewer levels"
+    if mode == "resident":
+        needed, advice = dense_bytes, f'free some, or load with memory="packed", which needs {packed_bytes:,}'
+    return f"{file.path}: there is not enough memory on {device}: {mode} weights need {needed:,} bytes; {advice}"

@@ -1,0 +1,58 @@
+"""What the commands share: how results are shown, how progress is drawn, how a command is declared."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ..errors import printable
+from ..parallel import Progress
+
+Run = Callable[[argparse.Namespace], int]
+"""Carries a command out; returns its exit code."""
+
+AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
+"""Declares a command by its name, what runs it and a line of help; the result takes its arguments. It has `--json`."""
+
+
+def show(options: argparse.Namespace, result: Any, text: str, *, document: bool = False) -> int:
+    """Print `text`, or with `--json` the result as JSON; returns 0.
+
+    A document, which is made to be kept, is UTF-8 wherever it does not go to a terminal.
+    """
+    output = json.dumps(result, indent=2) if options.json else text
+    if document and isinstance(sys.stdout, TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")
+    if output:
+        # Neither every terminal nor every file name is Unicode.
+        encoding = sys.stdout.encoding or "utf-8"
+        print(output.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    return 0
+
+
+def decibels(ratio: float | None) -> str:
+    """A ratio in dB for a column of them; None where both sides are equal."""
+    return "  equal" if ratio is None else f"{ratio:6.2f} dB"
+
+
+@contextmanager
+def progress_bar(title: str, options: argparse.Namespace, unit: str = "B") -> Iterator[Progress]:
+    """A progress callback that draws a bar on a terminal, and nothing elsewhere or with `--json`."""
+    hidden = True if options.json else None
+    bar = tqdm(desc=title, unit=unit, unit_scale=unit == "B", disable=hidden, leave=False)
+    with logging_redirect_tqdm(), bar:
+
+        def report(done: int, total: int, name: str) -> None:
+            bar.total = total
+            bar.set_postfix_str(printable(name[-40:]), refresh=False)
+            bar.update(done - bar.n)
+
+        yield report

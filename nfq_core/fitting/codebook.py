@@ -1,0 +1,200 @@
+"""Fitting the levels of one tensor: Lloyd's algorithm on a sample of its blocks, under searched scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..packed.codec import FRAME_BYTES, expected_code_bits
+from ..packed.formats import BLOCK, BlockFormat
+from .search import BlockQuantizer, ScaleGrid, largest_magnitudes
+
+STORED_BITS = {32: 4.93, 24: 4.50, 16: 3.915, 12: 3.49, 7: 2.78}
+"""Bits per code on disk, at each number of levels, that the codes of Gaussian weights do not exceed.
+
+Weights with lighter tails use all levels about equally often, which no entropy coder can shorten. 256 levels are for
+layers whose size matters least, and have no limit.
+"""
+
+RATE_ROUNDS = 10
+"""Rounds of Lloyd's algorithm for each price tried."""
+
+PRICE_STEPS = 5
+"""Bisections of the price per bit."""
+
+
+LEAST_ERROR = 1e-12
+"""Errors below this, in the units of `Codebook.error`, are rounding."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work fitting may take.
+
+    Args:
+        sample_blocks: blocks sampled from a tensor.
+        rounds: rounds of Lloyd's algorithm.
+        limit_size: whether codes are held to STORED_BITS, by entropy-constrained fitting.
+    """
+
+    sample_blocks: int
+    rounds: int
+    limit_size: bool
+
+
+EFFORTS = {"fast": Effort(2048, 8, False), "best": Effort(16384, 40, True)}
+
+
+def effort_by_name(name: str) -> Effort:
+    """The effort named `name`; ValueError for none of EFFORTS."""
+    if name not in EFFORTS:
+        raise ValueError(f"effort must be one of {', '.join(EFFORTS)}, got {name!r}")
+    return EFFORTS[name]
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Levels fitted to a tensor.
+
+    Args:
+        levels: ascending, exact in fp16, fp32 of shape (n,), the largest magnitude being 1.
+        prices: see BlockQuantizer, fp32 of shape (n,).
+        uses: how often each level was used in the sample, int64 of shape (n,).
+        error: mean squared error in the sample, in units of the blocks' largest magnitudes.
+    """
+
+    levels: torch.Tensor
+    prices: torch.Tensor
+    uses: torch.Tensor
+    error: float
+
+
+def fit_codebook(
+    blocks: torch.Tensor,
+    grid: ScaleGrid,
+    fmt: BlockFormat,
+    effort: Effort,
+    weights: int,
+    importance: torch.Tensor | None = None,
+) -> Codebook:
+    """Fit levels to a sample of a tensor.
+
+    Args:
+        blocks: the sample, fp32 of shape (blocks, 64), finite.
+        grid: the scales that may be used.
+        fmt: the format, with so many levels.
+        effort: how much work this may take.
+        weights: number of weights of the whole tensor.
+        importance: what each weight's squared error counts, fp32 of shape (blocks, 64), about 1 in the mean; by default
+            all alike.
+    """
+    largest = largest_magnitudes(blocks)
+    used = largest > 0
+    blocks, largest = blocks[used], largest[used]
+    importance = None if importance is None else importance[used]
+    levels = _starting_levels(blocks, fmt.levels)
+    if not len(blocks):
+        return Codebook(levels, torch.zeros_like(levels), torch.ones_like(levels, dtype=torch.int64), 0.0)
+    book = _lloyd(blocks, largest, grid, levels, 0.0, effort.rounds, importance)
+    if not effort.limit_size or fmt.levels not in STORED_BITS:
+        return book
+
+    # Counted as in whole frames: what a small tensor's table of codes takes is the same for any levels.
+    whole = max(weights, FRAME_BYTES * fmt.coarse_digits)
+
+    def fits(candidate: Codebook) -> bool:
+        uses = candidate.uses.sort(descending=True).values
+        return expected_code_bits(uses, fmt, whole) <= STORED_BITS[fmt.levels]
+
+    return book if fits(book) else _cheapest(blocks, largest, grid, book, fits, importance)
+
+
+def _cheapest(
+    blocks: torch.Tensor,
+    largest: torch.Tensor,
+    grid: ScaleGrid,
+    book: Codebook,
+    fits: Callable[[Codebook], bool],
+    importance: torch.Tensor | None,
+) -> Codebook:
+    """The codebook of least price per bit that fits: entropy-constrained quantisation (Chou et al., 1989)."""
+    low, high = 0.0, 0.25 * book.error
+    while True:
+        found = _lloyd(blocks, largest, grid, book.levels, high, RATE_ROUNDS, importance)
+        if fits(found) or high > 8 * book.error:
+            break
+        low, high = high, 2 * high
+    for _ in range(PRICE_STEPS):
+        price = (low + high) / 2
+        candidate = _lloyd(blocks, largest, grid, book.levels, price, RATE_ROUNDS, importance)
+        if fits(candidate):
+            found, high = candidate, price
+        else:
+            low = price
+    return found
+
+
+def _lloyd(
+    blocks: torch.Tensor,
+    largest: torch.Tensor,
+    grid: ScaleGrid,
+    levels: torch.Tensor,
+    price: float,
+    rounds: int,
+    importance: torch.Tensor | None,
+) -> Codebook:
+    """Alternate between choosing scales and codes, and moving each level to the mean of its weights.
+
+    `price` is what one bit costs, in the units of `Codebook.error`. Without a price the best round counts, with one the
+    last: the objective then changes with the levels' frequencies.
+    """
+    count = len(levels)
+    prices = torch.zeros_like(levels)
+    counting = blocks if importance is None else blocks * importance
+    energy = float((counting.double() * blocks).sum())
+    unit = float(largest.double().square().sum()) * BLOCK
+    best: Codebook | None = None
+    for _ in range(rounds):
+        quantizer = BlockQuantizer(levels, grid, blocks.device, prices)
+        scales = quantizer.scales(quantizer.scale_codes(blocks, largest, importance))
+        codes = quantizer.codes(blocks, scales).view(-1)
+        # A level's error is Σ (x - level · s)² = Σ x² - 2 · level · Σ x·s + level² · Σ s² over its weights x, each term
+        # times its weight's importance.
+        uses = torch.bincount(codes, minlength=count).cpu()
+        products = (counting * scales[:, None]).view(-1).double()
+        squares = scales.square()[:, None].expand_as(blocks)
+        squares = (squares if importance is None else squares * importance).reshape(-1).double()
+        sums = torch.bincount(codes, products, minlength=count).cpu()
+        totals = torch.bincount(codes, squares, minlength=count).cpu()
+        exact = levels.double()
+        error = energy - 2 * (exact @ sums) + exact.square() @ totals
+        book = Codebook(levels, prices, uses, max(float(error) / unit, LEAST_ERROR))
+        if best is None or price or book.error < best.error:
+            settled = best is not None and not price and book.error > best.error * 0.9998
+            best = book
+            if settled:
+                break
+        levels = _normalised(torch.where(totals > 0, sums / totals, exact))
+        prices = -price * ((book.uses.float() + 1.0) / (book.uses.sum() + count)).log2()
+    return best
+
+
+def _normalised(levels: torch.Tensor) -> torch.Tensor:
+    """Levels scaled to a largest magnitude of 1, rounded to fp16, ascending."""
+    levels = levels / levels.abs().amax().clamp_min(1e-30)
+    return levels.half().float().sort().values
+
+
+def _starting_levels(blocks: torch.Tensor, count: int) -> torch.Tensor:
+    """Levels whose density is the cube root of the weights' own (Panter and Dite's rule), from a histogram."""
+    if not len(blocks):
+        return torch.linspace(-1, 1, count, dtype=torch.float32, device="cpu").half().float()
+    extremes = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True))
+    histogram = torch.histc((blocks / extremes).cpu(), bins=512, min=-1, max=1)
+    smooth = torch.nn.functional.avg_pool1d(histogram.view(1, 1, -1), 9, 1, 4).view(-1)
+    density = smooth.double().add_(1e-3).pow_(1 / 3).cumsum(0)
+    wanted = (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5) / count * density[-1]
+    levels = torch.searchsorted(density, wanted).float() / 256 - 1.0
+    return _normalised(levels)

@@ -1,0 +1,305 @@
+"""Quantising one weight: survey it, fit levels, choose scales and codes, pack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from math import prod
+
+import torch
+
+from ..errors import CannotQuantizeError
+from ..packed.formats import BLOCK, BlockFormat, nf_format, writable_format
+from ..packed.packing import pack_codes
+from ..packed.tensor import QUANTIZABLE_DTYPES, NFTensor
+from .codebook import Codebook, effort_by_name, fit_codebook
+from .feedback import SecondMoment, check_inputs, round_columns
+from .search import BlockQuantizer, ScaleGrid, grid_and_factor, largest_magnitudes
+from .trellis_feedback import TURNS, code_with_feedback
+from .trellis_fit import TRELLIS_EFFORTS, TrellisQuantizer, fit_trellis
+
+CHUNK_BLOCKS = 12 * 1024
+"""Blocks quantised at once on a CPU: temporaries of 3 MB, and a multiple of every format's blocks_per_group."""
+
+DEVICE_CHUNK_BLOCKS = 12 * CHUNK_BLOCKS
+"""The same on other devices, where fewer launches count for more: temporaries of 38 MB, six at once in a thread."""
+
+FIT_DTYPE = torch.float64
+"""What levels are fitted in; a device that lacks it cannot quantise."""
+
+FINE_SCALES_FROM = 16
+"""Codebooks of fewer levels gain under 0.1 dB from 16 scales per octave, which cost 0.016 bits; they get 8."""
+
+MIN_LARGEST = 2.0**-12
+"""Below this largest magnitude, the smallest scale (2**-14) is too coarse for a weight."""
+
+MAX_LOST_BLOCKS = 1e-2
+"""Share of the blocks from LEAST_BLOCK up that may decode to zeros, for want of a scale as small."""
+
+LEAST_BLOCK = 2.0**-22
+"""Blocks whose largest magnitude is below this may be zeros: it is four of fp16's steps, in which weights come back."""
+
+MIN_IMPORTANCE = 1e-3
+"""The least that an input channel counts, as a share of the mean: weights there are still rounded with some care."""
+
+Parts = Iterable[tuple[torch.Tensor, torch.Tensor]]
+"""A weight, part after part: scale codes, uint8 of shape (blocks,), and codes, uint8 of shape (blocks, 64).
+
+Each but the last has as many blocks as `chunk_blocks` says.
+"""
+
+
+def quantize(
+    weight: torch.Tensor,
+    levels: int = 16,
+    *,
+    format: str | None = None,
+    effort: str = "fast",
+    device: torch.device | str | None = None,
+    importance: torch.Tensor | None = None,
+    hessian: torch.Tensor | SecondMoment | None = None,
+) -> NFTensor:
+    """Quantise one weight to a block format.
+
+    Args:
+        weight: fp16, bf16, fp32 or fp64, any shape, any strides.
+        levels: size of the codebook: 32, 24, 16, 12 or 7.
+        format: one of `formats.WRITABLE_IDS`, such as "t4w8_b64"; by default the NF format of `levels` levels.
+        effort: "fast" or "best": how long levels are fitted, and for trellis formats how many scales are tried.
+        device: where to work; by default where `weight` is. The result stays there. Its bytes are the same every
+            time on a CPU, and close to those of another device: that adds up errors and fitted levels in an order of
+            its own, which turns a few choices between almost equal scales or levels.
+        importance: E[x²] of each input channel, floating of shape (weight.shape[1],): levels and scales are chosen for
+            the least error where inputs are strong. Without effect beside `hessian`, which does better alone, and on
+            trellis formats.
+        hessian: E[x xᵀ] of the inputs, floating of shape (columns, columns) for a weight seen as (rows, columns), or a
+            `SecondMoment`: codes are chosen with error feedback, see `feedback` and `trellis_feedback`.
+
+    Returns:
+        The packed weight; zero blocks come back as exact zeros.
+
+    Raises:
+        CannotQuantizeError: the weight is empty, not floating, holds NaN or Inf, is too large or small for fp16, or has
+            many blocks too far below its largest magnitude for any scale of the format.
+        ValueError: `levels`, `format` or `effort` is none of those listed, or `importance` or `hessian` does not fit
+            the weight or holds NaN, Inf or (on the diagonal) negative numbers.
+    """
+    fmt = nf_format(levels) if format is None else writable_format(format)
+    work = effort_by_name(effort)
+    if weight.dtype not in QUANTIZABLE_DTYPES:
+        raise CannotQuantizeError(f"only floating weights of 16 bits or more are quantised, this one is {weight.dtype}")
+    if weight.numel() == 0:
+        raise CannotQuantizeError("an empty tensor has nothing to quantise")
+    moment = SecondMoment.of(hessian) if isinstance(hessian, torch.Tensor) else hessian
+    check_inputs(weight.shape, importance, moment)
+    flat = weight.detach().to(device or weight.device).reshape(-1)
+    largest = _largest_magnitudes(flat)
+    finest_stride = 1 if fmt.levels >= FINE_SCALES_FROM else 2
+    original = largest
+    grid, factor = grid_and_factor(largest, finest_stride)
+    if factor != 1:
+        flat, largest = flat.float() * factor, largest * factor
+    if fmt.window:
+        work = TRELLIS_EFFORTS[effort]
+        trellis = fit_trellis(_sample(flat, work.sample_blocks)[0], fmt, work)
+        quantizer = TrellisQuantizer(trellis, fmt, grid, flat.device, work.scale_steps)
+        fitted = trellis.levels
+        if moment is None:
+            parts = (quantizer.encode(*chunk) for _, *chunk in _chunks(flat, largest))
+        else:
+            matrix = flat.view(-1, len(moment.diagonal)).float()
+            found = code_with_feedback(matrix, moment, quantizer, fitted, grid.table, fmt, TURNS[effort])
+            parts = zip(*(tensor.split(chunk_blocks(flat.device)) for tensor in found), strict=True)
+    else:
+        columns = None
+        if importance is not None and moment is None:
+            columns = _column_importance(importance, weight.shape).to(flat.device)
+        sample, sampled_importance = _sample(flat, work.sample_blocks, columns)
+        book = fit_codebook(sample, grid, fmt, work, flat.numel(), sampled_importance)
+        fitted, parts = _scalar(flat, largest, grid, book, columns, moment)
+    data = _encode(parts, flat.numel(), fmt, grid, fitted / factor, flat.device)
+    packed = NFTensor(data, fmt, weight.shape, weight.dtype)
+    _refuse_lost_blocks(packed, original, grid.magnitudes[0].item() / factor)
+    return packed
+
+
+def _refuse_lost_blocks(packed: NFTensor, largest: torch.Tensor, smallest: float) -> None:
+    """CannotQuantizeError where more than MAX_LOST_BLOCKS of the blocks from LEAST_BLOCK up decode to zeros.
+
+    Args:
+        packed: the quantised weight.
+        largest: the largest magnitude of each of its blocks before that.
+        smallest: the largest magnitude that a block has under the smallest scale; none above it is lost.
+    """
+    wanted = largest >= LEAST_BLOCK
+    count = int(wanted.sum())
+    if int((wanted & (largest < smallest)).sum()) <= MAX_LOST_BLOCKS * count:
+        return
+    found = torch.empty(packed.numel(), dtype=torch.float16, device=packed.device)
+    packed.dequantize(out=found.view(packed.shape))
+    decoded = torch.cat([largest_magnitudes(blocks) for _, blocks, _ in _chunks(found, largest)])
+    lost = int((wanted & (decoded == 0)).sum())
+    if lost > MAX_LOST_BLOCKS * count:
+        raise CannotQuantizeError(
+            f"{lost / count:.1%} of its blocks that hold weights would decode to zeros, so far are they below its "
+            f"largest magnitude, {largest.amax().item():.3g}"
+        )
+
+
+def chunk_blocks(device: torch.device) -> int:
+    """How many blocks are quantised at once on a device."""
+    return CHUNK_BLOCKS if device.type == "cpu" else DEVICE_CHUNK_BLOCKS
+
+
+def _column_importance(importance: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The importance of each column of the flattened weight, fp32, 1 in the mean; none counts next to nothing."""
+    relative = importance.double() / importance.double().mean().clamp_min(1e-300)
+    return relative.clamp_min(MIN_IMPORTANCE).float().repeat_interleave(prod(shape[2:]))
+
+
+def _block_importance(columns: torch.Tensor | None, numbers: torch.Tensor) -> torch.Tensor | None:
+    """The importance of every weight of the blocks of these numbers, fp32 of shape (blocks, 64); None without any."""
+    if columns is None:
+        return None
+    positions = numbers[:, None] * BLOCK + torch.arange(BLOCK, device=columns.device)
+    return columns[positions % len(columns)]
+
+
+def _blocks(flat: torch.Tensor, first: int, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Blocks `first` … of a flat weight in `dtype`, shape (up to `count`, 64), the last one filled up with zeros."""
+    part = flat[first * BLOCK : (first + count) * BLOCK].to(dtype)
+    missing = -part.numel() % BLOCK
+    if missing:
+        part = torch.nn.functional.pad(part, (0, missing))
+    return part.view(-1, BLOCK)
+
+
+def _chunks(flat: torch.Tensor, largest: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """For each chunk of a flat weight the number of its first block, its blocks, fp32, and their largest magnitudes."""
+    chunk = chunk_blocks(flat.device)
+    for first in range(0, len(largest), chunk):
+        yield first, _blocks(flat, first, chunk), largest[first : first + chunk]
+
+
+def _largest_magnitudes(flat: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each block, fp32 of shape (blocks,); CannotQuantizeError where fp16 does not do."""
+    dtype = flat.dtype if flat.element_size() == 2 else torch.float32
+    chunk = chunk_blocks(flat.device)
+    largest = torch.cat(
+        [largest_magnitudes(_blocks(flat, first, chunk, dtype)) for first in range(0, -(-flat.numel() // BLOCK), chunk)]
+    )
+    if not torch.isfinite(largest).all():
+        beyond_fp32 = flat.dtype == torch.float64 and torch.isfinite(flat).all()
+        raise CannotQuantizeError("its largest magnitude is beyond fp32" if beyond_fp32 else "it holds NaN or Inf")
+    top = largest.amax().item()
+    if top > torch.finfo(torch.float16).max or 0 < top < MIN_LARGEST:
+        raise CannotQuantizeError(f"its largest magnitude, {top:.3g}, is out of the range of fp16 scales")
+    return largest
+
+
+def _sample(
+    flat: torch.Tensor, count: int, columns: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Up to `count` blocks spread evenly over a flat weight, and their importance where there is one.
+
+    Both are fp32 of shape (blocks, 64).
+    """
+    total = -(-flat.numel() // BLOCK)
+    if total <= count:
+        numbers = torch.arange(total, device=flat.device)
+        return _blocks(flat, 0, total), _block_importance(columns, numbers)
+    whole = flat[: flat.numel() // BLOCK * BLOCK].view(-1, BLOCK)
+    numbers = torch.linspace(0, len(whole) - 1, count, dtype=torch.float64, device=flat.device).long()
+    return whole.index_select(0, numbers).float(), _block_importance(columns, numbers)
+
+
+def _scalar(
+    flat: torch.Tensor,
+    largest: torch.Tensor,
+    grid: ScaleGrid,
+    book: Codebook,
+    columns: torch.Tensor | None = None,
+    moment: SecondMoment | None = None,
+) -> tuple[torch.Tensor, Parts]:
+    """The levels of a codebook in the order of their codes, and a flat weight in these.
+
+    Levels are numbered from the most used to the least: levels that share a coarse digit are then about equally
+    frequent, so that the fine bits, which entropy coding cannot shorten, carry no information that it could.
+
+    Args:
+        flat: the weight.
+        largest: the largest magnitude of each block.
+        grid: the scales that may be used.
+        book: the levels.
+        columns: the importance of each column.
+        moment: that of the inputs, for error feedback.
+    """
+    order = book.uses.argsort(descending=True, stable=True)
+    number_of_level = order.argsort().to(torch.uint8)
+    quantizer = BlockQuantizer(book.levels, grid, flat.device, book.prices, number_of_level)
+    if moment is None:
+        parts = _rounded(flat, largest, quantizer, columns)
+    else:
+        parts = _rounded_with_feedback(flat, largest, quantizer, number_of_level, moment)
+    return book.levels[order], parts
+
+
+def _rounded(
+    flat: torch.Tensor, largest: torch.Tensor, quantizer: BlockQuantizer, columns: torch.Tensor | None
+) -> Parts:
+    """A flat weight, every weight rounded to the nearest level."""
+    for first, blocks, tops in _chunks(flat, largest):
+        numbers = torch.arange(first, first + len(blocks), device=flat.device)
+        scale_codes = quantizer.scale_codes(blocks, tops, _block_importance(columns, numbers))
+        yield scale_codes, quantizer.codes(blocks, quantizer.scales(scale_codes))
+
+
+def _rounded_with_feedback(
+    flat: torch.Tensor,
+    largest: torch.Tensor,
+    quantizer: BlockQuantizer,
+    number_of_level: torch.Tensor,
+    moment: SecondMoment,
+) -> Parts:
+    """A flat weight, rounded by `round_columns` as a whole."""
+    scale_codes = torch.cat([quantizer.scale_codes(blocks, tops) for _, blocks, tops in _chunks(flat, largest)])
+    weight = flat.view(-1, len(moment.diagonal)).float()
+    scales = quantizer.scales(scale_codes).repeat_interleave(BLOCK)[: flat.numel()].view(weight.shape)
+    levels, boundaries, numbers = (
+        tensor.to(flat.device) for tensor in (quantizer.levels, quantizer.boundaries, number_of_level)
+    )
+    indices = round_columns(weight, scales, levels, boundaries, moment).reshape(-1)
+    codes = torch.nn.functional.pad(numbers.index_select(0, indices.int()), (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+    chunk = chunk_blocks(flat.device)
+    return zip(scale_codes.split(chunk), codes.split(chunk), strict=True)
+
+
+def _encode(
+    parts: Parts, weights: int, fmt: BlockFormat, grid: ScaleGrid, levels: torch.Tensor, device: torch.device
+) -> torch.Tensor:
+    """The packed buffer of a weight.
+
+    Args:
+        parts: its scales and codes.
+        weights: the number of its weights.
+        fmt: the format.
+        grid: the scales that were used.
+        levels: stand in the head as they are.
+        device: where the parts are, and the buffer is made.
+    """
+    sections = fmt.sections(weights)
+    data = torch.zeros(sections.end, dtype=torch.uint8, device=device)
+    data[: 2 * fmt.levels].view(torch.float16).copy_(levels)
+    data[2 * fmt.levels] = grid.exponent % 256
+    data[2 * fmt.levels + 1] = grid.stride
+    first = 0
+    for scale_codes, codes in parts:
+        start = sections.block_scales + first
+        data[start : start + len(scale_codes)] = scale_codes
+        coarse, fine = pack_codes(codes, fmt)
+        start = sections.coarse + first // fmt.coarse_digits * BLOCK
+        data[start : start + len(coarse)] = coarse
+        if fmt.fine_bits:
+            start = sections.fine + first // fmt.fine_digits * BLOCK
+            data[start : start + len(fine)] = fine
+        first += len(scale_codes)
+    return data

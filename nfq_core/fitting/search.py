@@ -1,0 +1,272 @@
+"""Choosing a scale and codes for every block, given the levels.
+
+Every block may take any scale within an octave of its largest magnitude, with either sign (a signed codebook may be
+asymmetric, cf. BOF4-S, arXiv 2505.06653). All candidates, up to 64, are rated at once: a block's weights are put on a
+fine grid, and the candidate errors of a weight are one row of a table over that grid, so that rating a block is a sum
+of 64 table rows, which torch's embedding_bag does at a few nanoseconds per weight.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import embedding_bag
+
+from ..packed.formats import (
+    BLOCK,
+    FP16_MAX_EXPONENT,
+    FP16_MIN_EXPONENT,
+    SCALE_MAGNITUDES,
+    SCALE_MANTISSAS,
+    SCALE_STEPS_PER_OCTAVE,
+    SCALE_STRIDES,
+    cached_tensor,
+    scale_table,
+)
+
+SEARCH_BINS = 512
+"""Grid cells per block range when candidate scales are rated."""
+
+ASSIGN_BINS = 4096
+"""Grid cells over ±ASSIGN_RANGE when weights are mapped to codes: under 1/60 of the narrowest level spacing each."""
+
+ASSIGN_RANGE = 1.125
+"""Weights beyond this multiple of the scale get the outermost level in any case."""
+
+OCTAVES_ABOVE = 15 / 16
+"""How far above a block's largest magnitude scales are searched, in octaves; as far, plus a step, below it."""
+
+MAX_UNSPANNED_BLOCKS = 1e-3
+"""Share of the blocks that may lie below the smallest scale of a grid, for a finer one ..."""
+
+MAX_UNSPANNED_ENERGY = 1e-5
+"""... and the share of the energy that those blocks may have, by their largest magnitudes."""
+
+FP16_ZERO = 2.0**-25
+"""Numbers up to this are zero in fp16, which weights are decoded to: for blocks of them no scale is needed."""
+
+MAX_LIFT = 8
+"""Powers of two that weights are multiplied by, at most: smallest scales of 2**-22 name all that fp16 can hold.
+
+Levels are divided by it. Their last bit, 2**-24, is then still 1/65,536 of the largest of them.
+"""
+
+ZERO_BELOW = 1 / 8
+"""A block whose largest magnitude is below this part of the smallest scale is zero: few levels would be nearer."""
+
+
+@dataclass(frozen=True)
+class ScaleGrid:
+    """The scales one tensor may use.
+
+    Args:
+        exponent: the first argument of `scale_table`.
+        stride: the second.
+        table: what it returns, fp16 of shape (256,).
+        magnitudes: the positive scales that may be used, ascending, fp32 of shape (up to 127,).
+    """
+
+    exponent: int
+    stride: int
+    table: torch.Tensor
+    magnitudes: torch.Tensor
+
+    @classmethod
+    def for_blocks(cls, largest: torch.Tensor, finest_stride: int = 1, ceiling: float = math.inf) -> ScaleGrid:
+        """The finest grid that spans the blocks, but for a few with next to no energy.
+
+        Args:
+            largest: the largest magnitude of each block, fp32 of shape (blocks,), finite.
+            finest_stride: the smallest of SCALE_STRIDES to consider.
+            ceiling: scales above this are not used.
+        """
+        used = largest[largest > 0].double()
+        top = torch.frexp(used.amax() * 2**OCTAVES_ABOVE).exponent.item() if used.numel() else 0
+        for stride in SCALE_STRIDES[SCALE_STRIDES.index(finest_stride) :]:
+            octaves = (SCALE_MAGNITUDES - 1) * stride // SCALE_STEPS_PER_OCTAVE
+            exponent = min(max(top - 1 - octaves, FP16_MIN_EXPONENT), FP16_MAX_EXPONENT - octaves)
+            # A coarser grid reaches no further down than the normal fp16 numbers do.
+            if _spans(exponent, used) or exponent == FP16_MIN_EXPONENT:
+                break
+        table = scale_table(exponent, stride)
+        magnitudes = table[1 : SCALE_MAGNITUDES + 1].float()
+        return cls(exponent, stride, table, magnitudes[magnitudes <= ceiling])
+
+
+def _spans(exponent: int, largest: torch.Tensor) -> bool:
+    """Whether blocks, all above zero, are no smaller than 2**exponent, but for a few with next to no energy."""
+    below = largest[largest < 2.0**exponent].double()
+    few = len(below) <= MAX_UNSPANNED_BLOCKS * len(largest)
+    return bool(few and below.square().sum() <= MAX_UNSPANNED_ENERGY * largest.double().square().sum())
+
+
+def grid_and_factor(largest: torch.Tensor, finest_stride: int = 1) -> tuple[ScaleGrid, float]:
+    """A grid of scales for a weight times a factor, a power of two; its levels are to be divided by the factor.
+
+    Scales are normal fp16 numbers, 2**-14 and up, and weights may be smaller or larger. The factor is 1 where these
+    scales span the blocks.
+
+    Args:
+        largest: the largest magnitude of each block, fp32 of shape (blocks,), none beyond fp16.
+        finest_stride: see `ScaleGrid.for_blocks`.
+    """
+    largest = largest.masked_fill(largest <= FP16_ZERO, 0)
+    grid = ScaleGrid.for_blocks(largest, finest_stride)
+    if largest.amax() > grid.magnitudes[-1]:
+        # fp16 numbers beyond the largest scale: half the weights, twice the levels, and no product beyond fp16.
+        return ScaleGrid.for_blocks(largest / 2, finest_stride, torch.finfo(torch.float16).max / 2), 0.5
+    used = largest[largest > 0]
+    lift = 0
+    while grid.exponent == FP16_MIN_EXPONENT and lift < MAX_LIFT and not _spans(grid.exponent - lift, used):
+        lift += 1
+        grid = ScaleGrid.for_blocks(largest * 2.0**lift, finest_stride)
+    return grid, 2.0**lift
+
+
+def largest_magnitudes(blocks: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of each block, fp32 of shape (blocks,); NaN and Inf carry through.
+
+    Args:
+        blocks: fp32, or a dtype of 16 bits, of shape (blocks, 64).
+    """
+    if blocks.element_size() == 2:
+        # Without their signs, floats are in the order of their bits, which fewer bytes have to be moved for.
+        return blocks.view(torch.int16).bitwise_and(0x7FFF).amax(dim=1).view(blocks.dtype).float()
+    return blocks.abs().amax(dim=1)
+
+
+@cached_tensor
+def _steps_of_mantissa(device: torch.device) -> torch.Tensor:
+    """Which scale of an octave, of SCALE_STEPS_PER_OCTAVE, lies at or below a mantissa of ten bits; int32, (1024,)."""
+    mantissas = torch.tensor(SCALE_MANTISSAS, device="cpu")
+    steps = torch.bucketize(torch.arange(1024, device="cpu"), mantissas, right=True) - 1
+    return steps.int().to(device)
+
+
+def _centres(bins: int, limit: float) -> torch.Tensor:
+    """The centres of so many grid cells over ±limit, fp32 of shape (bins,) on the CPU."""
+    return (torch.arange(bins, dtype=torch.float32, device="cpu") + 0.5) * (2 * limit / bins) - limit
+
+
+def mark(errors: torch.Tensor, numbers: torch.Tensor, mask: int) -> torch.Tensor:
+    """Errors in whose last bits stands a number of theirs, in place: int32 of the same shape.
+
+    Errors are not negative and so in the order of their bits: the least of them then names itself, several times faster
+    than argmin would.
+
+    Args:
+        errors: fp32, none negative.
+        numbers: int32 that `errors` can be broadcast with.
+        mask: the bits that numbers may have.
+    """
+    return errors.view(torch.int32).bitwise_and_(~mask).bitwise_or_(numbers)
+
+
+class BlockQuantizer:
+    """Chooses scale codes and codes for blocks, given levels and a grid of scales, on one device.
+
+    Once it is made, nothing here waits for a device other than the CPU.
+
+    Args:
+        levels: ascending levels, fp32 of shape (n,) on the CPU, the largest magnitude being 1.
+        grid: the scales that may be used.
+        device: where the blocks are.
+        prices: added to the squared error, in units of a block's largest magnitude squared, wherever a level is used;
+            fp32 of shape (n,), none negative. By default the error alone counts.
+        numbers: the code of each level, uint8 of shape (n,); by default its index.
+    """
+
+    def __init__(
+        self,
+        levels: torch.Tensor,
+        grid: ScaleGrid,
+        device: torch.device,
+        prices: torch.Tensor | None = None,
+        numbers: torch.Tensor | None = None,
+    ) -> None:
+        self.levels = levels
+        self.grid = grid
+        self.prices = torch.zeros_like(levels) if prices is None else prices
+        steps = SCALE_STEPS_PER_OCTAVE // grid.stride
+        self._offsets = torch.arange(-steps, steps, device="cpu")
+        self._range = 2.0 ** (grid.stride / SCALE_STEPS_PER_OCTAVE) * 1.002
+        self._magnitudes = grid.magnitudes.to(device)
+        self._table = grid.table.float().to(device)
+        self._errors = self._candidate_errors().to(device)
+        # Index of a block's greatest scale no larger than itself, plus this, is the scale code of each candidate.
+        self._code_steps = torch.cat([self._offsets + 1, self._offsets + 129]).int().to(device)
+        self._numbers = torch.arange(len(self._code_steps), dtype=torch.int32, device=device)
+        self._number_mask = (1 << (len(self._numbers) - 1).bit_length()) - 1
+        self._off_grid = self._off_grid_errors().to(device)
+        codes = torch.bucketize(_centres(ASSIGN_BINS, ASSIGN_RANGE), self.boundaries)
+        self._code_of_bin = (codes.to(torch.uint8) if numbers is None else numbers[codes]).to(device)
+
+    @property
+    def boundaries(self) -> torch.Tensor:
+        """Between which values each level is the cheapest, ascending, fp32 of shape (n - 1,)."""
+        gaps = (self.levels[1:] - self.levels[:-1]).clamp_min(1e-6)
+        middles = (self.levels[1:] + self.levels[:-1]) / 2
+        return (middles + (self.prices[1:] - self.prices[:-1]) / (2 * gaps)).cummax(0).values
+
+    def _candidate_errors(self) -> torch.Tensor:
+        """Error and price of a weight at each grid cell under each candidate scale, fp32 (SEARCH_BINS, candidates)."""
+        centres = _centres(SEARCH_BINS, self._range)
+        ratios = 2.0 ** (self._offsets.double() * self.grid.stride / SCALE_STEPS_PER_OCTAVE)
+        scaled = (centres.double()[:, None] / ratios).float()
+        codes = torch.bucketize(scaled, self.boundaries)
+        errors = (scaled - self.levels[codes]).square() * ratios.square().float() + self.prices[codes]
+        # The grid is symmetric: under a negative scale a weight errs as its negative does under the positive one.
+        return torch.cat([errors, errors.flip(0)], dim=1)
+
+    def _off_grid_errors(self) -> torch.Tensor:
+        """Infinite where a candidate's scale is not in the grid, else 0: fp32 of shape (magnitudes, candidates)."""
+        count = len(self.grid.magnitudes)
+        index = torch.arange(count, device="cpu")[:, None] + self._offsets.repeat(2)
+        errors = torch.zeros(index.shape, dtype=torch.float32, device="cpu")
+        return errors.masked_fill_((index < 0) | (index >= count), math.inf)
+
+    def _base(self, largest: torch.Tensor) -> torch.Tensor:
+        """Index of the greatest magnitude of the grid no larger than a block's own, else 0; int32 of shape (blocks,).
+
+        Scales are fp16 numbers: an fp32 number is at least as large if its first ten mantissa bits say so.
+        """
+        bits = largest.view(torch.int32)
+        steps = _steps_of_mantissa(bits.device).index_select(0, (bits >> 13) & 1023)
+        steps.add_((bits >> 23).sub_(127 + self.grid.exponent), alpha=SCALE_STEPS_PER_OCTAVE)
+        return steps.div_(self.grid.stride, rounding_mode="floor").clamp_(0, len(self._magnitudes) - 1)
+
+    def scale_codes(
+        self, blocks: torch.Tensor, largest: torch.Tensor, importance: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The scale code of least squared error, prices included, for each block.
+
+        Args:
+            blocks: fp32 of shape (blocks, 64).
+            largest: their largest magnitudes, fp32 of shape (blocks,).
+            importance: what each weight's squared error counts, fp32 of shape (blocks, 64), none negative; by default
+                all alike.
+
+        Returns:
+            uint8 of shape (blocks,): 0 for a zero block, else 1 … 127 with bit 7 for a negative scale.
+        """
+        base = self._base(largest)
+        to_cells = SEARCH_BINS / (2 * self._range) / self._magnitudes.index_select(0, base)
+        cells = (blocks * to_cells[:, None]).add_(SEARCH_BINS / 2).clamp_(0, SEARCH_BINS - 1).to(torch.int32)
+        errors = embedding_bag(cells, self._errors, mode="sum", per_sample_weights=importance)
+        if blocks.device.type != "cpu" or self._off_grid.index_select(0, torch.stack(base.aminmax())).any():
+            errors.add_(self._off_grid.index_select(0, base))
+        best = mark(errors, self._numbers, self._number_mask).amin(dim=1).bitwise_and_(self._number_mask)
+        codes = self._code_steps.index_select(0, best).add_(base).to(torch.uint8)
+        return codes.masked_fill_(largest < ZERO_BELOW * self.grid.magnitudes[0], 0)
+
+    def scales(self, scale_codes: torch.Tensor) -> torch.Tensor:
+        """The scales that scale codes name, fp32 of shape (blocks,)."""
+        return self._table.index_select(0, scale_codes.int())
+
+    def codes(self, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """The code of the nearest level (prices considered) for every weight, uint8 of shape (blocks, 64)."""
+        inverse = torch.where(scales == 0, 0.0, ASSIGN_BINS / (2 * ASSIGN_RANGE) / scales)
+        cells = (blocks * inverse[:, None]).add_(ASSIGN_BINS / 2).clamp_(0, ASSIGN_BINS - 1).to(torch.int32)
+        return self._code_of_bin.index_select(0, cells.view(-1)).view(-1, BLOCK)

@@ -1,0 +1,329 @@
+"""Linear and Conv2d layers of any PyTorch model with their weights packed, dequantised whenever the layer runs.
+
+A layer's packed buffer is its parameter `weight`, of uint8: moving, copying and saving a model take it along, and casts
+to another dtype leave it as it is. It has as many dimensions as the stock layer's weight, by which PEFT tells layers
+apart; all but the last are of size 1.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import NFQError
+from ..packed.formats import format_by_id
+from ..packed.op import dequantize, dequantize_for_one_use
+from ..packed.tensor import NFTensor
+from .low_rank import LowRank
+
+CANNOT_TRAIN = "packed weights cannot be trained; train a LoRA beside them, or dequantize the model first"
+CANNOT_SCRIPT = (
+    "torch.jit cannot record packed layers; use torch.export or torch.compile, or dequantize the model first"
+)
+
+
+def needs_dense(what: str) -> NFQError:
+    """The error for `what` reads weights that are packed."""
+    return NFQError(
+        f"{what} needs dense weights, and these are packed; dequantize the model first, or use a plain LoRA"
+    )
+
+
+class _LayerState(dict):
+    """A packed layer's entry in a state dict's metadata: a layer of another kind cannot load the weight beside it.
+
+    `torch.nn.Module._load_from_state_dict` asks the entry whether to assign before it reads a tensor.
+    """
+
+    def __init__(self, name: str, entry: Mapping[str, Any]) -> None:
+        super().__init__(entry)
+        self._name = name
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if key == "assign_to_params_buffers":
+            raise NFQError(
+                f"the packed weight {self._name!r} cannot be copied into a layer that is not packed; copy from a "
+                "dequantized copy of the model"
+            )
+        return super().get(key, default)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # torch.load(weights_only=True) takes no classes but its own.
+        return OrderedDict, (), None, None, iter(self.items())
+
+
+class PackedLayer:
+    """What both kinds of layers share: a packed weight, and low-rank changes that are added to what is dequantised.
+
+    The changes are part of no state dict.
+    """
+
+    def _hold(self, tensor: NFTensor, layer: nn.Linear | nn.Conv2d) -> None:
+        self.compute_dtype = tensor.dtype if layer.weight.is_meta else layer.weight.dtype
+        """What the layer computes in, as far as it is known; PEFT gives its factors this dtype."""
+        self.format_id = tensor.format.id
+        self.weight_shape = tuple(tensor.shape)
+        self.weight_dtype = tensor.dtype
+        data = tensor.data.view(*[1] * (len(tensor.shape) - 1), -1)
+        self.weight = nn.Parameter(data, requires_grad=False)
+        self.bias = layer.bias
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """See torch: casts change what the layer computes in, and leave the packed weight's bytes as they are."""
+
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            if tensor.dtype == torch.uint8 and result.dtype != torch.uint8:
+                return tensor.to(result.device)
+            return result
+
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        return super()._apply(apply, recurse)
+
+    def requires_grad_(self, requires_grad: bool = True) -> nn.Module:
+        """See torch.
+
+        Raises:
+            NFQError: the packed weight would be trained.
+        """
+        if requires_grad:
+            raise NFQError(CANNOT_TRAIN)
+        return super().requires_grad_(False)
+
+    @property
+    def W_q(self) -> nn.Parameter:
+        """The packed weight, by the name at which PEFT recognises that it has to call `dequantize` (as for HQQ)."""
+        return self.weight
+
+    def dequantize(self) -> torch.Tensor:
+        """NFQError: PEFT calls it for adapters that read the dense weight; `dense_weight` makes one."""
+        raise needs_dense(f"what calls {type(self).__name__}.dequantize(), such as DoRA,")
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:
+            path = prefix.removesuffix(".")
+            metadata[path] = _LayerState(f"{prefix}weight", metadata.get(path, {}))
+
+    def _load_from_state_dict(self, state_dict: Mapping, prefix: str, local_metadata: Mapping, *others: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, dict(local_metadata), *others)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NFQError(CANNOT_SCRIPT)
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """The packed buffer, uint8, 1-D."""
+        return self.weight.view(-1)
+
+    @property
+    def packed(self) -> NFTensor:
+        """The packed weight, sharing its buffer."""
+        return NFTensor(self.buffer.data, format_by_id(self.format_id), self.weight_shape, self.weight_dtype)
+
+    @property
+    def low_rank(self) -> LowRank | None:
+        """What is added to the weight, in the dtype and on the device of the layer's input; None: nothing."""
+        up = getattr(self, "up", None)
+        return None if up is None else LowRank(up, self.down)
+
+    @low_rank.setter
+    def low_rank(self, change: LowRank | None) -> None:
+        rows, columns = self.weight_shape[0], prod(self.weight_shape[1:])
+        if change is not None and (change.up.shape[0], change.down.shape[1]) != (rows, columns):
+            raise NFQError(
+                f"a low-rank change of {change.up.shape[0]} × {change.down.shape[1]} does not fit a weight of shape "
+                f"{self.weight_shape}, which is {rows} × {columns}"
+            )
+        # Buffers without a tensor would be there for accelerate to move.
+        for name in ("up", "down"):
+            if change is not None:
+                self.register_buffer(name, getattr(change, name), persistent=False)
+            elif hasattr(self, name):
+                delattr(self, name)
+
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight in `dtype` with its low-rank changes, new."""
+        return self._changed(dequantize(self.buffer, self.format_id, self.weight_shape, dtype))
+
+    def _weight_now(self, dtype: torch.dtype) -> torch.Tensor:
+        """`dense_weight`, which need not last beyond this layer's forward."""
+        change = self.low_rank
+        if change is not None and change.up.dtype != dtype and _is_autocast(change.up.device.type):
+            # The sum is cast as a stock layer's weight would be.
+            dtype = change.up.dtype
+        return self._changed(self._dequantized(dtype))
+
+    def _dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        if torch.jit.is_tracing():
+            raise NFQError(CANNOT_SCRIPT)
+        return dequantize_for_one_use(self.buffer, self.format_id, self.weight_shape, dtype)
+
+    def _changed(self, weight: torch.Tensor) -> torch.Tensor:
+        change = self._low_rank_for(weight)
+        return weight if change is None else change.add_to(weight)
+
+    def _low_rank_for(self, tensor: torch.Tensor) -> LowRank | None:
+        """`low_rank`; NFQError where it cannot be computed with `tensor`."""
+        change = self.low_rank
+        if change is None or (change.up.dtype == tensor.dtype and change.up.device == tensor.device):
+            return change
+        if change.up.device != tensor.device or not _is_autocast(tensor.device.type):
+            raise NFQError(
+                f"the low-rank change is {change.up.dtype} on {change.up.device}, the layer computes in "
+                f"{tensor.dtype} on {tensor.device}; make it anew for these"
+            )
+        return change
+
+    def extra_repr(self) -> str:
+        """The stock layer's, and the format."""
+        return f"{super().extra_repr()}, format={self.format_id}"
+
+
+class PackedLinear(PackedLayer, nn.Linear):
+    """`torch.nn.Linear` with a packed weight, in the place of `layer`, whose bias it takes over."""
+
+    def __init__(self, layer: nn.Linear, tensor: NFTensor) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        self._hold(tensor, layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The product with the weight dequantised to the dtype of `x`."""
+        return nn.functional.linear(x, self._weight_now(x.dtype), self.bias)
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """The stock layer with the weight in `dtype`, changes included."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        return _with_dense_weight(layer, self, dtype)
+
+
+class PackedConv2d(PackedLayer, nn.Conv2d):
+    """`torch.nn.Conv2d` with a packed weight, in the place of `layer`, whose bias it takes over."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> nn.Conv2d:
+        """A packed layer; a stock one where a stock layer's numbers are given.
+
+        PEFT makes a LoRA's two factors by calling the class of the convolution that they stand beside.
+        """
+        if args and isinstance(args[0], int):
+            return nn.Conv2d(*args, **kwargs)
+        return super().__new__(cls)
+
+    def __init__(self, layer: nn.Conv2d, tensor: NFTensor) -> None:
+        super().__init__(**_settings(layer))
+        self._hold(tensor, layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The convolution with the weight dequantised to the dtype of `x`."""
+        return self._conv_forward(x, self._weight_now(x.dtype), self.bias)
+
+    def dense(self, dtype: torch.dtype) -> nn.Conv2d:
+        """The stock layer with the weight in `dtype`, changes included."""
+        return _with_dense_weight(nn.Conv2d(**_settings(self)), self, dtype)
+
+
+PACKED_KINDS = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
+"""Which layer takes the place of which."""
+
+
+def _is_autocast(device_type: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except TypeError:  # before torch 2.4
+        return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
+
+
+def _settings(layer: nn.Conv2d) -> dict:
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(layer, name) for name in names} | {"bias": False, "device": "meta"}
+
+
+def _with_dense_weight(layer: nn.Module, packed: PackedLayer, dtype: torch.dtype) -> nn.Module:
+    layer.weight = nn.Parameter(packed.dense_weight(dtype), requires_grad=False)
+    layer.bias = packed.bias
+    return layer.train(packed.training)
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+    """The packed layers inside a model, by name."""
+    return {name: module for name, module in model.named_modules() if name and isinstance(module, PackedLayer)}
+
+
+def pack_layers(model: nn.Module, tensors: Mapping[str, NFTensor]) -> None:
+    """Put packed layers in the place of a model's Linear and Conv2d layers.
+
+    Biases stay the parameters they are; hooks on the old layers are lost. The model may be on torch's meta device.
+
+    Args:
+        model: is changed; when an error is raised it is as it was.
+        tensors: packed weights by the names they have in the model's state dict; their buffers are shared.
+
+    Raises:
+        NFQError: the model lacks a layer of that name, or it has another shape or is of another kind.
+    """
+    modules = dict(model.named_modules())
+    made = {}
+    for name, tensor in tensors.items():
+        path = name.removesuffix(".weight")
+        layer = modules.get(path)
+        if layer is None or path == name:
+            raise NFQError(f"the model has no layer for the packed weight {name!r}")
+        kind = next((packed for stock, packed in PACKED_KINDS.items() if isinstance(layer, stock)), None)
+        if kind is None or isinstance(layer, PackedLayer):
+            raise NFQError(
+                f"the packed weight {name!r} needs a Linear or Conv2d layer, the model has {type(layer).__name__}"
+            )
+        if layer.weight.shape != tensor.shape:
+            raise NFQError(
+                f"the packed weight {name!r} has shape {tuple(tensor.shape)}, the model's layer wants "
+                f"{tuple(layer.weight.shape)}"
+            )
+        made[path] = kind(layer, tensor).train(layer.training)
+    for path, layer in made.items():
+        _put(model, path, layer)
+
+
+def assign_state(model: nn.Module, state: Mapping[str, NFTensor | torch.Tensor]) -> None:
+    """Give a model all its tensors: packed weights in packed layers, see `pack_layers`, the rest as they are.
+
+    The tensors are shared, not copied, in the dtypes and on the devices they have; the model may be on torch's meta
+    device.
+
+    Args:
+        model: is changed; when an error is raised it is as it was.
+        state: by the names of the model's state dict.
+
+    Raises:
+        NFQError: a tensor is missing, too much or of another shape, or a packed one has no Linear or Conv2d layer.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in {**shapes, **found}:
+        if found.get(name) != shapes.get(name):
+            has, wants = (each.get(name, "nothing") for each in (found, shapes))
+            raise NFQError(f"tensor {name!r}: the model wants {wants}, the state has {has}")
+    pack_layers(model, {name: tensor for name, tensor in state.items() if isinstance(tensor, NFTensor)})
+    kept = {name: tensor for name, tensor in state.items() if not isinstance(tensor, NFTensor)}
+    model.load_state_dict(kept, strict=False, assign=True)
+
+
+def dense_layers(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
+    """Put stock layers in the place of a model's packed ones, each weight dequantised once, its changes merged.
+
+    Args:
+        model: is changed.
+        dtype: of the weights.
+    """
+    for path, layer in packed_layers(model).items():
+        _put(model, path, layer.dense(dtype))
+
+
+def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, layer)

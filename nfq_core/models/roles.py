@@ -1,0 +1,99 @@
+"""The part that a layer plays in a UNet, how much of its noise the picture shows, and where in the UNet it is.
+
+All of it is read off the layer's name, in any layout.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from .unet import UNetInfo, diffusers_names, known_ldm_names
+from .unet_keys import ldm_to_diffusers
+
+
+@dataclass(frozen=True)
+class Role:
+    """A part that layers play."""
+
+    name: str
+    group: str
+    """Those of a group have one colour in the plots."""
+    pattern: str
+    """What the names of such layers hold, as a regular expression."""
+    sensitivity: float
+    """Noise in the model's output for a unit of noise in one weight, relative; see `expected_sensitivity`."""
+
+
+QUERY_KEY, VALUE_OUT, FEED_FORWARD = "attention q, k", "attention v, out", "feed-forward"
+PROJECTION, CONVOLUTION, RESAMPLING, OTHER = "projections", "convolutions", "shortcuts, resampling", "other"
+
+GROUPS = (QUERY_KEY, VALUE_OUT, FEED_FORWARD, PROJECTION, CONVOLUTION, RESAMPLING, OTHER)
+
+ROLES = (
+    Role("self-attention q", QUERY_KEY, r"\battn1\.to_q\b", 1.0),
+    Role("self-attention k", QUERY_KEY, r"\battn1\.to_k\b", 1.0),
+    Role("self-attention v", VALUE_OUT, r"\battn1\.to_v\b", 9.0),
+    Role("self-attention out", VALUE_OUT, r"\battn1\.to_out\b", 9.0),
+    Role("cross-attention q", QUERY_KEY, r"\battn2\.to_q\b", 1.0),
+    Role("cross-attention k", QUERY_KEY, r"\battn2\.to_k\b", 2.0),
+    Role("cross-attention v", VALUE_OUT, r"\battn2\.to_v\b", 4.0),
+    Role("cross-attention out", VALUE_OUT, r"\battn2\.to_out\b", 4.0),
+    Role("feed-forward in", FEED_FORWARD, r"\bff\.net\.0\b", 1.7),
+    Role("feed-forward out", FEED_FORWARD, r"\bff\.net\.2\b", 0.6),
+    Role("projection in", PROJECTION, r"\bproj_in\b", 56.0),
+    Role("projection out", PROJECTION, r"\bproj_out\b", 56.0),
+    Role("convolution 1", CONVOLUTION, r"\b(in_layers\.2|conv1)\b", 16.0),
+    Role("convolution 2", CONVOLUTION, r"\b(out_layers\.3|conv2)\b", 16.0),
+    Role("shortcut", RESAMPLING, r"\b(skip_connection|conv_shortcut)\b", 500.0),
+    Role("downsampling", RESAMPLING, r"\b(0\.op|downsamplers)\b", 16.0),
+    Role("upsampling", RESAMPLING, r"\b([12]\.conv|upsamplers)\b", 16.0),
+)
+"""Sensitivities were measured on the demo model, those of a role together. Keys of cross-attention are raised above
+what was found there, because published work finds them sensitive in SDXL (MixDQ, arXiv 2405.17873).
+"""
+
+OTHER_LINEAR = Role("other linear", OTHER, "", 1.0)
+OTHER_CONVOLUTION = Role("other convolution", OTHER, "", 16.0)
+
+
+def role(name: str, shape: Sequence[int]) -> Role:
+    """The part that a layer plays: one of ROLES, or OTHER_LINEAR or OTHER_CONVOLUTION."""
+    found = next((each for each in ROLES if re.search(each.pattern, name)), None)
+    return found or (OTHER_LINEAR if len(shape) <= 2 else OTHER_CONVOLUTION)
+
+
+def expected_sensitivity(name: str, shape: Sequence[int]) -> float:
+    """What is known of a layer's sensitivity without a measurement, by its name in any layout, in any unit."""
+    return role(name, shape).sensitivity * prod(shape)
+
+
+def common_names(info: UNetInfo | None, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Names by which tensors of the same model are the same in every layout, in forward order where it is known.
+
+    They are diffusers' for the UNet of a known structure, otherwise LDM's, and a file's own for all that is no UNet.
+
+    Args:
+        info: what `detect` found.
+        shapes: shape of each tensor by name.
+    """
+    if info is None:
+        return {key: key for key in shapes}
+    if info.architecture is None:
+        known = known_ldm_names(info, shapes)
+        return {key: known.get(key, key) for key in shapes}
+    forward = ldm_to_diffusers(info.architecture)
+    ours = {name: key for key, name in diffusers_names(info, shapes).items()}
+    ordered = {ours[name]: name for name in forward.values()}
+    return ordered | {key: key for key in shapes if key not in ordered}
+
+
+def stage(name: str) -> str:
+    """Where in the UNet a layer of `common_names` is: "down 1", "middle", "up 0", or nothing."""
+    found = re.match(r"(down|up)_blocks\.(\d+)\.|(mid)_block\.", name)
+    if found:
+        return "middle" if found[3] else f"{found[1]} {found[2]}"
+    found = re.match(r"(in|out)put_blocks\.(\d+)\.|(middle)_block\.", name)
+    return ("middle" if found[3] else f"{found[1]} {found[2]}") if found else ""

@@ -1,0 +1,136 @@
+"""Lossless coding of packed buffers: independent zstd frames, none of which crosses a section of the buffer.
+
+Frames of one kind of content compress best, and independent ones can be decoded on several threads. Only literals are
+entropy-coded in effect: level 1's fast strategy, matches of at least 7 bytes, which zeroed or repeated stretches have.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+import zstandard
+
+from ..errors import CorruptFileError, NFQError
+from .formats import BlockFormat, Sections
+
+FRAME_BYTES = 256 * 1024
+"""Decoded bytes per frame, except the last of a section."""
+
+CODE_TABLE_BITS = 1024
+"""What zstd takes to describe the code of one frame's bytes, about."""
+
+PAIRING_LOSS = 1.004
+"""Bits that zstd's Huffman code takes for a byte of two to four digits, in terms of its entropy."""
+
+_PARAMETERS = zstandard.ZstdCompressionParameters(
+    strategy=zstandard.STRATEGY_FAST,
+    target_length=0,
+    min_match=7,
+    hash_log=6,
+    window_log=18,
+    write_content_size=True,
+)
+
+_local = threading.local()
+
+
+def frame_spans(sections: Sections) -> list[tuple[int, int]]:
+    """The parts of a packed buffer that become one frame each, as (start, end) in bytes."""
+    return [
+        (first, min(first + FRAME_BYTES, end))
+        for start, end in sections.spans()
+        for first in range(start, end, FRAME_BYTES)
+    ]
+
+
+def frame_count(sections: Sections) -> int:
+    """How many frames a packed buffer has, for sections of any size, without listing them."""
+    return sum(-(-(end - start) // FRAME_BYTES) for start, end in sections.spans())
+
+
+def expected_code_bits(uses: torch.Tensor, fmt: BlockFormat, weights: int) -> float:
+    """About how many bits per weight the two planes of a tensor take as frames.
+
+    zstd leaves a frame as it is where its entropy coding gains under 1/64, or where the commonest byte has a share
+    under 1/128: codes that are used too evenly do not shrink at all.
+
+    Args:
+        uses: how often each code is used, the commonest first, shape (fmt.levels,).
+        fmt: the format.
+        weights: number of weights of the whole tensor.
+    """
+    shares = torch.nn.functional.pad(uses.double() / uses.sum(), (0, -fmt.levels % (1 << fmt.fine_bits)))
+    digits = shares.view(-1, 1 << fmt.fine_bits).sum(dim=1)
+    entropy = float(-(digits * digits.clamp_min(1e-12).log2()).sum())
+    raw = 8 / fmt.coarse_digits
+    frame = min(FRAME_BYTES, weights / fmt.coarse_digits)
+    coded = entropy * PAIRING_LOSS + CODE_TABLE_BITS / (frame * fmt.coarse_digits)
+    shrinks = coded < raw * (1 - 1 / 64) and float(digits.amax()) ** fmt.coarse_digits > 1 / 128 + 4 / frame
+    return (coded if shrinks else raw) + fmt.fine_bits
+
+
+def max_frame_bytes(decoded_bytes: int) -> int:
+    """The most bytes a frame of `decoded_bytes` can take (zstd's own bound, and its frame header)."""
+    return decoded_bytes + (decoded_bytes >> 8) + 128
+
+
+def encode(data: torch.Tensor, sections: Sections) -> list[bytes]:
+    """Compress a packed buffer, 1-D uint8 on the CPU, into the frames of `frame_spans`."""
+    if not hasattr(_local, "compressor"):
+        _local.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
+    view = memoryview(data.numpy())
+    return [_local.compressor.compress(view[start:end]) for start, end in frame_spans(sections)]
+
+
+def _frame_end(frame: memoryview, has_checksum: bool) -> int:
+    """Where a zstd frame ends by the sizes of its blocks (RFC 8878, section 3.1.1.2); past the end if it is cut."""
+    position = zstandard.frame_header_size(frame)
+    last = False
+    while not last and position < len(frame):
+        header = int.from_bytes(frame[position : position + 3], "little")
+        last, repeats_one_byte = bool(header & 1), header >> 1 & 3 == 1
+        position += 3 + (1 if repeats_one_byte else header >> 3)
+    return position + 4 * has_checksum
+
+
+def decode(stored: memoryview, lengths: list[int], sections: Sections) -> torch.Tensor:
+    """Decompress frames into a packed buffer.
+
+    Args:
+        stored: the frames, one after the other.
+        lengths: the length of each frame; as many as `frame_spans(sections)`, their sum the length of `stored`.
+        sections: where the sections of the decoded buffer lie.
+
+    Returns:
+        The packed buffer, 1-D uint8 on the CPU.
+
+    Raises:
+        CorruptFileError: a frame is not valid zstd or does not hold what it should.
+        NFQError: there is not enough memory.
+    """
+    if not hasattr(_local, "decompressor"):
+        _local.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 18)
+    try:
+        data = torch.empty(sections.end, dtype=torch.uint8, device="cpu")
+    except (RuntimeError, MemoryError):
+        raise NFQError(f"it needs {sections.end:,} bytes of memory, more than there is") from None
+    view = memoryview(data.numpy())
+    position = 0
+    for number, ((start, end), length) in enumerate(zip(frame_spans(sections), lengths, strict=True)):
+        frame = stored[position : position + length]
+        position += length
+        try:
+            declared = zstandard.get_frame_parameters(frame)
+            if declared.content_size != end - start:
+                raise CorruptFileError(
+                    f"frame {number} declares {declared.content_size} bytes where {end - start} belong"
+                )
+            if _frame_end(frame, declared.has_checksum) != length:
+                raise CorruptFileError(f"frame {number} ends elsewhere than after its {length} bytes")
+            with _local.decompressor.stream_reader(frame) as reader:
+                if reader.readinto(view[start:end]) != end - start or reader.read(1):
+                    raise CorruptFileError(f"frame {number} does not hold the {end - start} bytes it declares")
+        except (zstandard.ZstdError, ValueError) as error:
+            raise CorruptFileError(f"frame {number} of {len(lengths)} cannot be decompressed ({error})") from None
+    return data

@@ -1,0 +1,128 @@
+"""NFTensor: one quantised weight as one packed buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+
+from ..errors import CorruptFileError
+from .backends import dequantize_into
+from .formats import BLOCK, BlockFormat, Scales, check_scale_parameters
+from .packing import unpack_codes
+from .torch_decode import head_levels, scale_parameters
+
+QUANTIZABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes that a quantised weight can have had, and can be dequantised to."""
+
+
+class NFTensor:
+    """A quantised weight: its packed buffer, format and shape, and the dtype it had.
+
+    Args:
+        data: the packed buffer, 1-D uint8, exactly `fmt.packed_bytes(weights)` long, on any device.
+        fmt: its format.
+        shape: shape of the weight; the row-major flattened weight is cut into blocks of 64.
+        dtype: dtype of the weight before it was quantised.
+
+    Raises:
+        CorruptFileError: the buffer's dtype or length contradicts format and shape, it is not contiguous, or it does
+            not begin at a multiple of four bytes of its storage.
+    """
+
+    def __init__(self, data: torch.Tensor, fmt: BlockFormat, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.data = data
+        self.format = fmt
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
+        wanted = fmt.packed_bytes(self.numel())
+        if data.dtype != torch.uint8 or data.dim() != 1 or data.numel() != wanted:
+            raise CorruptFileError(
+                f"a packed {fmt.id} weight of shape {tuple(shape)} is a 1-D uint8 buffer of {wanted:,} bytes, "
+                f"got {data.dtype} of shape {tuple(data.shape)}"
+            )
+        if not data.is_contiguous() or data.storage_offset() % 4:
+            raise CorruptFileError(
+                "a packed buffer is contiguous and begins at a multiple of four bytes of its storage; clone it"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the packed buffer in bytes, all overheads included."""
+        return self.data.numel()
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Packed bits per weight, all overheads included."""
+        return self.nbytes * 8 / self.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed buffer is."""
+        return self.data.device
+
+    @property
+    def levels(self) -> torch.Tensor:
+        """The levels of this weight in the order of the numbers that name them, fp16 of shape (format.levels,)."""
+        return head_levels(self.data, self.format)
+
+    def numel(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> NFTensor:
+        """The same weight with its packed buffer on `device`."""
+        return NFTensor(self.data.to(device, non_blocking=non_blocking), self.format, self.shape, self.dtype)
+
+    def dequantize(self, dtype: torch.dtype = torch.float16, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The weights ``fp16(level * scale)``, cast to `dtype`.
+
+        Args:
+            dtype: one of QUANTIZABLE_DTYPES; ignored when `out` is given.
+            out: where to write them; contiguous, of this shape, on this device. Nothing but temporaries is then
+                allocated, see `kernels.dequantize_into`.
+
+        Raises:
+            ValueError: `out` has another shape or device, or is not contiguous, or a dtype is another.
+        """
+        result_dtype = dtype if out is None else out.dtype
+        if result_dtype not in QUANTIZABLE_DTYPES:
+            raise ValueError(f"weights are dequantised to fp16, bf16, fp32 or fp64, got {result_dtype}")
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        elif out.shape != self.shape or out.device != self.device or not out.is_contiguous():
+            raise ValueError(
+                f"out must be a contiguous tensor of shape {tuple(self.shape)} on {self.device}, got "
+                f"{tuple(out.shape)} on {out.device}{'' if out.is_contiguous() else ', not contiguous'}"
+            )
+        dequantize_into(out, self.data, self.format)
+        return out
+
+    def validate(self, codes: bool = True) -> None:
+        """Check the buffer's contents: scale parameters in bounds and, with `codes`, no byte that no writer makes.
+
+        Raises:
+            CorruptFileError: something is out of bounds.
+        """
+        sections = self.format.sections(self.numel())
+        if self.format.scales is Scales.LOGARITHMIC:
+            try:
+                check_scale_parameters(*scale_parameters(self.data, self.format))
+            except ValueError as error:
+                raise CorruptFileError(str(error)) from None
+        superblock_scales = self.data[sections.superblock_scales : sections.block_scales].view(torch.float32)
+        if not (torch.isfinite(self.levels).all() and torch.isfinite(superblock_scales).all()):
+            raise CorruptFileError("its levels or scales are not finite")
+        if not codes:
+            return
+        coarse = self.data[sections.coarse : sections.fine]
+        if int(coarse.amax()) >= self.format.coarse_radix**self.format.coarse_digits:
+            raise CorruptFileError("its coarse plane holds a byte that is no set of digits")
+        blocks = -(-self.numel() // BLOCK)
+        fine = self.data[sections.fine : sections.superblock_scales]
+        if int(unpack_codes(coarse, fine, blocks, self.format).amax()) >= self.format.codes:
+            raise CorruptFileError("it holds a code that names no level")
+
+    def __repr__(self) -> str:
+        return f"NFTensor({self.format.id}, shape={tuple(self.shape)}, {self.bits_per_weight:.3f} bits per weight)"

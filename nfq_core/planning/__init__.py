@@ -1,0 +1,1 @@
+"""Which tensors of a model are quantised, and to which format."""

@@ -1,0 +1,88 @@
+"""The trellis benchmark: what is reached beside peers by hand, every row measured, tables without a peer."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from benchmarks import quality_peers, trellis
+from benchmarks.quality_peers import Contestant, Stored
+from nfq_core.fitting.codebook import EFFORTS
+
+PEER_ROWS = {"Q4_K": 4.5, "NF4": 4.125}
+
+
+def rows_of(decibels: dict[str, float], peers: dict[str, float]) -> list[dict]:
+    """Rows in which every format of ours has so many dB at an effort, and every peer 15."""
+    ours = [
+        {"source": "gaussian", "format": id, "effort": effort, "sqnr_db": decibels[effort]}
+        | {"packed_bits_per_weight": 4.0, "seconds_per_million": 0.5}
+        for id, effort in product(trellis.IDS, EFFORTS)
+    ]
+    theirs = [
+        {"source": "gaussian", "format": name, "effort": "", "sqnr_db": 15.0, "packed_bits_per_weight": bits}
+        for name, bits in peers.items()
+    ]
+    return ours + theirs
+
+
+def test_a_mix_of_formats_that_err_alike_errs_as_they_do():
+    found = trellis.goals(rows_of({"fast": 20.0, "best": 21.0}, PEER_ROWS))
+    assert [(row["peer"], row["peer_bits"], row["effort"]) for row in found] == [
+        ("NF4", 4.125, "fast"),
+        ("NF4", 4.125, "best"),
+        ("Q4_K", 4.5, "fast"),
+        ("Q4_K", 4.5, "best"),
+    ]
+    assert [row["gaussian"]["sqnr_db"] for row in found] == pytest.approx([20, 21, 20, 21])
+    assert {row["gaussian"]["peer_db"] for row in found} == {15.0}
+    assert all(
+        0.99 * limit < row["packed_bits_per_weight"] <= limit
+        for row, limit in zip(found[1:3], (3.85, 4.15), strict=True)
+    )
+
+
+def test_every_format_is_measured_at_both_efforts_and_missing_peers_are_named(monkeypatch, capsys):
+    def store(weight: torch.Tensor) -> Stored:
+        return Stored(0.9 * weight, weight.numel(), weight.numel())
+
+    names = ("Q8_0", "Q4_K", "Q6_K")
+    families = {
+        "GGUF": ("torch", lambda: [Contestant(name, "GGUF", store) for name in names]),
+        "bitsandbytes": ("no_such_package", list),
+    }
+    monkeypatch.setattr(quality_peers, "PACKAGES", families)
+    for name, value in (("SHAPE", (8, 64)), ("TIMED_BLOCKS", 2), ("ROUNDS", 1), ("WINDOWS", (8,))):
+        monkeypatch.setattr(trellis, name, value)
+    threads = torch.get_num_threads()
+    try:
+        results = trellis.run(["gaussian"])
+    finally:
+        torch.set_num_threads(threads)
+    measured = {(row["format"], row["effort"]) for row in results["rows"]}
+    # Q6_K is beside nothing of ours.
+    assert measured == {*product(trellis.IDS, EFFORTS), ("Q8_0", ""), ("Q4_K", "")}
+    assert {row["peer"] for row in results["goals"]} == {"Q4_K"}
+    assert results["decode_billions_per_second"].keys() == set(trellis.IDS)
+    assert results["skipped"] == {"bitsandbytes": "no_such_package is not installed"}
+    assert "bitsandbytes is left out: no_such_package is not installed" in capsys.readouterr().out
+
+
+def test_tables():
+    rows = rows_of({"fast": 20.0, "best": 21.0}, PEER_ROWS | {"Q8_0": 8.5})
+    results = {"rows": rows, "goals": trellis.goals(rows), "skipped": {"GGUF": "it is not there"}}
+    windows = trellis.windows_table(results)
+    assert (
+        "| k = 2 | 8: 20.00 / 21.00 dB, 0.5 / 0.5 s | 10: 20.00 / 21.00 dB, 0.5 / 0.5 s | +0.00 / +0.00 dB |" in windows
+    )
+    assert "| k = 5 | 9: " in windows and windows.count("| k = ") == 4
+    assert trellis.eight_bits_table(results).splitlines()[2:] == [
+        "| nf256_b64 | fast | 20.00 | 4.000 | 0.50 |",
+        "| nf256_b64 | best | 21.00 | 4.000 | 0.50 |",
+        "| Q8_0 | – | 15.00 | 8.500 | – |",
+    ]
+    told = trellis.goals_table(results)
+    assert "| NF4 | 4.125 | 3.8" in told and "| best | 21.00 (15.00) |" in told
+    assert told.endswith("\n\nLeft out: GGUF (it is not there).")

@@ -1,0 +1,156 @@
+"""Trellis codes with error feedback: histories by definition, what searching again gains, and any shape of weight."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from samples import SINGULAR, correlated, output_error, random_weight, second_moment
+
+from nfq_core import quantize
+from nfq_core.fitting import feedback
+from nfq_core.fitting import trellis_feedback as module
+from nfq_core.fitting.feedback import SecondMoment
+from nfq_core.fitting.trellis import TrellisCoder
+from nfq_core.fitting.trellis_feedback import FeedbackCoder
+from nfq_core.fitting.trellis_fit import level_numbers, starting_trellises
+from nfq_core.packed.formats import FORMATS, TRELLIS_IDS
+
+CPU = torch.device("cpu")
+NO_GAINS = torch.zeros(64, 64)
+
+
+def coder(format: str) -> FeedbackCoder:
+    return FeedbackCoder(starting_trellises()[format].levels, FORMATS[format], CPU)
+
+
+def some_gains(seed: int = 0) -> torch.Tensor:
+    return (0.1 * random_weight(64, 64, seed=seed)).triu(1)
+
+
+@pytest.mark.parametrize("format", TRELLIS_IDS)
+def test_errors_are_those_of_the_codes_by_definition(format: str) -> None:
+    """What each survivor carried along must be the errors on its own way: any mistake in a history shows here."""
+    values, gains = 0.3 * random_weight(33, 64), some_gains()
+    codes, errors = coder(format).encode(values, random_weight(64, seed=1).exp(), gains)
+    numbers = level_numbers(codes, FORMATS[format]).view(codes.shape)
+    reached = starting_trellises()[format].levels[numbers.long()]
+    wanted = torch.zeros_like(values)
+    for step in range(64):
+        wanted[:, step] = values[:, step] - wanted[:, :step] @ gains[:step, step] - reached[:, step]
+    assert torch.allclose(errors, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", TRELLIS_IDS)
+def test_without_feedback_it_is_the_plain_search(format: str) -> None:
+    values = 0.3 * random_weight(50, 64)
+    errors = coder(format).encode(values, torch.ones(64), NO_GAINS)[1].square().sum(dim=1)
+    plain = TrellisCoder(starting_trellises()[format].levels, FORMATS[format], CPU).encode(values)[1]
+    # Costs lose up to five bits of their mantissas, so that a few choices between almost equal ways differ.
+    assert torch.allclose(errors.sum(), plain.sum(), rtol=2e-3)
+
+
+def test_weights_say_where_errors_count() -> None:
+    values, weights = 0.3 * random_weight(50, 64), torch.ones(64)
+    weights[10:20] = 30
+    equal, weighted = (coder("t3w8_b64").encode(values, w, NO_GAINS)[1].square() for w in (torch.ones(64), weights))
+    assert weighted[:, 10:20].sum() < 0.8 * equal[:, 10:20].sum()
+
+
+def test_feedback_is_looked_ahead_to() -> None:
+    """Given targets one after the other, the plain search would not know what its errors cost later."""
+    values, gains = 0.3 * random_weight(80, 64), some_gains(3) * 3
+    errors = coder("t2w8_b64").encode(values, torch.ones(64), gains)[1]
+    late = values.clone()
+    plain = TrellisCoder(starting_trellises()["t2w8_b64"].levels, FORMATS["t2w8_b64"], CPU)
+    numbers = level_numbers(plain.encode(late)[0], FORMATS["t2w8_b64"]).view(late.shape)
+    reached, blind = starting_trellises()["t2w8_b64"].levels[numbers.long()], torch.zeros_like(values)
+    for step in range(64):
+        blind[:, step] = values[:, step] - blind[:, :step] @ gains[:step, step] - reached[:, step]
+    assert errors.square().sum() < 0.5 * blind.square().sum()
+
+
+SHAPES = {
+    "blocks within rows": (33, 128),
+    "two rows in a block": (40, 32),
+    "blocks across rows": (10, 48),
+    "a convolution": (24, 8, 3, 3),
+    "a last block that is short": (9, 40),
+    "columns of several stretches": (8, 192),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_outputs_are_nearer_than_without(shape: tuple[int, ...], monkeypatch) -> None:
+    monkeypatch.setattr(module, "MAX_COLUMNS", 100)
+    weight = random_weight(*shape, seed=7) * 0.03
+    inputs = correlated(500, weight[0].numel(), seed=len(shape))
+    fed = quantize(weight, format="t3w8_b64", hessian=second_moment(inputs)).dequantize()
+    plain = quantize(weight, format="t3w8_b64").dequantize()
+    assert output_error(inputs, weight, fed) < 0.8 * output_error(inputs, weight, plain)
+
+
+@pytest.mark.parametrize("shape", [(33, 64), (8, 48)])
+def test_searching_again_never_loses(shape: tuple[int, int], monkeypatch) -> None:
+    weight, inputs = random_weight(*shape, seed=7), correlated(500, shape[1])
+    hessian, errors = second_moment(inputs), []
+    # What is lowered is the error under the moment that feedback uses.
+    damped = hessian + feedback.DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian))
+    for turns in ((), (16,), (16, 48)):
+        monkeypatch.setitem(module.TURNS, "fast", turns)
+        decoded = quantize(weight, format="t3w8_b64", hessian=hessian).dequantize(torch.float32)
+        difference = (decoded - weight).double()
+        errors.append(float(((difference @ damped.double()) * difference).sum()))
+    assert errors[1] < 0.97 * errors[0] and errors[2] <= errors[1]
+
+
+def test_stretches_do_not_feed_one_another(monkeypatch) -> None:
+    monkeypatch.setattr(module, "MAX_COLUMNS", 64)
+    hessian = second_moment(correlated(300, 128))
+    apart = hessian.clone()
+    apart[:64, 64:] = apart[64:, :64] = 0
+    weight = random_weight(8, 128)
+    both = [quantize(weight, format="t3w8_b64", hessian=moment).data for moment in (hessian, apart)]
+    assert torch.equal(*both)
+
+
+def test_a_moment_of_low_rank() -> None:
+    weight, inputs = random_weight(16, 128), correlated(400, 128)
+    whole = SecondMoment.of(second_moment(inputs))
+    values, vectors = torch.linalg.eigh(whole.correlation)
+    factor = vectors[:, -64:] * values[-64:].clamp_min(0).sqrt()
+    moment = SecondMoment(whole.diagonal, factor / factor.norm(dim=1, keepdim=True).clamp_min(1))
+    fed = quantize(weight, format="t3w8_b64", hessian=moment).dequantize()
+    plain = quantize(weight, format="t3w8_b64").dequantize()
+    assert output_error(inputs, weight, fed) < 0.7 * output_error(inputs, weight, plain)
+
+
+@pytest.mark.parametrize("name", ["no input at all", "all inputs alike", "not positive semi-definite", "wide range"])
+def test_unfit_hessians_are_dampened(name: str) -> None:
+    # Of 64 columns, for speed: those of 70 would make a line of 35 blocks.
+    weight, hessian = random_weight(10, 64), SINGULAR[name][:64, :64]
+    decoded = quantize(weight, format="t4w8_b64", hessian=hessian).dequantize(torch.float32)
+    assert torch.isfinite(decoded).all()
+    assert (decoded - weight).square().mean() < weight.square().mean()
+
+
+def test_zero_blocks_stay_zero() -> None:
+    weight = random_weight(4, 128)
+    weight[1] = 0
+    moment = second_moment(correlated(300, 128))
+    assert (quantize(weight, format="t4w8_b64", hessian=moment).dequantize()[1] == 0).all()
+
+
+def test_the_result_is_the_same_each_time_and_the_weight_untouched() -> None:
+    weight, hessian = random_weight(40, 64), second_moment(correlated(200, 64))
+    before = weight.clone()
+    first, second = (quantize(weight, format="t3w8_b64", hessian=hessian).data for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(weight, before)
+
+
+def test_chunks_meet_without_a_seam(monkeypatch) -> None:
+    weight, hessian = random_weight(99, 64), second_moment(correlated(200, 64))
+    whole = quantize(weight, format="t3w8_b64", hessian=hessian)
+    monkeypatch.setattr(sys.modules["nfq_core.fitting.quantizer"], "CHUNK_BLOCKS", whole.format.blocks_per_group)
+    assert torch.equal(quantize(weight, format="t3w8_b64", hessian=hessian).data, whole.data)

@@ -1,0 +1,221 @@
+"""The nodes that make a calibration, in a stub of the host: when they collect, what they write, what they refuse."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from samples import SMALLEST, unet_config
+
+from nfq_core import Calibration
+from nfq_core.calibration.collector import Collector
+
+
+class Patcher:
+    """As much of the host's model patcher as a MODEL needs to be sampled here."""
+
+    def __init__(self, unet: torch.nn.Module) -> None:
+        self.model = torch.nn.ModuleDict({"diffusion_model": unet})
+        self.model.diffusion_model = unet
+        self.attachments: dict[str, Any] = {}
+        self.wrappers: list[Callable] = []
+        self.model_options: dict[str, Any] = {}
+
+    def clone(self) -> Patcher:
+        twin = Patcher(self.model.diffusion_model)
+        twin.attachments, twin.wrappers = dict(self.attachments), list(self.wrappers)
+        twin.model_options = dict(self.model_options)
+        return twin
+
+    def set_attachments(self, key: str, value: object) -> None:
+        self.attachments[key] = value
+
+    def get_attachment(self, key: str) -> object:
+        return self.attachments.get(key)
+
+    def add_wrapper_with_key(self, kind: object, key: str, wrapper: Callable) -> None:
+        self.wrappers.append(wrapper)
+
+    def remove_wrappers_with_key(self, kind: object, key: str) -> None:
+        self.wrappers.clear()
+
+    def sample(self, seed: int = 0, fails: bool = False) -> None:
+        """What the host's sampler does, in two steps."""
+
+        def outer_sample(noise: torch.Tensor, latent: None, sampler: None, sigmas: torch.Tensor) -> torch.Tensor:
+            unet = self.model.diffusion_model
+            added = {"text_embeds": torch.zeros(1, 32), "time_ids": torch.zeros(1, 6)}
+            for sigma in sigmas[:-1]:
+                unet(noise, sigma, torch.zeros(1, 2, 8), added_cond_kwargs=added)
+                if fails:
+                    raise InterruptedError
+            return noise
+
+        class Executor:
+            class_obj = SimpleNamespace(model_patcher=self)
+
+            def __call__(self, *arguments: Any) -> torch.Tensor:
+                return outer_sample(*arguments)
+
+        run = Executor()
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        arguments = (noise, None, None, torch.tensor([2.0, 1.0, 0.0]))
+        for wrapper in self.wrappers:
+            wrapper(run, *arguments)
+        if not self.wrappers:
+            run(*arguments)
+
+
+@pytest.fixture
+def model() -> Patcher:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return Patcher(diffusers.UNet2DConditionModel(**unet_config(SMALLEST)).requires_grad_(False))
+
+
+@pytest.fixture
+def nodes(plugin: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, type]:
+    folder_paths = importlib.import_module("folder_paths")
+    output = tmp_path / "output"
+    (tmp_path / "models" / "nfq_calibrations").mkdir()
+
+    def image_path(prefix: str, directory: str) -> tuple:
+        folder = output / Path(prefix).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        return str(folder), Path(prefix).name, 0, "", prefix
+
+    monkeypatch.setattr(folder_paths, "get_save_image_path", image_path, raising=False)
+    extension = asyncio.run(plugin.comfy_entrypoint())
+    return {node.__name__: node for node in asyncio.run(extension.get_node_list())}
+
+
+@pytest.fixture
+def error(plugin: ModuleType) -> type:
+    """The plugin's own copy of the core has its own errors."""
+    return importlib.import_module(f"{plugin.__name__}.nfq_core.errors").NFQError
+
+
+def hooks(model: Patcher) -> int:
+    return sum(
+        len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.model.diffusion_model.modules()
+    )
+
+
+def collecting(nodes: dict, model: Patcher, **inputs: bool) -> Patcher:
+    return nodes["NFCollectCalibration"].execute(model, **inputs).result[0]
+
+
+def test_what_several_samplings_see_adds_up(nodes: dict, model: Patcher, tmp_path: Path) -> None:
+    clone = collecting(nodes, model)
+    expected = Collector(model.model.diffusion_model, hessians=True)
+    for seed in (1, 2):
+        clone.sample(seed)
+        with expected.watching():
+            model.sample(seed)
+        assert hooks(model) == 0
+        told = nodes["NFSaveCalibration"].execute(clone, None, "mine").ui["text"][0]
+        assert told.startswith("saved output/nfq_calibrations/mine.calibration.safetensors (")
+        assert ("one sampling only" in told) == (seed == 1)
+    found = Calibration.load(tmp_path / "output" / "nfq_calibrations" / "mine.calibration.safetensors")
+    assert (found.prompts, found.steps) == (2, 2)
+    wanted = expected.calibration()
+    # What is called once a step sees too little in so few.
+    assert found.inputs.keys() | found.faults.keys() == wanted.inputs.keys() and found.sensitivities
+    for name in found.inputs:
+        inputs = wanted.inputs[name]
+        assert inputs.rows == found.inputs[name].rows
+        assert torch.equal(inputs.importance, found.inputs[name].importance)
+        assert torch.equal(inputs.correlation, found.inputs[name].correlation)
+
+
+def test_collects_no_more_than_was_asked_for(nodes: dict, model: Patcher, tmp_path: Path) -> None:
+    clone = collecting(nodes, model, hessians=False, sensitivities=False)
+    clone.sample()
+    nodes["NFSaveCalibration"].execute(clone, None, "plain")
+    found = Calibration.load(tmp_path / "output" / "nfq_calibrations" / "plain.calibration.safetensors")
+    assert not found.sensitivities and all(inputs.correlation is None for inputs in found.inputs.values())
+
+
+def test_another_unet_is_only_sampled(nodes: dict, model: Patcher, error: type) -> None:
+    """A packed copy, or a loader's other copy, keeps the wrapper."""
+    clone = collecting(nodes, model)
+    other = clone.clone()
+    other.model = Patcher(type(model.model.diffusion_model)(**unet_config(SMALLEST))).model
+    other.sample()
+    with pytest.raises(error, match="nothing was sampled with this MODEL"):
+        nodes["NFSaveCalibration"].execute(clone, None)
+
+
+def test_an_interrupt_leaves_no_hooks(nodes: dict, model: Patcher) -> None:
+    clone = collecting(nodes, model)
+    with pytest.raises(InterruptedError):
+        clone.sample(fails=True)
+    assert hooks(model) == 0
+
+
+def test_a_compiled_model_is_refused(nodes: dict, model: Patcher, error: type) -> None:
+    """On either side of the node: hooks would miss what the compiled code does."""
+    compiled = collecting(nodes, model)
+    compiled.model_options["torch_compile_kwargs"] = {"backend": "inductor"}
+    message = "this MODEL is compiled, which hides what its layers are fed; collect without TorchCompileModel"
+    with pytest.raises(error, match=message):
+        compiled.sample()
+    assert hooks(model) == 0
+    with pytest.raises(error, match=message):
+        collecting(nodes, compiled)
+
+
+def test_refusals(nodes: dict, model: Patcher, error: type, tmp_path: Path) -> None:
+    save = nodes["NFSaveCalibration"].execute
+    with pytest.raises(error, match="this MODEL collects nothing"):
+        save(model, None)
+    clone = collecting(nodes, model)
+    with pytest.raises(error, match="nothing was sampled with this MODEL; connect it to a sampler"):
+        save(clone, None)
+    clone.sample()
+    path = tmp_path / "output" / "nfq_calibrations" / "mine.calibration.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"another's")
+    with pytest.raises(error, match="exists; choose another filename_prefix, or switch overwrite on"):
+        save(clone, None, "mine")
+    assert path.read_bytes() == b"another's"
+    save(clone, None, "mine", True)
+    assert Calibration.load(path).prompts == 1
+    with pytest.raises(error, match=r"this MODEL is no UNet of the SDXL family"):
+        collecting(nodes, Patcher(torch.nn.Sequential(torch.nn.Linear(4, 4))))
+
+
+def test_a_quantized_model_is_refused(nodes: dict, model: Patcher, error: type) -> None:
+    """One whose tensors pass for floating, as those of the host's own formats and of ours do, and one of integers."""
+    quantized = importlib.import_module("comfy_kitchen.tensor").QuantizedTensor
+
+    class PassesForFloating(torch.nn.Parameter, quantized):
+        pass
+
+    layer = model.model.diffusion_model.conv_in
+    for weight in (
+        PassesForFloating(layer.weight.data, False),
+        torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), False),
+    ):
+        layer.weight = weight
+        with pytest.raises(error, match="this MODEL is quantised; a calibration is collected from dense weights"):
+            collecting(nodes, model)
+
+
+def test_quantize_lists_calibrations(nodes: dict, tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "nfq_calibrations"
+    for name in ("a.calibration.safetensors", "other.safetensors"):
+        (folder / name).write_bytes(b"")
+    node = nodes["NFQuantizeUNet"]
+    (listed,) = [each for each in node.define_schema().inputs if each.id == "calibration"]
+    assert listed.options["options"] == ["(none)", "a.calibration.safetensors"]
+    assert node.fingerprint_inputs() == ""
+    before = node.fingerprint_inputs("a.calibration.safetensors")
+    (folder / "a.calibration.safetensors").write_bytes(b"more")
+    assert node.fingerprint_inputs("a.calibration.safetensors") != before

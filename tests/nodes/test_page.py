@@ -1,0 +1,118 @@
+"""The page's words: every language has them all, the scripts use those that are there, each node has its help."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = "\n".join(path.read_text("utf-8") for path in sorted((ROOT / "web").rglob("*.js")))
+TRANSLATED = ("ja", "zh")
+
+
+def words(language: str) -> dict[str, str]:
+    return json.loads((ROOT / "locales" / language / "main.json").read_text("utf-8"))["nfq"]
+
+
+def places(sentence: str) -> set[str]:
+    return set(re.findall(r"\{(\w+)\}", sentence))
+
+
+@pytest.mark.parametrize("language", TRANSLATED)
+def test_every_language_says_everything(language: str) -> None:
+    english, other = words("en"), words(language)
+    assert other.keys() == english.keys()
+    for key, sentence in english.items():
+        assert places(other[key]) == places(sentence), key
+        assert other[key] and other[key] != sentence, key
+
+
+@pytest.mark.parametrize("language", TRANSLATED)
+def test_nodes_are_spoken_of_by_the_names_they_have(language: str) -> None:
+    nodes = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text("utf-8"))
+    spoken = set(re.findall("「(.+?)」", " ".join(words(language).values())))
+    assert len(spoken) == 2 and spoken <= {node["display_name"] for node in nodes.values()}
+
+
+def test_the_scripts_say_what_there_is() -> None:
+    said = set(re.findall(r'\btext\("([\w.]+)"', SCRIPTS))
+    groups = set(re.findall(r"\btext\(`([\w]+)\.\$\{", SCRIPTS))
+    # The words for how a run ended are passed on.
+    said |= set(re.findall(r'\["execution_\w+", "(\w+)"\]', SCRIPTS))
+    english = words("en")
+    assert said <= english.keys()
+    assert {key for key in english if key.partition(".")[0] not in groups} == said
+    assert groups == {"goodFor", "takes", "order", "preset"}
+
+
+def schemas(plugin: ModuleType) -> dict:
+    extension = asyncio.run(plugin.comfy_entrypoint())
+    return {schema.node_id: schema for schema in (n.define_schema() for n in asyncio.run(extension.get_node_list()))}
+
+
+@pytest.mark.parametrize("language", TRANSLATED)
+def test_nodes_are_translated_whole(plugin: ModuleType, language: str) -> None:
+    translated = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text("utf-8"))
+    nodes = schemas(plugin)
+    assert translated.keys() == nodes.keys()
+    for name, schema in nodes.items():
+        assert translated[name]["display_name"] and translated[name]["description"]
+        inputs = translated[name]["inputs"]
+        assert list(inputs) == [item.id for item in schema.inputs], name
+        assert all(entry["name"] and entry["tooltip"] for entry in inputs.values())
+        assert len(translated[name].get("outputs", {})) == len(schema.outputs)
+
+
+def test_each_node_has_a_help_page_that_names_its_inputs(plugin: ModuleType) -> None:
+    nodes = schemas(plugin)
+    pages = {path.stem: path.read_text("utf-8") for path in (ROOT / "web" / "docs").glob("*.md")}
+    assert pages.keys() == nodes.keys()
+    for name, schema in nodes.items():
+        assert pages[name].startswith(f"# {schema.display_name}\n")
+        spelled = pages[name].replace("`image_2` … `image_8`", " ".join(f"`image_{n}`" for n in range(2, 9)))
+        for item in schema.inputs:
+            assert f"`{item.id}`" in spelled, (name, item.id)
+
+
+def test_levels_have_their_advice() -> None:
+    from nfq_core.fitting.codebook import EFFORTS
+    from nfq_core.packed.formats import TRELLIS_IDS, WRITABLE_IDS, format_by_id
+    from nfq_core.planning.allocation import PRESETS
+
+    english = words("en")
+    scalar = [format_by_id(id).levels for id in WRITABLE_IDS if id not in TRELLIS_IDS]
+    assert {f"goodFor.{levels}" for levels in scalar} <= english.keys()
+    assert {f"takes.{way}{effort}" for way in ("", "preset.") for effort in EFFORTS} <= english.keys()
+    assert {f"goodFor.t{format_by_id(id).code_bits}" for id in TRELLIS_IDS} <= english.keys()
+    for name, bits in PRESETS.items():
+        assert f" {bits} bits per weight" in english[f"preset.{name}"]
+
+
+def test_nothing_is_written_as_markup() -> None:
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b", SCRIPTS)
+
+
+def test_shares_of_nothing_are_whole(tmp_path: Path) -> None:
+    """What the page divides by may be zero: the bytes of a model of empty tensors."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("Node.js is not installed")
+    library, scripts = tmp_path / "extensions" / "nfq" / "lib", tmp_path / "scripts"
+    library.mkdir(parents=True)
+    scripts.mkdir()
+    shutil.copy(ROOT / "web" / "lib" / "text.js", library)
+    (tmp_path / "package.json").write_text('{"type": "module"}', "utf-8")
+    for name in ("app", "api"):
+        (scripts / f"{name}.js").write_text(f"export const {name} = {{}};\n", "utf-8")
+    asks = "console.log(JSON.stringify([share(0, 0), share(1, 4), percent(0, 0), percent(1, 4)]))"
+    code = f'import {{ share, percent }} from "{(library / "text.js").as_uri()}";\n{asks}'
+    done = subprocess.run([node, "--input-type=module", "-e", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [1, 0.25, "100 %", "25 %"]

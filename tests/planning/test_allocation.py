@@ -1,0 +1,314 @@
+"""Formats by size: the least noise that fits, the same on every run, and said of each layer."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nfq_core import NFQError
+from nfq_core.checkpoints.convert import quantize_file
+from nfq_core.checkpoints.examine import file_info
+from nfq_core.cli import main
+from nfq_core.files.safefile import Entry
+from nfq_core.files.writer import Plan
+from nfq_core.fitting.codebook import EFFORTS
+from nfq_core.models.roles import expected_sensitivity
+from nfq_core.models.unet_keys import SDXL_BASE, tensor_shapes
+from nfq_core.packed.formats import FORMATS
+from nfq_core.planning.allocation import (
+    EXPECTED_SQNR_DB,
+    MAX_TRIES,
+    PRESETS,
+    SizeSearch,
+    allocate,
+    expected_noise,
+    menu,
+    worthwhile,
+)
+from nfq_core.planning.policy import Settings, plan_tensors
+
+MENU = [FORMATS[id] for id in ("t2w8_b64", "t3w8_b64", "t4w8_b64", "t5w9_b64", "nf256_b64")]
+NOISE = [10 ** (-EXPECTED_SQNR_DB[fmt.id] / 10) for fmt in MENU]
+
+
+def packed(chosen: dict, shapes: dict) -> int:
+    return sum(fmt.packed_bytes(prod(shapes[name])) for name, (fmt, _) in chosen.items())
+
+
+def noise(chosen: dict, sensitivities: dict) -> float:
+    return sum(sensitivities[name] * 10 ** (-EXPECTED_SQNR_DB[fmt.id] / 10) for name, (fmt, _) in chosen.items())
+
+
+def test_wide_windows_are_for_the_patient() -> None:
+    assert menu("fast") == MENU
+    assert [fmt.id for fmt in menu("best")] == list(EXPECTED_SQNR_DB)
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("weights", [4096, 1 << 14, 1 << 17, 1 << 20, 1 << 24])
+def test_what_is_worthwhile_is_convex(effort: str, weights: int) -> None:
+    """Each further byte gains less than the one before, and no format lies below the line that they form."""
+    found = worthwhile(weights, menu(effort))
+    points = [(fmt.packed_bytes(weights), expected_noise(fmt)) for fmt in found]
+    gains = [(a[1] - b[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(points)]
+    assert gains == sorted(gains, reverse=True) and gains[-1] > 0
+    sizes, levels = zip(*points, strict=True)
+    for fmt in menu(effort):
+        assert expected_noise(fmt) >= np.interp(fmt.packed_bytes(weights), sizes, levels) * (1 - 1e-12)
+
+
+def test_small_layers_get_narrow_windows() -> None:
+    """1,024 levels take 12,288 bits more than 256: 3 for each weight of a small layer, next to none of a large one."""
+    small, large = ([fmt.window for fmt in worthwhile(weights, menu("best"))] for weights in (4096, 1 << 24))
+    assert 10 not in small
+    # The smallest of all stays the first.
+    assert large == [8, 10, 10, 10, 10, 0]
+
+
+def test_best_gets_wide_windows_for_the_same_bytes() -> None:
+    shapes = {"a": (2048, 2048), "b": (2048, 2048)}
+    budget = int(3.85 / 8 * 2 * 2048 * 2048)
+    assert [fmt.id for fmt, _ in allocate(shapes, budget).values()] == ["t4w8_b64", "t3w8_b64"]
+    assert [fmt.id for fmt, _ in allocate(shapes, budget, effort="best").values()] == ["t4w10_b64", "t3w10_b64"]
+
+
+def test_the_sensitive_layer_gets_the_bits() -> None:
+    shapes = {"dull": (256, 256), "keen": (256, 256)}
+    budget = MENU[1].packed_bytes(1 << 16) + MENU[3].packed_bytes(1 << 16)
+    chosen = allocate(shapes, budget, {"dull": 1.0, "keen": 1000.0})
+    assert chosen["keen"][0] is MENU[3] and chosen["dull"][0] is MENU[1]
+    # Per weight, in terms of the mean: 1 and 1,000 of 500.5.
+    assert chosen["keen"][1] == 1.998 and chosen["dull"][1] == 0.001998
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("seed", range(10))
+def test_no_other_choice_of_that_size_has_less_noise(seed: int, effort: str) -> None:
+    """Against all choices: what going by gains leaves over is less than one step of the largest layer."""
+    formats = menu(effort)
+    draw = random.Random(seed)
+    shapes = {f"layer{number}": (64, draw.choice([64, 128, 640, 6400])) for number in range(4)}
+    sensitivities = {name: draw.lognormvariate(0, 2) for name in shapes}
+    least, most = (sum(fmt.packed_bytes(prod(shape)) for shape in shapes.values()) for fmt in (MENU[0], MENU[-1]))
+    budget = draw.randint(least, most)
+    found = allocate(shapes, budget, sensitivities, effort=effort)
+    assert packed(found, shapes) <= budget
+    largest = max(map(prod, shapes.values()))
+    sizes = [fmt.packed_bytes(largest) for fmt in worthwhile(largest, formats)]
+    step = max(larger - smaller for smaller, larger in itertools.pairwise(sizes))
+    for choice in itertools.product(formats, repeat=len(shapes)):
+        other = {name: (fmt, 0.0) for name, fmt in zip(shapes, choice, strict=True)}
+        if packed(other, shapes) <= budget - step:
+            assert noise(found, sensitivities) <= noise(other, sensitivities) * (1 + 1e-9)
+
+
+def test_the_order_of_the_tensors_does_not_matter() -> None:
+    shapes = {f"layer{number}": (64, 64) for number in range(9)}
+    backwards = dict(reversed(shapes.items()))
+    budget = sum(fmt.packed_bytes(64 * 64) for fmt in MENU[:4]) * 9 // 4
+    assert allocate(shapes, budget) == allocate(backwards, budget)
+
+
+@pytest.mark.parametrize("bits", PRESETS.values())
+def test_sdxl_in_every_preset(bits: float) -> None:
+    entries = {key: Entry("F16", shape, 0, 0) for key, shape in tensor_shapes(SDXL_BASE, "ldm").items()}
+    plans = [plan for plan in plan_tensors(entries, Settings(target_bpw=bits))[1].values() if plan.format]
+    weights = sum(prod(plan.shape) for plan in plans)
+    found = sum(plan.format.packed_bytes(prod(plan.shape)) for plan in plans) * 8 / weights
+    assert len(plans) == 771
+    assert 0.99 * bits <= found <= bits
+
+
+def test_names_of_both_layouts_mean_the_same() -> None:
+    for ldm, diffusers in (("a.skip_connection.weight", "a.conv_shortcut.weight"), ("a.proj_in.weight",) * 2):
+        assert expected_sensitivity(ldm, (8, 8, 1, 1)) == expected_sensitivity(diffusers, (8, 8, 1, 1))
+
+
+def test_what_was_not_measured_counts_as_its_role_does() -> None:
+    """Two like layers, one of them measured: the other is taken to be as sensitive."""
+    shapes = {"a.to_q.weight": (64, 64), "b.to_q.weight": (64, 64)}
+    chosen = allocate(shapes, 10**6, {"a.to_q.weight": 7.0})
+    assert chosen["a.to_q.weight"][1] == chosen["b.to_q.weight"][1] == 1.0
+
+
+def test_too_small_a_size_is_told() -> None:
+    with pytest.raises(NFQError, match=r"need at least [\d,]+ bytes, 10 are left for them; ask for more"):
+        allocate({"a": (64, 64)}, 10)
+
+
+def test_a_size_below_what_is_kept_is_told() -> None:
+    with pytest.raises(NFQError, match=r"what is not quantised takes 1,234 bytes more than the size asked for"):
+        allocate({"a": (64, 64)}, -1234)
+    assert allocate({}, -1234) == {}
+
+
+def test_nothing_to_quantise_is_no_reason_to_warn() -> None:
+    search = SizeSearch(10**9)
+    assert search.accepts(1000, {"a": Plan("F16", (4,))}) and not search.warnings
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_impossible_sensitivities_are_told(value: float) -> None:
+    with pytest.raises(NFQError, match=r"the sensitivity of 'a' is .*; it must be a number from 0 up"):
+        allocate({"a": (64, 64)}, 10**6, {"a": value})
+
+
+def test_layers_that_change_nothing_get_the_least() -> None:
+    shapes = dict.fromkeys("abc", (64, 64))
+    budget = 2 * MENU[0].packed_bytes(64 * 64) + MENU[3].packed_bytes(64 * 64)
+    found = allocate(shapes, budget, {"a": 0.0, "b": 5.0, "c": 0.0})
+    assert [fmt for fmt, _ in found.values()] == [MENU[0], MENU[3], MENU[0]]
+
+
+def search(*sizes: int) -> SizeSearch:
+    """A search for a file of 1,000,000 bytes that was told these sizes of files, none of which it took."""
+    found = SizeSearch(1_000_000)
+    for size in sizes:
+        assert not found.accepts(size, LAYER)
+    return found
+
+
+LAYER = {"a": Plan("F16", (1000, 1000), MENU[1])}
+PACKED = MENU[1].packed_bytes(10**6)
+
+
+def test_the_size_search_takes_what_is_near() -> None:
+    assert SizeSearch(None).accepts(1, LAYER)
+    assert all(search().accepts(size, LAYER) for size in (990_000, 1_000_000))
+    once = search(1_100_000)
+    assert once.packed_bytes == PACKED + 995_000 - 1_100_000
+    assert once.accepts(995_000, LAYER) and not once.warnings
+
+
+def test_the_size_search_ends() -> None:
+    with pytest.raises(
+        NFQError,
+        match=r"no file of at most 1,000,000 bytes was found; this model's file can have about 0\.9. MB to 1\.7. MB",
+    ):
+        search(*[1_100_000] * (MAX_TRIES - 1)).accepts(1_100_000, LAYER)
+    best = search(900_000, *[1_100_000] * (MAX_TRIES - 1))
+    assert best.packed_bytes == PACKED
+    assert best.accepts(900_000, LAYER) and "nothing nearer" in best.warnings[0]
+    full = SizeSearch(1_000_000)
+    assert full.accepts(900_000, {"a": Plan("F16", (1000, 1000), MENU[-1])}) and "the most there is" in full.warnings[0]
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    names = ("a.to_q", "a.to_v", "a.ff.net.2", "b.conv", "b.proj_in", "c.to_k", "c.ff.net.0.proj", "d.to_out.0")
+    tensors = {
+        f"{name}.weight": torch.randn(96, 8 * number, 3, 3, generator=generator).half()
+        if "conv" in name
+        else torch.randn(96, 64 * number, generator=generator).half()
+        for number, name in enumerate(names, 2)
+    }
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    save_file(tensors | {"bias": torch.randn(300).half()}, path)
+    return path
+
+
+@pytest.mark.parametrize("share", [0.18, 0.25])
+def test_a_file_of_the_size_asked_for(small_model: Path, tmp_path: Path, share: float) -> None:
+    """A model of few layers, whose steps are large: never above, and as near as layers of its size allow."""
+    wanted = int(share * small_model.stat().st_size)
+    target = tmp_path / "sized.nfq.safetensors"
+    result = quantize_file(small_model, target, Settings(target_bytes=wanted))
+    assert target.stat().st_size == result["file_bytes"] <= wanted
+    assert result["file_bytes"] >= 0.93 * wanted
+    info = file_info(target)
+    assert info["settings"]["target_bytes"] == wanted and "levels" not in info["settings"]
+    assert all(layer["sensitivity"] > 0 for layer in info["layers"])
+    assert len({layer["format"] for layer in info["layers"]}) > 1
+    again = tmp_path / "again.nfq.safetensors"
+    quantize_file(small_model, again, Settings(target_bytes=wanted))
+    assert again.read_bytes() == target.read_bytes()
+
+
+def test_packed_bits_asked_for_on_the_command_line(small_model: Path, tmp_path: Path, capsys) -> None:
+    target = tmp_path / "sized.nfq.safetensors"
+    assert main(["quantize", str(small_model), str(target), "--target-bpw", "3.6", "--json"]) == 0
+    capsys.readouterr()
+    assert main(["info", str(target), "--json"]) == 0
+    assert 3.4 <= json.loads(capsys.readouterr().out)["packed_bits_per_weight"] <= 3.6
+    assert main(["verify", str(target)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "told"),
+    [
+        (["--target-size", "10KB"], 1, "0.01 MB are too few; this model's file can have about 0.0"),
+        (["--target-size", "soon"], 2, "'soon' is no size; write one such as 1.2GB or 1200MiB"),
+        (["--target-size", "3"], 2, "'3' has no unit; write 3GB, 3MB or 3B (bytes)"),
+        (["--target-bpw", "1.9"], 1, "1.9 packed bits per weight are too few; this model's can have 2."),
+        (["--target-bpw", "16"], 1, "16 packed bits per weight are too many; this model's can have 2."),
+        (["--target-bpw", "-1"], 2, "'-1' is no number above zero"),
+        (["--target-bpw", "nan"], 2, "'nan' is no number above zero"),
+        (["--target-bpw", "1e308"], 2, "'1e308' is no number above zero, or too large"),
+        (["--target-size", "99999999999GB"], 2, "is too large"),
+        (["--preset", "small", "--conv-levels", "32"], 1, "leave out --conv-levels"),
+        (["--target-bpw", "3", "--conv-format", "t3w8_b64"], 1, "leave out --conv-format"),
+        (["--target-bpw", "3", "--levels", "16"], 2, "not allowed with"),
+        (["--format", "t3w8_b64", "--levels", "16"], 2, "not allowed with"),
+        (["--preset", "huge"], 2, "invalid choice"),
+    ],
+)
+def test_bad_sizes(small_model: Path, tmp_path: Path, capsys, flags: list[str], code: int, told: str) -> None:
+    target = tmp_path / "sized.nfq.safetensors"
+    try:
+        found = main(["quantize", str(small_model), str(target), *flags])
+    except SystemExit as stop:
+        found = stop.code
+    assert found == code
+    assert told in capsys.readouterr().err
+    assert not target.exists()
+
+
+def test_limits_that_are_told_can_be_had(small_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(NFQError) as caught:
+        quantize_file(small_model, tmp_path / "a", Settings(target_bytes=1))
+    smallest, largest = (float(number) for number in re.findall("([0-9.]+) MB", str(caught.value))[1:])
+    result = quantize_file(small_model, tmp_path / "large", Settings(target_bytes=10**9))
+    assert "the most there is; this model's file can have about" in result["warnings"][0]
+    assert 0.95 * largest < result["file_bytes"] / 1e6 < 1.05 * largest
+    result = quantize_file(small_model, tmp_path / "small", Settings(target_bytes=int(1.05e6 * smallest)))
+    assert result["file_bytes"] <= 1.05e6 * smallest
+    least = quantize_file(small_model, tmp_path / "least", Settings(format="t2w8_b64", conv_format="t2w8_b64"))
+    # Its header says more: how sensitive each layer is.
+    near = int(1.02 * least["file_bytes"])
+    assert quantize_file(small_model, tmp_path / "near", Settings(target_bytes=near))["file_bytes"] <= near
+    with pytest.raises(NFQError, match="no file of at most"):
+        quantize_file(small_model, tmp_path / "less", Settings(target_bytes=int(0.97 * least["file_bytes"])))
+
+    with pytest.raises(NFQError) as caught:
+        quantize_file(small_model, tmp_path / "b", Settings(target_bpw=0.1))
+    smallest, largest = map(float, re.findall("have ([0-9.]+) to ([0-9.]+),", str(caught.value))[0])
+    for number, bits in enumerate((smallest, largest)):
+        quantize_file(small_model, tmp_path / f"c{number}", Settings(target_bpw=bits))
+        assert file_info(tmp_path / f"c{number}")["packed_bits_per_weight"] == pytest.approx(bits, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"target_bpw": 3, "target_bytes": 10**9}, "exclude each other"),
+        ({"target_bpw": -1.0}, r"target_bpw must be above zero and below 2\*\*63, got -1\.0"),
+        ({"target_bytes": 0}, r"target_bytes must be above zero and below 2\*\*63, got 0"),
+        ({"target_bpw": float("nan")}, r"target_bpw must be above zero and below 2\*\*63, got nan"),
+        ({"target_bpw": 1e300}, r"target_bpw must be above zero and below 2\*\*63, got 1e\+300"),
+        ({"target_bytes": 10**400}, r"target_bytes must be above zero and below 2\*\*63, got 1000"),
+    ],
+)
+def test_impossible_settings(settings: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Settings(**settings)

@@ -1,0 +1,62 @@
+"""PSNR by hand; SSIM against its definition written out window by window."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nfq_core.report.metrics import psnr_db, ssim
+
+
+def test_psnr_by_hand():
+    reference = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
+    # One value of twelve is off by 51 = 255 / 5: the mean squared error is 255² / 300.
+    other = reference.clone()
+    other[0, 0, 0, 0] = 51
+    assert psnr_db(reference, other, 255) == pytest.approx(10 * math.log10(300))
+    assert psnr_db(reference, reference, 255) is None
+
+
+def ssim_by_definition(x: np.ndarray, y: np.ndarray, peak: float, side: int) -> float:
+    """One channel; every position of the window by itself, with centred moments."""
+    distance = np.arange(side) - side // 2
+    weights = np.exp(-(distance[:, None] ** 2 + distance[None, :] ** 2) / (2 * 1.5**2))
+    weights /= weights.sum()
+    values = []
+    for row in range(x.shape[0] - side + 1):
+        for column in range(x.shape[1] - side + 1):
+            a, b = (picture[row : row + side, column : column + side] for picture in (x, y))
+            mean_a, mean_b = (weights * a).sum(), (weights * b).sum()
+            variance_a, variance_b = (weights * (a - mean_a) ** 2).sum(), (weights * (b - mean_b) ** 2).sum()
+            covariance = (weights * (a - mean_a) * (b - mean_b)).sum()
+            c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
+            luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+            values.append(luminance * (2 * covariance + c2) / (variance_a + variance_b + c2))
+    return float(np.mean(values))
+
+
+@pytest.mark.parametrize(("height", "width", "side"), [(16, 20, 11), (11, 11, 11), (8, 9, 7), (10, 30, 9), (1, 5, 1)])
+def test_ssim_is_its_definition(height, width, side):
+    generator = np.random.default_rng(height)
+    pictures = generator.random((2, 2, 3, height, width))
+    expected = np.mean(
+        [ssim_by_definition(*pictures[:, count, channel], 1.0, side) for count in range(2) for channel in range(3)]
+    )
+    found = ssim(torch.from_numpy(pictures[0]), torch.from_numpy(pictures[1]), 1.0)
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_ssim_of_equal_pictures_is_one_and_noise_lowers_it():
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.rand(1, 3, 32, 32, generator=generator)
+    noise = torch.randn(picture.shape, generator=generator)
+    assert ssim(picture, picture, 1.0) == pytest.approx(1.0)
+    little, much = ssim(picture, picture + 0.01 * noise, 1.0), ssim(picture, picture + 0.2 * noise, 1.0)
+    assert 1.0 > little > 0.99 > much
+
+
+def test_ssim_scales_with_its_peak():
+    generator = torch.Generator().manual_seed(1)
+    first, second = torch.rand(2, 1, 1, 16, 16, generator=generator)
+    assert ssim(first * 7, second * 7, 7.0) == pytest.approx(ssim(first, second, 1.0))
