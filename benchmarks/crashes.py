@@ -39,7 +39,7 @@ from nfq_core.errors import NFQError
 from nfq_core.files.article import write_article_file
 from nfq_core.files.atomic import TEMPORARY_ENDING, AtomicFile
 from nfq_core.files.container import NFQFile
-from nfq_core.planning.policy import DEFAULTS, Settings
+from nfq_core.planning.settings import DEFAULTS, Formats, Settings
 
 from .report import write_results
 from .synthetic import gaussian
@@ -54,7 +54,7 @@ PRELOADED = ["nfq_core.checkpoints.article_import", "nfq_core.checkpoints.batch"
 
 LEFTOVER = re.compile(r"\..+" + TEMPORARY_ENDING)
 
-OLD = Settings(levels=7, conv_levels=7)
+OLD = Settings(Formats.of(7, 7))
 """How the older files were made."""
 
 Files = dict[str, bytes]

@@ -22,7 +22,8 @@ from nfq_core.files.safefile import Entry
 from nfq_core.models.unet_keys import SDXL_BASE, UNetArchitecture, tensor_shapes
 from nfq_core.packed.formats import BLOCK, SCALE_STEPS_PER_OCTAVE, BlockFormat, Scales
 from nfq_core.packed.packing import pack_codes
-from nfq_core.planning.policy import DEFAULTS, Settings, plan_tensors
+from nfq_core.planning.policy import plan_tensors
+from nfq_core.planning.settings import DEFAULTS, Settings
 
 from .report import summary
 

@@ -15,7 +15,7 @@ from nfq_core.layers import PackedLinear, assign_state, dense_layers, packed_lay
 from nfq_core.layers.low_rank import LowRank
 from nfq_core.models.unet_keys import UNetArchitecture, tensor_shapes
 from nfq_core.planning.allocation import PRESETS
-from nfq_core.planning.policy import Settings
+from nfq_core.planning.settings import BitsPerWeight, Settings
 
 from .gpu_bench import SMALL, Part, added_bytes, fan_in_std, graphed, measure, random_unet
 from .gpu_rivals import nf4_layer, q4_0_layer, without_bitsandbytes
@@ -229,7 +229,7 @@ def _contestants(part: Part) -> dict[str, nn.Module]:
     def q4_0(layer: nn.Module) -> nn.Module:
         return q4_0_layer(layer, generator, fan_in_std(layer.weight.shape))
 
-    balanced = Settings(target_bpw=PRESETS["balanced"])
+    balanced = Settings(BitsPerWeight(PRESETS["balanced"]))
     makers = {
         "fp16": lambda: make_unet(architecture, dense_state(state)),
         "packed": lambda: make_unet(architecture, state),

@@ -17,7 +17,8 @@ from nfq_core.files.safefile import describe
 from nfq_core.models.unet import detect
 from nfq_core.packed.formats import LEVELS, TRELLIS_IDS
 from nfq_core.parallel import ordered_map
-from nfq_core.planning.policy import DEFAULTS, Settings, plan_tensors
+from nfq_core.planning.policy import plan_tensors
+from nfq_core.planning.settings import DEFAULTS, BitsPerWeight, Formats, Settings
 
 from . import ggml
 from .judge import Judge, Weights
@@ -85,8 +86,8 @@ class DemoModels:
                 yield Model(f"size {bits}", OURS, False, {key: ours[id][key] for key, id in plans.items()})
             before = plans
         yield from self._calibrated_peers()
-        settings = {f"nf{levels}": Settings(levels, levels, self._effort) for levels in LEVELS}
-        settings |= {f"size {bits}": Settings(effort=self._effort, target_bpw=bits) for bits in sizes}
+        settings = {f"nf{levels}": Settings(Formats.of(levels, levels), effort=self._effort) for levels in LEVELS}
+        settings |= {f"size {bits}": Settings(BitsPerWeight(bits), effort=self._effort) for bits in sizes}
         for name, chosen in settings.items():
             yield Model(f"{name}, calibrated", OURS, True, self._through_a_file(chosen))
 
@@ -101,7 +102,7 @@ class DemoModels:
     def _planned(self, bits: float) -> dict[str, str] | None:
         """The format of each weight that a user gets who asks for this size; None where there is none so small."""
         try:
-            plans = plan_tensors(describe(self.weights), Settings(effort=self._effort, target_bpw=bits))[1]
+            plans = plan_tensors(describe(self.weights), Settings(BitsPerWeight(bits), effort=self._effort))[1]
         except NFQError:
             return None
         return {key: plans[key].format.id for key in self._plans}

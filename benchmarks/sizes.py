@@ -19,7 +19,8 @@ from nfq_core.demo.calibrate import collect_demo
 from nfq_core.demo.model import load_weights
 from nfq_core.files.safefile import describe
 from nfq_core.planning.allocation import PRESETS
-from nfq_core.planning.policy import Settings, plan_tensors
+from nfq_core.planning.policy import plan_tensors
+from nfq_core.planning.settings import BitsPerWeight, Settings
 
 from .judge import PROMPTS, Judge
 from .report import machine, markdown_table, write_results
@@ -38,7 +39,7 @@ def run(calibration: Calibration, names: list[str]) -> dict:
     for name in names:
         row = {"preset": name, "asked": SIZES[name]}
         for kind, sensitivities in (("without", None), ("calibrated", measured)):
-            info, plans = plan_tensors(entries, Settings(target_bpw=SIZES[name]), sensitivities)
+            info, plans = plan_tensors(entries, Settings(BitsPerWeight(SIZES[name])), sensitivities)
             found, _ = calibration.for_plans(info, plans) if sensitivities else ({}, [])
             decoded: dict[str, torch.Tensor] = {}
             packed = total = 0

@@ -14,14 +14,17 @@ from .errors import (
 from .files.container import NFQFile
 from .fitting.quantizer import quantize
 from .packed.tensor import NFTensor
-from .planning.policy import Settings
+from .planning.settings import BitsPerWeight, FileSize, Formats, Settings
 from .version import __version__
 
 __all__ = [
+    "BitsPerWeight",
     "Calibration",
     "CannotQuantizeError",
     "CorruptFileError",
     "DiskFullError",
+    "FileSize",
+    "Formats",
     "NFQError",
     "NFQFile",
     "NFTensor",

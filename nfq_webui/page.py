@@ -16,7 +16,7 @@ from ..nfq_core import NFQError, Settings
 from ..nfq_core.checkpoints.examine import file_info, info_lines
 from ..nfq_core.fitting.codebook import EFFORTS
 from ..nfq_core.packed.formats import LEVELS
-from ..nfq_core.planning.policy import DEFAULTS
+from ..nfq_core.planning.settings import DEFAULT_CONV_LEVELS, DEFAULT_LEVELS, DEFAULTS, Formats
 from .loading import KEEP_PACKED, is_ours
 from .making import DROP_EXTRAS, Making, default_name, target_path
 
@@ -90,7 +90,7 @@ def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
             source = path_of(title)
             folder = shared.cmd_opts.ckpt_dir or sd_models.model_path
             target = target_path(folder, name or default_name(source, int(levels)))
-            settings = Settings(int(levels), int(conv_levels), effort)
+            settings = Settings(Formats.of(int(levels), int(conv_levels)), effort)
             yield from making.run(source, target, settings, overwrite, drop_extras)
             sd_models.list_models()
         except NFQError as error:
@@ -105,8 +105,8 @@ def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
             again = gr.Button("Refresh", elem_id="nfq_refresh")
         about = gr.HTML(elem_id="nfq_facts")
         with gr.Row():
-            levels = gr.Dropdown(list(LEVELS), value=DEFAULTS.levels, label="Levels of Linear layers")
-            conv_levels = gr.Dropdown(list(LEVELS), value=DEFAULTS.conv_levels, label="Levels of convolutions")
+            levels = gr.Dropdown(list(LEVELS), value=DEFAULT_LEVELS, label="Levels of Linear layers")
+            conv_levels = gr.Dropdown(list(LEVELS), value=DEFAULT_CONV_LEVELS, label="Levels of convolutions")
             effort = gr.Dropdown(list(EFFORTS), value=DEFAULTS.effort, label="Effort")
         with gr.Row():
             name = gr.Textbox(label="Name of the new checkpoint", placeholder="empty: the old name with -NF and levels")

@@ -12,7 +12,7 @@ from ..nfq_core.checkpoints.memory import MODES
 from ..nfq_core.fitting.codebook import EFFORTS
 from ..nfq_core.packed.formats import LEVELS
 from ..nfq_core.planning.allocation import PRESETS
-from ..nfq_core.planning.policy import DEFAULTS
+from ..nfq_core.planning.settings import DEFAULT_CONV_LEVELS, DEFAULT_LEVELS, DEFAULTS, BitsPerWeight, Formats
 from . import bake, host, load, report, save
 from .calibrating import NFCollectCalibration, NFSaveCalibration
 from .measuring import NFCompare, NFInspect, NFQualityReport
@@ -139,7 +139,7 @@ class NFQuantizeUNet(io.ComfyNode):
                 io.Combo.Input(
                     "levels",
                     options=levels,
-                    default=DEFAULTS.levels,
+                    default=DEFAULT_LEVELS,
                     optional=True,
                     tooltip="Levels of the linear layers: 32, 24, 16, 12 and 7 take about 5.1, 4.8, 4.1, 3.8 and 3.1 "
                     "bits per weight. More is closer to the original.",
@@ -147,7 +147,7 @@ class NFQuantizeUNet(io.ComfyNode):
                 io.Combo.Input(
                     "conv_levels",
                     options=levels,
-                    default=DEFAULTS.conv_levels,
+                    default=DEFAULT_CONV_LEVELS,
                     optional=True,
                     tooltip="Levels of the convolutions, which are few and sensitive.",
                 ),
@@ -201,8 +201,8 @@ class NFQuantizeUNet(io.ComfyNode):
     def execute(
         cls,
         model: Any,
-        levels: int = DEFAULTS.levels,
-        conv_levels: int = DEFAULTS.conv_levels,
+        levels: int = DEFAULT_LEVELS,
+        conv_levels: int = DEFAULT_CONV_LEVELS,
         device: str = "auto",
         effort: str = DEFAULTS.effort,
         quantize_first_last: bool = DEFAULTS.quantize_first_last,
@@ -210,7 +210,8 @@ class NFQuantizeUNet(io.ComfyNode):
         calibration: str = NOTHING,
     ) -> io.NodeOutput:
         """Quantise."""
-        settings = Settings(int(levels), int(conv_levels), effort, quantize_first_last, target_bpw=PRESETS.get(preset))
+        choice = BitsPerWeight(PRESETS[preset]) if preset in PRESETS else Formats.of(int(levels), int(conv_levels))
+        settings = Settings(choice, effort, quantize_first_last)
         where = comfy.model_management.get_torch_device() if device == "gpu" else None
         origin = origin_in_graph(cls.hidden.prompt, cls.hidden.unique_id)
         fed = None if calibration == NOTHING else Calibration.load(host.calibration_path(calibration))

@@ -17,7 +17,8 @@ from ..errors import NFQError
 from ..files.safefile import DTYPE_NAMES, describe
 from ..fitting.feedback import SecondMoment, low_rank
 from ..models.unet import UNKNOWN, detect, known_ldm_names
-from ..planning.policy import DEFAULTS, plan_tensors
+from ..planning.policy import plan_tensors
+from ..planning.settings import DEFAULTS
 from .sensitivity import PASSES, SensitivityProbe
 from .statistics import Calibration, LayerInputs
 

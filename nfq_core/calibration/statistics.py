@@ -24,8 +24,7 @@ from ..files.untrusted import fault_of, is_count, is_number, parse_json
 from ..files.writer import Plan
 from ..fitting.feedback import SecondMoment
 from ..models.unet import UNKNOWN, UNetInfo, detect, known_ldm_names
-from ..packed.formats import BlockFormat
-from ..planning.policy import Settings
+from ..planning.settings import Formats, Settings
 
 CALIBRATION_KEY = "nfq_calibration"
 """The metadata entry that makes a safetensors file a calibration."""
@@ -120,13 +119,14 @@ class Calibration:
         """What the header of a file quantised with it records among the settings."""
         return {"calibration": self.source.name, "calibration_sha256": self.source.sha256}
 
-    def helps(self, formats: Iterable[BlockFormat], by_size: bool) -> bool:
-        """Whether weights in these formats, or where a size is asked for in those chosen then, come out otherwise."""
-        if by_size and self.sensitivities:
-            return True
+    def helps(self, settings: Settings) -> bool:
+        """Whether this calibration changes the result."""
         if any(inputs.correlation is not None for inputs in self.inputs.values()):
             return True
-        return not by_size and not all(fmt.window for fmt in formats)
+        choice = settings.choice
+        if isinstance(choice, Formats):
+            return not (choice.linear.window and choice.convolution.window)
+        return bool(self.sensitivities)
 
     def for_weights(
         self, info: UNetInfo | None, shapes: Mapping[str, tuple[int, ...]]
@@ -299,14 +299,14 @@ def measured_sensitivities(
     Raises:
         NFQError: the calibration belongs to another architecture.
     """
-    if calibration is None or not settings.has_target:
+    if calibration is None or isinstance(settings.choice, Formats):
         return None
     return calibration.sensitivities_of({key: entry.shape for key, entry in entries.items()})
 
 
 def recorded_settings(settings: Settings, calibration: Calibration | None) -> dict[str, Any]:
     """What the header of a file will record, as far as that is known before a model is looked at."""
-    if calibration is None or not calibration.helps(settings.formats(), settings.has_target):
+    if calibration is None or not calibration.helps(settings):
         return settings.as_dict()
     return settings.as_dict() | calibration.as_dict()
 

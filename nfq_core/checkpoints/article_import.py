@@ -26,7 +26,8 @@ from ..packed.formats import BLOCK, LEVELS, article_format
 from ..packed.packing import pack_codes
 from ..packed.tensor import NFTensor
 from ..parallel import Progress, no_progress, ordered_map
-from .convert import conversion_result, refuse_container, refuse_same, split_metadata
+from .convert import conversion_result, refuse_container, refuse_same
+from .metadata import split_metadata
 from .targets import refuse_name
 
 

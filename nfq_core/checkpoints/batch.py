@@ -28,7 +28,7 @@ from ..files.atomic import named_errors, remove_leftovers
 from ..files.container import NFQFile, source_name
 from ..files.original import Original, part_refusal, sharded_model
 from ..parallel import Progress, no_progress
-from ..planning.policy import DEFAULTS, Settings
+from ..planning.settings import DEFAULTS, Settings
 from . import extras
 from .convert import quantize_file
 from .kinds import kind_of

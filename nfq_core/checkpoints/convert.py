@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from time import perf_counter
+from typing import Any
 
 import torch
 
-from ..calibration.statistics import Calibration, measured_sensitivities
+from ..calibration.statistics import Calibration, LayerInputs, measured_sensitivities
 from ..errors import CannotQuantizeError, CorruptFileError, NFQError, UnsupportedFileError, printable
 from ..files.article import is_article_file
 from ..files.atomic import AtomicFile, is_same_file
@@ -30,28 +27,22 @@ from ..files.safefile import (
     tensor_bytes,
     tensor_from_bytes,
 )
+from ..files.source_hash import SourceHash
 from ..files.writer import ContainerWriter, Plan
 from ..fitting.quantizer import quantize
-from ..models.unet import detect
+from ..models.unet import UNetInfo, detect
 from ..models.wholeness import unet_warnings, what_is_lost
 from ..packed.codec import encode
-from ..parallel import IN_FLIGHT_BYTES, Progress, no_progress, ordered_map, threads_for
+from ..parallel import Progress, no_progress, ordered_map, threads_for
 from ..planning.allocation import SizeSearch
-from ..planning.policy import DEFAULTS, Settings, plan_tensors
+from ..planning.policy import plan_tensors
+from ..planning.settings import DEFAULTS, FileSize, Settings
 from .extras import recorded_extras, split_extras
 from .memory import refuse_beyond_memory
+from .metadata import PAGE_METADATA, split_metadata
 from .targets import PLAIN_SUFFIX, refuse_name
 
 log = logging.getLogger("nfq")
-
-PAGE_METADATA = ("workflow", "prompt")
-"""Metadata that the ComfyUI page looks for; it stands in the container as it stood in the source."""
-
-MAX_METADATA_BYTES = 1 << 20
-"""So much of a source's metadata finds room in a container's header, as it stands there."""
-
-MAX_METADATA_WARNINGS = 8
-"""Entries left out that are named one by one."""
 
 
 def quantize_file(
@@ -90,7 +81,7 @@ def quantize_file(
             target cannot be written. Nothing is then left behind.
     """
     started = perf_counter()
-    with Original(source) as original, _SourceHash() as source_hash:
+    with Original(source) as original, SourceHash() as source_hash:
         refuse_container(original)
         refuse_same(original.files, target)
         refuse_name(target)
@@ -101,75 +92,134 @@ def quantize_file(
         metadata, extra, warnings = split_metadata(original.metadata)
         entries, about_extras = split_extras(original.entries, drop_extras)
         warnings += about_extras + _about_unet(original, entries)
-        dropped = recorded_extras(drop_extras, original.entries)
-        total = sum(entry.nbytes for entry in entries.values())
-
-        def jobs() -> Iterator[tuple[str, bytearray]]:
-            for file in original.files:
-                source_hash.add(file.raw_header)
-                for key in file.names_in_order():
-                    plan = plans.get(key)
-                    if plan and (plan.format or original.is_scaled(key)):
-                        raw = file.read(key)
-                        source_hash.add(raw)
-                        yield key, raw
-                    elif plan:
-                        writer.write_kept(key, source_hash.over(file.read_chunks(key)))
-                        report(key)
-                    elif not source_hash.complete:
-                        source_hash.pass_over(file.read_chunks(key))
-            source_hash.complete = True
-
-        def work(job: tuple[str, bytearray]) -> tuple[str, list[bytes] | None, bytearray | memoryview, str]:
-            key, raw = job
-            plan, entry = plans[key], original.entries[key]
-            stored = tensor_from_bytes(raw, original.stored_dtype(key), entry.shape)
-            weight, reason = original.undo(key, stored), ""
-            if weight.dtype.itemsize == 1:
-                weight = weight.to(TORCH_DTYPES[plan.dtype])
-            if plan.format:
-                try:
-                    statistics = inputs[key].arguments() if key in inputs else {}
-                    packed = quantize(
-                        weight, format=plan.format.id, effort=settings.effort, device=device, **statistics
-                    )
-                    return key, encode(packed.data.cpu(), plan.format.sections(weight.numel())), raw, ""
-                except CannotQuantizeError as error:
-                    reason = str(error)
-            return key, None, tensor_bytes(weight.to(TORCH_DTYPES[plan.dtype])), reason
-
-        def report(key: str) -> None:
-            nonlocal done
-            done += original.entries[key].nbytes
-            progress(done, total, key)
-
-        measured = measured_sensitivities(entries, settings, calibration)
-        size = SizeSearch(settings.target_bytes)
+        made_from = Source(source_name(original.path), original.file_bytes, NO_SHA256, metadata)
+        conversion = _Conversion(original, entries, settings, source_hash, device, calibration, progress)
+        choice = settings.choice
+        size = SizeSearch(choice.nbytes if isinstance(choice, FileSize) else None)
         while True:
-            done, unfit = 0, []
-            info, plans = plan_tensors(entries, settings, measured, size.packed_bytes)
-            inputs, uncalibrated = calibration.for_plans(info, plans) if calibration else ({}, [])
-            recorded = settings.as_dict() | (calibration.as_dict() if inputs or measured else {}) | dropped
-            made_from = Source(source_name(original.path), original.file_bytes, NO_SHA256, metadata)
+            info, plans = conversion.plan(size.packed_bytes)
+            recorded = conversion.recorded_settings() | recorded_extras(drop_extras, original.entries)
             facts = Facts.of(info, recorded, made_from)
             with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
-                for key, frames, raw, reason in ordered_map(
-                    work, jobs(), size=lambda job: len(job[1]), threads=threads_for(device)
-                ):
-                    if frames is None:
-                        unfit += [f"tensor {key!r} is kept as it is: {reason}"] if reason else []
-                        writer.write_kept(key, [raw])
-                    else:
-                        writer.write_quantized(key, frames)
-                    report(key)
+                conversion.write(writer)
                 if not size.accepts(writer.file_bytes, plans):
                     continue
-                facts = replace(facts, source=replace(facts.source, sha256=source_hash.hexdigest()))
+                facts = replace(facts, source=replace(made_from, sha256=source_hash.hexdigest()))
                 original.refuse_changed()
                 file_bytes = writer.finish(facts)
                 break
-        warnings += uncalibrated + unfit + size.warnings
+        warnings += conversion.warnings + size.warnings
     return conversion_result(source, facts, plans, writer, file_bytes, warnings, started)
+
+
+class _Conversion:
+    """Quantises one open source, as often as the search for a file size needs: each time `plan`, then `write`.
+
+    Args:
+        original: the source, open.
+        entries: the tensors of the source that are converted.
+        settings: formats or a size, and effort.
+        source_hash: takes in the source as it is read the first time.
+        device: where to quantise; None: on the CPU.
+        calibration: statistics of the layers' inputs, if any.
+        progress: see `parallel.Progress`.
+    """
+
+    def __init__(
+        self,
+        original: Original,
+        entries: dict[str, Entry],
+        settings: Settings,
+        source_hash: SourceHash,
+        device: str | None,
+        calibration: Calibration | None,
+        progress: Progress,
+    ) -> None:
+        self._original = original
+        self._entries = entries
+        self._settings = settings
+        self._hash = source_hash
+        self._device = device
+        self._calibration = calibration
+        self._progress = progress
+        self._total = sum(entry.nbytes for entry in entries.values())
+        self._sensitivities = measured_sensitivities(entries, settings, calibration)
+        self._plans: dict[str, Plan] = {}
+        self._inputs: dict[str, LayerInputs] = {}
+        self._uncalibrated: list[str] = []
+        self._unfit: list[str] = []
+        self._done = 0
+
+    @property
+    def warnings(self) -> list[str]:
+        """About weights without calibration, then about tensors kept as they are; of the last pass."""
+        return self._uncalibrated + self._unfit
+
+    def plan(self, packed_bytes: int | None) -> tuple[UNetInfo | None, dict[str, Plan]]:
+        """Choose the formats of the next pass; see `policy.plan_tensors`."""
+        info, self._plans = plan_tensors(self._entries, self._settings, self._sensitivities, packed_bytes)
+        if self._calibration:
+            self._inputs, self._uncalibrated = self._calibration.for_plans(info, self._plans)
+        return info, self._plans
+
+    def recorded_settings(self) -> dict[str, Any]:
+        """The settings for the header, with the calibration where it was used."""
+        used = self._inputs or self._sensitivities
+        return self._settings.as_dict() | (self._calibration.as_dict() if used else {})
+
+    def write(self, writer: ContainerWriter) -> None:
+        """One pass: read the source in order, quantise on several threads, write in order."""
+        self._done, self._unfit = 0, []
+        jobs = self._read(writer)
+        for key, frames, raw, reason in ordered_map(
+            self._quantize, jobs, size=lambda job: len(job[1]), threads=threads_for(self._device)
+        ):
+            if frames is None:
+                self._unfit += [f"tensor {key!r} is kept as it is: {reason}"] if reason else []
+                writer.write_kept(key, [raw])
+            else:
+                writer.write_quantized(key, frames)
+            self._report(key)
+
+    def _read(self, writer: ContainerWriter) -> Iterator[tuple[str, bytearray]]:
+        """Yield what is to be changed, name and bytes; write what is not straight away."""
+        for file in self._original.files:
+            self._hash.add(file.raw_header)
+            for key in file.names_in_order():
+                plan = self._plans.get(key)
+                if plan and (plan.format or self._original.is_scaled(key)):
+                    raw = file.read(key)
+                    self._hash.add(raw)
+                    yield key, raw
+                elif plan:
+                    writer.write_kept(key, self._hash.over(file.read_chunks(key)))
+                    self._report(key)
+                elif not self._hash.complete:
+                    self._hash.consume(file.read_chunks(key))
+        self._hash.complete = True
+
+    def _quantize(self, job: tuple[str, bytearray]) -> tuple[str, list[bytes] | None, bytearray | memoryview, str]:
+        """A tensor's name and its frames; without frames, the bytes to keep and why, if that is surprising."""
+        key, raw = job
+        plan, entry = self._plans[key], self._original.entries[key]
+        stored = tensor_from_bytes(raw, self._original.stored_dtype(key), entry.shape)
+        weight, reason = self._original.undo(key, stored), ""
+        if weight.dtype.itemsize == 1:
+            weight = weight.to(TORCH_DTYPES[plan.dtype])
+        if plan.format:
+            try:
+                statistics = self._inputs[key].arguments() if key in self._inputs else {}
+                packed = quantize(
+                    weight, format=plan.format.id, effort=self._settings.effort, device=self._device, **statistics
+                )
+                return key, encode(packed.data.cpu(), plan.format.sections(weight.numel())), raw, ""
+            except CannotQuantizeError as error:
+                reason = str(error)
+        return key, None, tensor_bytes(weight.to(TORCH_DTYPES[plan.dtype])), reason
+
+    def _report(self, key: str) -> None:
+        self._done += self._original.entries[key].nbytes
+        self._progress(self._done, self._total, key)
 
 
 def conversion_result(
@@ -274,72 +324,3 @@ def _about_unet(original: Original, entries: dict[str, Entry]) -> list[str]:
     if lost:
         raise CorruptFileError(f"{original.path} is incomplete: {lost}; fetch the file, or make the merge, again")
     return unet_warnings(info, shapes)
-
-
-def split_metadata(metadata: dict[str, str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """What becomes of a source's metadata.
-
-    Returns:
-        What `Source.metadata` records, what stands in the container's own metadata (PAGE_METADATA), and a warning for
-        each of the longest texts where all of them are too long for the header: those are left out.
-    """
-    sizes = {name: _stored_bytes(name) + _stored_bytes(text) for name, text in metadata.items()}
-    kept = dict(sorted(metadata.items(), key=lambda item: sizes[item[0]]))
-    warnings = []
-    total, left_out = sum(sizes.values()), 0
-    while total > MAX_METADATA_BYTES:
-        name, text = kept.popitem()
-        total -= sizes[name]
-        left_out += 1
-        if left_out <= MAX_METADATA_WARNINGS:
-            warnings.append(f"metadata {name!r} is left out: {len(text):,} characters are too many for the header")
-    if left_out > MAX_METADATA_WARNINGS:
-        warnings.append(f"{left_out - MAX_METADATA_WARNINGS:,} more entries of the metadata are left out")
-    page = {name: kept.pop(name) for name in PAGE_METADATA if name in kept}
-    return {name: metadata[name] for name in metadata if name in kept}, page, warnings
-
-
-def _stored_bytes(text: str) -> int:
-    """Bytes that a text takes in the header, where it stands in JSON within JSON."""
-    return len(json.dumps(json.dumps(text, ensure_ascii=False), ensure_ascii=False).encode())
-
-
-class _SourceHash:
-    """SHA-256 of a whole source, taken on a thread of its own while the file is read in order."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-        self._pool = ThreadPoolExecutor(1)
-        self._waiting: deque[tuple[Future, int]] = deque()
-        self.complete = False
-        """Whether everything was taken in, so that what is read once more does not count; set by the one who reads."""
-
-    def __enter__(self) -> _SourceHash:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def add(self, data: bytes | bytearray) -> None:
-        """Take in bytes that nobody changes any more; waits when too many are not hashed yet."""
-        if self.complete:
-            return
-        self._waiting.append((self._pool.submit(self._hash.update, data), len(data)))
-        while sum(size for _, size in self._waiting) > IN_FLIGHT_BYTES:
-            self._waiting.popleft()[0].result()
-
-    def over(self, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-        """Take in pieces that are valid for a moment, and pass them on."""
-        for piece in pieces:
-            if not self.complete:
-                self._pool.submit(self._hash.update, piece).result()
-            yield piece
-
-    def pass_over(self, pieces: Iterator[memoryview]) -> None:
-        """Take in pieces that nothing else is done with."""
-        for _ in self.over(pieces):
-            pass
-
-    def hexdigest(self) -> str:
-        """The digest of all that was taken in."""
-        return self._pool.submit(self._hash.hexdigest).result()

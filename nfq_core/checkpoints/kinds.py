@@ -12,7 +12,8 @@ from ..files.original import Original
 from ..files.safefile import Entry
 from ..models.unet import UNKNOWN, UNetInfo
 from ..models.wholeness import HOST_WIDTHS, context_width, what_is_lost
-from ..planning.policy import DEFAULTS, plan_tensors
+from ..planning.policy import plan_tensors
+from ..planning.settings import DEFAULTS
 from .whole_checkpoint import COMPANIONS
 
 _TRAITS = {

@@ -12,7 +12,7 @@ from ..errors import NFQError, reason_of
 from ..files.atomic import file_identity, is_same_file
 from ..files.original import indexed_model
 from ..files.sniff import BY_ENDING
-from ..planning.policy import Settings
+from ..planning.settings import Settings
 from .targets import PLAIN_SUFFIX, container_name, model_name
 
 

@@ -24,7 +24,8 @@ from ..packed.codec import encode
 from ..packed.tensor import NFTensor
 from ..packed.torch_decode import CHUNK_WEIGHTS, TEMPORARY_BYTES
 from ..parallel import Progress, no_progress, ordered_map, threads_for
-from ..planning.policy import Settings, plan_tensors
+from ..planning.policy import plan_tensors
+from ..planning.settings import Formats, Settings
 from .examine import sqnr_db
 from .memory import check_device, choose, free_bytes, is_out_of_memory, needed_bytes, refuse_beyond_memory
 
@@ -69,7 +70,7 @@ def quantize_state_dict(
         ValueError: a setting is none of those allowed.
         NFQError: a tensor has a dtype that safetensors lacks, or the calibration belongs to another architecture.
     """
-    settings = Settings(levels, conv_levels, effort, quantize_first_last, format, conv_format)
+    settings = Settings(Formats.of(levels, conv_levels, format, conv_format), effort, quantize_first_last)
     stored = describe(state_dict)
     found = find_prequantized(stored, (), state_dict.__getitem__, "the state dict")
     others = (tensor.device for tensor in state_dict.values() if tensor.device.type != "cpu")

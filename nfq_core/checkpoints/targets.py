@@ -12,7 +12,7 @@ from ..files.atomic import is_same_file
 from ..files.container import SUFFIX, NFQFile
 from ..files.original import indexed_model
 from ..files.sniff import BY_ENDING
-from ..planning.policy import DEFAULTS, Settings
+from ..planning.settings import BitsPerWeight, FileSize, Formats, Settings
 
 PLAIN_SUFFIX = ".safetensors"
 
@@ -53,12 +53,13 @@ def model_name(source: str | os.PathLike) -> tuple[str, Path]:
 
 def tag(settings: Settings) -> str:
     """What settings are called in a file's name: `NF16`, `NF12-NF24` with other convolutions, `3.4bpw`, `1.2GB`."""
-    if settings.target_bpw is not None:
-        return f"{settings.target_bpw:g}bpw"
-    if settings.target_bytes is not None:
-        return f"{settings.target_bytes / 1e9:g}GB"
-    linear, convolution = (fmt.id.removesuffix("_b64").upper() for fmt in settings.formats())
-    return linear if settings.formats()[1] == DEFAULTS.formats()[1] else f"{linear}-{convolution}"
+    choice = settings.choice
+    if isinstance(choice, BitsPerWeight):
+        return f"{choice.bits:g}bpw"
+    if isinstance(choice, FileSize):
+        return f"{choice.nbytes / 1e9:g}GB"
+    linear, convolution = (fmt.id.removesuffix("_b64").upper() for fmt in (choice.linear, choice.convolution))
+    return linear if choice.convolution == Formats().convolution else f"{linear}-{convolution}"
 
 
 def container_name(source: str | os.PathLike, settings: Settings) -> str:

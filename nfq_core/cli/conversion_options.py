@@ -13,7 +13,14 @@ from ..fitting.codebook import EFFORTS
 from ..fitting.quantizer import FIT_DTYPE
 from ..packed.formats import LEVELS, WRITABLE_IDS
 from ..planning.allocation import PRESETS
-from ..planning.policy import DEFAULTS, Settings
+from ..planning.settings import (
+    DEFAULT_CONV_LEVELS,
+    DEFAULT_LEVELS,
+    BitsPerWeight,
+    FileSize,
+    Formats,
+    Settings,
+)
 from ..sizes import UNITS, parse_size
 
 
@@ -54,16 +61,7 @@ def conversion(options: argparse.Namespace) -> dict[str, Any]:
             "--preset, --target-size and --target-bpw choose the formats of convolutions too; leave out "
             f"--conv-{'levels' if options.conv_levels else 'format'}"
         )
-    settings = Settings(
-        options.levels or DEFAULTS.levels,
-        options.conv_levels or DEFAULTS.conv_levels,
-        options.effort,
-        options.quantize_first_last,
-        options.format,
-        options.conv_format,
-        PRESETS[options.preset] if options.preset else options.target_bpw,
-        options.target_size,
-    )
+    settings = Settings(_choice(options), options.effort, options.quantize_first_last)
     if options.device is not None:
         check_device(options.device, FIT_DTYPE)
     calibration = Calibration.load(options.calibration) if options.calibration else None
@@ -73,6 +71,19 @@ def conversion(options: argparse.Namespace) -> dict[str, Any]:
         "calibration": calibration,
         "drop_extras": options.drop_extras,
     }
+
+
+def _choice(options: argparse.Namespace) -> Formats | BitsPerWeight | FileSize:
+    if options.target_size:
+        return FileSize(options.target_size)
+    if options.preset or options.target_bpw:
+        return BitsPerWeight(PRESETS[options.preset] if options.preset else options.target_bpw)
+    return Formats.of(
+        options.levels or DEFAULT_LEVELS,
+        options.conv_levels or DEFAULT_CONV_LEVELS,
+        options.format,
+        options.conv_format,
+    )
 
 
 def _presets_in_words() -> str:

@@ -22,7 +22,7 @@ from ..files.atomic import prepare_folder, write_whole
 from ..files.container import SUFFIX
 from ..packed.formats import LEVELS
 from ..parallel import Progress, no_progress
-from ..planning.policy import Settings
+from ..planning.settings import Formats, Settings
 from ..report.metrics import psnr_db
 from ..report.sheet import check_pillow, comparison_sheet
 from .model import (
@@ -91,7 +91,7 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: Progress 
     for count, levels in enumerate(LEVELS, 2):
         target = folder / f"demo-nf{levels}{SUFFIX}"
         with _without_warnings():
-            quantize_file(original, target, Settings(levels), overwrite=overwrite)
+            quantize_file(original, target, Settings(Formats.of(levels)), overwrite=overwrite)
         pictures = _draw(build_pipeline(dense(load(target))))
         psnr = psnr_db(torch.from_numpy(reference), torch.from_numpy(pictures), 255)
         info = file_info(target)

@@ -11,7 +11,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from ..calibration.statistics import Calibration
 from ..checkpoints.extras import SETTING
 from ..planning.allocation import PRESETS
-from ..planning.policy import Settings
+from ..planning.settings import BitsPerWeight, Formats, Settings
 from .foreign import refuse_other_method
 from .patches import watch_configs
 from .quantizer import NFQQuantizer
@@ -67,7 +67,8 @@ class NFQConfig(QuantizationConfigMixin):
             raise ValueError("preset and target_bpw exclude each other")
         bits = PRESETS[preset] if preset is not None else target_bpw
         self.quant_method = METHOD
-        self.settings = Settings(levels, conv_levels, effort, quantize_first_last, format, conv_format, target_bpw=bits)
+        formats = Formats.of(levels, conv_levels, format, conv_format)
+        self.settings = Settings(formats if bits is None else BitsPerWeight(bits), effort, quantize_first_last)
         self.calibration = calibration
         self._refusal = ""
         watch_configs()

@@ -27,7 +27,8 @@ from nfq_core.files.safefile import describe
 from nfq_core.models.unet import detect
 from nfq_core.models.unet_keys import SDXL_BASE, SSD_1B, tensor_shapes
 from nfq_core.packed.formats import FORMATS
-from nfq_core.planning.policy import Settings, plan_tensors
+from nfq_core.planning.policy import plan_tensors
+from nfq_core.planning.settings import BitsPerWeight, FileSize, Formats, Settings
 
 CPU = torch.device("cpu")
 
@@ -244,7 +245,7 @@ def test_without_hessians_importance_is_used():
 
 def test_trellis_formats_use_it(saved, model_file, tmp_path):
     calibration = Calibration.load(saved)
-    quantize_file(model_file, tmp_path / "nfq", Settings(format="t2w8_b64"), calibration=calibration)
+    quantize_file(model_file, tmp_path / "nfq", Settings(Formats.of(format="t2w8_b64")), calibration=calibration)
     weights = load_file(model_file)
     with NFQFile(tmp_path / "nfq") as file:
         hessian = calibration.inputs["q.weight"].second_moment()
@@ -253,7 +254,7 @@ def test_trellis_formats_use_it(saved, model_file, tmp_path):
 
 
 def test_trellis_formats_need_hessians(model_file, tmp_path):
-    settings, calibration = Settings(format="t2w8_b64"), collected(Model())
+    settings, calibration = Settings(Formats.of(format="t2w8_b64")), collected(Model())
     result = quantize_file(model_file, tmp_path / "with", settings, calibration=calibration)
     told = "the calibration has no Hessians, so that it does not help 3 weights in trellis formats"
     assert [warning for warning in result["warnings"] if told in warning]
@@ -262,7 +263,7 @@ def test_trellis_formats_need_hessians(model_file, tmp_path):
         assert torch.equal(file.load("q.weight").data, quantize(weights["q.weight"], format="t2w8_b64").data)
     # The header does not claim what was not used.
     bare = Calibration({name: inputs for name, inputs in calibration.inputs.items() if name != "conv.weight"})
-    settings = Settings(format="t2w8_b64", conv_format="t2w8_b64")
+    settings = Settings(Formats.of(format="t2w8_b64", conv_format="t2w8_b64"))
     quantize_file(model_file, tmp_path / "bare", settings, calibration=bare)
     with NFQFile(tmp_path / "bare") as file:
         assert "calibration" not in file.facts.settings
@@ -271,7 +272,7 @@ def test_trellis_formats_need_hessians(model_file, tmp_path):
 def test_a_size_met_by_several_files_warns_once(saved, model_file, tmp_path, monkeypatch):
     tries = []
     monkeypatch.setattr(convert, "plan_tensors", lambda *arguments: tries.append(1) or plan_tensors(*arguments))
-    settings = Settings(target_bytes=11_000)
+    settings = Settings(FileSize(11000))
     result = quantize_file(model_file, tmp_path / "nfq", settings, calibration=Calibration.load(saved))
     assert len(tries) > 1
     told = "sensitivities: the calibration has none; how sensitive such layers are is estimated"
@@ -296,9 +297,9 @@ def test_what_a_calibration_helps(calibration):
     measured = dataclasses.replace(plain, sensitivities={"a": 1.0})
     answers = [
         [
-            each.helps((scalar, trellis), False),
-            each.helps((trellis, trellis), False),
-            each.helps((scalar, scalar), True),
+            each.helps(Settings(Formats(scalar, trellis))),
+            each.helps(Settings(Formats(trellis, trellis))),
+            each.helps(Settings(BitsPerWeight(3.4))),
         ]
         for each in (plain, measured, calibration)
     ]
@@ -307,7 +308,7 @@ def test_what_a_calibration_helps(calibration):
 
 def test_sizes_use_sensitivities(calibration, model_file, tmp_path):
     calibration = dataclasses.replace(calibration, sensitivities=SENSITIVITIES)
-    result = quantize_file(model_file, tmp_path / "nfq", Settings(target_bpw=5.5), calibration=calibration)
+    result = quantize_file(model_file, tmp_path / "nfq", Settings(BitsPerWeight(5.5)), calibration=calibration)
     told = "sensitivities: the calibration has none of 1 weights, 'unused.weight' first; "
     assert told + "how sensitive such layers are is estimated" in result["warnings"]
     layers = {layer["name"]: layer for layer in file_info(tmp_path / "nfq")["layers"]}
@@ -317,7 +318,7 @@ def test_sizes_use_sensitivities(calibration, model_file, tmp_path):
     in_memory = quantize_tensors(
         describe(load_file(model_file)),
         load_file(model_file).__getitem__,
-        Settings(target_bpw=5.5),
+        Settings(BitsPerWeight(5.5)),
         calibration=calibration,
     )
     assert {key: value.format.id for key, value in in_memory.items() if isinstance(value, nfq_core.NFTensor)} == {

@@ -24,6 +24,7 @@ from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.errors import DEBUG, NFQError
 from nfq_core.files.atomic import AtomicFile
 from nfq_core.files.safefile import SafetensorsFile
+from nfq_core.planning.settings import BitsPerWeight, Formats
 
 TAGGED = "-NF16.nfq.safetensors"
 
@@ -149,12 +150,14 @@ def test_other_settings_under_the_same_name(models, out):
     convert_folders([models], out)
     report = convert_folders([models], out, Settings(quantize_first_last=True))
     assert reasons(report)["one.safetensors"].endswith("made with other settings; --force replaces it")
-    report = convert_folders([models], out, Settings(12))
+    report = convert_folders([models], out, Settings(Formats.of(12)))
     assert results(report)["one.safetensors"] == "converted"
     assert results(convert_folders([models], out))["one.safetensors"] == "done"
 
 
-@pytest.mark.parametrize("settings", [Settings(), Settings(target_bpw=3.4), Settings(format="t2w8_b64")])
+@pytest.mark.parametrize(
+    "settings", [Settings(), Settings(BitsPerWeight(3.4)), Settings(Formats.of(format="t2w8_b64"))]
+)
 def test_a_calibration_is_among_the_settings(tmp_path, out, settings):
     save_file(SMALL_MODEL, tmp_path / "a.safetensors")
     inputs = {"linear.weight": LayerInputs(torch.ones(100), 99), "conv.weight": LayerInputs(torch.ones(16), 99)}
@@ -280,7 +283,7 @@ def test_results_among_the_sources(models, inside):
     convert_folders([models], models / inside)
     report = convert_folders([models], models / inside)
     assert results(report) == {"one.safetensors": "done", "two.safetensors": "done", "lora.safetensors": "skipped"}
-    report = convert_folders([models], models / inside, Settings(12))
+    report = convert_folders([models], models / inside, Settings(Formats.of(12)))
     found = results(report)
     assert found["one.safetensors"] == "converted"
     assert found.get(f"one{TAGGED}") == ("skipped" if inside == "." else None)
@@ -300,7 +303,7 @@ def test_a_target_that_another_process_finished_first(models, out, monkeypatch, 
     real = batch.quantize_file
 
     def late(source, target, settings, **options):
-        real(source, target, settings if same else Settings(7), **options)
+        real(source, target, settings if same else Settings(Formats.of(7)), **options)
         return real(source, target, settings, **options)
 
     monkeypatch.setattr(batch, "quantize_file", late)

@@ -15,13 +15,15 @@ from samples import TINY, random_unet, random_weight
 
 import nfq_core
 from nfq_core import NFQFile, NFTensor, Settings, quantize
-from nfq_core.checkpoints.convert import MAX_METADATA_BYTES, MAX_METADATA_WARNINGS, dequantize_file, quantize_file
+from nfq_core.checkpoints.convert import dequantize_file, quantize_file
 from nfq_core.checkpoints.examine import verify_file
+from nfq_core.checkpoints.metadata import MAX_METADATA_BYTES, MAX_METADATA_WARNINGS
 from nfq_core.errors import CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError, printable
 from nfq_core.files.article import write_article_file
 from nfq_core.files.container import FACTS_KEY, Source
 from nfq_core.files.safefile import tensor_bytes
 from nfq_core.models.unet_keys import CHECKPOINT_PREFIX
+from nfq_core.planning.settings import Formats
 
 
 def exact(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
@@ -85,7 +87,7 @@ def test_every_tensor_there_and_back(mixed, tmp_path):
 
 
 def test_settings_choose_formats_and_are_recorded(mixed, tmp_path):
-    settings = Settings(levels=7, conv_levels=12, effort="best")
+    settings = Settings(Formats.of(7, 12), effort="best")
     quantize_file(mixed, tmp_path / "a", settings)
     with NFQFile(tmp_path / "a") as file:
         assert {key: entry.format.id for key, entry in file.quantized.items()} == {
@@ -95,7 +97,7 @@ def test_settings_choose_formats_and_are_recorded(mixed, tmp_path):
 
 
 def test_trellis_formats_go_all_the_way(mixed, tmp_path):
-    settings = Settings(format="t4w8_b64", conv_format="t5w9_b64")
+    settings = Settings(Formats.of(format="t4w8_b64", conv_format="t5w9_b64"))
     quantize_file(mixed, tmp_path / "a", settings)
     assert verify_file(tmp_path / "a")["ok"]
     with NFQFile(tmp_path / "a") as file:
@@ -277,7 +279,7 @@ HARD = {
 @pytest.mark.parametrize("levels", [32, 16, 7])
 def test_must_convert(tmp_path, weight, levels):
     save_file({"a.weight": weight}, tmp_path / "a")
-    assert quantize_file(tmp_path / "a", tmp_path / "b", Settings(levels, levels))["quantized"] == 1
+    assert quantize_file(tmp_path / "a", tmp_path / "b", Settings(Formats.of(levels, levels)))["quantized"] == 1
     dequantize_file(tmp_path / "b", tmp_path / "c")
     restored = load_file(tmp_path / "c")["a.weight"]
     assert (restored.dtype, restored.shape) == (weight.dtype, weight.shape)

@@ -12,6 +12,7 @@ from nfq_core import Settings
 from nfq_core.checkpoints.library import Found, find_models, target_for
 from nfq_core.checkpoints.targets import tag
 from nfq_core.errors import NFQError
+from nfq_core.planning.settings import BitsPerWeight, FileSize, Formats
 
 
 def make(folder: Path, *names: str) -> None:
@@ -132,12 +133,12 @@ def test_the_name_of_a_pipeline_whose_unet_folder_is_given():
 
 TAGS = {
     "NF16": Settings(),
-    "NF12": Settings(12),
-    "NF12-NF24": Settings(12, 24),
-    "T4W8": Settings(format="t4w8_b64"),
-    "T4W8-T3W8": Settings(format="t4w8_b64", conv_format="t3w8_b64"),
-    "3.4bpw": Settings(target_bpw=3.4),
-    "1.2GB": Settings(target_bytes=1_200_000_000),
+    "NF12": Settings(Formats.of(12)),
+    "NF12-NF24": Settings(Formats.of(12, 24)),
+    "T4W8": Settings(Formats.of(format="t4w8_b64")),
+    "T4W8-T3W8": Settings(Formats.of(format="t4w8_b64", conv_format="t3w8_b64")),
+    "3.4bpw": Settings(BitsPerWeight(3.4)),
+    "1.2GB": Settings(FileSize(1200000000)),
 }
 
 

@@ -16,7 +16,7 @@ from nfq_core.checkpoints.convert import dequantize_file, quantize_file
 from nfq_core.checkpoints.targets import PLAIN_SUFFIX, container_name, dense_name, refuse_name, target_path
 from nfq_core.errors import NFQError
 from nfq_core.files.article import write_article_file
-from nfq_core.planning.policy import Settings
+from nfq_core.planning.settings import Formats, Settings
 
 MADE = "m-NF16.nfq.safetensors"
 
@@ -140,7 +140,7 @@ def test_the_dtype_of_most_weights_names_the_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["m.safetensors.index.json", "m.safetensors", "m.nfq.safetensors"])
 def test_names_of_models(tmp_path, name):
-    assert container_name(tmp_path / name, Settings(levels=7)) == "m-NF7.nfq.safetensors"
+    assert container_name(tmp_path / name, Settings(Formats.of(7))) == "m-NF7.nfq.safetensors"
 
 
 def test_a_folder_is_called_by_its_model(tmp_path):

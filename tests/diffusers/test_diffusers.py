@@ -24,7 +24,8 @@ from nfq_core.files.safefile import Entry, SafetensorsFile
 from nfq_core.layers import packed_layers
 from nfq_core.models.unet_keys import CHECKPOINT_PREFIX, diffusers_to_ldm
 from nfq_core.packed.formats import format_by_id
-from nfq_core.planning.policy import Settings, plan_tensors
+from nfq_core.planning.policy import plan_tensors
+from nfq_core.planning.settings import BitsPerWeight, Settings
 
 diffusers = pytest.importorskip("diffusers", reason="what is tested works in diffusers")
 pytest.importorskip("accelerate", reason="diffusers quantises only with it")
@@ -188,7 +189,7 @@ def test_measured_sensitivities_choose_formats(folders: Path, quantised: list[di
     measured = {name: float(number % 7 + 1) for number, name in enumerate(entries)}
     formats = []
     for sensitivities in (measured, None):
-        _, plans = plan_tensors(entries, Settings(target_bpw=3.4), sensitivities)
+        _, plans = plan_tensors(entries, Settings(BitsPerWeight(3.4)), sensitivities)
         formats.append({name: plan.format.id for name, plan in plans.items() if plan.format})
     calibration = Calibration(layer_inputs(), sensitivities={ldm[name]: value for name, value in measured.items()})
     config = NFQConfig(preset="small", calibration=calibration)

@@ -14,7 +14,8 @@ from samples import TINY, random_weight, unet_config
 from nfq_core import NFTensor, quantize
 from nfq_core.files.safefile import Entry
 from nfq_core.models.unet_keys import Layout, UNetArchitecture, tensor_shapes
-from nfq_core.planning.policy import Settings, plan_tensors
+from nfq_core.planning.policy import plan_tensors
+from nfq_core.planning.settings import Settings
 
 diffusers = pytest.importorskip("diffusers", reason="what is tested works in diffusers")
 pytest.importorskip("accelerate", reason="diffusers quantises only with it")

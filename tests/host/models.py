@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from nfq_core import NFTensor, quantize
 from nfq_core.files.safefile import describe
 from nfq_core.models.unet_keys import UNetArchitecture, tensor_shapes
-from nfq_core.planning.policy import DEFAULTS, Settings, plan_tensors
+from nfq_core.planning.policy import plan_tensors
+from nfq_core.planning.settings import DEFAULTS, Settings
 
 KINDS = ("lora", "locon", "loha", "lokr", "dora")
 

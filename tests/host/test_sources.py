@@ -16,7 +16,7 @@ from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.files.original import Original
 from nfq_core.files.prequantized import rotation_matrix
 from nfq_core.models.unet_keys import SEGMIND_VEGA
-from nfq_core.planning.policy import Settings
+from nfq_core.planning.settings import Formats, Settings
 
 MODEL = ["model", 0]
 FP8 = torch.float8_e4m3fn
@@ -82,7 +82,7 @@ def files(request, host) -> Iterator[tuple[str, str, str]]:
     save_file(source(FORMS[request.param]), given, metadata={"format": "pt"})
     with Original(given) as original:
         save_file({key: original.tensor(key) for key in original.entries}, meant, metadata={"format": "pt"})
-    quantize_file(given, ours, Settings(levels=32))
+    quantize_file(given, ours, Settings(Formats.of(32)))
     yield given.name, meant.name, ours.name
     host.free()
     for path in (given, meant, ours):

@@ -10,7 +10,7 @@ from models import packed_unet
 import nfq_core
 from nfq_core.checkpoints.convert import dequantize_file
 from nfq_core.models.unet_keys import KOALA_1B, KOALA_700M, SDXL_BASE, SDXL_INPAINTING, SDXL_REFINER, SSD_1B
-from nfq_core.planning.policy import Settings
+from nfq_core.planning.settings import Formats, Settings
 
 MODEL = ["model", 0]
 
@@ -173,7 +173,7 @@ def test_formats_chosen_by_size(host, base, formats: tuple[str, str]) -> None:
     """Random codes of each format: the same latents as from their dequantised file and the stock loader."""
     unets = base / "models" / "diffusion_models"
     path, dense = unets / "by-size.nfq.safetensors", unets / "by-size-dense.safetensors"
-    nfq_core.save(packed_unet(KOALA_700M, "ldm", Settings(format=formats[0], conv_format=formats[1])), path)
+    nfq_core.save(packed_unet(KOALA_700M, "ldm", Settings(Formats.of(format=formats[0], conv_format=formats[1]))), path)
     dequantize_file(path, dense)
     ours, wanted = (host.latent(sample({"model": loader(file.name)}, MODEL, steps=1)) for file in (path, dense))
     path.unlink()

@@ -15,7 +15,7 @@ from samples import SMALL_MODEL
 
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.checkpoints.examine import compare_files
-from nfq_core.planning.policy import Settings
+from nfq_core.planning.settings import Formats, Settings
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def models(tmp_path: Path) -> Path:
     save_file(SMALL_MODEL, models / "checkpoints" / "deep" / "a.safetensors")
     for levels in (16, 7):
         target = models / "diffusion_models" / f"a{levels}.nfq.safetensors"
-        quantize_file(models / "checkpoints" / "deep" / "a.safetensors", target, Settings(levels))
+        quantize_file(models / "checkpoints" / "deep" / "a.safetensors", target, Settings(Formats.of(levels)))
     return models
 
 

@@ -33,7 +33,8 @@ from nfq_core.planning.allocation import (
     menu,
     worthwhile,
 )
-from nfq_core.planning.policy import Settings, plan_tensors
+from nfq_core.planning.policy import plan_tensors
+from nfq_core.planning.settings import BitsPerWeight, FileSize, Formats, Settings
 
 MENU = [FORMATS[id] for id in ("t2w8_b64", "t3w8_b64", "t4w8_b64", "t5w9_b64", "nf256_b64")]
 NOISE = [10 ** (-EXPECTED_SQNR_DB[fmt.id] / 10) for fmt in MENU]
@@ -120,7 +121,7 @@ def test_the_order_of_the_tensors_does_not_matter() -> None:
 @pytest.mark.parametrize("bits", PRESETS.values())
 def test_sdxl_in_every_preset(bits: float) -> None:
     entries = {key: Entry("F16", shape, 0, 0) for key, shape in tensor_shapes(SDXL_BASE, "ldm").items()}
-    plans = [plan for plan in plan_tensors(entries, Settings(target_bpw=bits))[1].values() if plan.format]
+    plans = [plan for plan in plan_tensors(entries, Settings(BitsPerWeight(bits)))[1].values() if plan.format]
     weights = sum(prod(plan.shape) for plan in plans)
     found = sum(plan.format.packed_bytes(prod(plan.shape)) for plan in plans) * 8 / weights
     assert len(plans) == 771
@@ -223,7 +224,7 @@ def test_a_file_of_the_size_asked_for(small_model: Path, tmp_path: Path, share: 
     """A model of few layers, whose steps are large: never above, and as near as layers of its size allow."""
     wanted = int(share * small_model.stat().st_size)
     target = tmp_path / "sized.nfq.safetensors"
-    result = quantize_file(small_model, target, Settings(target_bytes=wanted))
+    result = quantize_file(small_model, target, Settings(FileSize(wanted)))
     assert target.stat().st_size == result["file_bytes"] <= wanted
     assert result["file_bytes"] >= 0.93 * wanted
     info = file_info(target)
@@ -231,7 +232,7 @@ def test_a_file_of_the_size_asked_for(small_model: Path, tmp_path: Path, share: 
     assert all(layer["sensitivity"] > 0 for layer in info["layers"])
     assert len({layer["format"] for layer in info["layers"]}) > 1
     again = tmp_path / "again.nfq.safetensors"
-    quantize_file(small_model, again, Settings(target_bytes=wanted))
+    quantize_file(small_model, again, Settings(FileSize(wanted)))
     assert again.read_bytes() == target.read_bytes()
 
 
@@ -276,39 +277,40 @@ def test_bad_sizes(small_model: Path, tmp_path: Path, capsys, flags: list[str], 
 
 def test_limits_that_are_told_can_be_had(small_model: Path, tmp_path: Path) -> None:
     with pytest.raises(NFQError) as caught:
-        quantize_file(small_model, tmp_path / "a", Settings(target_bytes=1))
+        quantize_file(small_model, tmp_path / "a", Settings(FileSize(1)))
     smallest, largest = (float(number) for number in re.findall("([0-9.]+) MB", str(caught.value))[1:])
-    result = quantize_file(small_model, tmp_path / "large", Settings(target_bytes=10**9))
+    result = quantize_file(small_model, tmp_path / "large", Settings(FileSize(10**9)))
     assert "the most there is; this model's file can have about" in result["warnings"][0]
     assert 0.95 * largest < result["file_bytes"] / 1e6 < 1.05 * largest
-    result = quantize_file(small_model, tmp_path / "small", Settings(target_bytes=int(1.05e6 * smallest)))
+    result = quantize_file(small_model, tmp_path / "small", Settings(FileSize(int(1.05e6 * smallest))))
     assert result["file_bytes"] <= 1.05e6 * smallest
-    least = quantize_file(small_model, tmp_path / "least", Settings(format="t2w8_b64", conv_format="t2w8_b64"))
+    least = quantize_file(
+        small_model, tmp_path / "least", Settings(Formats.of(format="t2w8_b64", conv_format="t2w8_b64"))
+    )
     # Its header says more: how sensitive each layer is.
     near = int(1.02 * least["file_bytes"])
-    assert quantize_file(small_model, tmp_path / "near", Settings(target_bytes=near))["file_bytes"] <= near
+    assert quantize_file(small_model, tmp_path / "near", Settings(FileSize(near)))["file_bytes"] <= near
     with pytest.raises(NFQError, match="no file of at most"):
-        quantize_file(small_model, tmp_path / "less", Settings(target_bytes=int(0.97 * least["file_bytes"])))
+        quantize_file(small_model, tmp_path / "less", Settings(FileSize(int(0.97 * least["file_bytes"]))))
 
     with pytest.raises(NFQError) as caught:
-        quantize_file(small_model, tmp_path / "b", Settings(target_bpw=0.1))
+        quantize_file(small_model, tmp_path / "b", Settings(BitsPerWeight(0.1)))
     smallest, largest = map(float, re.findall("have ([0-9.]+) to ([0-9.]+),", str(caught.value))[0])
     for number, bits in enumerate((smallest, largest)):
-        quantize_file(small_model, tmp_path / f"c{number}", Settings(target_bpw=bits))
+        quantize_file(small_model, tmp_path / f"c{number}", Settings(BitsPerWeight(bits)))
         assert file_info(tmp_path / f"c{number}")["packed_bits_per_weight"] == pytest.approx(bits, rel=0.05)
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("size", "value", "reason"),
     [
-        ({"target_bpw": 3, "target_bytes": 10**9}, "exclude each other"),
-        ({"target_bpw": -1.0}, r"target_bpw must be above zero and below 2\*\*63, got -1\.0"),
-        ({"target_bytes": 0}, r"target_bytes must be above zero and below 2\*\*63, got 0"),
-        ({"target_bpw": float("nan")}, r"target_bpw must be above zero and below 2\*\*63, got nan"),
-        ({"target_bpw": 1e300}, r"target_bpw must be above zero and below 2\*\*63, got 1e\+300"),
-        ({"target_bytes": 10**400}, r"target_bytes must be above zero and below 2\*\*63, got 1000"),
+        (BitsPerWeight, -1.0, r"target_bpw must be above zero and below 2\*\*63, got -1\.0"),
+        (FileSize, 0, r"target_bytes must be above zero and below 2\*\*63, got 0"),
+        (BitsPerWeight, float("nan"), r"target_bpw must be above zero and below 2\*\*63, got nan"),
+        (BitsPerWeight, 1e300, r"target_bpw must be above zero and below 2\*\*63, got 1e\+300"),
+        (FileSize, 10**400, r"target_bytes must be above zero and below 2\*\*63, got 1000"),
     ],
 )
-def test_impossible_settings(settings: dict, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
-        Settings(**settings)
+def test_impossible_sizes(size: type, value: float, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        size(value)

@@ -9,7 +9,8 @@ import pytest
 
 from nfq_core.files.safefile import Entry
 from nfq_core.models.unet_keys import CHECKPOINT_PREFIX, SDXL_BASE, tensor_shapes
-from nfq_core.planning.policy import MIN_WEIGHTS, Settings, plan_tensors
+from nfq_core.planning.policy import MIN_WEIGHTS, plan_tensors
+from nfq_core.planning.settings import Formats, Settings
 
 LAYOUTS = ("ldm", "prefixed", "diffusers")
 OUTERMOST = {
@@ -80,7 +81,11 @@ def test_without_a_unet_the_same_tensors_are_a_plain_state_dict():
 
 def test_levels_go_by_dimensions():
     entries = {"linear": entry((64, 64)), "conv1d": entry((64, 64, 3)), "conv": entry((64, 64, 3, 3))}
-    assert formats(entries, Settings(7, 12)) == {"linear": "nf7_b64", "conv1d": "nf12_b64", "conv": "nf12_b64"}
+    assert formats(entries, Settings(Formats.of(7, 12))) == {
+        "linear": "nf7_b64",
+        "conv1d": "nf12_b64",
+        "conv": "nf12_b64",
+    }
     assert formats(entries) == {"linear": "nf16_b64", "conv1d": "nf32_b64", "conv": "nf32_b64"}
 
 
@@ -112,27 +117,24 @@ def test_quantised(shape, dtype):
 
 def test_formats_go_by_dimensions_too():
     entries = {"linear": entry((64, 64)), "conv": entry((64, 64, 3, 3))}
-    assert formats(entries, Settings(format="t4w8_b64")) == {"linear": "t4w8_b64", "conv": "nf32_b64"}
-    assert formats(entries, Settings(conv_format="t5w9_b64")) == {"linear": "nf16_b64", "conv": "t5w9_b64"}
+    assert formats(entries, Settings(Formats.of(format="t4w8_b64"))) == {"linear": "t4w8_b64", "conv": "nf32_b64"}
+    assert formats(entries, Settings(Formats.of(conv_format="t5w9_b64"))) == {"linear": "nf16_b64", "conv": "t5w9_b64"}
 
 
 def test_a_format_is_recorded_instead_of_levels():
-    assert Settings(format="t4w8_b64").as_dict() == {
+    assert Settings(Formats.of(format="t4w8_b64")).as_dict() == {
         "conv_levels": 32,
         "effort": "fast",
         "quantize_first_last": False,
         "format": "t4w8_b64",
     }
-    assert Settings(conv_format="nf24_b64").as_dict().keys() == {
-        "levels",
-        "conv_format",
-        "effort",
-        "quantize_first_last",
-    }
+    assert Formats.of(conv_format="t5w9_b64").as_dict() == {"levels": 16, "conv_format": "t5w9_b64"}
+    assert Formats.of(conv_format="nf24_b64").as_dict() == {"levels": 16, "conv_levels": 24}
+    assert Formats.of(format="nf256_b64").as_dict() == {"format": "nf256_b64", "conv_levels": 32}
 
 
 def test_settings_are_recorded_whole():
-    assert Settings(24, 12, "best", True).as_dict() == {
+    assert Settings(Formats.of(24, 12), effort="best", quantize_first_last=True).as_dict() == {
         "levels": 24,
         "conv_levels": 12,
         "effort": "best",
@@ -147,9 +149,13 @@ def test_settings_are_recorded_whole():
         ({"conv_levels": 8}, "got 8"),
         ({"format": "t9w8_b64"}, "format must be one of nf32_b64, .*, t5w10_b64, got 't9w8_b64'"),
         ({"conv_format": "article16_b64"}, "got 'article16_b64'"),
-        ({"effort": "slow"}, "effort must be one of fast, best, got 'slow'"),
     ],
 )
-def test_settings_out_of_range(settings, reason):
+def test_formats_out_of_range(settings, reason):
     with pytest.raises(ValueError, match=reason):
-        Settings(**settings)
+        Formats.of(**settings)
+
+
+def test_effort_out_of_range():
+    with pytest.raises(ValueError, match="effort must be one of fast, best, got 'slow'"):
+        Settings(effort="slow")

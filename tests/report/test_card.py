@@ -16,7 +16,7 @@ import nfq_core
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.checkpoints.examine import compare_files
 from nfq_core.cli import commands as cli
-from nfq_core.planning.policy import Settings
+from nfq_core.planning.settings import Formats, Settings
 from nfq_core.report.card import PLACEHOLDERS, front_matter, quoted
 
 
@@ -26,7 +26,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("card")
     save_file(random_unet(architecture=TINY), folder / "model.safetensors")
     for levels in (32, 12):
-        quantize_file(folder / "model.safetensors", folder / f"nf{levels}.nfq.safetensors", Settings(levels))
+        quantize_file(
+            folder / "model.safetensors", folder / f"nf{levels}.nfq.safetensors", Settings(Formats.of(levels))
+        )
     return folder
 
 

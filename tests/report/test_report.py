@@ -26,7 +26,7 @@ from nfq_core.errors import NFQError
 from nfq_core.models.roles import GROUPS, OTHER_CONVOLUTION, OTHER_LINEAR, common_names, role, stage
 from nfq_core.models.unet import detect
 from nfq_core.models.unet_keys import KNOWN_ARCHITECTURES, SDXL_BASE, ldm_to_diffusers, tensor_shapes
-from nfq_core.planning.policy import Settings
+from nfq_core.planning.settings import Formats, Settings
 from nfq_core.report import pictures, protocol
 from nfq_core.report.markdown import as_code, as_text
 from nfq_core.report.measure import by_size, label, measure, short_names
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
     save_file(random_unet(architecture=TINY), folder / "ldm.safetensors")
     save_file(random_unet("diffusers", architecture=TINY), folder / "diffusers.safetensors")
     for levels in (32, 12):
-        quantize_file(folder / "ldm.safetensors", folder / f"nf{levels}.nfq.safetensors", Settings(levels))
+        quantize_file(folder / "ldm.safetensors", folder / f"nf{levels}.nfq.safetensors", Settings(Formats.of(levels)))
     return folder
 
 
@@ -337,7 +337,7 @@ def test_apples_figures_stand_beside_sdxls(report):
 
 def test_demo_pictures(tmp_path):
     pytest.importorskip("diffusers")
-    quantize_file(bundled_weights_path(), tmp_path / "demo.nfq.safetensors", Settings(7))
+    quantize_file(bundled_weights_path(), tmp_path / "demo.nfq.safetensors", Settings(Formats.of(7)))
     artist = painter("demo", pictures.Drawing(("a large red circle on a white background",), steps=1))
     artist.load(bundled_weights_path())
     before = artist.pictures()
@@ -371,7 +371,7 @@ def test_a_diffusers_folder(capsys, sdxl, tmp_path, monkeypatch):
     original = tmp_path / "original.safetensors"
     save_file({key: tensor.half() for key, tensor in load_file(weights).items()}, original)
     weights.unlink()
-    quantize_file(original, tmp_path / "a.nfq.safetensors", Settings(12))
+    quantize_file(original, tmp_path / "a.nfq.safetensors", Settings(Formats.of(12)))
     (tmp_path / "prompts.txt").write_text("a cat\n\n a dog \n", encoding="utf-8")
     arguments = ["--out", tmp_path / "out", "--pipeline", sdxl, "--prompts", tmp_path / "prompts.txt", "--steps", 1]
     found = as_json(capsys, "report", original, tmp_path / "a.nfq.safetensors", *arguments)
