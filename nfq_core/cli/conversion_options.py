@@ -45,7 +45,7 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drop-extras", action="store_true", help="leave out what no loader uses: EMA weights, optimizer states, …"
     )
-    parser.add_argument("--calibration", metavar="F", help="what the model's layers are fed, see README")
+    parser.add_argument("--calibration", metavar="F", help="statistics of layer inputs, see docs/CALIBRATION.md")
     parser.add_argument("--device", metavar="D", help="where to quantise, such as cuda (default: cpu)")
 
 
