@@ -18,7 +18,8 @@ from nfq_core.demo.model import load_weights
 from nfq_core.files.safefile import describe
 from nfq_core.models.unet import detect
 from nfq_core.packed.formats import LEVELS
-from nfq_core.planning.policy import DEFAULTS, plan_tensors
+from nfq_core.planning.policy import plan_tensors
+from nfq_core.planning.settings import DEFAULTS
 
 from .judge import HELD_OUT, OUTPUT_BATCH, PROMPTS, Judge, Weights
 from .quality_peers import Stored, article, stored

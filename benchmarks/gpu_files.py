@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import nfq_core
 from nfq_core.checkpoints.state_dict import StateDict
-from nfq_core.planning.policy import DEFAULTS
+from nfq_core.planning.settings import DEFAULTS
 
 from .gpu_bench import Part, fan_in_std, layer_formats, measure, synchronize
 from .report import timed

@@ -18,7 +18,7 @@ from nfq_core import NFTensor, quantize
 from nfq_core.files.article import article_dequantize, article_disk_bytes, article_quantize
 from nfq_core.packed.codec import encode
 from nfq_core.packed.formats import LEVELS, WRITABLE_IDS, article_format
-from nfq_core.planning.policy import DEFAULTS
+from nfq_core.planning.settings import DEFAULTS
 
 from . import ggml
 from .report import unavailable

@@ -15,7 +15,8 @@ from nfq_core.errors import NFQError
 from nfq_core.files.safefile import SafetensorsFile
 from nfq_core.parallel import ordered_map
 from nfq_core.planning.allocation import allocate
-from nfq_core.planning.policy import DEFAULTS, plan_tensors
+from nfq_core.planning.policy import plan_tensors
+from nfq_core.planning.settings import DEFAULTS
 
 from .quality_peers import OURS, Contestant, Stored
 from .synthetic import channel_spread, gaussian, student_t

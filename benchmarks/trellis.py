@@ -28,7 +28,8 @@ from nfq_core.fitting.trellis import TrellisCoder
 from nfq_core.models.unet_keys import SDXL_BASE, tensor_shapes
 from nfq_core.packed.formats import BLOCK, FORMATS, TRELLIS_IDS, BlockFormat, Scales
 from nfq_core.planning.allocation import allocate
-from nfq_core.planning.policy import DEFAULTS, plan_tensors
+from nfq_core.planning.policy import plan_tensors
+from nfq_core.planning.settings import DEFAULTS
 
 from .quality_checks import FLOORS, PACKED
 from .quality_peers import packaged, stored

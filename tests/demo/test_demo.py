@@ -34,7 +34,8 @@ from nfq_core.demo.shapes import (
 )
 from nfq_core.files.safefile import describe as describe_tensors
 from nfq_core.packed.formats import LEVELS
-from nfq_core.planning.policy import DEFAULTS, plan_tensors
+from nfq_core.planning.policy import plan_tensors
+from nfq_core.planning.settings import DEFAULTS
 
 CAPTIONS = ("a large red circle on a white background", "a large purple heart on a yellow background")
 

@@ -178,9 +178,9 @@ def test_adapters_are_tried_where_layers_are_offloaded(twins: tuple) -> None:
 def test_peft_is_wrapped_once(twins: tuple) -> None:
     from peft.tuners.lora import LoraModel
 
-    from nfq_core.diffusers import patches
+    from nfq_core.diffusers import lora, patches
 
     noise(twins[0]), list(twins[0].named_modules())
     before = LoraModel._create_and_replace
-    patches.watch_adapters.__wrapped__()
+    patches.watch_adapters.__wrapped__(lora.refusal)
     assert LoraModel._create_and_replace is before

@@ -93,16 +93,9 @@ def test_what_is_written_is_read(small):
         assert file.stored_bytes("a.weight") == file.entries["nfq.a.weight"].nbytes
 
 
-def test_tensors_can_be_read_into_memory_that_is_there(small):
+def test_sizes_of_tensors(small):
     with NFQFile(small) as file:
         keys = file.keys()
-        for key in keys:
-            memory = torch.full((file.packed_bytes(key) + 3,), 99, dtype=torch.uint8)
-            found, wanted = file.load(key, memory), file.load(key)
-            data, other = (one.data if key in file.quantized else one for one in (found, wanted))
-            assert torch.equal(data, other)
-            assert data.data_ptr() == memory.data_ptr()
-            assert memory[-3:].tolist() == [99, 99, 99]
         assert [file.packed_bytes(key) for key in keys] == [14, 592]
         assert [file.dense_bytes(key) for key in keys] == [14, 2048]
 
