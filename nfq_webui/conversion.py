@@ -1,4 +1,4 @@
-"""Quantising a checkpoint for the page: on a thread of its own, with lines of progress, to be stopped at any time."""
+"""Quantising a checkpoint for the page: in a background thread, with progress, and stoppable at any time."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ DROP_EXTRAS = "Leave out extras"
 """The label of the check box."""
 
 SECONDS = 0.5
-"""Time between two lines of progress."""
+"""Time between two progress lines."""
 
 
 class _Stopped(Exception):
-    """Ends the work where its progress is reported."""
+    """Raised by the progress callback to end the work."""
 
 
 def default_name(source: str, levels: int) -> str:
-    """The name that a checkpoint's file gets where the user gives none."""
+    """The name of a new checkpoint if the user gives none."""
     return f"{Path(source).stem}-NF{levels}"
 
 
@@ -43,31 +43,32 @@ def target_path(folder: str, name: str) -> str:
     return str(path)
 
 
-class Making:
-    """One file after another is made; a second is refused while the first is in work."""
+class Converter:
+    """Quantises one file at a time; a second one is refused while the first is in progress."""
 
     def __init__(self) -> None:
         self._busy = threading.Lock()
         self._stop = threading.Event()
 
     def stop(self) -> None:
-        """End the work at the next tensor; nothing is left behind."""
+        """End the work at the next tensor; no partial file remains."""
         self._stop.set()
 
     def run(
         self, source: str, target: str, settings: Settings, overwrite: bool = False, drop_extras: bool = False
     ) -> Iterator[str]:
-        """Quantise a file, yielding lines to be shown one after another; the last one says how it ended.
+        """Quantise a file and yield progress lines; the last line is the outcome.
 
         Args:
             source: the `.safetensors` checkpoint.
-            target: the file to write; folders on the way are made. It appears whole or not at all.
+            target: the file to write, completely or not at all; missing folders are created.
             settings: levels and effort.
             overwrite: whether an existing target may be replaced.
-            drop_extras: whether tensors that no loader uses are left out.
+            drop_extras: whether to leave out tensors that no loader uses.
 
         Raises:
-            NFQError: the source is unfit, the target exists or cannot be written, or another file is in work.
+            NFQError: the source cannot be quantised, the target exists or cannot be written, or another file is in
+                progress.
         """
         if not self._busy.acquire(blocking=False):
             raise NFQError("another checkpoint is being quantised; wait for it, or stop it")
@@ -101,19 +102,27 @@ class Making:
                 yield line
                 thread.join(SECONDS)
         finally:
-            # Whoever asks for no more lines, such as a page that was closed, ends the work.
+            # The work also ends when the caller stops asking for lines, for example because the page was closed.
             self._stop.set()
             thread.join()
-        yield _told(outcome[0], target)
+        yield outcome_message(outcome[0], target)
 
 
 def _for_page(warning: str) -> str:
-    """A warning of the core, which names an option of the command, for the page, which has a check box."""
+    """Rewrite a warning of the core for the page, which has a check box instead of the command's option."""
     return warning.replace(DROPPING, f"tick {DROP_EXTRAS!r} to leave them out")
 
 
-def _told(outcome: dict | BaseException, target: str) -> str:
-    """How the work ended, in words; what a user cannot have caused is raised."""
+def outcome_message(outcome: dict | BaseException, target: str) -> str:
+    """Describe how the work ended.
+
+    Args:
+        outcome: the result of `quantize_file`, or the error that ended it.
+        target: the file to write.
+
+    Raises:
+        BaseException: `outcome`, if it is an error; an NFQError instead for a target that exists or cannot be written.
+    """
     if isinstance(outcome, _Stopped):
         return "stopped; nothing was written"
     if isinstance(outcome, TargetExistsError):
