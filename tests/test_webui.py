@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import stub_webui
 import torch
 from safetensors.torch import save_file
 from samples import TINY, random_half
+from structure import absolute_imports
 from stub_webui import ROOT, Program
 
 from nfq_core import NFTensor, load, quantize_state_dict, save
@@ -166,15 +166,9 @@ def test_install_adds_missing_packages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nfq_webui").glob("*.py")), ids=lambda path: path.name)
 def test_its_modules_import_their_own_relatively(path: Path) -> None:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add((node.module or "").partition(".")[0])
     allowed = {"forge.py": {"backend", "modules", "torch"}, "packed.py": {"torch"}, "loading.py": {"torch"}}
     others = {"gradio", "modules", "torch"} if path.name != "conversion.py" else set()
-    assert found <= allowed.get(path.name, others) | set(sys.stdlib_module_names)
+    assert absolute_imports(path) <= allowed.get(path.name, others) | set(sys.stdlib_module_names)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from structure import absolute_imports
 from stub_host import import_plugin
 
 from nfq_core.version import __version__
@@ -98,17 +98,6 @@ def test_two_copies_of_the_plugin(plugin: ModuleType, tmp_path: Path) -> None:
     copy = import_plugin(tmp_path / "ComfyUI-NFQ-copy")
     layouts = [sys.modules[f"{module.__name__}.nodes.ops"].LAYOUT for module in (plugin, copy)]
     assert layouts[0] != layouts[1]
-
-
-def absolute_imports(path: Path) -> set[str]:
-    """Top-level names of a module's absolute imports."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names.add((node.module or "").split(".")[0])
-    return names
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nodes").glob("*.py")), ids=lambda path: path.name)
