@@ -61,7 +61,7 @@ class Converter:
 
         Args:
             source: the `.safetensors` checkpoint.
-            target: the file to write, completely or not at all; missing folders are created.
+            target: the file, written atomically; missing folders are created.
             settings: levels and effort.
             overwrite: whether an existing target may be replaced.
             drop_extras: whether to leave out tensors that no loader uses.

@@ -92,7 +92,7 @@ def _companions_of(path: str, disable_dynamic: bool) -> tuple[Any, Any]:
 
 
 def _clip_and_vae(names: Mapping[str, str], tensors: StateDict, disable_dynamic: bool = False) -> tuple[Any, Any]:
-    """Make CLIP and VAE from a checkpoint's tensors; `names` lists the UNet's, of which the host needs only shapes."""
+    """Make CLIP and VAE from a checkpoint's tensors; `names` lists the UNet's, whose shapes the host needs."""
     unet = {
         CHECKPOINT_PREFIX + name: torch.empty(tensors[key].shape, dtype=tensors[key].dtype, device="meta")
         for key, name in names.items()

@@ -1,7 +1,7 @@
 """Applying a layer's patches (LoRA and others) to its weight after dequantising.
 
 All plain LoRAs of a layer form one `LowRank` and are added in one operation. If the packed weight is on the compute
-device, the factors stay there too after the first step; otherwise both are copied for each use.
+device, the factors stay there too after the first step. If not, both are copied for each use.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def _attached(layer: NFLayer) -> WeightPatch | None:
 
 
 def _is_loaded(layer: NFLayer) -> bool:
-    """Whether the host put the layer on the compute device; otherwise it copies the layer for each use."""
+    """Whether the host put the layer on the compute device, instead of copying it there for each use."""
     return getattr(layer, "comfy_patched_weights", False)
 
 

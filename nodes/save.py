@@ -40,7 +40,7 @@ def save_model(
         prompt: the graph in the API format; written as `workflow` is.
 
     Returns:
-        The path of the file. It is written completely or not at all.
+        The path of the file, which is written atomically.
 
     Raises:
         NFQError: the MODEL is not packed or has patches, only one of CLIP and VAE is given, or writing fails.

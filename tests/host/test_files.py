@@ -214,7 +214,7 @@ def test_inspect(host) -> None:
 
 
 def test_whole_checkpoint(host) -> None:
-    """UNet, CLIP and VAE saved in one file of ours, and in a stock file, give the same picture."""
+    """UNet, CLIP and VAE saved in one file of ours, and in a stock file, sample as before they were saved."""
 
     def picture(nodes: dict, model: list, clip: list, vae: list) -> dict:
         encode = {"class_type": "CLIPTextEncode", "inputs": {"text": "a red fox", "clip": clip}}

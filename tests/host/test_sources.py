@@ -121,7 +121,7 @@ def test_same_latents_as_from_the_stock_loader(host, files, request) -> None:
 
 
 def test_four_bits_are_refused_by_name(host) -> None:
-    """NVFP4 of the host itself: by file and in the graph, where the host reads it at all."""
+    """A MODEL in the host's own NVFP4 format is refused with that name."""
     path = host.base / "models" / "diffusion_models" / "nvfp4.safetensors"
     tensors = random_unet(SEGMIND_VEGA)
     layer = next(key for key in tensors if key.endswith("attn1.to_q.weight")).removesuffix(".weight")

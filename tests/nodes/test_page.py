@@ -83,6 +83,17 @@ def test_each_node_has_a_help_page_that_names_its_inputs(plugin: ModuleType) -> 
             assert f"`{item.id}`" in spelled, (name, item.id)
 
 
+def test_users_see_no_node_ids(plugin: ModuleType) -> None:
+    """Texts, tooltips and help pages use the names on screen."""
+    nodes = schemas(plugin)
+    texts = [text for language in ("en", *TRANSLATED) for text in words(language).values()]
+    texts += [path.read_text("utf-8") for path in (ROOT / "web" / "docs").glob("*.md")]
+    for schema in nodes.values():
+        texts += [schema.description, *(item.options["tooltip"] for item in schema.inputs)]
+    for text in texts:
+        assert not re.search("|".join(nodes), text)
+
+
 def test_levels_have_advice() -> None:
     from nfq_core.fitting.codebook import EFFORTS
     from nfq_core.packed.formats import TRELLIS_IDS, WRITABLE_IDS, format_by_id

@@ -127,7 +127,7 @@ class Page:
         self.tab.evaluate(FRAMES)
 
     def build(self, **nodes: dict) -> None:
-        """Make a graph in a new workflow; each node has `type`, `at`, and may have `values` by widget, `links` by input."""
+        """Make a graph in a new workflow; per node `type`, `at`, optional `values` by widget and `links` by input."""
         self.new_workflow()
         self.script(BUILD, nodes)
 

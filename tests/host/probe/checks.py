@@ -234,7 +234,7 @@ def compiled_lora(package: str, model, other) -> dict:
             result["differences"].append(_difference(compiled(x), wanted))
             result["graphs"].append(len(graphs))
     model.detach()
-    # Otherwise the compiler would keep the layer.
+    # Without this the compiler would keep the layer.
     graphs.clear()
     del compiled
     torch._dynamo.reset()
