@@ -75,7 +75,7 @@ def quantize_model(
         measured = measured_sensitivities(entries, settings, calibration)
         info, plans = plan_tensors(entries, settings, measured)
         if info is None or any(plan.format and key not in layers for key, plan in plans.items()):
-            raise NFQError("this MODEL is not a UNet of the SDXL family; connect one that is to NFQ Quantize UNet")
+            raise NFQError("this MODEL is not a UNet of the SDXL family; NFQ Quantize UNet needs one")
 
         def layer_facts(key: str) -> dict[str, Any] | None:
             return {"format": plans[key].format.id, "sqnr_db": json_decibels(sqnr[key])} if key in sqnr else None

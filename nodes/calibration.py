@@ -85,7 +85,7 @@ def attach_collector(model: Any, hessians: bool, sensitivities: bool) -> Any:
         )
     _refuse_compiled(model)
     if detect({name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}) is None:
-        raise NFQError("this MODEL is not a UNet of the SDXL family; connect one that is to NFQ Collect Calibration")
+        raise NFQError("this MODEL is not a UNet of the SDXL family; NFQ Collect Calibration needs one")
     model = without_dynamic_vram(model)
     clone = model.clone()
     collector = SamplingCollector(clone.model.diffusion_model, hessians, sensitivities)

@@ -97,7 +97,7 @@ def _preview(latent: torch.Tensor) -> torch.Tensor:
     kind = comfy.latent_formats.SDXL()
     factors = torch.tensor(kind.latent_rgb_factors)
     if latent.shape[1] != len(factors):
-        raise NFQError(f"latents of {latent.shape[1]} channels cannot be shown without their VAE; connect it")
+        raise NFQError(f"latents of {latent.shape[1]} channels cannot be shown without their VAE; connect it to vae")
     mapped = torch.einsum("nchw,cr->nrhw", latent, factors)
     # The map expects latents scaled as for the UNet, and returns -1 … 1.
     return (mapped * kind.scale_factor + torch.tensor(kind.latent_rgb_factors_bias).view(1, 3, 1, 1) + 1) / 2

@@ -12,10 +12,10 @@ from ..nfq_core import NFQError, NFQFile
 from . import compare, host, quality, report
 from .schema import NOTHING, schema
 
-COMPARED = 8
+MAX_IMAGES = 8
 """The most images that NFCompare takes."""
 
-REPORTED = 4
+MAX_FILES = 4
 """The most files that NFQualityReport takes."""
 
 
@@ -83,7 +83,7 @@ class NFCompare(io.ComfyNode):
                 optional=number > 2,
                 tooltip="An image or a latent of the same size, sampled with the same seed.",
             )
-            for number in range(2, COMPARED + 1)
+            for number in range(2, MAX_IMAGES + 1)
         ]
         return schema(
             node_id="NFCompare",
@@ -122,7 +122,7 @@ class NFCompare(io.ComfyNode):
     @classmethod
     def execute(cls, image_1: Any, vae: Any = None, labels: str = "", side: int = 512, **others: Any) -> io.NodeOutput:
         """Compare."""
-        numbered = (f"image_{number}" for number in range(2, COMPARED + 1))
+        numbered = (f"image_{number}" for number in range(2, MAX_IMAGES + 1))
         inputs = {"image_1": image_1} | {name: others[name] for name in numbered if others.get(name) is not None}
         compared = compare.compare(inputs, labels, vae)
         # A new name for each run, as for ComfyUI's previews: an open page must not get a new picture under an old name.
@@ -155,7 +155,7 @@ class NFQualityReport(io.ComfyNode):
                 optional=True,
                 tooltip="Another file made from the same original, for example at another size.",
             )
-            for number in range(2, REPORTED + 1)
+            for number in range(2, MAX_FILES + 1)
         ]
         return schema(
             node_id="NFQualityReport",
@@ -183,7 +183,7 @@ class NFQualityReport(io.ComfyNode):
     @classmethod
     def execute(cls, original_name: str, file_name: str, **more: str) -> io.NodeOutput:
         """Measure and draw."""
-        numbered = (more.get(f"file_name_{number}", NOTHING) for number in range(2, REPORTED + 1))
+        numbered = (more.get(f"file_name_{number}", NOTHING) for number in range(2, MAX_FILES + 1))
         files = [host.file_path(*host.split_folder(name)) for name in (file_name, *numbered) if name != NOTHING]
         original = host.original_path(*host.split_folder(original_name))
         plots, text = quality.quality_report(original, files, host.NodeProgress())

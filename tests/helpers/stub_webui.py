@@ -1,4 +1,4 @@
-"""Just enough of Automatic1111's web UI, or of Forge, to load the extension; `tests/webui` runs the real ones."""
+"""A stub of Automatic1111's web UI or Forge that can load the extension; `tests/webui` runs the real programs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Program:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *, forge: bool) -> Program:
-    """Put the stub's modules in place of the program's."""
+    """Install the stub's modules under the program's names."""
     program = Program()
 
     def module(name: str, **members: Any) -> ModuleType:
