@@ -1,4 +1,4 @@
-"""Quantising a checkpoint for the page: in a background thread, with progress, and stoppable at any time."""
+"""Quantise a checkpoint for the page, on its own thread, with lines of progress, until it is done or stopped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DROP_EXTRAS = "Leave out extras"
 """The label of the check box."""
 
 SECONDS = 0.5
-"""Time between two progress lines."""
+"""Time between two lines of progress."""
 
 
 class _Stopped(Exception):
@@ -26,7 +26,7 @@ class _Stopped(Exception):
 
 
 def default_name(source: str, levels: int) -> str:
-    """The name of a new checkpoint if the user gives none."""
+    """The name that a checkpoint's file gets where the user gives none."""
     return f"{Path(source).stem}-NF{levels}"
 
 
@@ -44,27 +44,27 @@ def target_path(folder: str, name: str) -> str:
 
 
 class Converter:
-    """Quantises one file at a time; a second one is refused while the first is in progress."""
+    """Quantises one checkpoint at a time; a second is refused while one is in progress."""
 
     def __init__(self) -> None:
         self._busy = threading.Lock()
         self._stop = threading.Event()
 
     def stop(self) -> None:
-        """End the work at the next tensor; no partial file remains."""
+        """End the work at the next tensor; no partial file is left."""
         self._stop.set()
 
     def run(
         self, source: str, target: str, settings: Settings, overwrite: bool = False, drop_extras: bool = False
     ) -> Iterator[str]:
-        """Quantise a file and yield progress lines; the last line is the outcome.
+        """Quantise a file and yield lines of progress; the last one is the outcome.
 
         Args:
             source: the `.safetensors` checkpoint.
-            target: the file, written atomically; missing folders are created.
+            target: the file to write, completely or not at all; missing folders are created.
             settings: levels and effort.
             overwrite: whether an existing target may be replaced.
-            drop_extras: whether to leave out tensors that no loader uses.
+            drop_extras: whether tensors that no loader uses are left out.
 
         Raises:
             NFQError: the source cannot be quantised, the target exists or cannot be written, or another file is in
@@ -102,27 +102,19 @@ class Converter:
                 yield line
                 thread.join(SECONDS)
         finally:
-            # The work also ends when the caller stops asking for lines, for example because the page was closed.
+            # Closing this generator, as a closed page does, ends the work too.
             self._stop.set()
             thread.join()
-        yield outcome_message(outcome[0], target)
+        yield _outcome_message(outcome[0], target)
 
 
 def _for_page(warning: str) -> str:
-    """Rewrite a warning of the core for the page, which has a check box instead of the command's option."""
+    """A warning of the core with the page's check box instead of the command's option."""
     return warning.replace(DROPPING, f"tick {DROP_EXTRAS!r} to leave them out")
 
 
-def outcome_message(outcome: dict | BaseException, target: str) -> str:
-    """Describe how the work ended.
-
-    Args:
-        outcome: the result of `quantize_file`, or the error that ended it.
-        target: the file to write.
-
-    Raises:
-        BaseException: `outcome`, if it is an error; an NFQError instead for a target that exists or cannot be written.
-    """
+def _outcome_message(outcome: dict | BaseException, target: str) -> str:
+    """How the work ended; errors that a user cannot fix are raised."""
     if isinstance(outcome, _Stopped):
         return "stopped; nothing was written"
     if isinstance(outcome, TargetExistsError):
