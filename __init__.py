@@ -1,4 +1,4 @@
-"""ComfyUI-NFQ: the host's entry point."""
+"""ComfyUI-NFQ: the entry point for ComfyUI."""
 
 from importlib.util import find_spec
 
@@ -6,7 +6,7 @@ MINIMUM_HOST = (0, 8, 0)
 
 
 def _refusal() -> str:
-    """Why this host cannot run the plugin, in one line that says what to do; empty where it can."""
+    """Why this ComfyUI cannot run the plugin and what to do, in one line; empty if it can."""
     try:
         from comfyui_version import __version__ as version
     except ImportError:

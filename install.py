@@ -1,4 +1,4 @@
-"""Run by Automatic1111's web UI and its relatives before they start: installs what they lack."""
+"""Run by Automatic1111's web UI and Forge before they start: installs missing packages."""
 
 from importlib.util import find_spec
 
@@ -6,7 +6,7 @@ if find_spec("zstandard") is None:
     try:
         import launch
     except ImportError:
-        # Another program: ComfyUI's manager installs requirements.txt, and runs this file too.
+        # ComfyUI-Manager also runs this file, but installs requirements.txt itself.
         pass
     else:
         launch.run_pip('install "zstandard>=0.22"', "zstandard for NFQ")

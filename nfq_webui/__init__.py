@@ -1,11 +1,11 @@
-"""The extension of Automatic1111's web UI and its relatives: thin over `nfq_core`."""
+"""The extension for Automatic1111's web UI and Forge: a thin layer over `nfq_core`."""
 
 import sys
 from pathlib import Path
 
 
 def register() -> None:
-    """Called each time the program loads its extensions: takes up the program's loading, adds a tab and settings."""
+    """Hook into the program's loading, and add the tab and the settings; called whenever it loads its extensions."""
     from modules import script_callbacks, sd_models, shared
 
     from . import page
@@ -22,6 +22,6 @@ def register() -> None:
 
 
 def _leave_module_path() -> None:
-    """Forge leaves extensions' folders on the module path; ours has a `nodes`, a name that belongs to others."""
+    """Remove our folder from the module path, where Forge leaves it: our `nodes` could hide another module."""
     folder = Path(__file__).parent.parent
     sys.path[:] = [entry for entry in sys.path if Path(entry) != folder]

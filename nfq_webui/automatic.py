@@ -1,4 +1,4 @@
-"""Loading in Automatic1111's web UI: our checkpoints are dequantised when they are read."""
+"""Loading in Automatic1111's web UI, which dequantises our checkpoints when it reads them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REMEDY = "this program needs a whole checkpoint: quantise one with its text enco
 
 
 def install(loading: NFQLoading) -> None:
-    """Have the program's reader of checkpoints, and what changes its model, take our files."""
+    """Extend the program's functions that read checkpoints and change the model, so that they accept our files."""
 
     def reader(previous: Callable) -> Callable:
         def read_state_dict(checkpoint_file: str, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Loading in Forge: our checkpoints stay packed where its operations for quantised weights take them."""
+"""Loading in Forge, which keeps our weights packed in its own layers for quantised weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .loading import KEEP_PACKED, NFQLoading, is_ours
 from .packed import keep_packed
 from .patching import argument, model_change, wrap
 
-REMEDY = "choose what is missing under 'VAE / Text Encoder', or a file of a whole checkpoint"
+REMEDY = "choose the missing part under 'VAE / Text Encoder', or choose a whole checkpoint"
 
 
 def install(loading: NFQLoading) -> None:
-    """Have the program's readers of files, and what changes its model, take our files."""
+    """Extend the program's functions that read files and change the model, so that they accept our files."""
 
     def dense_reader(previous: Callable) -> Callable:
         def load_torch_file(ckpt: str, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -57,5 +57,5 @@ def install(loading: NFQLoading) -> None:
 
 
 def _may_stay_packed() -> bool:
-    """Whether the setting asks for it, and 'Diffusion in Low Bits' for no other format."""
+    """Whether our setting is on and 'Diffusion in Low Bits' does not ask for another format."""
     return bool(getattr(shared.opts, KEEP_PACKED, True)) and dynamic_args.get("forge_unet_storage_dtype") is None

@@ -1,4 +1,4 @@
-"""What becomes of our files when the program asks for a checkpoint; nothing here knows the program."""
+"""Reading our files when the program asks for a checkpoint; independent of the program."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..nfq_core.checkpoints.whole_checkpoint import checkpoint_names, dense, mis
 from ..nfq_core.files.container import HASH_KEY, SUFFIX
 
 KEEP_PACKED = "nfq_keep_packed"
-"""The name of the setting that has weights stay packed, where the program can."""
+"""The name of the setting that keeps weights packed in programs that support it."""
 
 MARK_BYTES = 256
-"""Our writer puts HASH_KEY first in a header: it stands in so many bytes of a file, whatever the file is called."""
+"""Our writer puts HASH_KEY first in the header, so it is in the first bytes of a file of any name."""
 
 
 def is_ours(path: str | os.PathLike) -> bool:
-    """Whether a file is to be read by us: by its name, or its first bytes."""
+    """Whether a file is one of ours, by its name or its first bytes."""
     name = os.fspath(path).lower()
     if name.endswith(SUFFIX):
         return True
@@ -32,16 +32,16 @@ def is_ours(path: str | os.PathLike) -> bool:
 
 
 def refuse_incomplete(file: NFQFile, remedy: str) -> None:
-    """NFQError, ending in `remedy`, when a file lacks its text encoder or VAE."""
+    """Raise NFQError, ending in `remedy`, if a file lacks its text encoder or VAE."""
     missing = missing_companions(file)
     if missing:
         raise NFQError(f"{file.path} holds no {' and no '.join(missing)}; {remedy}")
 
 
 class NFQLoading:
-    """Reads our files whole before the program gives its old model up, and then hands them over.
+    """Reads our files completely before the program drops its model, and hands them over when it asks.
 
-    The program drops the model it has, and then reads: were a damaged file found there, no model would be left.
+    The program drops its model before it reads the next one. An error at that point would leave it without a model.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class NFQLoading:
 
         Args:
             path: the file.
-            remedy: what to do about a file that lacks text encoder or VAE; where empty, such a file will do.
+            remedy: advice for a file without text encoder or VAE; if empty, such a file is accepted.
 
         Raises:
             NFQError: the file is missing, damaged, foreign, newer, or incomplete.
@@ -62,13 +62,13 @@ class NFQLoading:
         self._ahead = _fingerprint(path), tensors
 
     def forget(self) -> None:
-        """Give up what was read ahead."""
+        """Free what was read ahead."""
         self._ahead = None
 
     def take(self, path: str, remedy: str = "") -> StateDict:
-        """All tensors of a file under the names of a whole LDM checkpoint, weights packed.
+        """All tensors of a file, with packed weights, under the names of a whole LDM checkpoint.
 
-        They are those read ahead, or read now; arguments and errors as of `read_ahead`.
+        Uses the tensors read ahead, or reads the file now; arguments and errors as for `read_ahead`.
         """
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == _fingerprint(path):

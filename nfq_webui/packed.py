@@ -1,8 +1,8 @@
-"""Packed weights in Forge, in the place of its own quantised parameters.
+"""Packed weights in Forge, as its own quantised parameters.
 
-Forge's layers for GGUF files take any parameter that has a `gguf_cls` with three functions, move it as it is, and call
-for its weights in forward, before they apply LoRAs. Linear layers alone do that: convolutions, 13 % of SDXL's weights,
-are dequantised when the file is read.
+Forge's Linear layers for GGUF files accept any parameter with a `gguf_cls` that has three functions. They move the
+parameter unchanged, and dequantise it in `forward` before they apply LoRAs. Its convolutions, 13 % of SDXL's weights,
+cannot do this: their weights are dequantised when the file is read.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from ..nfq_core.packed.formats import BlockFormat
 
 
 class NFQ:
-    """What Forge calls for a packed parameter; it shows the class's name when it loads a model."""
+    """The functions that Forge calls for a packed parameter; Forge shows the class's name when it loads a model."""
 
     @staticmethod
     def bake(parameter: PackedParameter) -> None:
-        """Nothing has to be prepared."""
+        """Do nothing: no preparation is needed."""
 
     @staticmethod
     def dequantize_pytorch(parameter: PackedParameter) -> torch.Tensor:
-        """The weights, of the parameter's computation dtype, where the parameter is."""
+        """Dequantise to the parameter's computation dtype, on its device."""
         return parameter.unpacked()
 
     @staticmethod
     def quantize_pytorch(data: torch.Tensor, parent: PackedParameter) -> PackedParameter:
-        """Have a parameter hold weights with LoRAs merged in: dense, for quantising them would lose the LoRAs."""
+        """Store weights with merged LoRAs in a parameter, dense: quantising them again would lose the LoRAs."""
         parent.data = data.to(parent.computation_dtype)
         parent.gguf_cls = parent.format = None
         return parent
 
 
 class PackedParameter(torch.nn.Parameter):
-    """A UNet's parameter as Forge's layers for GGUF files want it: a packed weight, or one that was kept dense."""
+    """A UNet's parameter for Forge's GGUF layers: a packed weight, or one that was kept dense."""
 
     gguf_cls: type[NFQ] | None
     format: BlockFormat | None
@@ -64,17 +64,17 @@ class PackedParameter(torch.nn.Parameter):
 
     @property
     def shape(self) -> torch.Size:
-        """The weight's shape, packed or not."""
+        """The weight's dense shape, also if it is packed."""
         return self.weight_shape
 
     def unpacked(self) -> torch.Tensor:
-        """The dense weight, of the computation dtype if it was packed."""
+        """The dense weight, in the computation dtype if it was packed."""
         if self.format is None:
             return self.data
         return NFTensor(self.data, self.format, self.weight_shape, torch.float16).dequantize(self.computation_dtype)
 
     def to(self, *args: Any, **kwargs: Any) -> PackedParameter:
-        """The same parameter elsewhere; a packed one keeps its dtype."""
+        """Move or cast the parameter; a packed one keeps its dtype."""
         if self.format is not None:
             device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
             return self._like(self.data.to(device=device or self.device, non_blocking=non_blocking))
@@ -85,11 +85,11 @@ class PackedParameter(torch.nn.Parameter):
         return self._like(self.data.pin_memory())
 
     def detach(self) -> PackedParameter:
-        """The parameter itself, which has no gradient: a state dict then tells packed weights by their class."""
+        """Return the parameter itself, which has no gradient, so a state dict keeps the class of packed weights."""
         return self
 
     def clone(self, **kwargs: Any) -> torch.Tensor:
-        """The dense weight: what Forge saves of a model it clones first, and other programs are to read it."""
+        """Return the dense weight: Forge clones the weights it saves, and other programs must be able to read them."""
         return self.unpacked().clone()
 
     def _like(self, data: torch.Tensor) -> PackedParameter:
@@ -97,10 +97,10 @@ class PackedParameter(torch.nn.Parameter):
 
 
 def keep_packed(tensors: StateDict) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors for Forge's loader: those of the UNet as PackedParameters, the others as they are.
+    """Prepare a checkpoint's tensors for Forge's loader: the UNet's become PackedParameters, others stay unchanged.
 
     Args:
-        tensors: under the names of a whole LDM checkpoint; it is emptied.
+        tensors: tensors by the names of a whole LDM checkpoint; the dictionary is emptied.
     """
     stay = {
         key: tensors.pop(key)

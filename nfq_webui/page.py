@@ -1,4 +1,4 @@
-"""The NFQ tab, which tells what a checkpoint is and quantises one, and the settings."""
+"""The NFQ tab, which describes and quantises checkpoints, and the settings."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from ..nfq_core.checkpoints.examine import file_info, info_lines
 from ..nfq_core.fitting.codebook import EFFORTS
 from ..nfq_core.packed.formats import LEVELS
 from ..nfq_core.planning.settings import DEFAULT_CONV_LEVELS, DEFAULT_LEVELS, DEFAULTS, Formats
+from .conversion import DROP_EXTRAS, Converter, default_name, target_path
 from .loading import KEEP_PACKED, is_ours
-from .making import DROP_EXTRAS, Making, default_name, target_path
 
 SECTION = ("nfq", "NFQ")
 
-making = Making()
+converter = Converter()
 
 
 def register(sd_models: ModuleType, shared: ModuleType, forge: bool) -> None:
-    """Have the program show tab and settings when it builds its page."""
+    """Add the tab and the settings to the program's page."""
     script_callbacks.on_ui_tabs(lambda: [(_tab(sd_models, shared), "NFQ", "nfq")])
     script_callbacks.on_ui_settings(lambda: _add_settings(sd_models, shared, forge))
 
 
 def facts(path: str) -> str:
-    """What a checkpoint is, as HTML: the facts of one of ours, one sentence about any other."""
+    """Describe a checkpoint as HTML: facts about one of ours, one sentence about any other."""
     try:
         if not is_ours(path):
             return "<p>Not quantised with NFQ.</p>"
@@ -50,7 +50,9 @@ def _refusal(error: NFQError) -> str:
 def _add_settings(sd_models: ModuleType, shared: ModuleType, forge: bool) -> None:
     ours = [info for info in sd_models.checkpoints_list.values() if is_ours(info.filename)]
     listed = "".join(f"<h4>{html.escape(info.name)}</h4>{facts(info.filename)}" for info in ours)
-    options = {"nfq_facts": OptionHTML(listed or "No checkpoint is quantised with NFQ yet: the NFQ tab makes one.")}
+    options = {
+        "nfq_facts": OptionHTML(listed or "No checkpoint is quantised with NFQ yet. Use the NFQ tab to quantise one.")
+    }
     if forge:
         label = "Keep weights of Linear layers packed in memory (applies when a checkpoint is loaded)"
         options[KEEP_PACKED] = OptionInfo(True, label)
@@ -69,7 +71,7 @@ def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
     def path_of(title: str | None) -> str:
         info = sd_models.get_closet_checkpoint_match(title)
         if info is None:
-            raise NFQError("no such checkpoint; choose one of the list")
+            raise NFQError("no such checkpoint; choose one from the list")
         return info.filename
 
     def show(title: str | None) -> str:
@@ -91,7 +93,7 @@ def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
             folder = shared.cmd_opts.ckpt_dir or sd_models.model_path
             target = target_path(folder, name or default_name(source, int(levels)))
             settings = Settings(Formats.of(int(levels), int(conv_levels)), effort)
-            yield from making.run(source, target, settings, overwrite, drop_extras)
+            yield from converter.run(source, target, settings, overwrite, drop_extras)
             sd_models.list_models()
         except NFQError as error:
             yield f"Error: {error}"
@@ -109,10 +111,12 @@ def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
             conv_levels = gr.Dropdown(list(LEVELS), value=DEFAULT_CONV_LEVELS, label="Levels of convolutions")
             effort = gr.Dropdown(list(EFFORTS), value=DEFAULTS.effort, label="Effort")
         with gr.Row():
-            name = gr.Textbox(label="Name of the new checkpoint", placeholder="empty: the old name with -NF and levels")
+            name = gr.Textbox(
+                label="Name of the new checkpoint", placeholder="default: the source name with -NF and the levels"
+            )
             overwrite = gr.Checkbox(False, label="Overwrite")
             drop_extras = gr.Checkbox(
-                False, label=DROP_EXTRAS, info="EMA weights, optimizer states and whatever else no loader uses"
+                False, label=DROP_EXTRAS, info="EMA weights, optimizer states and other tensors that no loader uses"
             )
         with gr.Row():
             start = gr.Button("Quantise", variant="primary", elem_id="nfq_quantise")
@@ -121,8 +125,8 @@ def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
 
         chosen.change(show, [chosen], [about], queue=False)
         again.click(refresh, [], [chosen, about], queue=False)
-        # Without the program's queue a page can be told the end only.
-        told = last_line if shared.cmd_opts.no_gradio_queue else lines
-        start.click(told, [chosen, levels, conv_levels, effort, name, overwrite, drop_extras], [status])
-        stop.click(making.stop, [], [], queue=False)
+        # Without the program's queue the page can show only the last line.
+        handler = last_line if shared.cmd_opts.no_gradio_queue else lines
+        start.click(handler, [chosen, levels, conv_levels, effort, name, overwrite, drop_extras], [status])
+        stop.click(converter.stop, [], [], queue=False)
     return tab

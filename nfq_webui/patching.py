@@ -1,4 +1,4 @@
-"""Standing in for functions of the program, so that it can be undone; and telling its page what went wrong."""
+"""Replacing functions of the program, with a way to undo it, and showing errors in its page."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ log = logging.getLogger("nfq")
 
 
 def wrap(module: ModuleType, name: str, make: Callable[[Callable], Callable]) -> None:
-    """Put `make(previous)` in place of a module's function until the program reloads its extensions."""
+    """Replace a module's function by `make(previous)` until the program reloads its extensions."""
     previous = getattr(module, name)
     patches.patch(__name__, module, name, make(previous))
     script_callbacks.on_script_unloaded(lambda: patches.undo(__name__, module, name))
 
 
 def argument(position: int, name: str, arguments: tuple, named: dict[str, Any]) -> Any:
-    """An optional argument of a wrapped function, however it was given; None where it was not."""
+    """An optional argument of a wrapped function, given by position or by name; None if it was not given."""
     return arguments[position] if len(arguments) > position else named.get(name)
 
 
-def tell(message: str) -> None:
-    """Show one sentence in the page, where a request from the page is being served, and in the log."""
+def show_error(message: str) -> None:
+    """Log one sentence, and show it in the page if a request from the page is being served."""
     log.error("%s", message)
     gradio.Warning(message)
 
 
 @contextmanager
 def model_change(loading: NFQLoading) -> Iterator[None]:
-    """Around the program's change of its model: an error of ours is told, and nothing that was read ahead stays."""
+    """Context of a change of the program's model: shows our errors and frees what was read ahead."""
     try:
         yield
     except NFQError as error:
-        tell(str(error))
+        show_error(str(error))
         raise
     finally:
         loading.forget()

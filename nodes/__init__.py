@@ -1,4 +1,4 @@
-"""The ComfyUI nodes: thin layers over nfq_core."""
+"""The ComfyUI nodes: a thin layer over nfq_core."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from .definitions import NODES
 
 
 class NFQExtension(ComfyExtension):
-    """What the host asks for the nodes."""
+    """The extension through which ComfyUI gets the nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """All nodes."""
+        """Return all node classes."""
         return NODES
 
 
 async def comfy_entrypoint() -> NFQExtension:
-    """The host's way in; folder and routes are added here, since hosts before 0.22 never call `on_load`."""
+    """ComfyUI's entry point; it registers folder and route itself because ComfyUI before 0.22 never calls `on_load`."""
     host.register_calibrations()
     routes.register()
     return NFQExtension()

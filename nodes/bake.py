@@ -1,4 +1,4 @@
-"""A packed copy of a MODEL: its patches baked in, everything else about it kept."""
+"""Quantising a MODEL: a packed copy with the patches baked in and everything else unchanged."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from ..nfq_core.files.container import BAKED
 from ..nfq_core.files.safefile import DTYPE_NAMES, Entry
 from ..nfq_core.fitting.quantizer import FIT_DTYPE
 from ..nfq_core.planning.policy import plan_tensors
-from .host import BYPASS_LORA, COLLECTED, MADE, UNET, LayerProgress, Made, finite
+from .host import BYPASS_LORA, COLLECTOR, PROVENANCE, UNET, LayerProgress, Provenance, json_decibels
 from .ops import NFOps, wrap
 from .patcher import NFModelPatcher, adopt, nf_layers
 from .recipe import Origin
 from .weights import (
     LAYERS,
     dense,
-    has_eight_bits,
+    is_eight_bit,
     is_host_quantized_linear,
     key_patches,
     quantizable_layers,
-    refuse_other_forms,
+    refuse_unsupported_quantization,
 )
 
 log = logging.getLogger("nfq")
@@ -47,21 +47,21 @@ def quantize_model(
     node_id: str | None = None,
     calibration: Calibration | None = None,
 ) -> NFModelPatcher:
-    """Quantise a MODEL's UNet, its patches (LoRA, merges) baked in, into a new MODEL; the old one stays as it is.
+    """Quantise a MODEL's UNet with its patches (LoRA, merges) into a new MODEL; the input is not changed.
 
     Args:
         model: from any stock loader.
         settings: levels and effort.
-        device: where to quantise; None: on the CPU.
-        origin: what it came from, for the record.
-        node_id: the node to whose place on the page progress belongs.
-        calibration: what the model's layers are fed; None: not known.
+        device: where to quantise; None for the CPU.
+        origin: where the MODEL came from, recorded with the result.
+        node_id: the node that shows the progress on the page.
+        calibration: statistics of the layers' inputs, if known.
 
     Raises:
-        NFQError: the MODEL is no UNet of the SDXL family, is quantised or compiled already, or a LoRA of it cannot be
-            baked in.
+        NFQError: the MODEL is not a UNet of the SDXL family, is already quantised or compiled, or has a LoRA that
+            cannot be baked in.
     """
-    _refuse_unfit(model)
+    _refuse_unquantizable(model)
     if device is not None:
         check_device(device, FIT_DTYPE)
     model = without_dynamic_vram(model)
@@ -75,47 +75,47 @@ def quantize_model(
         measured = measured_sensitivities(entries, settings, calibration)
         info, plans = plan_tensors(entries, settings, measured)
         if info is None or any(plan.format and key not in layers for key, plan in plans.items()):
-            raise NFQError("this MODEL is no UNet of the SDXL family, which is what NFQuantizeUNet takes")
+            raise NFQError("this MODEL is not a UNet of the SDXL family; NFQ Quantize UNet needs one")
 
-        def told(key: str) -> dict[str, Any] | None:
-            return {"format": plans[key].format.id, "sqnr_db": finite(sqnr[key])} if key in sqnr else None
+        def layer_facts(key: str) -> dict[str, Any] | None:
+            return {"format": plans[key].format.id, "sqnr_db": json_decibels(sqnr[key])} if key in sqnr else None
 
         tensors = quantize_tensors(
             entries,
             _baker(patches, device or torch.device("cpu")),
             settings,
             device=device or "cpu",
-            progress=LayerProgress(node_id, told),
+            progress=LayerProgress(node_id, layer_facts),
             sqnr=sqnr,
             calibration=calibration,
         )
-        packed = _packed_twin(model, tensors)
-    packed.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, COLLECTED)
-    packed.remove_attachments(COLLECTED)
+        packed = _packed_copy(model, tensors)
+    packed.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, COLLECTOR)
+    packed.remove_attachments(COLLECTOR)
     recorded = recorded_settings(settings, calibration) | ({BAKED: list(origin.baked)} if origin.baked else {})
-    packed.set_attachments(MADE, Made(recorded, source(), sqnr=sqnr))
+    packed.set_attachments(PROVENANCE, Provenance(recorded, source(), sqnr=sqnr))
     return packed
 
 
-def _refuse_unfit(model: Any) -> None:
+def _refuse_unquantizable(model: Any) -> None:
     if any(True for _ in nf_layers(model.model)):
-        raise NFQError("this MODEL is quantised already; connect the fp16 model's loader to NFQuantizeUNet instead")
+        raise NFQError("this MODEL is quantised already; connect the loader of the fp16 model to NFQ Quantize UNet")
     if model.get_injections(BYPASS_LORA):
-        raise NFQError("LoraLoaderBypass works behind NFQuantizeUNet only; load a LoRA before it with LoraLoader")
+        raise NFQError("Load LoRA (Bypass) works only after NFQ Quantize UNet; before it, use Load LoRA")
     if TORCH_COMPILE_KWARGS in model.model_options:
-        raise NFQError("this MODEL is compiled already; put TorchCompileModel behind NFQuantizeUNet")
-    refuse_other_forms(model.model)
-    if model.get_attachment(MADE) is not None:
-        log.warning("this MODEL was quantised before and dequantised when it was loaded; its original has more to keep")
-    if any(map(has_eight_bits, model.model.parameters())):
-        log.warning("this MODEL's weights have 8 bits; quantising it from fp16 or bf16 keeps more of the picture")
+        raise NFQError("this MODEL is compiled already; put TorchCompileModel after NFQ Quantize UNet")
+    refuse_unsupported_quantization(model.model)
+    if model.get_attachment(PROVENANCE) is not None:
+        log.warning("this MODEL was dequantised from a quantised file; quantising its original gives better quality")
+    if any(map(is_eight_bit, model.model.parameters())):
+        log.warning("this MODEL has 8-bit weights; quantising the fp16 or bf16 model gives better quality")
 
 
 def without_dynamic_vram(model: Any) -> Any:
-    """The same MODEL on the host's static patcher: the weights of the dynamic one need not be in memory.
+    """The same MODEL with the host's static patcher, whose weights are in memory; DynamicVRAM may leave them on disk.
 
     Raises:
-        NFQError: the MODEL's loader cannot load it so.
+        NFQError: the MODEL's loader cannot load it without DynamicVRAM.
     """
     if not getattr(model, "is_dynamic", bool)():
         return model
@@ -132,7 +132,7 @@ def _without_prefix(patches: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _entry(key: str, weight: torch.Tensor, layers: Mapping[str, torch.nn.Module]) -> Entry:
-    """Describe a weight; hosts without fp16 arithmetic hold fp16 files as fp32, which is not recorded."""
+    """Describe a weight; fp32 is recorded as fp16, because hosts without fp16 arithmetic hold fp16 files as fp32."""
     dtype = torch.float16 if weight.dtype != torch.bfloat16 else weight.dtype
     floating = weight.dtype.is_floating_point and key in layers
     return Entry(DTYPE_NAMES[dtype if floating else weight.dtype], tuple(weight.shape), 0, 0)
@@ -150,8 +150,8 @@ def _baker(patches: Mapping[str, Any], device: torch.device) -> Callable[[str], 
     return bake
 
 
-def _packed_twin(model: Any, tensors: StateDict) -> NFModelPatcher:
-    """A patcher like `model` around a copy of its model that has `tensors` for weights."""
+def _packed_copy(model: Any, tensors: StateDict) -> NFModelPatcher:
+    """A patcher like `model`, around a copy of its model with `tensors` as weights."""
     original = model.model
     config = original.model_config
     memo: dict[int, Any] = {id(getattr(original, "current_patcher", None)): None, id(config): config}
@@ -162,19 +162,19 @@ def _packed_twin(model: Any, tensors: StateDict) -> NFModelPatcher:
             kept = None if isinstance(value, NFTensor) else value.to("cpu", parameter.dtype, copy=True)
             memo[id(parameter)] = None if kept is None else torch.nn.Parameter(kept, requires_grad=False)
     memo |= _without_host_quantization(original.diffusion_model, memo)
-    twin = copy.deepcopy(original, memo)
-    for key, module in quantizable_layers(twin.diffusion_model).items():
+    copied = copy.deepcopy(original, memo)
+    for key, module in quantizable_layers(copied.diffusion_model).items():
         if isinstance(tensors[key], NFTensor):
             module.__class__ = next(ours for base, ours in LAYERS.items() if isinstance(module, base))
             module.weight = torch.nn.Parameter(wrap(tensors[key], parameters[key].dtype), requires_grad=False)
             module.dense_device = None
             vars(module).pop("comfy_cast_weights", None)
-    twin.to(model.offload_device)
-    twin.device = model.offload_device
+    copied.to(model.offload_device)
+    copied.device = model.offload_device
 
     packed = model.clone()
-    packed.model = twin
-    # What a clone shares with its original belongs to the original's model.
+    packed.model = copied
+    # A clone shares these with its original, whose model they describe.
     packed.patches, packed.backup, packed.backup_buffers, packed.object_patches_backup = {}, {}, {}, {}
     packed.hook_backup, packed.current_hooks = {}, None
     packed.additional_models.pop("multigpu", None)
@@ -184,18 +184,18 @@ def _packed_twin(model: Any, tensors: StateDict) -> NFModelPatcher:
 
 
 def _without_host_quantization(unet: torch.nn.Module, parameters: Mapping[int, Any]) -> dict[int, torch.nn.Module]:
-    """For `deepcopy`: a plain Linear in place of each of the host's for quantised weights, by the latter's `id`.
+    """For `deepcopy`: a plain Linear for each of the host's Linear layers with quantised weights, by the layer's `id`.
 
     Args:
-        unet: holds the host's layers.
-        parameters: the twin's parameters by the `id` of the original's; None where the weight will be packed.
+        unet: the UNet with the host's layers.
+        parameters: the copy's parameters by the `id` of the original's; None if the weight will be packed.
     """
     memo = {}
     for module in unet.modules():
         if is_host_quantized_linear(module):
-            twin = NFOps.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            plain = NFOps.Linear(module.in_features, module.out_features, bias=False, device="meta")
             weight = parameters.get(id(module.weight))
-            twin.weight = twin.weight if weight is None else weight
-            twin.bias = None if module.bias is None else parameters[id(module.bias)]
-            memo[id(module)] = twin
+            plain.weight = plain.weight if weight is None else weight
+            plain.bias = None if module.bias is None else parameters[id(module.bias)]
+            memo[id(module)] = plain
     return memo

@@ -1,4 +1,4 @@
-"""Pictures beside a reference: how far they are from it, and all of them on one labelled sheet."""
+"""Comparing pictures with a reference: PSNR and SSIM of each, and one labelled sheet of all."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from ..nfq_core.report.sheet import comparison_sheet
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """One of the things compared."""
+class ComparedInput:
+    """One compared input."""
 
     label: str
     pictures: torch.Tensor
     """Shape (count, height, width, 3), 0 … 1."""
     psnr_db: float | None
-    """Against the reference; None for the reference, and for what equals it."""
+    """Against the reference; None for the reference itself and for equal pictures."""
     ssim: float | None
     """Against the reference; None for the reference."""
 
     @property
-    def figures(self) -> str:
-        """The two numbers in words; empty for the reference."""
+    def scores(self) -> str:
+        """PSNR and SSIM as text; empty for the reference."""
         if self.ssim is None:
             return ""
         return f"{'equal' if self.psnr_db is None else f'PSNR {self.psnr_db:.2f} dB'}, SSIM {self.ssim:.4f}"
 
 
-def compare(inputs: Mapping[str, Any], labels: str, vae: Any = None) -> list[Contestant]:
+def compare(inputs: Mapping[str, Any], labels: str, vae: Any = None) -> list[ComparedInput]:
     """Measure images or latents against the first of them.
 
     Args:
         inputs: IMAGEs or LATENTs by the name of their input, the reference first.
-        labels: one per line, in the same order; those that are missing are named after their inputs.
-        vae: decodes latents, which are then compared as pictures. Without it they are compared as they are, the peak of
-            PSNR and SSIM being the range of the reference, and shown as the host's own previews are.
+        labels: one per line, in the same order; an input without a label gets its own name.
+        vae: decodes latents, which are then compared as pictures. Without it latents are compared directly, with the
+            range of the reference as peak of PSNR and SSIM, and shown like the host's own previews.
 
     Raises:
-        NFQError: images stand beside latents, sizes differ, or latents are of no kind that can be shown.
+        NFQError: images are mixed with latents, sizes differ, a value is not finite, or a latent cannot be shown.
     """
     latents = [isinstance(value, Mapping) for value in inputs.values()]
     if any(latents) != all(latents):
@@ -54,11 +54,13 @@ def compare(inputs: Mapping[str, Any], labels: str, vae: Any = None) -> list[Con
     reference = signals[first]
     for name, signal in signals.items():
         if not signal.isfinite().all():
-            raise NFQError(f"{name} holds NaN or infinity; sample it again, with --fp32-vae if the VAE makes them")
+            raise NFQError(
+                f"{name} contains NaN or infinity; sample again, and start ComfyUI with --fp32-vae if the VAE causes it"
+            )
         if signal.shape != reference.shape:
             raise NFQError(
-                f"{name} has shape {tuple(signal.shape)}, {first} has {tuple(reference.shape)}: compare what was "
-                "sampled at one size and batch size"
+                f"{name} has shape {tuple(signal.shape)}, {first} has {tuple(reference.shape)}; sample both at the "
+                "same size and batch size"
             )
     as_pictures = vae is not None or not latents[0]
     # A constant reference has no range.
@@ -71,7 +73,7 @@ def compare(inputs: Mapping[str, Any], labels: str, vae: Any = None) -> list[Con
         if name != first:
             psnr, similarity = psnr_db(reference, signal, peak), ssim(reference, signal, peak)
         pictures = signal if as_pictures else _preview(signal)
-        result.append(Contestant(label, pictures.movedim(1, -1).clamp(0, 1), psnr, similarity))
+        result.append(ComparedInput(label, pictures.movedim(1, -1).clamp(0, 1), psnr, similarity))
     return result
 
 
@@ -80,7 +82,9 @@ def _signal(value: Any, vae: Any) -> torch.Tensor:
     if isinstance(value, Mapping):
         samples = value["samples"]
         if samples.ndim != 4:
-            raise NFQError(f"a latent of shape {tuple(samples.shape)} is no picture's; connect pictures")
+            raise NFQError(
+                f"a latent of shape {tuple(samples.shape)} does not belong to pictures; connect images instead"
+            )
         if vae is None:
             return samples.float().cpu()
         value = vae.decode(samples)
@@ -89,26 +93,24 @@ def _signal(value: Any, vae: Any) -> torch.Tensor:
 
 
 def _preview(latent: torch.Tensor) -> torch.Tensor:
-    """SDXL's latents as rough pictures, by the linear map of the host's own previews."""
+    """SDXL's latents as rough pictures, by the linear map that the host uses for previews."""
     kind = comfy.latent_formats.SDXL()
     factors = torch.tensor(kind.latent_rgb_factors)
     if latent.shape[1] != len(factors):
-        raise NFQError(f"latents of {latent.shape[1]} channels cannot be shown without their VAE; connect it")
+        raise NFQError(f"latents of {latent.shape[1]} channels cannot be shown without their VAE; connect it to vae")
     mapped = torch.einsum("nchw,cr->nrhw", latent, factors)
-    # The map takes what the UNet sees, and gives -1 … 1.
+    # The map expects latents scaled as for the UNet, and returns -1 … 1.
     return (mapped * kind.scale_factor + torch.tensor(kind.latent_rgb_factors_bias).view(1, 3, 1, 1) + 1) / 2
 
 
-def sheet(contestants: Sequence[Contestant], side: int) -> torch.Tensor:
-    """All pictures on one sheet, each `side` pixels at its longer side: shape (1, height, width, 3), 0 … 1."""
-    columns = [
-        (f"{one.label}|{one.figures}", (one.pictures * 255).round().to(torch.uint8).numpy()) for one in contestants
-    ]
+def sheet(compared: Sequence[ComparedInput], side: int) -> torch.Tensor:
+    """All pictures on one sheet, shape (1, height, width, 3), 0 … 1; `side` is each picture's longer side in pixels."""
+    columns = [(f"{one.label}|{one.scores}", (one.pictures * 255).round().to(torch.uint8).numpy()) for one in compared]
     drawn = comparison_sheet((), columns, side=side)
     pixels = torch.frombuffer(bytearray(drawn.tobytes()), dtype=torch.uint8)
     return pixels.reshape(1, drawn.height, drawn.width, 3).float() / 255
 
 
-def as_text(contestants: Sequence[Contestant]) -> str:
-    """One line for each."""
-    return "\n".join(f"{one.label}: {one.figures or 'reference'}" for one in contestants)
+def as_text(compared: Sequence[ComparedInput]) -> str:
+    """Label and scores, one line per input."""
+    return "\n".join(f"{one.label}: {one.scores or 'reference'}" for one in compared)

@@ -1,4 +1,7 @@
-"""The nodes: each reads its inputs, calls what does the work, and returns."""
+"""The nodes that load, quantise and save, and the list of all nodes.
+
+Each node reads its inputs, calls the function that does the work, and returns.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,20 @@ from ..nfq_core.packed.formats import LEVELS
 from ..nfq_core.planning.allocation import PRESETS
 from ..nfq_core.planning.settings import DEFAULT_CONV_LEVELS, DEFAULT_LEVELS, DEFAULTS, BitsPerWeight, Formats
 from . import bake, host, load, report, save
-from .calibrating import NFCollectCalibration, NFSaveCalibration
-from .measuring import NFCompare, NFInspect, NFQualityReport
+from .calibration_nodes import NFCollectCalibration, NFSaveCalibration
+from .measurement_nodes import NFCompare, NFInspect, NFQualityReport
 from .recipe import missing_file, origin_in_graph
-from .schema import NOTHING, schema
+from .schema import DEFAULT_PREFIX, NOTHING, filename_prefix_input, schema
 
 NO_PRESET = "none"
-"""The choice of levels instead of a preset."""
+"""The option that selects levels instead of a preset."""
 
 
 def _file_input(name: str, folder: str) -> io.Combo.Input:
     return io.Combo.Input(
         name,
         options=host.file_names(folder),
-        tooltip=f"An {host.SUFFIX} file in models/{folder}. NFSaveCheckpoint and `nfq quantize` write them.",
+        tooltip=f"An {host.SUFFIX} file in models/{folder}. Save NFQ Checkpoint and `nfq quantize` write such files.",
     )
 
 
@@ -37,8 +40,8 @@ def _recipe_input() -> io.String.Input:
         default="",
         optional=True,
         socketless=True,
-        tooltip="What the file was made from, and how; filled in when a file is chosen. Whoever opens this workflow "
-        "without the file is told what to quantise.",
+        tooltip="How the file was made: its source and settings. Filled in when you choose a file. If the file is "
+        "missing, the node explains how to recreate it.",
     )
 
 
@@ -48,8 +51,9 @@ def _memory_input() -> io.Combo.Input:
         options=list(MODES),
         default="packed",
         optional=True,
-        tooltip="packed: weights stay packed, and each layer dequantises its own at every step. resident: all are "
-        "dequantised once, for as much memory and speed as fp16. auto: resident where twice that is free, else packed.",
+        tooltip="packed: weights stay packed, and each layer is dequantised whenever it runs. resident: all weights "
+        "are dequantised once at load, with the memory use and speed of fp16. auto: resident if twice that memory is "
+        "free, else packed.",
     )
 
 
@@ -69,20 +73,20 @@ class NFQuantizedUNetLoader(io.ComfyNode):
                 "low vram sdxl",
             ],
             display_name="Load NFQ Diffusion Model",
-            description="Loads a quantised UNet, which stays packed in memory unless told otherwise. LoRA, samplers "
-            "and CFG work as ever.",
+            description="Loads a quantised UNet and, by default, keeps it packed in memory. LoRA, samplers and CFG "
+            "work as usual.",
             inputs=[_file_input("unet_name", host.UNETS), _recipe_input(), _memory_input()],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
     def validate_inputs(cls, unet_name: str, recipe: str = "") -> bool | str:
-        """A missing file is answered with what to quantise, and how."""
+        """Explain how to recreate a missing file."""
         return missing_file(host.UNETS, unet_name, recipe) or True
 
     @classmethod
     def fingerprint_inputs(cls, unet_name: str, **_: Any) -> str:
-        """A file that changed on disk is loaded again."""
+        """Load the file again when it changes on disk."""
         return host.fingerprint(host.UNETS, unet_name)
 
     @classmethod
@@ -101,19 +105,19 @@ class NFQuantizedCheckpointLoader(io.ComfyNode):
             node_id="NFQuantizedCheckpointLoader",
             search_aliases=["nfq checkpoint", "load quantized checkpoint", "low vram checkpoint"],
             display_name="Load NFQ Checkpoint",
-            description="Loads a whole checkpoint whose UNet is quantised; CLIP and VAE are as they were.",
+            description="Loads a whole checkpoint with a quantised UNet. CLIP and VAE are unchanged.",
             inputs=[_file_input("ckpt_name", host.CHECKPOINTS), _recipe_input(), _memory_input()],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )
 
     @classmethod
     def validate_inputs(cls, ckpt_name: str, recipe: str = "") -> bool | str:
-        """A missing file is answered with what to quantise, and how."""
+        """Explain how to recreate a missing file."""
         return missing_file(host.CHECKPOINTS, ckpt_name, recipe) or True
 
     @classmethod
     def fingerprint_inputs(cls, ckpt_name: str, **_: Any) -> str:
-        """A file that changed on disk is loaded again."""
+        """Load the file again when it changes on disk."""
         return host.fingerprint(host.CHECKPOINTS, ckpt_name)
 
     @classmethod
@@ -133,59 +137,60 @@ class NFQuantizeUNet(io.ComfyNode):
             node_id="NFQuantizeUNet",
             search_aliases=["quantise", "quantize model", "compress unet", "normalfloat", "nf4", "shrink sdxl"],
             display_name="NFQ Quantize UNet",
-            description="Quantises a MODEL now. LoRAs and merges before this node are baked in; put others behind it.",
+            description="Quantises a MODEL in this workflow. LoRAs and merges before this node are baked in; connect "
+            "other LoRAs after it.",
             inputs=[
-                io.Model.Input("model", tooltip="From any loader of fp16, bf16 or fp32 weights. It stays as it is."),
+                io.Model.Input("model", tooltip="From any loader of fp16, bf16 or fp32 weights. It is not changed."),
                 io.Combo.Input(
                     "levels",
                     options=levels,
                     default=DEFAULT_LEVELS,
                     optional=True,
-                    tooltip="Levels of the linear layers: 32, 24, 16, 12 and 7 take about 5.1, 4.8, 4.1, 3.8 and 3.1 "
-                    "bits per weight. More is closer to the original.",
+                    tooltip="Levels for Linear layers: 32, 24, 16, 12 and 7 take about 5.1, 4.8, 4.1, 3.8 and 3.1 bits "
+                    "per weight. More levels are closer to the original.",
                 ),
                 io.Combo.Input(
                     "conv_levels",
                     options=levels,
                     default=DEFAULT_CONV_LEVELS,
                     optional=True,
-                    tooltip="Levels of the convolutions, which are few and sensitive.",
+                    tooltip="Levels for convolutions, which are few and sensitive.",
                 ),
                 io.Combo.Input(
                     "device",
                     options=["auto", "cpu", "gpu"],
                     default="auto",
                     optional=True,
-                    tooltip="Where to quantise. auto is the CPU, which takes about a minute for SDXL.",
+                    tooltip="Where to quantise. auto uses the CPU, which takes about one minute for SDXL.",
                 ),
                 io.Combo.Input(
                     "effort",
                     options=list(EFFORTS),
                     default=DEFAULTS.effort,
                     optional=True,
-                    tooltip="best takes five to ten times as long and gains a little on heavy-tailed layers.",
+                    tooltip="best takes five to ten times as long and slightly improves layers with outlying weights.",
                 ),
                 io.Boolean.Input(
                     "quantize_first_last",
                     default=False,
                     optional=True,
-                    tooltip="Quantise the first and the last convolution too. It saves nothing and tints pictures.",
+                    tooltip="Also quantise the first and last convolution. Saves almost no space and tints pictures.",
                 ),
                 io.Combo.Input(
                     "preset",
                     options=[NO_PRESET, *PRESETS],
                     default=NO_PRESET,
                     optional=True,
-                    tooltip="A size instead of levels, from best to tiny: each layer gets a format of 2 to 5 or 8 "
-                    "bits by how sensitive it is. Closer to the original at the same size, but takes far longer.",
+                    tooltip="A size instead of levels, from best to tiny: each layer gets a format of 2 to 5 or 8 bits "
+                    "according to its sensitivity. Closer to the original at the same size, but takes far longer.",
                 ),
                 io.Combo.Input(
                     "calibration",
                     options=[NOTHING, *host.calibration_names()],
                     default=NOTHING,
                     optional=True,
-                    tooltip="What NFSaveCalibration or `nfq` collected from this architecture: brings the output "
-                    "nearer at the same size, and takes several times as long.",
+                    tooltip="A file of this architecture from Save NFQ Calibration or `nfq`. Brings the output closer "
+                    "to the original at the same size, but takes several times as long.",
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -194,7 +199,7 @@ class NFQuantizeUNet(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, calibration: str = NOTHING, **_: Any) -> str:
-        """A calibration that changed on disk is used anew."""
+        """Quantise again when the calibration changes on disk."""
         return "" if calibration == NOTHING else host.fingerprint(host.CALIBRATIONS, calibration)
 
     @classmethod
@@ -214,8 +219,8 @@ class NFQuantizeUNet(io.ComfyNode):
         settings = Settings(choice, effort, quantize_first_last)
         where = comfy.model_management.get_torch_device() if device == "gpu" else None
         origin = origin_in_graph(cls.hidden.prompt, cls.hidden.unique_id)
-        fed = None if calibration == NOTHING else Calibration.load(host.calibration_path(calibration))
-        packed = bake.quantize_model(model, settings, where, origin, cls.hidden.unique_id, fed)
+        statistics = None if calibration == NOTHING else Calibration.load(host.calibration_path(calibration))
+        packed = bake.quantize_model(model, settings, where, origin, cls.hidden.unique_id, statistics)
         return io.NodeOutput(packed, ui={"nfq": (report.model_facts(packed),)})
 
 
@@ -229,20 +234,16 @@ class NFSaveCheckpoint(io.ComfyNode):
             node_id="NFSaveCheckpoint",
             search_aliases=["save nfq", "save quantized model", "export nfq"],
             display_name="Save NFQ Checkpoint",
-            description="Writes a quantised MODEL, alone or with CLIP and VAE, where the NFQ loaders list it.",
+            description="Writes a quantised MODEL, alone or with CLIP and VAE, to a folder that the NFQ loaders list.",
             inputs=[
-                io.Model.Input("model", tooltip="From NFQuantizeUNet or an NFQ loader, without a LoRA behind it."),
-                io.Clip.Input("clip", optional=True, tooltip="For a whole checkpoint, together with vae."),
-                io.Vae.Input("vae", optional=True, tooltip="For a whole checkpoint, together with clip."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="ComfyUI-NFQ",
-                    optional=True,
-                    tooltip="Name of the file, .nfq.safetensors is added. It goes into the output folder, below "
-                    "diffusion_models, or checkpoints when clip and vae are connected.",
+                io.Model.Input("model", tooltip="From NFQ Quantize UNet or an NFQ loader, with no LoRA after it."),
+                io.Clip.Input("clip", optional=True, tooltip="Connect clip and vae to save a whole checkpoint."),
+                io.Vae.Input("vae", optional=True, tooltip="Connect clip and vae to save a whole checkpoint."),
+                filename_prefix_input(
+                    host.SUFFIX, "output/diffusion_models, or output/checkpoints if clip and vae are connected"
                 ),
                 io.Boolean.Input(
-                    "overwrite", default=False, optional=True, tooltip="Whether a file of this name may be replaced."
+                    "overwrite", default=False, optional=True, tooltip="Replace an existing file of this name."
                 ),
             ],
             outputs=[],
@@ -256,13 +257,13 @@ class NFSaveCheckpoint(io.ComfyNode):
         model: Any,
         clip: Any = None,
         vae: Any = None,
-        filename_prefix: str = "ComfyUI-NFQ",
+        filename_prefix: str = DEFAULT_PREFIX,
         overwrite: bool = False,
     ) -> io.NodeOutput:
         """Save."""
         workflow = (cls.hidden.extra_pnginfo or {}).get("workflow")
         path = save.save_model(model, clip, vae, filename_prefix, overwrite, workflow, cls.hidden.prompt)
-        return io.NodeOutput(ui={"text": (f"saved {host.output_name(path)}",)})
+        return io.NodeOutput(ui={"text": (f"saved {host.output_name_and_size(path)}",)})
 
 
 NODES = [

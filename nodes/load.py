@@ -1,4 +1,4 @@
-"""A MODEL, CLIP and VAE from one of our files."""
+"""Loading MODEL, CLIP and VAE from one of our files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..nfq_core.checkpoints.memory import choose, needed_bytes
 from ..nfq_core.checkpoints.state_dict import StateDict, load_tensors
 from ..nfq_core.checkpoints.whole_checkpoint import MARKERS, unet_names
 from ..nfq_core.models.unet_keys import CHECKPOINT_PREFIX
-from .host import MADE, UNETS, Made, NodeProgress
+from .host import PROVENANCE, UNETS, NodeProgress, Provenance
 from .ops import NFOps, wrap
 from .patcher import adopt
 
@@ -29,12 +29,12 @@ log = logging.getLogger("nfq")
 def load_unet(
     path: str, memory: str = "packed", disable_dynamic: bool = False, progress: NodeProgress | None = None
 ) -> ModelPatcher:
-    """A MODEL from the UNet of one of our files.
+    """Load the UNet of one of our files as a MODEL.
 
     Args:
-        path: the file: a UNet alone or a whole checkpoint, of which only the UNet is read.
-        memory: "packed"; "resident": a stock MODEL, its weights dequantised; "auto": one of them, by free memory.
-        disable_dynamic: for the host, which may ask for a model without DynamicVRAM; packed ones never have it.
+        path: a file with a UNet or a whole checkpoint; only its UNet is read.
+        memory: "packed"; "resident": a stock MODEL with dequantised weights; "auto": either, depending on free memory.
+        disable_dynamic: whether the host wants a model without DynamicVRAM; packed models never use it.
         progress: see `NodeProgress`.
 
     Raises:
@@ -50,12 +50,12 @@ def load_unet(
 def load_checkpoint(
     path: str, memory: str = "packed", progress: NodeProgress | None = None
 ) -> tuple[ModelPatcher, Any, Any]:
-    """MODEL, CLIP and VAE from one of our files that holds a whole checkpoint; `memory` as in `load_unet`.
+    """Load MODEL, CLIP and VAE from a whole checkpoint of ours; arguments as for `load_unet`.
 
-    As from a stock loader, what the file lacks of CLIP and VAE fails where it is used.
+    As with a stock loader, a missing CLIP or VAE fails only when it is used.
 
     Raises:
-        NFQError: as `load_unet`, or there is neither CLIP nor VAE in the file.
+        NFQError: as `load_unet`, or the file contains neither CLIP nor VAE.
     """
     with NFQFile(path) as file:
         names, wanted = _unet_names(file)
@@ -64,7 +64,9 @@ def load_checkpoint(
         model = build_model({names.get(key, key): tensors[key] for key in wanted}, file, mode)
     clip, vae = _clip_and_vae(names, tensors)
     if clip is None and getattr(vae, "first_stage_model", None) is None:
-        raise NFQError(f"{path} holds no CLIP and VAE; move it to models/{UNETS} and use NFQuantizedUNetLoader")
+        raise NFQError(
+            f"{path} contains neither CLIP nor VAE; move it to models/{UNETS} and use Load NFQ Diffusion Model"
+        )
     for part, reload in ((clip, load_clip_patcher), (vae, load_vae_patcher)):
         if getattr(part, "patcher", None) is not None:
             part.patcher.cached_patcher_init = (reload, (path,))
@@ -72,12 +74,12 @@ def load_checkpoint(
 
 
 def load_clip_patcher(path: str, disable_dynamic: bool = False) -> Any:
-    """The patcher of a file's CLIP, for hosts that ask for one without DynamicVRAM, or for a second device."""
+    """Load the patcher of a file's CLIP again, when the host wants it without DynamicVRAM or for a second device."""
     return _companions_of(path, disable_dynamic)[0].patcher
 
 
 def load_vae_patcher(path: str, disable_dynamic: bool = False) -> Any:
-    """As `load_clip_patcher`, of its VAE."""
+    """Load the patcher of a file's VAE again, as `load_clip_patcher`."""
     return _companions_of(path, disable_dynamic)[1].patcher
 
 
@@ -90,7 +92,7 @@ def _companions_of(path: str, disable_dynamic: bool) -> tuple[Any, Any]:
 
 
 def _clip_and_vae(names: Mapping[str, str], tensors: StateDict, disable_dynamic: bool = False) -> tuple[Any, Any]:
-    """CLIP and VAE from a checkpoint's tensors; `names` are the UNet's, of which the host looks at shapes only."""
+    """Make CLIP and VAE from a checkpoint's tensors; `names` lists the UNet's, whose shapes the host needs."""
     unet = {
         CHECKPOINT_PREFIX + name: torch.empty(tensors[key].shape, dtype=tensors[key].dtype, device="meta")
         for key, name in names.items()
@@ -107,18 +109,18 @@ def _clip_and_vae(names: Mapping[str, str], tensors: StateDict, disable_dynamic:
 
 
 def _static(load: Callable) -> dict[str, bool]:
-    """What makes the host's loaders return a patcher without DynamicVRAM, on hosts that have it."""
+    """The argument that makes a host's loader return a patcher without DynamicVRAM, on hosts that have DynamicVRAM."""
     return {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(load).parameters else {}
 
 
 def _unet_names(file: NFQFile) -> tuple[dict[str, str], list[str]]:
-    """The LDM name of every UNet tensor in a file, and all tensors that the host needs for a UNet."""
+    """LDM names of a file's UNet tensors by key, and the keys of all tensors that the host needs for a UNet."""
     names = unet_names(file)
     return names, [*names, *(key for key in MARKERS if key in file.kept)]
 
 
 def _memory_mode(memory: str, file: NFQFile) -> str:
-    """Whether a file's weights are to be "packed" or "resident"."""
+    """Choose between "packed" and "resident" for a file's weights, and log the choice."""
     management = comfy.model_management
     device, cpu = management.get_torch_device(), torch.device("cpu")
     weights = sum(entry.weights for entry in file.quantized.values())
@@ -130,18 +132,21 @@ def _memory_mode(memory: str, file: NFQFile) -> str:
 
 
 def build_model(tensors: StateDict, file: NFQFile, mode: str, disable_dynamic: bool = False) -> ModelPatcher:
-    """A MODEL from a UNet's tensors under their LDM names, and markers.
+    """Make a MODEL from a UNet's tensors.
 
     Args:
-        tensors: quantised weights are packed, or, where `mode` is "resident", dense.
-        file: where they come from.
-        mode: what the MODEL is to be; a "resident" one is the host's own.
-        disable_dynamic: whether a resident one must do without DynamicVRAM.
+        tensors: the UNet's tensors by LDM name, and markers; quantised weights are dense if `mode` is "resident".
+        file: the file that the tensors come from.
+        mode: "packed", or "resident" for a stock MODEL.
+        disable_dynamic: whether a resident MODEL must not use DynamicVRAM.
+
+    Raises:
+        UnsupportedFileError: a tensor is missing or has the wrong shape, or the host does not know the architecture.
     """
     load_state_dict = comfy.sd.load_diffusion_model_state_dict
     options: dict[str, Any] = {} if mode == "resident" else {"custom_operations": NFOps}
     if mode == "packed" and comfy.model_management.unet_dtype(weight_dtype=torch.float16).itemsize == 1:
-        # The host's fp8 flags are for dense models: here they would round what is not quantised, and save nothing.
+        # The host's fp8 flags are for dense models: here they would only round the few tensors that are not quantised.
         options["dtype"] = torch.float16
     static = _static(load_state_dict) if mode == "packed" or disable_dynamic else {}
     wrapped = {key: wrap(value) if isinstance(value, NFTensor) else value for key, value in tensors.items()}
@@ -152,7 +157,7 @@ def build_model(tensors: StateDict, file: NFQFile, mode: str, disable_dynamic: b
             raise
         mismatch = str(error).partition("size mismatch")[2].partition("\n")[0]
         raise UnsupportedFileError(
-            f"{file.path} has a tensor of a wrong shape{mismatch} Quantise the model again, from its original file"
+            f"{file.path} has a tensor of the wrong shape{mismatch} Quantise the model again from its original file"
         ) from None
     if patcher is None:
         raise UnsupportedFileError(
@@ -161,10 +166,10 @@ def build_model(tensors: StateDict, file: NFQFile, mode: str, disable_dynamic: b
     missing = sorted(patcher.model.diffusion_model.state_dict().keys() - tensors.keys())
     if missing:
         raise UnsupportedFileError(
-            f"{file.path} lacks tensor {missing[0]!r}; fetch its original again and quantise that"
+            f"{file.path} lacks tensor {missing[0]!r}; download the original model again and quantise it"
         )
     if mode == "packed":
         adopt(patcher)
-    patcher.set_attachments(MADE, Made(file.facts.settings, file.facts.source, os.path.basename(file.path)))
+    patcher.set_attachments(PROVENANCE, Provenance(file.facts.settings, file.facts.source, os.path.basename(file.path)))
     patcher.cached_patcher_init = (load_unet, (str(file.path), mode))
     return patcher

@@ -1,7 +1,7 @@
-"""A layer's patches (LoRA and the like), applied to the weight that was just dequantised.
+"""Applying a layer's patches (LoRA and others) to its weight after dequantising.
 
-All plain LoRAs of a layer are one `LowRank`, added in one operation however many there are. Where the layer's packed
-weight lies on the device that computes, so do the factors, from the first step on; else both are copied each time.
+All plain LoRAs of a layer form one `LowRank` and are added in one operation. If the packed weight is on the compute
+device, the factors stay there too after the first step. If not, both are copied for each use.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from .misfits import Misfits, Patch
 
 
 class WeightPatch:
-    """Applies a layer's patches in their order.
+    """Applies a layer's patches in order.
 
     Args:
         key: the weight's name in the model, for the host's messages.
         patches: the patches.
         shape: shape of the weight.
-        misfits: what leaves out patches that do not fit.
+        misfits: finds the patches to skip because they do not fit.
         resident: whether factors stay on the device where they are first needed.
-        original_weights: what the host hands to patches that compare with the weights before.
+        original_weights: unpatched weights by name, for patches that need them.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class WeightPatch:
         self._ready_for: tuple[torch.device, torch.dtype] | None = None
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        """The patched weight; `weight` itself, contiguous, may be overwritten."""
+        """Return the patched weight; `weight` must be contiguous and may be overwritten."""
         for step, group in zip(self._steps(weight.device, weight.dtype), self._groups, strict=True):
             if isinstance(step, LowRank):
                 weight = step.add_to(weight)
@@ -61,7 +61,7 @@ class WeightPatch:
         return weight
 
     def factor_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the factors on a device which computes in `dtype`."""
+        """Bytes of the factors on a device that computes in `dtype`."""
         plain = [patch[1].weights[:2] for group in self._groups if isinstance(group, list) for patch in group]
         others = [group[1] for group in self._groups if not isinstance(group, list)]
         return sum(factor.numel() * dtype.itemsize for factors in plain for factor in factors) + sum(
@@ -69,11 +69,11 @@ class WeightPatch:
         )
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Have the factors ready where the layer is going to compute."""
+        """Copy the factors to the device where the layer will compute."""
         self._steps(device, dtype)
 
     def release(self) -> None:
-        """Let go of factors on a device, and keep none from now on."""
+        """Drop the factors kept on a device and keep none from now on."""
         self._resident, self._ready, self._ready_for = False, [], None
 
     def _steps(self, device: torch.device, dtype: torch.dtype) -> list[LowRank | Patch]:
@@ -88,7 +88,7 @@ class WeightPatch:
         return steps
 
     def _grouped(self) -> list[list[Patch] | Patch]:
-        """Patches in their order, neighbouring plain LoRAs in a list together, without those that do not fit."""
+        """The patches that fit, in order; consecutive plain LoRAs form a list."""
         groups: list[list[Patch] | Patch] = []
         for patch in self.patches:
             if not _is_plain(patch, (self._shape[0], prod(self._shape[1:]))):
@@ -102,11 +102,11 @@ class WeightPatch:
 
 
 class HookPatch(WeightPatch):
-    """Applies what the host's hooks add for a while, after the layer's own patches."""
+    """Applies the patches of the host's hooks after the layer's own patches."""
 
 
 def _is_plain(patch: Patch, shape: tuple[int, int]) -> bool:
-    """Whether a patch only adds the product of two factors, to a weight of (rows, columns)."""
+    """Whether a patch only adds the product of two factors to a weight of shape (rows, columns)."""
     _, adapter, strength_model, offset, function = patch
     if not isinstance(adapter, LoRAAdapter) or strength_model != 1.0 or offset is not None or function is not None:
         return False
@@ -126,14 +126,14 @@ def _low_rank(patches: Sequence[Patch], device: torch.device, dtype: torch.dtype
 
 
 def _tensors(adapter: object) -> list[torch.Tensor]:
-    """The tensors of an adapter; none of a difference of a whole weight's size, or of an adapter made otherwise."""
+    """The tensors of an adapter; none for a full-size difference or an unknown kind of adapter."""
     if not isinstance(adapter, WeightAdapterBase) or not isinstance(adapter.weights, (tuple, list)):
         return []
     return [value for value in adapter.weights if isinstance(value, torch.Tensor)]
 
 
 def _on_device(patch: Patch, device: torch.device) -> Patch:
-    """A patch whose adapter's tensors, see `_tensors`, lie on a device."""
+    """The patch with its adapter's tensors, see `_tensors`, on a device."""
     strength, adapter, *rest = patch
     if not _tensors(adapter):
         return patch

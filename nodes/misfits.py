@@ -1,7 +1,7 @@
 """Patches that do not fit their weight, such as those of a LoRA for another base model: skipped, logged once a load.
 
-The host's `calculate_weight` logs such a patch and leaves the weight as it is. The host calls it once a load for a
-dense weight. A packed weight is patched at every step, where each of these log lines would come again.
+The host's `calculate_weight` logs such a patch and returns the weight unchanged. For a dense weight the host calls it
+once per load. A packed weight is patched at every step, so the same lines would be logged at every step.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from comfy.weight_adapter import WeightAdapterBase
 log = logging.getLogger("nfq")
 
 Patch = tuple
-"""As the host has it: strength, adapter or difference, strength of the model, offset, function."""
+"""The host's form of a patch: strength, adapter or difference, strength of the model, offset, function."""
 
 
 @dataclass(frozen=True)
 class _Verdict:
     patch: Patch
-    """Kept, so that its adapter's id names no other one."""
+    """Kept so that no other adapter gets the same id."""
     reason: str = ""
-    """What the host says of the patch; empty where it fits."""
+    """The host's message about the patch; empty if it fits."""
     changes_nothing: bool = False
-    """Whether the weight is the same without the patch."""
+    """Whether the patch leaves the weight unchanged."""
 
 
 class Misfits:
@@ -42,13 +42,13 @@ class Misfits:
         self._logged: set[tuple] = set()
 
     def start(self) -> None:
-        """Forget everything: a load begins."""
+        """Forget all verdicts at the beginning of a load."""
         self._verdicts.clear()
         self._found.clear()
         self._logged.clear()
 
     def skips(self, key: str, patch: Patch, shape: Sequence[int]) -> bool:
-        """Whether a patch can be left out, because it does not fit a weight and changes nothing.
+        """Whether a patch can be skipped because it does not fit a weight and leaves it unchanged.
 
         Args:
             key: the weight's name in the model.
@@ -57,14 +57,14 @@ class Misfits:
         """
         name = _name(key, patch)
         if name not in self._verdicts:
-            self._verdicts[name] = _rehearse(key, patch, shape)
+            self._verdicts[name] = _dry_run(key, patch, shape)
         verdict = self._verdicts[name]
         if verdict.reason:
             self._found[name] = verdict.reason
         return verdict.changes_nothing
 
     def report(self) -> None:
-        """Log what `skips` found and no line has named since the load, all in one line."""
+        """Log one line about the patches that `skips` found since the last report of this load."""
         new = {name: reason for name, reason in self._found.items() if name not in self._logged}
         if not new:
             return
@@ -84,19 +84,19 @@ class Misfits:
         *,
         moved: Patch | None = None,
     ) -> torch.Tensor:
-        """The weight with a patch, by the host's arithmetic; what the host logs is shown once a load.
+        """Apply a patch with the host's arithmetic; the host's log lines about it are shown once per load.
 
-        Adapters compute in fp32, as when the host loads a dense model: OFT fails in fp16.
+        Adapters compute in fp32, as when the host loads a dense model, because OFT fails in fp16.
 
         Args:
-            patch: the patch, as `skips` is asked about it.
+            patch: the patch, as passed to `skips`.
             weight: may be overwritten.
             key: the weight's name in the model.
-            original_weights: what the host hands to patches that compare with the weights before.
+            original_weights: unpatched weights by name, for patches that need them.
             moved: the patch with its tensors on the weight's device.
 
         Raises:
-            torch.cuda.OutOfMemoryError: the host would log it, and this step alone would lack the patch.
+            torch.cuda.OutOfMemoryError: the host would only log it, and this one step would lack the patch.
         """
         steps = [patch if moved is None else moved]
         if torch.compiler.is_compiling():
@@ -119,28 +119,28 @@ def _name(key: str, patch: Patch) -> tuple:
 
 
 def _changes_nothing(patch: Patch, before: Sequence[int], after: Sequence[int]) -> bool:
-    """Whether a patch that failed neither scaled nor padded the weight before it did."""
+    """Whether a patch that failed had not scaled or padded the weight before."""
     return patch[2] == 1.0 and tuple(before) == tuple(after)
 
 
-def _rehearse(key: str, patch: Patch, shape: Sequence[int]) -> _Verdict:
-    """Apply a patch to a weight without data; one that this cannot decide counts as fitting."""
-    if not _has_rehearsal(patch):
+def _dry_run(key: str, patch: Patch, shape: Sequence[int]) -> _Verdict:
+    """Apply a patch to a weight without data; a patch that needs data counts as fitting."""
+    if not _supports_dry_run(patch):
         return _Verdict(patch)
     weight = torch.empty(tuple(shape), device="meta")
     with _listening(shown=False) as heard:
         try:
             result = comfy.lora.calculate_weight([patch], weight, key)
         except Exception:
-            # Applying the patch raises it again, where the host does not catch it either.
+            # The host does not catch this error either: applying the patch will raise it again.
             return _Verdict(patch)
     if not heard.failure or "meta" in heard.failure:
         return _Verdict(patch)
     return _Verdict(patch, heard.failure, _changes_nothing(patch, shape, result.shape))
 
 
-def _has_rehearsal(patch: Patch) -> bool:
-    """Whether shapes alone decide if a patch fits: no function of its own, no other model's weights."""
+def _supports_dry_run(patch: Patch) -> bool:
+    """Whether shapes alone decide if a patch fits: it has no function and needs no weights of another model."""
     _, adapter, _, _, function = patch
     if function is not None or not isinstance(adapter, (tuple, WeightAdapterBase)):
         return False
@@ -149,7 +149,7 @@ def _has_rehearsal(patch: Patch) -> bool:
 
 
 class _Listener(logging.Filter):
-    """What one thread logs through the root logger, as the host does."""
+    """Watches what one thread logs through the root logger, which the host uses."""
 
     def __init__(self, shown: bool) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class _Listener(logging.Filter):
         self._thread = logging.LogRecord("", 0, "", 0, "", None, None).thread
         self.anything = False
         self.failure = ""
-        """The first warning or error."""
+        """Text of the first warning or error."""
         self.out_of_memory = ""
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -175,7 +175,7 @@ class _Listener(logging.Filter):
 
 @contextmanager
 def _listening(shown: bool) -> Iterator[_Listener]:
-    """Hear what the host logs meanwhile; it is shown to the user only if `shown`."""
+    """Listen to the host's log lines inside the `with` block; users see them only if `shown`."""
     listener, root = _Listener(shown), logging.getLogger()
     root.addFilter(listener)
     try:

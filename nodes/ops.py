@@ -1,7 +1,7 @@
-"""Layers that hold their weight packed, as the host's own tensor type for quantised weights.
+"""Layers with a packed weight in the host's own tensor type for quantised weights.
 
-comfy-kitchen's `QuantizedTensor` is what the host casts, moves, pins and accounts for. `NFLayout` teaches it the NF
-block formats: the packed buffer, its scales included, is the tensor's only data, so that the host counts every byte.
+The host casts, moves, pins and counts comfy-kitchen's `QuantizedTensor`. `NFLayout` adds our block formats to it. The
+packed buffer, which includes the scales, is the tensor's only data, so the host counts every byte.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..nfq_core.packed.formats import BlockFormat
 from ..nfq_core.packed.op import dequantize, dequantize_for_one_use
 
 LAYOUT = f"{__name__}.NFLayout"
-"""The name under which comfy-kitchen knows `NFLayout`: each copy of the plugin in a host has its own."""
+"""The name of `NFLayout` in comfy-kitchen's registry; each copy of the plugin has its own."""
 
 
 @dataclass(frozen=True)
 class NFParams(BaseLayoutParams):
-    """What is to be known of a packed weight besides its buffer.
+    """Everything about a packed weight except its buffer.
 
-    `orig_dtype` is the dtype the weight shows to the host, `source_dtype` the one it had before it was quantised.
+    `orig_dtype` is the dtype that the host sees; `source_dtype` is the dtype before quantising.
     """
 
     scale: None
@@ -42,18 +42,18 @@ class NFParams(BaseLayoutParams):
 
 
 class NFLayout(QuantizedLayout):
-    """The NF block formats as a layout of comfy-kitchen."""
+    """Our block formats as a layout of comfy-kitchen."""
 
     Params = NFParams
 
     @classmethod
     def quantize(cls, tensor: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, NFParams]:
-        """Refused: a patched weight that is quantised again would lose its patch."""
+        """Not supported: a patched weight would lose its patch if it were quantised again."""
         raise NotImplementedError("NFQ weights are never quantised again by the host")
 
     @classmethod
     def dequantize(cls, qdata: torch.Tensor, params: NFParams) -> torch.Tensor:
-        """The weights, of `params.orig_dtype` and `params.orig_shape`."""
+        """Dequantise to `params.orig_dtype` and `params.orig_shape`."""
         return dequantize(qdata, params.format.id, params.orig_shape, params.orig_dtype)
 
     @classmethod
@@ -63,7 +63,7 @@ class NFLayout(QuantizedLayout):
 
     @classmethod
     def state_dict_tensors(cls, qdata: torch.Tensor, params: NFParams) -> dict[str, torch.Tensor]:
-        """The packed buffer under the weight's own name; there is nothing beside it."""
+        """The packed buffer under the weight's own name."""
         return {"": qdata}
 
 
@@ -71,28 +71,33 @@ register_layout_class(LAYOUT, NFLayout)
 
 
 def wrap(packed: NFTensor, dtype: torch.dtype | None = None) -> QuantizedTensor:
-    """A packed weight as the host's tensor type, showing `dtype` (by default, and instead of fp8, the one it had)."""
+    """Wrap a packed weight in the host's tensor type.
+
+    Args:
+        packed: the packed weight.
+        dtype: the dtype that the host sees; by default, and instead of fp8, the dtype before quantising.
+    """
     shown = packed.dtype if dtype is None or dtype.itemsize == 1 else dtype
     params = NFParams(None, shown, tuple(packed.shape), packed.format, packed.dtype)
     return QuantizedTensor(packed.data, LAYOUT, params)
 
 
 def is_packed(weight: object) -> bool:
-    """Whether a weight is one of ours."""
+    """Whether a weight is packed by this plugin."""
     return isinstance(weight, QuantizedTensor) and weight._layout_cls == LAYOUT
 
 
 def unwrap(weight: QuantizedTensor) -> NFTensor:
-    """The packed weight that `wrap` was given, sharing its buffer."""
+    """Undo `wrap`; the result shares the buffer."""
     params = weight._params
     return NFTensor(weight._qdata, params.format, params.orig_shape, params.source_dtype)
 
 
 class NFLayer:
-    """What Linear and Conv2d share when their weight may be packed.
+    """Base of our Linear and Conv2d, whose weight may be packed.
 
-    The weight is created without memory; `load_state_dict` puts a packed weight in its place as it is, and gives a
-    dense one memory of its own.
+    The weight is created without memory. `load_state_dict` assigns a packed weight directly and allocates memory only
+    for a dense one.
     """
 
     comfy_cast_weights = True
@@ -112,7 +117,7 @@ class NFLayer:
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> NFLayer:
-        """Move or cast the parameters: assigning to a packed parameter's data, as torch does, would leave it behind."""
+        """Move or cast the parameters by replacing them: torch would assign to `data`, which keeps a packed weight."""
         if recurse:
             for child in self.children():
                 child._apply(fn)
@@ -131,13 +136,13 @@ class NFLayer:
         return twin
 
     def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **kwargs: Any) -> torch.Tensor:
-        """A dense weight for the host's own arithmetic, such as merging models."""
+        """Return a dense weight for the host's own arithmetic, such as merging models."""
         return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Dequantise, patch, and do what the stock layer does."""
+        """Dequantise the weight, apply its patches, and compute as the stock layer does."""
         comfy.ops.run_every_op()
-        if self._is_at_hand(x):
+        if self._is_on_device_of(x):
             return self.compute(x, *self._dense(x.dtype))
         weight, bias, offloaded = comfy.ops.cast_bias_weight(self, x, offloadable=True)
         if isinstance(weight, QuantizedTensor):
@@ -146,8 +151,8 @@ class NFLayer:
         comfy.ops.uncast_bias_weight(self, weight, bias, offloaded)
         return result
 
-    def _is_at_hand(self, x: torch.Tensor) -> bool:
-        """Whether the packed weight lies where `x` does, so that the host has nothing to move."""
+    def _is_on_device_of(self, x: torch.Tensor) -> bool:
+        """Whether the packed weight and the bias are on the device of `x`, so the host has nothing to move."""
         bias = self.bias
         return (
             is_packed(self.weight)
@@ -157,7 +162,7 @@ class NFLayer:
         )
 
     def _dense(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias for one use, patched."""
+        """Patched weight and bias for one use."""
         params = self.weight._params
         weight = dequantize_for_one_use(self.weight._qdata, params.format.id, params.orig_shape, dtype)
         for function in self.weight_function:
@@ -181,7 +186,7 @@ def _without_weight(layer: NFLayer, device: torch.device | str | None) -> None:
 
 
 class NFOps(comfy.ops.manual_cast):
-    """The host's set of operations, with Linear and Conv2d that take packed weights."""
+    """The host's set of operations, with a Linear and a Conv2d that accept packed weights."""
 
     class Linear(NFLayer, comfy.ops.manual_cast.Linear):
         """`torch.nn.Linear` whose weight may be packed."""
@@ -191,7 +196,7 @@ class NFOps(comfy.ops.manual_cast):
             _without_weight(self, device)
 
         def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            """The product with a dense weight."""
+            """Compute the layer with a dense weight."""
             return torch.nn.functional.linear(x, weight, bias)
 
     class Conv2d(NFLayer, comfy.ops.manual_cast.Conv2d):
@@ -202,5 +207,5 @@ class NFOps(comfy.ops.manual_cast):
             _without_weight(self, device)
 
         def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            """The convolution with a dense weight."""
+            """Compute the layer with a dense weight."""
             return self._conv_forward(x, weight, bias)

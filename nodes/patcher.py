@@ -1,7 +1,7 @@
 """The host's model patcher for models with packed weights.
 
-Packed weights are never changed: patches (LoRA, merges, scheduled hooks) are attached to their layers and applied in
-forward to the weight that was just dequantised. Everything else is left to the host.
+Packed weights are never changed. Patches (LoRA, merges, scheduled hooks) are attached to their layers and applied in
+`forward` after dequantising. The host does everything else.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .ops import NFLayer, is_packed, unwrap
 
 
 def nf_layers(model: torch.nn.Module) -> Iterator[tuple[str, NFLayer]]:
-    """The name of the weight, and the layer, of everything packed in a model."""
+    """Weight name and layer of every packed weight in a model."""
     for name, module in model.named_modules():
         if isinstance(module, NFLayer) and is_packed(module.weight):
             yield f"{name}.weight", module
 
 
 def _nf_layer(model: torch.nn.Module, key: str) -> NFLayer | None:
-    """The layer whose packed weight `key` names; None for any other parameter."""
+    """The layer with the packed weight named `key`; None for any other parameter."""
     name, _, parameter = key.rpartition(".")
     if parameter != "weight":
         return None
@@ -49,13 +49,13 @@ def _is_hook(function: object) -> bool:
 
 
 def _attach(layer: NFLayer, patch: WeightPatch | None) -> None:
-    """Make `patch` the layer's patch, before hooks and other weight functions; the host's own would apply it twice."""
+    """Make `patch` the layer's only patch, before hooks and other functions; the host's own would apply it twice."""
     others = [function for function in layer.weight_function if _is_hook(function) or not _is_patch(function)]
     layer.weight_function = [patch, *others] if patch else others
 
 
 def _attach_hook(layer: NFLayer, hook: HookPatch | None) -> None:
-    """Make `hook` the layer's only patch of hooks, behind its own patch and before other weight functions."""
+    """Make `hook` the layer's only hook patch, after its own patch and before other functions."""
     others = [function for function in layer.weight_function if not _is_hook(function)]
     patches = [function for function in others if _is_patch(function)]
     rest = [function for function in others if not _is_patch(function)]
@@ -63,18 +63,18 @@ def _attach_hook(layer: NFLayer, hook: HookPatch | None) -> None:
 
 
 def _attached(layer: NFLayer) -> WeightPatch | None:
-    """The layer's own patch, without hooks."""
+    """The layer's own patch, not a hook's."""
     patches = (function for function in layer.weight_function if isinstance(function, WeightPatch))
     return next((patch for patch in patches if not _is_hook(patch)), None)
 
 
 def _is_loaded(layer: NFLayer) -> bool:
-    """Whether the host put the layer on the device that computes, and did not leave it to be copied each time."""
+    """Whether the host put the layer on the compute device, instead of copying it there for each use."""
     return getattr(layer, "comfy_patched_weights", False)
 
 
 def dense_weight(layer: NFLayer, patches: list | None = None, key: str = "") -> torch.Tensor:
-    """A packed weight with its patches, rounded once to the dtype it had before it was quantised, where it lies.
+    """Dequantise a weight with its patches, on its device, rounded once to its dtype before quantising.
 
     Args:
         layer: the layer.
@@ -94,8 +94,8 @@ def _patches(function: WeightPatch | comfy.model_patcher.LowVramPatch) -> list:
     return function.patches if isinstance(function, WeightPatch) else function.patches[function.key]
 
 
-class _DenseOnDemand(UserDict):
-    """A model's state dict in which a packed weight is made dense, with its patches, when it is asked for."""
+class _DenseOnAccess(UserDict):
+    """A model's state dict that dequantises a packed weight, with its patches, only on access."""
 
     def __init__(self, state_dict: Mapping[str, torch.Tensor], layers: Mapping[str, NFLayer]) -> None:
         super().__init__(state_dict)
@@ -107,22 +107,22 @@ class _DenseOnDemand(UserDict):
 
 
 class NFModelPatcher(comfy.model_patcher.ModelPatcher):
-    """A `ModelPatcher`, never the dynamic one, that leaves packed weights as they are.
+    """A static `ModelPatcher` that never changes packed weights.
 
-    The dynamic one (`DynamicVRAM`) would quantise patched weights again, and lose the patch by it.
+    The host's dynamic patcher (DynamicVRAM) would quantise patched weights again and so lose the patch.
     """
 
     def model_size(self) -> int:
-        """Bytes of the model and of the factors that go with its packed layers, as the host plans with them.
+        """Bytes of the model plus the LoRA factors of its packed layers, for the host's memory planning.
 
-        The host's own copy of the number goes from a MODEL to its clones, whose patches may be others.
+        The host's cached size is not used: clones share it, although their patches may differ.
         """
         if getattr(self.model, "nf_bytes", None) is None:
             self.model.nf_bytes = comfy.model_management.module_size(self.model)
         return self.model.nf_bytes + sum(self._factor_bytes().values())
 
     def _load_list(self, *args: Any, **kwargs: Any) -> list[tuple]:
-        """What the host loads and unloads by: the size of every layer, here with the factors that go with it."""
+        """The list by which the host loads and unloads layers; sizes include the LoRA factors."""
         factors = self._factor_bytes()
         return [
             (offloaded, nbytes + factors.get(f"{name}.weight", 0), name, *rest)
@@ -130,7 +130,7 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
         ]
 
     def _factor_bytes(self) -> dict[str, int]:
-        """Bytes of the factors of each patched packed weight on a device."""
+        """Bytes of the LoRA factors on a device, by name of the packed weight."""
         if getattr(self, "_factors_of", None) != self.patches_uuid:
             patches = ((key, self._patch(key, layer)) for key, layer in nf_layers(self.model))
             self._factors = {key: patch.factor_bytes(self._compute_dtype()) for key, patch in patches if patch}
@@ -147,8 +147,8 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
     def load(self, device_to: torch.device | None = None, *args: Any, **kwargs: Any) -> Any:
         """Load as the host does, then attach the patches of packed weights to their layers.
 
-        The host's load ends with its forced hooks, whose patches stay. The factors of layers that are loaded are put
-        beside them now, while the host reckons with it.
+        The host's load ends by applying its forced hooks, whose patches stay. Factors of loaded layers are copied to
+        the device now, while the host has memory reserved for them.
         """
         self._misfits.start()
         result = super().load(device_to, *args, **kwargs)
@@ -161,9 +161,10 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
         return result
 
     def partially_unload(self, *args: Any, **kwargs: Any) -> int:
-        """Unload as the host does, which puts patches of its own into the layers it unloads.
+        """Unload as the host does, and replace the patches that the host adds to unloaded layers.
 
-        Hooks are taken out before. The sampler applies scheduled ones again at its next step; forced ones return here.
+        Hooks are removed first. The sampler applies scheduled hooks again at its next step; forced hooks are applied
+        again here.
         """
         if getattr(self.model, "nf_hooked", None):
             self.unpatch_hooks()
@@ -178,7 +179,7 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
         return freed
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True, **kwargs: Any) -> Any:
-        """Restore as the host does, and take the patches out of the layers."""
+        """Restore as the host does, and remove the patches from the layers."""
         result = super().unpatch_model(device_to, unpatch_weights=unpatch_weights, **kwargs)
         if unpatch_weights:
             for layer in self._nf_layers():
@@ -188,7 +189,7 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
     def patch_weight_to_device(
         self, key: str, device_to: torch.device | None = None, inplace_update: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        """Patch a dense parameter as the host does; a packed weight is only moved, later and by the host."""
+        """Patch a dense parameter as the host does; a packed weight is left alone, and the host moves it later."""
         layer = _nf_layer(self.model, key)
         if layer is None:
             return super().patch_weight_to_device(key, device_to, inplace_update, *args, **kwargs)
@@ -204,7 +205,7 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
         return WeightPatch(key, patches, layer.weight.shape, self._misfits, resident=resident) if patches else None
 
     def patch_hooks(self, hooks: comfy.hooks.HookGroup) -> Any:
-        """Apply hooks without a cache of patched weights: they would be dense."""
+        """Apply hooks without the host's cache of patched weights, which would be dense."""
         self.hook_mode = comfy.hooks.EnumHookMode.MinVram
         result = super().patch_hooks(hooks)
         self._misfits.report()
@@ -213,7 +214,7 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
     def patch_hook_weight_to_device(
         self, hooks: Any, combined_patches: dict, key: str, original_weights: dict, *args: Any, **kwargs: Any
     ) -> Any:
-        """Attach a hook's patches to a packed layer; they change too often for their factors to stay on a device."""
+        """Attach a hook's patches to a packed layer; their factors change too often to stay on a device."""
         layer = _nf_layer(self.model, key)
         if layer is None or key not in combined_patches:
             return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, *args, **kwargs)
@@ -223,7 +224,7 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
         return None
 
     def unpatch_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        """Take hooks out of packed layers, and restore the rest as the host does."""
+        """Remove hooks from packed layers, and restore the rest as the host does."""
         for key in getattr(self.model, "nf_hooked", ()):
             layer = _nf_layer(self.model, key)
             if layer is not None:
@@ -232,11 +233,11 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
         return super().unpatch_hooks(*args, **kwargs)
 
     def model_state_dict(self, filter_prefix: str | None = None) -> Mapping[str, torch.Tensor]:
-        """The model's state dict; a packed weight is made dense when it is asked for, as LoraSave does."""
-        return _DenseOnDemand(super().model_state_dict(filter_prefix), dict(nf_layers(self.model)))
+        """The model's state dict, which dequantises packed weights on access; LoraSave reads it."""
+        return _DenseOnAccess(super().model_state_dict(filter_prefix), dict(nf_layers(self.model)))
 
     def model_state_dict_for_saving(self, model: torch.nn.Module | None = None, prefix: str = "") -> dict:
-        """The state dict that stock nodes save: packed weights dense, with their patches."""
+        """The state dict that stock nodes save: packed weights are dequantised and patched."""
         saved = super().model_state_dict_for_saving(model, prefix)
         for key, layer in nf_layers(self.model if model is None else model):
             saved[key] = dense_weight(layer, self.patches.get(prefix + key, []), prefix + key).cpu()
@@ -244,28 +245,28 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
 
 
 class _SavesDense:
-    """Part of a model's class on hosts whose stock nodes save the model without asking its patcher (0.8)."""
+    """Mixin for a model's class on hosts whose stock nodes do not save through the patcher (0.8)."""
 
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict:
-        """The host's state dict for saving, packed weights dense, with the patches attached to them."""
+        """The host's state dict for saving, with packed weights dequantised and patched."""
         unet = self.diffusion_model
         saved = super().state_dict_for_saving(*args, **kwargs)
         dense = {key: dense_weight(layer, key=key).cpu() for key, layer in nf_layers(unet)}
         return saved | self.model_config.process_unet_state_dict_for_saving(dense)
 
 
-def _asks_patcher() -> bool:
+def _host_saves_through_patcher() -> bool:
     return hasattr(comfy.model_patcher.ModelPatcher, "model_state_dict_for_saving")
 
 
 @cache
-def _saves_dense(model_class: type) -> type:
+def _saving_dense(model_class: type) -> type:
     return type(model_class.__name__, (_SavesDense, model_class), {})
 
 
 def adopt(patcher: comfy.model_patcher.ModelPatcher) -> NFModelPatcher:
-    """Turn the patcher of a freshly made model with packed weights into one of ours; clones stay so."""
+    """Turn the patcher of a new model with packed weights into an `NFModelPatcher`; clones keep that class."""
     patcher.__class__ = NFModelPatcher
-    if not _asks_patcher() and not isinstance(patcher.model, _SavesDense):
-        patcher.model.__class__ = _saves_dense(type(patcher.model))
+    if not _host_saves_through_patcher() and not isinstance(patcher.model, _SavesDense):
+        patcher.model.__class__ = _saving_dense(type(patcher.model))
     return patcher

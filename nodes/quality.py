@@ -1,4 +1,4 @@
-"""A quality report of files: its plots as one picture, its tables as Markdown."""
+"""A quality report of quantised files: plots as one picture, tables as Markdown."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..nfq_core.report.write import markdown
 
 
 def quality_report(original: str, files: Sequence[str], progress: Progress) -> tuple[torch.Tensor, str]:
-    """Measure files against the one that they were made from.
+    """Measure quantised files against their original.
 
     Args:
-        original: path of a safetensors file.
+        original: path of the safetensors file that was quantised.
         files: paths of `.nfq.safetensors` files.
-        progress: see `parallel.Progress`; an error raised in it ends the work.
+        progress: see `parallel.Progress`; an error that it raises ends the measurement.
 
     Returns:
-        All plots one below the other, shape (1, height, width, 3), 0 … 1; the report in Markdown.
+        All plots in one column, shape (1, height, width, 3), 0 … 1; the report as Markdown.
 
     Raises:
         NFQError: as `measure`.

@@ -1,4 +1,4 @@
-"""What packed weights were made from, and how: read off the graph, kept in files and workflows, explained."""
+"""Source and settings of packed weights: read from the graph, stored in files and workflows, explained to users."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from ..nfq_core.planning.allocation import PRESETS
 from .host import CHECKPOINTS, SUFFIX, UNETS, listed_name
 
 LOADER_INPUTS = {"unet_name": UNETS, "ckpt_name": CHECKPOINTS, "model_name": "", "model_path": ""}
-"""Inputs by which loaders, stock ones and others, name their file, and the host's folder it lies in, where known."""
+"""Inputs that name a loader's file, of stock loaders and others, and the host's folder for it; empty if unknown."""
 
 _NODE_INPUTS = ("levels", "conv_levels", "effort", "quantize_first_last", "calibration")
-"""Settings that are inputs of NFQuantizeUNet, under the same name."""
+"""Settings that are inputs of NFQuantizeUNet under the same names."""
 
 _OPTIONS = {
     **{name: name.replace("_", "-") for name in (*_NODE_INPUTS, "format", "conv_format", "target_bpw", extras.SETTING)},
     "target_bytes": "target-size",
 }
-"""The options of `nfq quantize` by the settings that they stand for. Others may be a stranger's words for a shell."""
+"""Options of `nfq quantize` by setting. Other settings are left out: a stranger's workflow must not reach a shell."""
 
 _CHUNK = 16 << 20
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What the MODEL of a node came from, as its graph tells."""
+    """Where a MODEL came from, according to the graph."""
 
     name: str = ""
-    """The file of its weights; for a merge, of its first model."""
+    """Name of the file with its weights; for a merge, of the first model."""
     path: str = ""
-    """Where that file lies; empty where it is not known."""
+    """Path of that file; empty if unknown."""
     baked: tuple[str, ...] = ()
-    """What was applied to the weights before they were quantised: LoRAs with their strengths, models merged in."""
+    """What was applied before quantising: LoRAs with their strengths, merged models."""
 
     def hashing(self) -> Callable[[], Source]:
-        """Begin to hash the file on a thread of its own; the result waits for it and tells name, size and hash."""
+        """Start hashing the file in a thread; the returned function waits for it and returns name, size and hash."""
         if not self.path:
             return lambda: Source(self.name)
         worker = ThreadPoolExecutor(1)
@@ -68,7 +68,7 @@ def _version(path: str) -> tuple[int, int]:
 
 @lru_cache(64)
 def _file_sha256(path: str, mtime_ns: int, size: int) -> tuple[int, str]:
-    """Size and SHA-256 of a file as it is now; nothing where it cannot be read."""
+    """Size and SHA-256 of a file; (0, "") if it cannot be read. The other arguments are part of the cache's key."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -80,10 +80,10 @@ def _file_sha256(path: str, mtime_ns: int, size: int) -> tuple[int, str]:
 
 
 def origin_in_graph(prompt: Mapping[str, Any] | None, node_id: str | None) -> Origin:
-    """What the MODEL that enters a node came from, found by following the inputs for models up the graph.
+    """Find where a node's input MODEL came from by following model inputs up the graph.
 
     Args:
-        prompt: the graph as it runs, in the host's API format.
+        prompt: the graph in the host's API format.
         node_id: the node.
     """
     files: list[tuple[str, str]] = []
@@ -106,7 +106,7 @@ def origin_in_graph(prompt: Mapping[str, Any] | None, node_id: str | None) -> Or
 
 
 def _upstream(prompt: Mapping[str, Any], node_id: str) -> Iterator[Mapping[str, Any]]:
-    """The nodes that a node's MODEL passed through, the nearest first, a merge's first model before its second."""
+    """The nodes that a node's MODEL passed through, nearest first; a merge's first model comes before its second."""
     seen: set[str] = set()
     waiting = deque([node_id])
     while waiting:
@@ -124,8 +124,8 @@ def _base_name(name: str) -> str:
     return name.replace("\\", "/").rpartition("/")[2]
 
 
-def recipe(file: NFQFile) -> dict[str, Any]:
-    """What an open file was made from and how, short enough for a workflow."""
+def file_recipe(file: NFQFile) -> dict[str, Any]:
+    """Source and settings of an open file, short enough to be stored in a workflow."""
     source = file.facts.source
     return {
         "architecture": file.facts.architecture,
@@ -140,26 +140,28 @@ def recipe(file: NFQFile) -> dict[str, Any]:
 
 
 def missing_file(folder: str, name: object, recipe_text: str) -> str:
-    """What to do about a file that a workflow wants and that is not there, fit for a terminal; empty where it is.
+    """Explain what to do about a missing file, in one printable line; empty if the file exists.
 
     Args:
         folder: the host's folder.
-        name: the file; None where another node will give the name.
-        recipe_text: JSON of `recipe`, from the workflow; anything else is taken for none.
+        name: the file; None if the name comes from another node.
+        recipe_text: JSON of `file_recipe`, from the workflow; any other text is ignored.
     """
     if name is None or (isinstance(name, str) and listed_name(folder, name)):
         return ""
     there = f"{name!r} is not in models/{folder}"
     if not isinstance(name, str) or not name.lower().endswith(SUFFIX):
-        return printable(f"{there}, or is no {SUFFIX} file, which the stock loader takes; choose an {SUFFIX} file")
-    told = _told(recipe_text)
-    if told is None:
+        return printable(
+            f"{there}, or does not end in {SUFFIX}; choose an {SUFFIX} file, or load others with a stock loader"
+        )
+    recipe = _parse_recipe(recipe_text)
+    if recipe is None:
         return printable(f"{there}; put it there, or choose another file")
-    return printable(f"{there}. {_how_to_make(told, folder, name)}")
+    return printable(f"{there}. {_how_to_make(recipe, folder, name)}")
 
 
 def node_inputs(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The inputs of NFQuantizeUNet that stand for recorded settings; None where they need what it does not offer."""
+    """The inputs of NFQuantizeUNet for recorded settings; None if the node does not offer these settings."""
     inputs = {key: settings[key] for key in _NODE_INPUTS if key in settings}
     presets = {bits: preset for preset, bits in PRESETS.items()}
     if settings.get("target_bpw") in presets:
@@ -170,7 +172,7 @@ def node_inputs(settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def command_options(settings: Mapping[str, Any]) -> str:
-    """The options of `nfq quantize` that stand for recorded settings."""
+    """The options of `nfq quantize` for recorded settings."""
     given = {_OPTIONS[key]: value for key, value in settings.items() if key in _OPTIONS and value is not False}
     if isinstance(size := given.get("target-size"), int):
         given["target-size"] = f"{size}B"
@@ -179,23 +181,24 @@ def command_options(settings: Mapping[str, Any]) -> str:
     )
 
 
-def _how_to_make(told: _Told, folder: str, name: str) -> str:
-    known = f" (SHA-256 {told.sha256})" if told.sha256 else ""
-    made_from = f"{told.source!r}{known}" if told.source else "a model whose name is not recorded"
-    if IMPORTED in told.settings:
-        return f"It was imported from {made_from}: run `nfq import-article` on that again"
-    changed = f", after {', '.join(told.baked)}" if told.baked else ""
-    command = f"run `nfq quantize` on it with {command_options(told.settings) or 'its defaults'}"
-    inputs = node_inputs(told.settings)
+def _how_to_make(recipe: Recipe, folder: str, name: str) -> str:
+    """Explain in one sentence how to make a file again."""
+    known = f" (SHA-256 {recipe.sha256})" if recipe.sha256 else ""
+    source = f"{recipe.source!r}{known}" if recipe.source else "an unrecorded model"
+    if IMPORTED in recipe.settings:
+        return f"It was imported from {source}: run `nfq import-article` on that file again"
+    baked = f" plus {', '.join(recipe.baked)}" if recipe.baked else ""
+    command = f"run `nfq quantize` on it with {command_options(recipe.settings) or 'its defaults'}"
+    inputs = node_inputs(recipe.settings)
     if inputs is None:
-        first = "make a checkpoint of that with CheckpointSave, and " if told.baked else ""
-        return f"It was made from {made_from}{changed}: {first}{command}"
+        first = "save that with Save Checkpoint, and " if recipe.baked else ""
+        return f"It was made from {source}{baked}: {first}{command}"
     with_settings = f" with {_in_words(inputs)}" if inputs else ""
-    companions = ", its CLIP and VAE connected too" if folder == CHECKPOINTS else ""
+    companions = " and its CLIP and VAE" if folder == CHECKPOINTS else ""
     return (
-        f"It was made from {made_from}{changed}{with_settings}: load that with the stock loader, connect "
-        f"NFQuantizeUNet with these settings, and NFSaveCheckpoint with filename_prefix {name[: -len(SUFFIX)]!r}"
-        f"{companions}{'' if told.baked else f'; or {command}'}"
+        f"It was made from {source}{baked}{with_settings}: load that with the stock loader, connect NFQ Quantize UNet "
+        f"with these settings, then Save NFQ Checkpoint with filename_prefix {name[: -len(SUFFIX)]!r}{companions}"
+        f"{'' if recipe.baked else f'; or {command}'}"
     )
 
 
@@ -204,8 +207,8 @@ def _in_words(settings: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What a recipe tells."""
+class Recipe:
+    """A recipe read from a workflow."""
 
     source: str
     sha256: str
@@ -213,12 +216,12 @@ class _Told:
     baked: list[str]
 
 
-def _told(recipe_text: str) -> _Told | None:
-    """What a recipe tells, its settings without what was baked in; None for what is no recipe."""
+def _parse_recipe(recipe_text: str) -> Recipe | None:
+    """Read a recipe from its JSON, keeping only plain settings; None if the text is not a recipe."""
     try:
-        told = json.loads(recipe_text)
-        settings = {key: value for key, value in told["settings"].items() if isinstance(value, (int, float, str))}
-        baked = [str(item) for item in told["settings"].get(BAKED, ())]
-        return _Told(str(told["source"]), str(told["source_sha256"]), settings, baked)
+        fields = json.loads(recipe_text)
+        settings = {key: value for key, value in fields["settings"].items() if isinstance(value, (int, float, str))}
+        baked = [str(item) for item in fields["settings"].get(BAKED, ())]
+        return Recipe(str(fields["source"]), str(fields["source_sha256"]), settings, baked)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -1,4 +1,4 @@
-"""What a packed MODEL or a file is, in words and as JSON-ready objects."""
+"""Facts about a packed MODEL or a file, as text and as JSON-ready objects."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ..nfq_core.checkpoints.examine import container_info, mean_sqnr_db, setting
 from ..nfq_core.errors import printable
 from ..nfq_core.packed.formats import format_by_id
 from .bake import without_dynamic_vram
-from .host import UNET, finite, made
+from .host import UNET, json_decibels, provenance
 from .ops import unwrap
 from .patcher import nf_layers
 from .weights import dense, key_patches
 
 
 def file_facts(file: NFQFile, name: str) -> dict[str, Any]:
-    """`container_info` of a file, its name before it, and `fp16_bytes`: its size with quantised weights as fp16."""
+    """`container_info` of a file, with `name`, and with `fp16_bytes`: its size with quantised weights as fp16."""
     info = container_info(file)
     stored = sum(map(file.stored_bytes, file.quantized))
     return {"name": name, "fp16_bytes": info["file_bytes"] - stored + 2 * info["weights"], **info}
 
 
 def file_summary(file: NFQFile, name: str) -> dict[str, Any]:
-    """`file_facts` in short: instead of `layers` there is `formats`, the weights in each, the most frequent first."""
+    """`file_facts` with `formats` instead of `layers`: each format and its count of weights, most frequent first."""
     facts = file_facts(file, name)
     weights: Counter[str] = Counter()
     for layer in facts.pop("layers"):
@@ -42,28 +42,28 @@ def file_summary(file: NFQFile, name: str) -> dict[str, Any]:
 
 
 def trellis_bits(format_id: str) -> int:
-    """Bits of a trellis format's codes; 0 for other formats."""
+    """Bits of each code of a trellis format; 0 for other formats."""
     fmt = format_by_id(format_id)
     return fmt.code_bits if fmt.window else 0
 
 
 def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
-    """What a packed MODEL is, as JSON-ready objects.
+    """Facts about a packed MODEL, as JSON-ready objects.
 
     Args:
         model: a MODEL from one of our nodes.
-        original: the MODEL that it was made from, to measure each layer's error against.
+        original: the MODEL before it was quantised; each layer's error is measured against it.
 
     Returns:
-        `name` (of its file; empty where it was quantised in this graph), `settings`, `source`, `weights` (count of
+        `name` (of its file; empty if it was quantised in this workflow), `settings`, `source`, `weights` (count of
         quantised weights), `packed_bits_per_weight`, `model_bytes` (in memory), `fp16_bytes` (the same with its
-        quantised weights as fp16), `sqnr_db` (weight-count mean over layers, None where no error was measured) and
+        quantised weights as fp16), `sqnr_db` (mean over layers by count of weights, None if no error was measured) and
         `layers` (each `name`, `format`, `shape`, `bits_per_weight`, `sqnr_db`).
 
     Raises:
-        NFQError: the MODEL is not packed, or the original has other layers.
+        NFQError: the MODEL is not packed, or the original does not have the same layers.
     """
-    facts = made(model, "this MODEL is not quantised; connect one from NFQuantizeUNet or an NFQ loader")
+    facts = provenance(model, "this MODEL is not quantised; connect one from NFQ Quantize UNet or an NFQ loader")
     before = key_patches(without_dynamic_vram(original)) if original is not None else {}
     layers, weights, packed_bytes = [], 0, 0
     for key, layer in nf_layers(model.model):
@@ -71,12 +71,15 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
         sqnr = facts.sqnr.get(name)
         if before:
             if key not in before or before[key][0][0].shape != packed.shape:
-                raise NFQError(f"the original has no weight {name!r} of shape {tuple(packed.shape)}; connect its own")
+                raise NFQError(
+                    f"the original has no weight {name!r} of shape {tuple(packed.shape)}; connect the MODEL that was "
+                    "quantised"
+                )
             (weight, convert), *patches = before[key]
-            meant = convert(dense(weight).to("cpu")).float()
+            wanted = convert(dense(weight).to("cpu")).float()
             if patches:
-                meant = comfy.lora.calculate_weight(patches, meant.clone(), key)
-            sqnr = sqnr_db(meant, packed.to("cpu").dequantize(torch.float32))
+                wanted = comfy.lora.calculate_weight(patches, wanted.clone(), key)
+            sqnr = sqnr_db(wanted, packed.to("cpu").dequantize(torch.float32))
         weights += packed.numel()
         packed_bytes += packed.nbytes
         layers.append(
@@ -85,7 +88,7 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
                 "format": packed.format.id,
                 "shape": list(packed.shape),
                 "bits_per_weight": round(packed.bits_per_weight, 4),
-                "sqnr_db": finite(sqnr),
+                "sqnr_db": json_decibels(sqnr),
             }
         )
     return {
@@ -102,20 +105,21 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
 
 
 def as_text(facts: Mapping[str, Any]) -> str:
-    """`model_facts` or `file_facts` as lines to read: a summary, then one line for each layer."""
+    """`model_facts` or `file_facts` as text: a summary, then one line per layer."""
     settings = settings_in_words(facts["settings"]) or "settings not recorded"
-    source = facts["source"]["name"] or "a model that is not recorded"
+    source = facts["source"]["name"] or "an unrecorded model"
+    bits = facts["packed_bits_per_weight"]
     lines = [
-        facts["name"] or "quantised in this graph",
+        facts["name"] or "quantised in this workflow",
         printable(f"from {source}: {settings}"),
-        f"{facts['weights'] / 1e6:,.1f} million quantised weights at {facts['packed_bits_per_weight']:.3f} packed bits",
+        f"{facts['weights'] / 1e6:,.1f} million quantised weights, {bits:.3f} packed bits per weight",
     ]
     if "file_bytes" in facts:
-        lines.append(f"{facts['file_bytes'] / 1e9:,.3f} GB of {facts['fp16_bytes'] / 1e9:,.3f} GB as fp16")
+        lines.append(f"{facts['file_bytes'] / 1e9:,.3f} GB in the file, {facts['fp16_bytes'] / 1e9:,.3f} GB as fp16")
     else:
         lines.append(f"{facts['model_bytes'] / 1e9:,.3f} GB in memory")
     if facts.get("sqnr_db") is not None:
-        lines.append(f"{facts['sqnr_db']:.2f} dB mean signal-to-quantisation-noise ratio, more is better")
+        lines.append(f"{facts['sqnr_db']:.2f} dB mean signal-to-quantisation-noise ratio (SQNR), higher is better")
     for layer in facts["layers"]:
         error = f"  {layer['sqnr_db']:6.2f} dB" if layer.get("sqnr_db") is not None else ""
         lines.append(f"{layer['format']:>9}  {layer['bits_per_weight']:.3f} bits{error}  {printable(layer['name'])}")

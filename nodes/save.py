@@ -1,4 +1,4 @@
-"""Writing a packed MODEL, with CLIP and VAE or alone, where the host's loaders find it."""
+"""Writing a packed MODEL, alone or with CLIP and VAE, to a folder that the host lists."""
 
 from __future__ import annotations
 
@@ -16,42 +16,44 @@ import torch
 
 from ..nfq_core import NFQError, NFTensor, save
 from ..nfq_core.models.unet_keys import CHECKPOINT_PREFIX
-from .host import BYPASS_LORA, CHECKPOINTS, SUFFIX, UNET, UNETS, NodeProgress, made, refuse_existing, target
+from .host import BYPASS_LORA, CHECKPOINTS, SUFFIX, UNET, UNETS, NodeProgress, output_path, provenance, refuse_existing
 from .ops import is_packed, unwrap
 
 log = logging.getLogger("nfq")
 
 MAX_WORKFLOW_CHARACTERS = 2 << 20
-"""Longer ones are left out: the page reads no more than the first 4 MiB of a file, and its header holds more."""
+"""Longer workflows are not saved: the page reads only the first 4 MiB of a file, which include other metadata."""
 
 
 def save_model(
     model: Any, clip: Any, vae: Any, filename_prefix: str, overwrite: bool, workflow: Any = None, prompt: Any = None
 ) -> str:
-    """Write a packed MODEL into the output folder that the loaders list.
+    """Write a packed MODEL to an output folder that the loaders list.
 
     Args:
         model: a MODEL from one of our nodes.
         clip: CLIP of a whole checkpoint, or None.
         vae: VAE of a whole checkpoint, or None.
-        filename_prefix: name of the file without its ending, below `diffusion_models` or `checkpoints`.
+        filename_prefix: name of the file without its ending, inside `diffusion_models` or `checkpoints`.
         overwrite: whether an existing file may be replaced.
-        workflow: the graph as the page drew it, for the header unless the host was told otherwise.
-        prompt: the graph as it ran, likewise.
+        workflow: the graph in the page's format; written to the header unless the host runs with `--disable-metadata`.
+        prompt: the graph in the API format; written as `workflow` is.
 
     Returns:
-        The path of the file, which appears whole or not at all.
+        The path of the file, which is written atomically.
 
     Raises:
         NFQError: the MODEL is not packed or has patches, only one of CLIP and VAE is given, or writing fails.
     """
-    facts = made(model, "this MODEL is not quantised; put NFQuantizeUNet between its loader and NFSaveCheckpoint")
+    facts = provenance(
+        model, "this MODEL is not quantised; put NFQ Quantize UNet (NFQuantizeUNet) before Save NFQ Checkpoint"
+    )
     if model.patches or model.weight_wrapper_patches or model.get_injections(BYPASS_LORA):
-        raise NFQError("a LoRA or merge was added after quantising; apply it before NFQuantizeUNet to save it")
+        raise NFQError("a LoRA or merge was added after quantising; apply it before NFQuantizeUNet (NFQ Quantize UNet)")
     if (clip is None) != (vae is None):
         raise NFQError("a whole checkpoint needs both CLIP and VAE; connect both, or neither to save the UNet alone")
     alone = clip is None
-    path = target(filename_prefix, UNETS if alone else CHECKPOINTS, SUFFIX)
+    path = output_path(filename_prefix, UNETS if alone else CHECKPOINTS, SUFFIX)
     if not overwrite:
         refuse_existing(path)
     tensors = _unet_tensors(model, "" if alone else CHECKPOINT_PREFIX) | _markers(model)
@@ -84,7 +86,7 @@ def _unet_tensors(model: Any, prefix: str) -> dict[str, NFTensor | torch.Tensor]
 
 
 def _markers(model: Any) -> dict[str, torch.Tensor]:
-    """The tensors by which the host recognises, on loading, how a model predicts."""
+    """The tensors by which the host recognises a model's kind of prediction when it loads the file."""
     latents = model.get_model_object("latent_format")
     if isinstance(latents, comfy.latent_formats.SDXL_Playground_2_5):
         return {"edm_mean": latents.latents_mean.clone(), "edm_std": latents.latents_std.clone()}
@@ -103,7 +105,7 @@ def _markers(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _companions(model: Any, clip: Any, vae: Any) -> dict[str, torch.Tensor]:
-    """CLIP and VAE under the names that stock checkpoints give them."""
+    """CLIP and VAE under the key names of stock checkpoints."""
     patched_when_saved = hasattr(clip, "state_dict_for_saving")
     patcher = clip.load_model()
     if patched_when_saved:
@@ -124,7 +126,7 @@ def _compacted(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    """A dense tensor on the CPU, in fp16 where nothing is lost: hosts on a CPU hold fp16 files as fp32."""
+    """A dense tensor on the CPU, as fp16 if that is lossless: hosts on a CPU hold fp16 files as fp32."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.float32:
         half = tensor.half()

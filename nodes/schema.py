@@ -1,4 +1,4 @@
-"""What the nodes' schemas share."""
+"""Shared parts of the nodes' schemas."""
 
 from __future__ import annotations
 
@@ -9,11 +9,36 @@ from comfy_api.latest import io
 CATEGORY = "NFQ"
 
 NOTHING = "(none)"
-"""The choice of no file."""
+"""The option that selects no file."""
+
+DEFAULT_PREFIX = "ComfyUI-NFQ"
+"""The name of a new file unless the user chooses another."""
 
 
 def schema(*, search_aliases: list[str], **arguments: Any) -> io.Schema:
-    """A node's schema; hosts before 0.22 know no search aliases, and do not repeat what a cached node showed."""
+    """A node's schema, without the fields that ComfyUI before 0.22 does not have.
+
+    With `has_intermediate_output`, a node whose result is cached shows its output again.
+
+    Args:
+        search_aliases: other words by which the node can be found.
+        arguments: further fields of `io.Schema`.
+    """
     newer = {"search_aliases": search_aliases, "has_intermediate_output": True}
     known = {name: value for name, value in newer.items() if name in io.Schema.__dataclass_fields__}
     return io.Schema(category=CATEGORY, **known, **arguments)
+
+
+def filename_prefix_input(suffix: str, folder: str) -> io.String.Input:
+    """The input that names a new file.
+
+    Args:
+        suffix: the ending that is added to the name.
+        folder: where the file is written, for the tooltip.
+    """
+    return io.String.Input(
+        "filename_prefix",
+        default=DEFAULT_PREFIX,
+        optional=True,
+        tooltip=f"Name of the file; {suffix} is added. The file is written to {folder}.",
+    )

@@ -1,4 +1,4 @@
-"""The weights of any MODEL of the host, dense, whatever the host holds them as."""
+"""Dense weights of any MODEL, whatever form the host holds them in."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from .host import UNET
 from .ops import NFOps
 
 LAYERS = {torch.nn.Linear: NFOps.Linear, torch.nn.Conv2d: NFOps.Conv2d}
-"""The kinds of layers whose weights can be packed, and ours of each kind."""
+"""The layer types whose weights can be packed, and our own type for each."""
 
-_PROGRAMS = {"GGMLTensor": "GGUF", "Params4bit": "4 bits by bitsandbytes", "Int8Params": "8 bits by bitsandbytes"}
-"""What other plugins' kinds of weights mean to a user."""
+_OTHER_PLUGINS = {"GGMLTensor": "GGUF", "Params4bit": "4-bit bitsandbytes", "Int8Params": "8-bit bitsandbytes"}
+"""User-readable names of other plugins' weight types."""
 
 _EIGHT_BIT = re.compile(r"TensorCore(MX)?FP8\w*Layout|TensorWiseINT8Layout")
-"""The names of the host's own layouts of 8 bits: such weights are dequantised, and then as good as any others."""
+"""The host's own 8-bit layouts: such weights are dequantised and then quantised like any others."""
 
 
 def key_patches(model: Any) -> dict[str, list]:
-    """The UNet's weights with their patches, as the host's `get_key_patches` gives them.
+    """The UNet's weights with their patches, in the form of the host's `get_key_patches`.
 
-    That fails for a MODEL whose weights have scales: its state dict holds them, its layers have no such parameters.
+    The host's function fails for weights with scales: the state dict contains the scales, but no layer has such
+    parameters.
     """
     result = {}
     parameters = model.model.named_parameters(remove_duplicate=False)
@@ -52,14 +53,14 @@ def _unchanged(weight: torch.Tensor, **_: Any) -> torch.Tensor:
 
 
 def dense(weight: torch.Tensor) -> torch.Tensor:
-    """A weight with the host's 8-bit quantisation undone, fp16 instead of plain fp8; any other weight as it is."""
+    """A weight without the host's 8-bit quantisation; plain fp8 becomes fp16, other weights are returned unchanged."""
     if isinstance(weight, QuantizedTensor):
         return weight.dequantize()
     return weight if weight.dtype.itemsize > 1 else weight.to(torch.float16)
 
 
 def quantizable_layers(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The layers whose weights can be packed, by the name of the weight."""
+    """The layers whose weights can be packed, by weight name."""
     kinds = tuple(LAYERS)
     return {
         f"{name}.weight": module
@@ -69,33 +70,35 @@ def quantizable_layers(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def is_host_quantized_linear(module: torch.nn.Module) -> bool:
-    """Whether a module is the host's Linear for quantised weights, which is no `torch.nn.Linear`."""
+    """Whether a module is the host's Linear for quantised weights, which is not a `torch.nn.Linear`."""
     is_linear = type(module).__name__ == "Linear" and not isinstance(module, torch.nn.Linear)
     return is_linear and isinstance(module, comfy.ops.CastWeightBiasOp)
 
 
 def is_quantized(weight: torch.Tensor) -> bool:
-    """Whether a parameter is quantised, by us or others; a quantised tensor's dtype is that which it stands for."""
+    """Whether a parameter is quantised, by us or others; a `QuantizedTensor` reports its original, floating dtype."""
     return isinstance(weight, QuantizedTensor) or not weight.dtype.is_floating_point
 
 
-def has_eight_bits(weight: torch.Tensor) -> bool:
-    """Whether a parameter is held in 8 bits, with a scale or without, in a form that `dense` undoes."""
+def is_eight_bit(weight: torch.Tensor) -> bool:
+    """Whether a parameter is 8-bit, with or without a scale, in a form that `dense` can undo."""
     if isinstance(weight, QuantizedTensor):
         return bool(_EIGHT_BIT.fullmatch(str(weight._layout_cls)))
     return weight.dtype.is_floating_point and weight.dtype.itemsize == 1
 
 
-def refuse_other_forms(model: torch.nn.Module) -> None:
-    """NFQError when weights are quantised in a form that `dense` does not undo."""
+def refuse_unsupported_quantization(model: torch.nn.Module) -> None:
+    """Raise NFQError if weights are quantised in a form that `dense` cannot undo."""
     for weight in model.parameters():
-        if is_quantized(weight) and not has_eight_bits(weight):
-            raise NFQError(f"this MODEL is quantised already, as {_form(weight)}; load its fp16 or bf16 file instead")
+        if is_quantized(weight) and not is_eight_bit(weight):
+            raise NFQError(
+                f"this MODEL is quantised already, as {_quantization_name(weight)}; load its fp16 or bf16 file instead"
+            )
 
 
-def _form(weight: torch.Tensor) -> str:
-    """How a weight is quantised, in a few words."""
+def _quantization_name(weight: torch.Tensor) -> str:
+    """Name the form in which a weight is quantised."""
     if isinstance(weight, QuantizedTensor):
         return str(weight._layout_cls).removeprefix("TensorCore").removesuffix("Layout")
     kind = type(weight.data).__name__
-    return _PROGRAMS.get(kind, f"{str(weight.dtype).removeprefix('torch.')} by another program")
+    return _OTHER_PLUGINS.get(kind, f"{str(weight.dtype).removeprefix('torch.')} by another program")

@@ -1,8 +1,8 @@
-"""The entry point of Automatic1111's web UI and its relatives, which run every file in an extension's `scripts`.
+"""Entry point for Automatic1111's web UI and Forge, which run every file in an extension's `scripts` folder.
 
-They run it under a name without a package, and while they do, the extension's folder leads their module path: a plain
-import of `nfq_core` might find another copy, and `nodes` is a name that belongs to others. So the folder is made a
-package under a name of its own, and what is needed is imported from there.
+They run this file without a package, and the extension's folder is first on the module path. A plain import of
+`nfq_core` could find another copy, and `nodes` could hide another module. So this file makes the folder a package with
+a unique name and imports from that package.
 """
 
 import hashlib

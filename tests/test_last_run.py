@@ -162,7 +162,7 @@ def test_a_record_that_holds_no_entries_is_left(project: pytest.Pytester) -> Non
     path = project.path / "tests" / "host" / "last_run.json"
     path.write_text('{"0.8.0": 1}')
     entries, told = run(project, "tests/host")
-    assert entries == {"0.8.0": 1} and told.endswith("last_run.json is no list of entries; delete it")
+    assert entries == {"0.8.0": 1} and told.endswith("last_run.json is not a list of entries; delete it")
 
 
 def test_an_entry_replaces_that_of_its_host(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
-"""The web UI's extension without the programs: how it is loaded, what it takes up, what it leaves alone."""
+"""The extension for web UIs, with stubs of the programs: how it loads, which calls it handles or passes on."""
 
 from __future__ import annotations
 
-import ast
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import stub_webui
 import torch
 from safetensors.torch import save_file
 from samples import TINY, random_half
+from structure import absolute_imports
 from stub_webui import ROOT, Program
 
 from nfq_core import NFTensor, load, quantize_state_dict, save
@@ -25,7 +25,7 @@ COMPANIONS = {"conditioner.x": random_half(8, 8), "first_stage_model.y": random_
 
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
-    """Each test loads the extension anew: it holds on to the modules of the program that it met."""
+    """Each test loads the extension again, because it keeps references to the program's modules."""
     yield
     for name in [name for name in sys.modules if name.startswith("nfq_extension_")]:
         del sys.modules[name]
@@ -64,7 +64,7 @@ def reader(program: Program):
 
 
 def change(program: Program, path: Path):
-    """Have the program change its model to a file, as it does it itself."""
+    """Make the program change its model to a file, by its own functions."""
     models, info = program.modules["modules.sd_models"], Info(str(path))
     if hasattr(models, "reload_model_weights"):
         return models.reload_model_weights(info=info)
@@ -72,7 +72,7 @@ def change(program: Program, path: Path):
     return program.modules["modules.processing"].forge_model_reload()
 
 
-def test_it_is_loaded_without_leaving_names(program: Program) -> None:
+def test_loading_leaves_no_module_names(program: Program) -> None:
     assert reader(program).__module__.startswith("nfq_extension_")
     package = reader(program).__module__.partition(".")[0]
     assert sys.modules[f"{package}.nfq_core"].__file__ == str(ROOT / "nfq_core" / "__init__.py")
@@ -81,7 +81,7 @@ def test_it_is_loaded_without_leaving_names(program: Program) -> None:
 
 
 def test_it_leaves_the_module_path(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Forge leaves it: with every extension's folder."""
+    """Forge leaves every extension's folder on the path."""
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
     others = [entry for entry in sys.path if Path(entry) != ROOT]
     for callback in program.before_ui:
@@ -89,7 +89,7 @@ def test_it_leaves_the_module_path(program: Program, monkeypatch: pytest.MonkeyP
     assert sys.path == others
 
 
-def test_reloading_scripts_takes_everything_back(program: Program) -> None:
+def test_unloading_scripts_undoes_everything(program: Program) -> None:
     for undo in program.unload:
         undo()
     assert reader(program).__module__ == "stub_webui"
@@ -97,7 +97,7 @@ def test_reloading_scripts_takes_everything_back(program: Program) -> None:
     assert reader(program).__module__.startswith("nfq_extension_")
 
 
-def test_files_of_others_are_left_to_the_program(program: Program, files: Path) -> None:
+def test_other_files_are_read_by_the_program(program: Program, files: Path) -> None:
     for path in (files / "other.safetensors", files / "missing.safetensors", files / "model.ckpt"):
         assert reader(program)(str(path), True, device=None) == "stock"
         assert program.read.pop() == ((str(path), True), {"device": None})
@@ -105,7 +105,7 @@ def test_files_of_others_are_left_to_the_program(program: Program, files: Path) 
 
 
 @pytest.mark.parametrize("name", ["whole.nfq.safetensors", "renamed.safetensors"])
-def test_ours_are_read_under_ldm_names(program: Program, files: Path, name: str) -> None:
+def test_our_files_are_read_with_ldm_names(program: Program, files: Path, name: str) -> None:
     found = reader(program)(str(files / name))
     assert found.keys() == {*tensor_shapes(TINY, "prefixed"), *COMPANIONS}
     wanted = load(files / name)["down_blocks.1.attentions.0.proj_in.weight"]
@@ -113,7 +113,7 @@ def test_ours_are_read_under_ldm_names(program: Program, files: Path, name: str)
     assert torch.equal(found["model.diffusion_model.input_blocks.3.1.proj_in.weight"], wanted.dequantize())
 
 
-def test_a_model_is_given_up_only_for_one_that_can_be_read(program: Program, files: Path) -> None:
+def test_a_model_is_dropped_only_for_a_readable_one(program: Program, files: Path) -> None:
     assert "conditioner.x" in change(program, files / "whole.nfq.safetensors")
     calls = len(program.read)
     for name, sentence in (
@@ -121,12 +121,12 @@ def test_a_model_is_given_up_only_for_one_that_can_be_read(program: Program, fil
         ("missing.nfq.safetensors", "no such file"),
         ("unet.nfq.safetensors", "holds no text encoder and no VAE; "),
     ):
-        # The program's own core, not the installed one, raises: its class is another.
+        # The error class belongs to the extension's own core, not to the installed one.
         with pytest.raises(Exception, match=sentence) as error:
             change(program, files / name)
         assert type(error.value).__module__.startswith("nfq_extension_")
-        assert program.told[-1] == str(error.value) and "\n" not in str(error.value)
-    assert len(program.read) == calls, "the program was not asked"
+        assert program.warnings[-1] == str(error.value) and "\n" not in str(error.value)
+    assert len(program.read) == calls, "the program was called"
 
 
 def test_forge_keeps_linear_weights_packed(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,75 +153,69 @@ def test_forge_keeps_linear_weights_packed(files: Path, monkeypatch: pytest.Monk
     assert not any(hasattr(value, "gguf_cls") for value in read(path).values())
 
 
-def test_install_adds_what_is_missing(tmp_path: Path) -> None:
+def test_install_adds_missing_packages(tmp_path: Path) -> None:
     (tmp_path / "launch.py").write_text("def run_pip(command, what): print(command)\n")
     blocked = "import importlib.util; importlib.util.find_spec = lambda name: None\n"
     run = blocked + f"exec(open({str(ROOT / 'install.py')!r}).read())"
-    for folder, told in ((tmp_path, 'install "zstandard>=0.22"\n'), (ROOT / "docs", "")):
+    for folder, output in ((tmp_path, 'install "zstandard>=0.22"\n'), (ROOT / "docs", "")):
         result = subprocess.run([sys.executable, "-c", run], cwd=folder, capture_output=True, text=True, check=True)
-        assert result.stdout == told
+        assert result.stdout == output
     (requirement,) = (ROOT / "requirements.txt").read_text().split()
     assert requirement in (ROOT / "install.py").read_text()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nfq_webui").glob("*.py")), ids=lambda path: path.name)
 def test_its_modules_import_their_own_relatively(path: Path) -> None:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add((node.module or "").partition(".")[0])
     allowed = {"forge.py": {"backend", "modules", "torch"}, "packed.py": {"torch"}, "loading.py": {"torch"}}
-    others = {"gradio", "modules", "torch"} if path.name != "making.py" else set()
-    assert found <= allowed.get(path.name, others) | set(sys.stdlib_module_names)
+    others = {"gradio", "modules", "torch"} if path.name != "conversion.py" else set()
+    assert absolute_imports(path) <= allowed.get(path.name, others) | set(sys.stdlib_module_names)
 
 
 @pytest.fixture
-def making(monkeypatch: pytest.MonkeyPatch):
+def conversion(monkeypatch: pytest.MonkeyPatch):
     program = stub_webui.install(monkeypatch, forge=False)
     program.load_extension()
-    return sys.modules[f"{reader(program).__module__.partition('.')[0]}.nfq_webui.making"]
+    return sys.modules[f"{reader(program).__module__.partition('.')[0]}.nfq_webui.conversion"]
 
 
-def test_where_a_new_checkpoint_goes(making, tmp_path: Path) -> None:
-    assert making.default_name("/models/some model.v2.safetensors", 12) == "some model.v2-NF12"
+def test_where_a_new_checkpoint_goes(conversion, tmp_path: Path) -> None:
+    assert conversion.default_name("/models/some model.v2.safetensors", 12) == "some model.v2-NF12"
     for name in ("new", "new.nfq.safetensors", "new.safetensors", " new "):
-        assert making.target_path(str(tmp_path), name) == str(tmp_path / "new.nfq.safetensors")
-    assert making.target_path(str(tmp_path), "sub\\new") == str(tmp_path / "sub" / "new.nfq.safetensors")
+        assert conversion.target_path(str(tmp_path), name) == str(tmp_path / "new.nfq.safetensors")
+    assert conversion.target_path(str(tmp_path), "sub\\new") == str(tmp_path / "sub" / "new.nfq.safetensors")
     for name in ("", " ", ".", "..", "../new", "sub/../../new", "/elsewhere/new", "sub/"):
         with pytest.raises(Exception, match="is no name for a file in"):
-            making.target_path(str(tmp_path), name)
+            conversion.target_path(str(tmp_path), name)
 
 
-def test_one_checkpoint_is_made_at_a_time_and_can_be_stopped(making, tmp_path: Path) -> None:
+def test_one_checkpoint_is_quantised_at_a_time_and_can_be_stopped(conversion, tmp_path: Path) -> None:
     source, target = tmp_path / "source.safetensors", tmp_path / "sub" / "new.nfq.safetensors"
     save_file({"weight": random_half(512, 512), "other": random_half(512, 512, seed=1)}, source)
-    maker, settings = making.Making(), making.Settings(effort="best")
-    lines = maker.run(str(source), str(target), settings)
+    converter, settings = conversion.Converter(), conversion.Settings(effort="best")
+    lines = converter.run(str(source), str(target), settings)
     assert next(lines) == "reading"
     with pytest.raises(Exception, match="another checkpoint is being quantised"):
-        next(maker.run(str(source), str(target), settings))
-    maker.stop()
+        next(converter.run(str(source), str(target), settings))
+    converter.stop()
     assert list(lines)[-1] == "stopped; nothing was written" and list(target.parent.iterdir()) == []
-    lines = maker.run(str(source), str(target), settings)
+    lines = converter.run(str(source), str(target), settings)
     next(lines)
     lines.close()
-    assert list(target.parent.iterdir()) == [], "a page that was closed ends the work"
-    assert list(maker.run(str(source), str(target), settings))[-1].startswith(f"{target}: 0.00 GB → 0.00 GB in")
+    assert list(target.parent.iterdir()) == [], "closing the page ends the work"
+    assert list(converter.run(str(source), str(target), settings))[-1].startswith(f"{target}: 0.00 GB → 0.00 GB in")
     assert load(target).keys() == {"weight", "other"}
-    for path, overwrite, told in (
+    for path, overwrite, message in (
         (source, False, "tick Overwrite"),
         (tmp_path / "none.safetensors", True, "no such file"),
     ):
-        with pytest.raises(Exception, match=told):
-            list(maker.run(str(path), str(target), settings, overwrite))
+        with pytest.raises(Exception, match=message):
+            list(converter.run(str(path), str(target), settings, overwrite))
 
 
 @pytest.mark.parametrize("weights", [{}, {"weight": random_half(64, 64)}], ids=["all empty", "two empty"])
-def test_empty_tensors_do_not_disturb_the_progress(making, tmp_path: Path, monkeypatch, weights: dict) -> None:
-    """As in checkpoints of v-prediction models, whose `v_pred` and `ztsnr` are empty and may come first."""
-    convert, seen = making.quantize_file, []
+def test_empty_tensors_do_not_disturb_the_progress(conversion, tmp_path: Path, monkeypatch, weights: dict) -> None:
+    """Checkpoints of v-prediction models have empty tensors, `v_pred` and `ztsnr`, which may come first."""
+    convert, seen = conversion.quantize_file, []
 
     def watched(*arguments: object, progress, **named: object) -> dict:
         def report(done: int, total: int, name: str) -> None:
@@ -230,22 +224,26 @@ def test_empty_tensors_do_not_disturb_the_progress(making, tmp_path: Path, monke
 
         return convert(*arguments, progress=report, **named)
 
-    monkeypatch.setattr(making, "quantize_file", watched)
+    monkeypatch.setattr(conversion, "quantize_file", watched)
     source, target = tmp_path / "source.safetensors", tmp_path / "new.nfq.safetensors"
     marks = {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
     save_file(marks | weights, source)
-    assert list(making.Making().run(str(source), str(target), making.Settings()))[-1].startswith(f"{target}: ")
+    *_, last = conversion.Converter().run(str(source), str(target), conversion.Settings())
+    assert last.startswith(f"{target}: ")
     assert {name for done, name in seen if not done} == marks.keys()
     assert load(target).keys() == marks.keys() | weights.keys()
 
 
-def test_extras_are_named_and_left_out_by_the_check_box(making, tmp_path: Path) -> None:
+def test_extras_are_named_and_left_out_by_the_check_box(conversion, tmp_path: Path) -> None:
     shapes = tensor_shapes(TINY, "prefixed")
     tensors = {name: random_half(*shape, seed=n) / 16 for n, (name, shape) in enumerate(shapes.items())}
     save_file(tensors | COMPANIONS | {"model_ema.x": random_half(256, 256)}, tmp_path / "a.safetensors")
-    for drop, told in ((False, f"; tick {making.DROP_EXTRAS!r} to leave them out"), (True, "is left out: EMA weights")):
+    tick = f"; tick {conversion.DROP_EXTRAS!r} to leave them out"
+    for drop, message in ((False, tick), (True, "is left out: EMA weights")):
         target = str(tmp_path / f"{drop}.nfq.safetensors")
-        lines = making.Making().run(str(tmp_path / "a.safetensors"), target, making.Settings(), drop_extras=drop)
-        last = list(lines)[-1]
-        assert told in last and "--drop-extras" not in last
+        lines = conversion.Converter().run(
+            str(tmp_path / "a.safetensors"), target, conversion.Settings(), drop_extras=drop
+        )
+        *_, last = lines
+        assert message in last and "--drop-extras" not in last
         assert ("model_ema.x" in load(target)) is not drop

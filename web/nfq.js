@@ -1,8 +1,8 @@
-// What the page adds to each of our nodes.
+// Adds panels to our nodes on the page.
 
 import { app } from "../../scripts/app.js";
 import { addChart } from "./lib/chart.js";
-import { addFigures } from "./lib/compare.js";
+import { addComparison } from "./lib/compare.js";
 import { addStyle, showOutputs } from "./lib/dom.js";
 import { addFileFacts } from "./lib/loader.js";
 import { addProgress, listen } from "./lib/progress.js";
@@ -16,7 +16,7 @@ const PARTS = {
   NFSaveCheckpoint: [addSaved],
   NFSaveCalibration: [addSaved],
   NFInspect: [addChart],
-  NFCompare: [addFigures],
+  NFCompare: [addComparison],
 };
 
 app.registerExtension({

@@ -76,6 +76,17 @@ def read(package: Path) -> Structure:
     return Structure(imports, lines)
 
 
+def absolute_imports(path: Path) -> set[str]:
+    """Top-level names of a module's absolute imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
 if __name__ == "__main__":
     house = read(NFQ_CORE)
     print(f"{len(house.imports)} modules, {sum(house.lines.values()):,} lines, the longest {max(house.lines.values())}")

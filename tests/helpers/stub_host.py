@@ -1,4 +1,4 @@
-"""Just enough of ComfyUI to import the plugin where there is none. It computes nothing; `tests/host` runs the real."""
+"""A stub of ComfyUI with which the plugin can be imported. It computes nothing; `tests/host` runs the real host."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def import_plugin(folder: Path) -> ModuleType:
 
 
 class _Kind:
-    """A kind of input and output, such as `io.Model`; what a node declares is kept as it was given."""
+    """A kind of input and output, such as `io.Model`; it keeps a node's declarations unchanged."""
 
     @staticmethod
     def Input(name: str, **options: Any) -> SimpleNamespace:
@@ -41,13 +41,13 @@ class _Kind:
 
 
 class _Schema(SimpleNamespace):
-    """`io.Schema`, as hosts have it that know search aliases."""
+    """`io.Schema` of hosts with search aliases."""
 
     __dataclass_fields__: ClassVar = {"search_aliases": None}
 
 
 class _NodeOutput:
-    """`io.NodeOutput`: what a node gives to others, and to the page."""
+    """`io.NodeOutput`: a node's results and its output for the page."""
 
     def __init__(self, *result: Any, ui: Any = None) -> None:
         self.result, self.ui = result, ui
@@ -76,7 +76,7 @@ def _module(name: str, **members: Any) -> ModuleType:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
-    """Put the stub's modules in place of the host's; `models` holds its model folders."""
+    """Install the stub's modules under the host's names; `models` contains the model folders."""
     names = ("Boolean", "Clip", "Combo", "Image", "Int", "Latent", "Model", "MultiType", "String", "Vae")
     kinds = {name: _Kind for name in names}
     schema = SimpleNamespace(

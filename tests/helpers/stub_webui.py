@@ -1,4 +1,4 @@
-"""Just enough of Automatic1111's web UI, or of Forge, to load the extension; `tests/webui` runs the real ones."""
+"""A stub of Automatic1111's web UI or Forge that can load the extension; `tests/webui` runs the real programs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Program:
-    """The stub's state: what tests look at."""
+    """The stub's state, which tests inspect."""
 
     def __init__(self) -> None:
         self.unload: list[Callable] = []
-        self.told: list[str] = []
+        self.warnings: list[str] = []
         self.read: list[tuple] = []
         self.options: dict[str, Any] = {}
         self.tabs: list[Callable] = []
@@ -29,7 +29,7 @@ class Program:
         self.modules: dict[str, ModuleType] = {}
 
     def load_extension(self, root: Path = ROOT) -> None:
-        """Run the entry point as the program does: a file without a package, its folder first on the module path."""
+        """Run the entry point as the program does: without a package, with its folder first on the module path."""
         before = list(sys.path)
         sys.path.insert(0, str(root))
         try:
@@ -39,7 +39,7 @@ class Program:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *, forge: bool) -> Program:
-    """Put the stub's modules in place of the program's."""
+    """Install the stub's modules under the program's names."""
     program = Program()
 
     def module(name: str, **members: Any) -> ModuleType:
@@ -66,7 +66,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, forge: bool) -> Program:
         program.read.append((args, kwargs))
         return "stock"
 
-    module("gradio", Warning=program.told.append)
+    module("gradio", Warning=program.warnings.append)
     module("modules")
     module("modules.patches", patch=patch, undo=undo)
     module(

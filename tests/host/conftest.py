@@ -1,4 +1,4 @@
-"""The host under test, and the models that the tests load into it."""
+"""The host under test, and the models that the tests load."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a host, or where the whole suite is run, these tests are skipped: they take twenty minutes."""
+    """Skip these tests without a host, and in runs of the whole suite: they take twenty minutes."""
     here = Path(__file__).parent
     ours = [item for item in items if here in item.path.parents]
     if not ours:
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     elif not any(here in (path, *path.parents) for path in asked_for(config)):
         reason = "`python -m pytest tests/host` runs the tests in a real host"
     elif subprocess.run([host_python(), "-c", "import aiohttp, comfy_kitchen"], capture_output=True).returncode:
-        reason = f"{host_python()} lacks what a ComfyUI needs; name the host's own Python in COMFYUI_PYTHON"
+        reason = f"{host_python()} lacks packages that ComfyUI needs; name the host's own Python in COMFYUI_PYTHON"
     else:
         return
     for item in ours:
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory):
-    """A base directory with Vega-sized models: fp16, packed, and the packed one dequantised; v-prediction; adapters."""
+    """A base directory with Vega-sized models: fp16, packed, and the packed one dequantised; adapters."""
     base = make_base(tmp_path_factory.mktemp("comfyui") / "base")
     unets = base / "models" / "diffusion_models"
     write_unet(unets / "vega.safetensors", SEGMIND_VEGA)

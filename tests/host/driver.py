@@ -1,4 +1,4 @@
-"""A real ComfyUI as a process: the one found through COMFYUI_PATH, run by COMFYUI_PYTHON.
+"""A real ComfyUI as a process: COMFYUI_PATH is its folder, COMFYUI_PYTHON its Python.
 
 NFQ_HOST_DEVICE=cuda lets it use its GPU; NFQ_HOST_LOGS names a folder for its logs.
 """
@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 600
 RUN_SECONDS = 1800
-"""Limits that only a hang reaches: a busy machine takes many times as long as an idle one."""
+"""Limits that only a hang reaches, because a busy machine is many times slower than an idle one."""
 
 _runs = itertools.count()
 
@@ -39,7 +39,7 @@ def host_python() -> str:
 
 
 class HostError(Exception):
-    """A prompt failed; the text is what the page would show."""
+    """A prompt failed; the text is the one that the page would show."""
 
 
 def _limit_files(limit: int) -> None:
@@ -49,10 +49,10 @@ def _limit_files(limit: int) -> None:
 
 
 class Host:
-    """A running ComfyUI, spoken to as its page does."""
+    """A running ComfyUI, used through the same requests as its page sends."""
 
     def __init__(self, base: Path, *flags: str, file_limit: int | None = None) -> None:
-        """Start the host; with `file_limit`, writing beyond so many bytes fails, as on a full disk."""
+        """Start the host; with `file_limit`, writing a file beyond this many bytes fails, as on a full disk."""
         self.base = base
         self.output = base / "output"
         self.log = Path(os.environ.get("NFQ_HOST_LOGS", base)) / f"host-{uuid.uuid4().hex[:6]}.log"
@@ -114,7 +114,7 @@ class Host:
     def queue(self, prompt: dict, workflow: dict | None = None) -> str:
         """Queue a prompt; returns its id. HostError when the host refuses it.
 
-        What samples or saves runs anew even in a graph that ran before, loaders do not.
+        Nodes that sample or save run again even if the graph ran before; loaders do not.
         """
         fresh = {}
         for name, node in prompt.items():
@@ -127,9 +127,9 @@ class Host:
         try:
             return self.post("/prompt", body)["prompt_id"]
         except urllib.error.HTTPError as error:
-            told = json.load(error)
-            details = [e["details"] for node in told["node_errors"].values() for e in node["errors"]]
-            raise HostError(" | ".join(details) or told["error"]["message"]) from None
+            answer = json.load(error)
+            details = [e["details"] for node in answer["node_errors"].values() for e in node["errors"]]
+            raise HostError(" | ".join(details) or answer["error"]["message"]) from None
 
     def wait(self, prompt_id: str) -> dict:
         """The outputs of a queued prompt by node; HostError when it failed."""
@@ -151,7 +151,7 @@ class Host:
         return self.wait(self.queue(prompt, workflow))
 
     def latent(self, prompt: dict, node: str = "latent") -> torch.Tensor:
-        """Run a prompt that ends in SaveLatent; returns the latent it saved."""
+        """Run a prompt that ends in SaveLatent; returns the saved latent."""
         saved = self.run(prompt)[node]["latents"][0]
         path = self.output / saved["subfolder"] / saved["filename"]
         latent = load_file(path)["latent_tensor"]
@@ -173,7 +173,7 @@ class Host:
         return [path for path in self.output.rglob("*.tmp") if path.is_file()]
 
     def resident_bytes(self) -> int:
-        """Memory of its own; files that it maps do not count."""
+        """The process's own memory, without mapped files."""
         return self._status("RssAnon")
 
     def peak_bytes(self) -> int:
@@ -184,23 +184,28 @@ class Host:
         return int(status.split(f"{field}:")[1].split()[0]) * 1024
 
     def free(self) -> None:
-        """Have the host unload all models and forget all results; returns when it has."""
+        """Make the host unload all models and forget all results; returns when it is done."""
         self.post("/free", {"unload_models": True, "free_memory": True})
-        # The host misses this while it ends a prompt, and then sleeps for minutes; another prompt wakes it.
+        # The host misses the request while it ends a prompt, and then sleeps for minutes; another prompt wakes it.
         self.check("nothing", {})
-        self.wait_until(lambda state: not state["freeing"], "it frees nothing")
-        # The host takes the next prompt only when it is done with what it was asked before.
+        self.wait_until(lambda state: not state["freeing"], "it did not free memory")
+        # The host starts the next prompt only after it has freed memory.
         self.check("nothing", {})
 
-    def wait_until(self, reached: Callable[[dict], bool], otherwise: str) -> None:
-        """Wait for a state of the host as the probe sees it: whether it is `freeing`, and `progress` by node."""
+    def wait_until(self, reached: Callable[[dict], bool], failure: str) -> None:
+        """Wait for a state of the host as the probe sees it: whether it is `freeing`, and `progress` by node.
+
+        Args:
+            reached: whether the state is the wanted one.
+            failure: what to report after RUN_SECONDS.
+        """
         deadline = time.monotonic() + RUN_SECONDS
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log.read_text(errors="replace")[-4000:]
             if reached(self.get("/nfq_test/state")):
                 return
             time.sleep(0.1)
-        raise AssertionError(f"the host is not where it should be: {otherwise}")
+        raise AssertionError(f"the host did not reach the expected state: {failure}")
 
 
 def make_base(base: Path) -> Path:

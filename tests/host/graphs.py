@@ -8,7 +8,7 @@ ORIGINAL = {"class_type": "UNETLoader", "inputs": {"unet_name": "vega.safetensor
 
 
 def loader(unet_name: str) -> dict:
-    """The loader of a file: ours for ours, the stock one for any other."""
+    """The loader for a file: ours for `.nfq.safetensors`, the stock one for others."""
     if unet_name.endswith(".nfq.safetensors"):
         return {"class_type": "NFQuantizedUNetLoader", "inputs": {"unet_name": unet_name}}
     return {"class_type": "UNETLoader", "inputs": {"unet_name": unet_name, "weight_dtype": "default"}}
@@ -41,7 +41,7 @@ def sample(
     negative: list | None = None,
     name: str = "latent",
 ) -> dict:
-    """`nodes` and what samples from `model`, ending in the node `name`, which saves the latent."""
+    """`nodes` plus nodes that sample from `model`; the node `name` saves the latent."""
     return nodes | {
         "positive": {"class_type": "NFQTestConditioning", "inputs": {"number": 1}},
         "negative": {"class_type": "NFQTestConditioning", "inputs": {"number": 2}},

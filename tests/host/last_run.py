@@ -1,4 +1,4 @@
-"""Keeps what the last full run of these tests gave on each version of the host, in `last_run.json` beside this file."""
+"""Keeps the counts of the last full run of these tests on each host version in `last_run.json`, next to this file."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import pytest
 
 NAME = "last_run.json"
 OUTCOMES = ("failed", "skipped", "passed")
-"""The worst first: a test is what the worst of its set-up, call and tear-down was."""
+"""Worst first: a test's outcome is the worst of its set-up, call and tear-down."""
 
 DIRTY = "-dirty"
 UNKNOWN = "unknown"
 
 
 class Recorder:
-    """A pytest plugin that writes an entry after a full run, and says on the terminal whether it did.
+    """A pytest plugin that writes an entry after a full run, and reports on the terminal whether it did.
 
     Args:
-        config: that of the run.
+        config: the run's configuration.
         here: the folder whose tests are recorded.
-        host: gives the versions under test, `host` and `front_end`.
+        host: returns the versions under test, `host` and `front_end`.
     """
 
     def __init__(self, config: pytest.Config, here: Path, host: Callable[[], dict[str, str]]) -> None:
@@ -35,7 +35,7 @@ class Recorder:
         self.collected: dict[str, Path] = {}
         self.deselected = 0
         self.outcomes: dict[str, str] = {}
-        self.told = ""
+        self.summary = ""
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
         self.deselected += sum(self.here in item.path.parents for item in items)
@@ -58,18 +58,18 @@ class Recorder:
                 entry = self.entry()
                 write(self.here / NAME, entry)
                 counts = ", ".join(f"{entry[outcome]} {outcome}" for outcome in reversed(OUTCOMES))
-                self.told = f"{NAME} written: ComfyUI {entry['host']}, front end {entry['front_end']}: {counts}"
+                self.summary = f"{NAME} written: ComfyUI {entry['host']}, front end {entry['front_end']}: {counts}"
             except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
                 reason = str(error)
         if reason is not None:
-            self.told = f"{NAME} not written: {reason}"
+            self.summary = f"{NAME} not written: {reason}"
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if self.told:
-            terminalreporter.write_line(self.told)
+        if self.summary:
+            terminalreporter.write_line(self.summary)
 
     def not_full(self, exitstatus: int) -> str | None:
-        """Why this was no full run; None if it was one."""
+        """Why this was not a full run; None if it was one."""
         option = self.config.option
         if self.here not in asked_for(self.config):
             return "only a part of the tests was asked for"
@@ -97,12 +97,12 @@ class Recorder:
         return f"{', '.join(names)} {'was' if len(names) == 1 else 'were'}"
 
     def entry(self) -> dict[str, str | int]:
-        """What this run gave."""
+        """The entry for this run."""
         before, after = self.commit, commit(self.here)
         outcomes = list(self.outcomes.values())
         return {
             **self.host(),
-            # What changed under the tests is no longer what the commit holds.
+            # If files changed during the run, the commit does not describe them.
             "commit": before if before == after or before.endswith(DIRTY) else before + DIRTY,
             **{outcome: outcomes.count(outcome) for outcome in reversed(OUTCOMES)},
             "date": datetime.now(timezone.utc).date().isoformat(),
@@ -115,19 +115,19 @@ def asked_for(config: pytest.Config) -> list[Path]:
 
 
 def host_versions(path: Path, python: str) -> dict[str, str]:
-    """The versions of a ComfyUI in a folder, and of the front end that its Python has."""
+    """The versions of the ComfyUI in a folder and of the front end in its Python."""
     (version,) = re.findall(r'__version__ = "([^"]+)"', (path / "comfyui_version.py").read_text("utf-8"))
     ask = "from importlib.metadata import version; print(version('comfyui-frontend-package'))"
-    told = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True)
-    return {"host": version, "front_end": told.stdout.strip()}
+    result = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True)
+    return {"host": version, "front_end": result.stdout.strip()}
 
 
 def commit(folder: Path) -> str:
-    """The commit of a folder's repository, marked where the working tree differs, the record itself aside."""
+    """The commit of a folder's repository, marked if the working tree differs from it (the record itself excepted)."""
 
     def git(*arguments: str) -> str:
-        told = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
-        return told.stdout.strip()
+        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+        return result.stdout.strip()
 
     try:
         head = git("rev-parse", "HEAD")
@@ -138,13 +138,13 @@ def commit(folder: Path) -> str:
 
 
 def write(path: Path, entry: dict) -> None:
-    """Put an entry into the file at `path`, in place of the one of the same host; ValueError if it holds no entries."""
+    """Write an entry to the file at `path` in place of the same host's; ValueError if the file is not a list."""
     entries = []
     if path.exists():
         try:
             entries = [old for old in json.loads(path.read_text("utf-8")) if old["host"] != entry["host"]]
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path} is no list of entries; delete it") from None
+            raise ValueError(f"{path} is not a list of entries; delete it") from None
     entries = sorted([*entries, entry], key=lambda each: [int(part) for part in re.findall(r"\d+", each["host"])])
     partial = path.with_name(f"{NAME}.tmp")
     partial.write_text(json.dumps(entries, indent=2) + "\n", "utf-8")

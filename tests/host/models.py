@@ -1,4 +1,4 @@
-"""Random models of exact shapes for the host: UNets, LoRAs of every stock kind."""
+"""Random models with real shapes for the host: UNets, and LoRAs of every stock kind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = ("lora", "locon", "loha", "lokr", "dora")
 
 
 def random_unet(architecture: UNetArchitecture, layout: str = "ldm", seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights under which activations neither vanish nor explode, fp16."""
+    """Random fp16 weights that keep activations in range."""
     generator = torch.Generator().manual_seed(seed)
     result = {}
     for key, shape in tensor_shapes(architecture, layout).items():
@@ -38,7 +38,7 @@ def write_unet(path: Path, architecture: UNetArchitecture, layout: str = "ldm", 
 
 
 def random_adapter(architecture: UNetArchitecture, kind: str, seed: int, rank: int = 4) -> dict[str, torch.Tensor]:
-    """An adapter of one of `KINDS` over some of a UNet's linear layers and convolutions, named as trainers do."""
+    """An adapter of one of `KINDS` for some of a UNet's Linear layers and convolutions, with trainers' key names."""
     generator = torch.Generator().manual_seed(seed)
 
     def factor(*shape: int, std: float = 0.0) -> torch.Tensor:
@@ -72,9 +72,9 @@ def random_adapter(architecture: UNetArchitecture, kind: str, seed: int, rank: i
 def packed_unet(
     architecture: UNetArchitecture, layout: str, settings: Settings = DEFAULTS
 ) -> dict[str, NFTensor | torch.Tensor]:
-    """A UNet quantised by the usual rules, its codes random instead of fitted: quick at any size.
+    """A UNet with the formats of the usual rules and random codes, which is fast at any size.
 
-    The same weight has the same codes in every layout.
+    A weight has the same codes in every layout.
     """
     names = list(tensor_shapes(architecture, layout))
     shapes = tensor_shapes(architecture, "ldm")
@@ -90,7 +90,7 @@ def packed_unet(
             weight *= 1 / sqrt(prod(shape[1:])) if len(shape) > 1 else 0.05
             result[name] = (weight + (1.0 if is_norm else 0.0)).half()
             continue
-        # Levels and scale parameters come from a small weight; 16 and 32 levels and trellises use every byte value.
+        # Levels and scale parameters come from a small weight. For 16 and 32 levels and trellises every byte is valid.
         sample = quantize(torch.empty(64, 64).normal_(generator=generator) / sqrt(prod(shape[1:])), format=fmt.id)
         sections, small = fmt.sections(prod(shape)), fmt.sections(sample.numel())
         data = torch.randint(0, 256, (sections.end,), dtype=torch.uint8, generator=generator)

@@ -30,8 +30,8 @@ def test_collect_save_and_quantize(host) -> None:
     nodes = {"model": ORIGINAL, "collect": collect(["model", 0], hessians=False)}
     prompt = sample(nodes, ["collect", 0], steps=1) | {"kept": keep(["collect", 0])}
     assert torch.equal(host.latent(prompt), plain)
-    (told,) = host.run(prompt)["kept"]["text"]
-    assert told.startswith(f"saved output/nfq_calibrations/{NAME} (") and told.endswith("2 samplings")
+    (message,) = host.run(prompt)["kept"]["text"]
+    assert message.startswith(f"saved output/nfq_calibrations/{NAME} (") and message.endswith("2 samplings")
     found = Calibration.load(host.output / "nfq_calibrations" / NAME)
     assert (found.architecture, found.prompts, found.steps) == ("Segmind Vega", 2, 1)
     # At so few pixels the innermost layers see too few tokens.
@@ -46,19 +46,19 @@ def test_collect_save_and_quantize(host) -> None:
 
 
 def test_a_packed_model_is_refused(host) -> None:
-    with pytest.raises(HostError, match="a calibration is collected from dense weights"):
+    with pytest.raises(HostError, match="a calibration needs dense weights"):
         nodes = {"model": OURS, "collect": collect(["model", 0])}
         host.run(sample(nodes, ["collect", 0], steps=1))
 
 
 def test_a_compiled_model_is_refused(host) -> None:
-    """Before the node, and behind it."""
+    """Before the node and after it."""
     compiled = {"class_type": "TorchCompileModel", "inputs": {"model": ["model", 0], "backend": "inductor"}}
     before = {"model": ORIGINAL, "compiled": compiled, "last": collect(["compiled", 0])}
     behind = {"model": ORIGINAL, "collect": collect(["model", 0])}
     behind["last"] = compiled | {"inputs": {"model": ["collect", 0], "backend": "inductor"}}
     for nodes in (before, behind):
-        with pytest.raises(HostError, match="this MODEL is compiled, which hides what its layers are fed"):
+        with pytest.raises(HostError, match="this MODEL is compiled, which hides the inputs of its layers"):
             host.run(sample(nodes, ["last", 0], steps=1))
 
 

@@ -1,4 +1,4 @@
-"""NFCompare in the real host: images, latents, what cannot be compared; what the host serves beside the nodes."""
+"""NFCompare in the real host: images, latents, refused inputs; the help, examples and languages it serves."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def empty(width: int = 64) -> dict:
 
 
 def noise(number: int) -> dict:
-    """A latent that is a picture's."""
+    """A latent of a picture."""
     return {"class_type": "VAEEncode", "inputs": {"pixels": [f"image{number}", 0], "vae": ["companions", 1]}}
 
 
@@ -32,7 +32,7 @@ def compare(*nodes: str, **inputs) -> dict:
 
 
 def random_picture(number: int) -> torch.Tensor:
-    """What `NFQTestImage` gives, with its channels first."""
+    """The output of `NFQTestImage`, channels first."""
     generator = torch.Generator().manual_seed(number)
     return torch.randn(1, 64, 64, 3, generator=generator).sigmoid().movedim(-1, 1)
 
@@ -51,13 +51,13 @@ def test_images_with_their_figures(host) -> None:
         assert picture["type"] == "temp" and (host.base / "temp" / picture["filename"]).exists()
 
 
-def test_latents_by_themselves_and_decoded(host) -> None:
+def test_latents_directly_and_decoded(host) -> None:
     graph = {"companions": COMPANIONS, "image1": image(1), "image2": image(2), "a": noise(1), "b": noise(2)}
-    by_themselves = host.run(graph | {"look": compare("a", "b")})["look"]["nfq_compare"][1]
+    directly = host.run(graph | {"look": compare("a", "b")})["look"]["nfq_compare"][1]
     decoded = host.run(graph | {"look": compare("a", "b", vae=["companions", 1])})["look"]["nfq_compare"][1]
-    for figures in (by_themselves, decoded):
+    for figures in (directly, decoded):
         assert math.isfinite(figures["psnr_db"]) and figures["ssim"] < 1
-    assert by_themselves["psnr_db"] != decoded["psnr_db"]
+    assert directly["psnr_db"] != decoded["psnr_db"]
 
 
 def test_empty_latents_are_equal(host) -> None:
@@ -65,7 +65,7 @@ def test_empty_latents_are_equal(host) -> None:
     assert shown[1]["psnr_db"] is None and shown[1]["ssim"] == pytest.approx(1)
 
 
-def test_what_cannot_be_compared(host) -> None:
+def test_mismatched_inputs_are_refused(host) -> None:
     with pytest.raises(HostError, match="images and latents cannot be compared with each other"):
         host.run({"a": image(1), "b": empty(), "look": compare("a", "b")})
     with pytest.raises(HostError, match=r"image_2 has shape \(1, 4, 8, 16\), image_1 has \(1, 4, 8, 8\)"):
@@ -76,9 +76,9 @@ def test_what_cannot_be_compared(host) -> None:
 
 
 def test_nan_is_refused(host) -> None:
-    """JSON cannot hold what would come of it, and the page could not read the history any more."""
+    """JSON has no NaN, so the page could no longer read the history."""
     graph = {"a": image(1), "b": {"class_type": "NFQTestImage", "inputs": {"number": -1}}, "look": compare("a", "b")}
-    with pytest.raises(HostError, match="image_2 holds NaN or infinity"):
+    with pytest.raises(HostError, match="image_2 contains NaN or infinity"):
         host.run(graph)
 
 

@@ -27,7 +27,7 @@ MARKERS = {
         "edm_std": torch.tensor([8.4927, 5.9022, 6.5498, 5.2299]).view(1, 4, 1, 1),
     },
 }
-"""Tensors beside a UNet that tell how it predicts; the last are those of Playground 2.5, which the host knows."""
+"""Tensors next to a UNet that define its kind of prediction; the last are Playground 2.5's, which the host knows."""
 WORKFLOW = {"nodes": [], "links": [], "version": 0.4, "extra": {"note": "from the page"}}
 
 
@@ -41,7 +41,7 @@ def test_nodes_are_listed_and_explained(host, node: str) -> None:
 
 @pytest.mark.smoke
 def test_quantise_save_load(host) -> None:
-    """What was quantised in the graph is saved, listed at once, found sound, and samples the same when loaded."""
+    """A MODEL quantised in the graph is saved, listed at once, verified, and samples the same when loaded."""
     nodes = {"model": ORIGINAL, "packed": quantize(MODEL, levels=12, conv_levels=24)}
     nodes["save"] = save(["packed", 0], "deep/made", overwrite=False)
     first = host.latent(sample(nodes, ["packed", 0]))
@@ -66,7 +66,7 @@ def test_quantise_save_load(host) -> None:
 
 
 def test_saved_workflow(host, base) -> None:
-    """The page finds graph and prompt in the file, unless the host was told to embed none."""
+    """The file contains graph and prompt for the page, unless the host runs with `--disable-metadata`."""
     graph = {"model": OURS, "save": save(MODEL, "workflow")}
     host.run(graph, WORKFLOW)
     path = host.output / "diffusion_models" / "workflow.nfq.safetensors"
@@ -87,7 +87,7 @@ def test_saved_workflow(host, base) -> None:
 
 
 def test_quantising_bakes_patches_and_leaves_its_input(host) -> None:
-    """LoRA upstream is in the packed weights; the MODEL it came from samples as before."""
+    """A LoRA upstream is baked into the packed weights; the input MODEL samples as before."""
     plain = host.latent(sample({"model": ORIGINAL}, MODEL))
     nodes = {"model": ORIGINAL, "lora": lora("locon", 0.8, MODEL), "packed": quantize(["lora", 0], levels=32)}
     nodes["save"] = save(["packed", 0], "baked")
@@ -101,7 +101,7 @@ def test_quantising_bakes_patches_and_leaves_its_input(host) -> None:
 
 
 def test_stock_save_exports_dense_weights(host) -> None:
-    """ModelSave writes what our file dequantises to, and a LoRA behind the loader is in it."""
+    """ModelSave writes the dequantised weights of our file, including a LoRA after the loader."""
     graph = {"model": OURS, "lora": lora("lora", 1.0, MODEL)}
     graph["save"] = {"class_type": "ModelSave", "inputs": {"model": MODEL, "filename_prefix": "diffusion_models/plain"}}
     graph["save lora"] = {
@@ -127,7 +127,7 @@ def test_stock_save_exports_dense_weights(host) -> None:
 
 
 def test_extracted_lora(host) -> None:
-    """LoraSave on the difference of a packed MODEL and another writes what it writes for the dense MODEL."""
+    """LoraSave writes the same difference for a packed MODEL as for the dense one."""
 
     def extract(model: dict, name: str) -> dict[str, torch.Tensor]:
         graph = {"model": model, "lora": lora("locon", 1.0, MODEL), "original": ORIGINAL}
@@ -145,14 +145,14 @@ def test_extracted_lora(host) -> None:
     assert ours.keys() == dense.keys() and len(ours) > 217
     for key, wanted in dense.items():
         assert (ours[key] - wanted).abs().max() <= 1e-3 * wanted.abs().max() + 1e-6, key
-    # What the LoRA changed stands out of what quantising changed.
+    # The change by the LoRA is much larger than the change by quantising.
     changed, other = (dense[next(key for key in dense if name in key)] for name in ("attn2.to_k", "attn2.to_v"))
     assert changed.float().std() > 2 * other.float().std() > 0
 
 
 @pytest.mark.parametrize("markers", MARKERS.values(), ids=MARKERS)
 def test_kinds_of_prediction_are_saved(host, base, markers: dict[str, torch.Tensor]) -> None:
-    """How a model predicts is told by tensors beside its UNet; they are in the file that NFSaveCheckpoint writes."""
+    """NFSaveCheckpoint also writes the tensors that define a model's kind of prediction."""
     original = base / "models" / "diffusion_models" / "kind.safetensors"
     write_unet(original, KOALA_700M, **markers)
     nodes = {"model": loader(original.name), "packed": quantize(MODEL), "save": save(["packed", 0], "kind")}
@@ -166,7 +166,7 @@ def test_kinds_of_prediction_are_saved(host, base, markers: dict[str, torch.Tens
     again = host.latent(sample({"model": loader("kind.nfq.safetensors")}, MODEL, steps=1))
     original.unlink()
     path.unlink()
-    # The host computes its least and greatest sigma, so that what is saved is a rounding away from what was given.
+    # The host computes its smallest and largest sigma, so the saved values differ from the given ones by a rounding.
     assert (again - first).abs().max() <= 2e-4 * first.abs().max()
     assert kinds[0] == kinds[1] == kinds[2]
     assert {key for key in saved if "." not in key or key.startswith("edm")} == markers.keys()
@@ -174,8 +174,8 @@ def test_kinds_of_prediction_are_saved(host, base, markers: dict[str, torch.Tens
         assert torch.allclose(saved[key].float(), marker), key
 
 
-def test_quantising_what_others_made(host) -> None:
-    """Weights that a stock loader cast to fp8, and a merge that has a packed MODEL in it."""
+def test_quantising_fp8_weights_and_merges(host) -> None:
+    """Weights that a stock loader cast to fp8, and a merge with a packed MODEL."""
     fp8 = {"class_type": "UNETLoader", "inputs": {"unet_name": "vega.safetensors", "weight_dtype": "fp8_e4m3fn"}}
     ratio = {"model1": ["original", 0], "model2": ["ours", 0], "ratio": 0.5}
     nodes = {"model": fp8, "original": ORIGINAL, "ours": OURS}
@@ -198,8 +198,8 @@ def test_inspect(host) -> None:
     outputs = host.run(nodes)
     made, loaded, file = (outputs[name]["text"][0] for name in ("made", "loaded", "file"))
     assert "from vega.safetensors: levels 16, conv_levels 32" in made
-    assert "0.442 GB of 1.491 GB" in file
-    # Quantised in the graph or by the command, measured then or afterwards: the same errors.
+    assert "0.442 GB in the file, 1.491 GB as fp16" in file
+    # The errors are the same if quantised in the graph or by the command, and if measured at once or later.
     assert made.splitlines()[4] == loaded.splitlines()[4]
     assert made.splitlines()[5:] == loaded.splitlines()[5:]
     nodes = {"model": ORIGINAL, "lora": lora("locon", 1.0, MODEL), "packed": quantize(["lora", 0])}
@@ -209,12 +209,12 @@ def test_inspect(host) -> None:
     made, measured = (outputs[name]["text"][0] for name in ("made", "measured"))
     assert made == measured
     assert "baked LoRA locon.safetensors at 1" in made
-    with pytest.raises(HostError, match="connect one from NFQuantizeUNet"):
+    with pytest.raises(HostError, match="connect one from NFQ Quantize UNet"):
         host.run({"model": ORIGINAL, "inspect": {"class_type": "NFInspect", "inputs": {"model": MODEL}}})
 
 
 def test_whole_checkpoint(host) -> None:
-    """UNet, CLIP and VAE through one file of ours, to a picture; and through a stock save of the packed model."""
+    """UNet, CLIP and VAE saved in one file of ours, and in a stock file, sample as before they were saved."""
 
     def picture(nodes: dict, model: list, clip: list, vae: list) -> dict:
         encode = {"class_type": "CLIPTextEncode", "inputs": {"text": "a red fox", "clip": clip}}
@@ -266,7 +266,7 @@ def test_whole_checkpoint(host) -> None:
         assert dynamic["dynamic"] == {"clip": True, "vae": True, "clip for hooks": False, "vae reloaded": True}
         assert dynamic["saved"] > 700
     host.free()
-    # CLIP and VAE are stored without loss.
+    # CLIP and VAE are stored losslessly.
     with safe_open(path, "pt") as file, safe_open(host.output / "checkpoints" / name, "pt") as plain:
         companions = [key for key in plain.keys() if not key.startswith("model.diffusion_model.")]  # noqa: SIM118
         assert len(companions) > 700
@@ -280,7 +280,7 @@ def test_whole_checkpoint(host) -> None:
 
 
 def test_names_from_other_systems(host, base) -> None:
-    """A workflow made on Windows names a file in a folder with a backslash."""
+    """A workflow from Windows names a file with a backslash."""
     folder = base / "models" / "diffusion_models" / "deep"
     folder.mkdir()
     (folder / "vega.nfq.safetensors").symlink_to("../vega.nfq.safetensors")
@@ -291,7 +291,7 @@ def test_names_from_other_systems(host, base) -> None:
 
 
 def test_flags_for_dense_models(host, base) -> None:
-    """`--fp8_e4m3fn-unet` is meant for dense models; ours, and what it keeps, stays as it is."""
+    """`--fp8_e4m3fn-unet` is for dense models; packed models and their unquantised tensors are not changed."""
     graph = sample({"model": OURS}, MODEL)
     flagged = Host(base, "--fp8_e4m3fn-unet")
     try:
@@ -302,7 +302,7 @@ def test_flags_for_dense_models(host, base) -> None:
 
 
 def test_restart_and_load_again(host, base) -> None:
-    """A newcomer's path: quantise, save, end the host, start it, load, sample: the same latent."""
+    """Quantise, save, restart the host, load, sample: the latent is the same."""
     nodes = {"model": ORIGINAL, "packed": quantize(MODEL), "save": save(["packed", 0], "kept")}
     latents = []
     for graph in (sample(nodes, ["packed", 0]), sample({"model": loader("kept.nfq.safetensors")}, MODEL)):

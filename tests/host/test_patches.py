@@ -1,4 +1,4 @@
-"""Patches in the real host: hooks that it forces on a model, beside LoRAs; LoRAs of another base; what is logged."""
+"""Patches in the real host: forced hooks with LoRAs; LoRAs for another base model; log lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HOST_LINE = ("ERROR", "WARNING SHAPE MISMATCH")
 
 
 def with_loras(*names: str) -> dict:
-    """Our loader and the dense one, each with LoRAs of these names behind it, ending in `ours` and `wanted`."""
+    """Our loader and the dense one, each followed by LoRAs of these names, ending in `ours` and `wanted`."""
     prompt = {"model": OURS, "dense": DENSE}
     for end, last in (("ours", "model"), ("wanted", "dense")):
         for number, name in enumerate(names):
@@ -29,14 +29,14 @@ def with_loras(*names: str) -> dict:
 
 
 def for_another_width(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An adapter as it would be for a model whose layers have fewer inputs."""
+    """The adapter as trained for a model whose layers have fewer inputs."""
     narrow = ("lora_down.weight", "hada_w1_b", "hada_w2_b", "lokr_w2")
     return {key: value[:, :-8].contiguous() if key.endswith(narrow) else value for key, value in adapter.items()}
 
 
 @pytest.fixture(params=[*KINDS, "diff"])
 def misfit(request, base: Path) -> str:
-    """The name of a LoRA file in which nothing fits the tests' model."""
+    """The name of a LoRA file that does not fit the tests' model."""
     if request.param == "diff":
         fitting = random_adapter(SEGMIND_VEGA, "lora", 9)
         names = {key.rpartition(".lora_")[0] for key in fitting if ".lora_" in key}
@@ -49,8 +49,8 @@ def misfit(request, base: Path) -> str:
     path.unlink()
 
 
-def test_forced_hooks_beside_a_lora(host) -> None:
-    """Equal to the dense model wholly loaded, in every state of loading, whichever group of hooks is forced."""
+def test_forced_hooks_with_a_lora(host) -> None:
+    """Every state of loading and every group of forced hooks gives the result of the fully loaded dense model."""
     facts = host.check("forced_hooks", with_loras("locon"), model=["ours", 0], other=["wanted", 0])
     assert min(facts["hooks"]) > 1e-3
     assert len(facts["differences"]) == 10
@@ -61,7 +61,7 @@ def test_forced_hooks_beside_a_lora(host) -> None:
 
 
 def test_hooks_of_a_packed_text_encoder(host) -> None:
-    """Through the host's own loading and encoding: LoRA alone, forced hooks, scheduled ones, and back."""
+    """Loaded and encoded by the host: with a LoRA alone, with forced and scheduled hooks, and without them again."""
     facts = host.check("clip_hooks", {})
     assert facts["packed"] == 12
     assert facts["lora"] > 1e-2 and facts["hooks"] > 1e-2
@@ -72,7 +72,7 @@ def test_hooks_of_a_packed_text_encoder(host) -> None:
 
 
 def test_a_lora_of_another_base_is_logged_once(host, misfit: str) -> None:
-    """The same latents as the stock path, with one line for all that the stock path logs a line each for."""
+    """The latents equal the stock path's, with one log line instead of one line per patch."""
 
     def run(end: str) -> tuple[torch.Tensor, list[str]]:
         before = host.log.stat().st_size
@@ -110,7 +110,7 @@ def test_a_hook_of_another_base_is_logged_once(host, base) -> None:
 
 
 def test_misfits_in_every_state_of_loading(host, base) -> None:
-    """One line a load, none at a step; the host plans no memory for factors that are skipped."""
+    """One log line per load and none per step; the host plans no memory for skipped factors."""
     path = base / "models" / "loras" / "misfit.safetensors"
     save_file(for_another_width(random_adapter(SEGMIND_VEGA, "dora", 9)), path)
     facts = host.check("misfits_in_states", with_loras("lora", "misfit"), model=["ours", 0], other=["wanted", 0])
@@ -127,7 +127,7 @@ def test_misfits_in_every_state_of_loading(host, base) -> None:
 
 
 def test_adapters_in_half_precision(host) -> None:
-    """What the stock path applies to an fp16 weight is applied, and what fails there is logged as often: once."""
+    """Adapters give the stock path's result on an fp16 weight; adapters that fail there are logged once, as there."""
     for name, adapter in host.check("half_precision_adapters", {}).items():
         assert adapter["difference"] == 0, name
         assert adapter["lines"] == adapter["stock lines"], name

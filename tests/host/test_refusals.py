@@ -1,4 +1,4 @@
-"""What is refused, interrupted or cut short: one sentence, nothing left behind, and the host goes on."""
+"""Refused graphs, interrupts and damaged files: one sentence, nothing left behind, and the host goes on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ MODEL = ["model", 0]
 @pytest.mark.parametrize(
     ("graph", "message"),
     [
-        pytest.param({"save": save(["original", 0], "x")}, "not quantised; put NFQuantizeUNet between", id="dense"),
+        pytest.param(
+            {"save": save(["original", 0], "x")},
+            r"not quantised; put NFQ Quantize UNet \(NFQuantizeUNet\) before",
+            id="dense",
+        ),
         pytest.param({"save": save(["lora", 0], "x")}, "apply it before NFQuantizeUNet", id="lora"),
         pytest.param({"save": save(["ours", 0], "../../x")}, "leads out of .*diffusion_models", id="outside"),
         pytest.param(
@@ -34,7 +38,7 @@ MODEL = ["model", 0]
         ),
         pytest.param(
             {"again": quantize(["other", 0]), "look": save(["again", 0], "x")},
-            "no UNet of the SDXL family",
+            "not a UNet of the SDXL family",
             id="other model",
         ),
         pytest.param(
@@ -54,11 +58,11 @@ def test_refused_graphs(host, graph: dict, message: str) -> None:
 
 
 def test_bypassed_adapters_are_never_lost(host) -> None:
-    """LoraLoaderBypass leaves no patch: neither baking nor saving may drop it silently."""
+    """LoraLoaderBypass adds no patch: neither baking nor saving may drop it silently."""
     if "LoraLoaderBypassModelOnly" not in host.get("/object_info"):
         pytest.skip("this host has no LoraLoaderBypassModelOnly")
     bypass = lora("lora", 1.0, MODEL) | {"class_type": "LoraLoaderBypassModelOnly"}
-    with pytest.raises(HostError, match="behind NFQuantizeUNet only"):
+    with pytest.raises(HostError, match="works only after NFQ Quantize UNet"):
         host.run({"model": ORIGINAL, "lora": bypass, "packed": quantize(["lora", 0]), "save": save(["packed", 0], "x")})
     with pytest.raises(HostError, match="apply it before NFQuantizeUNet"):
         host.run({"model": OURS, "lora": bypass, "save": save(["lora", 0], "x")})
@@ -89,9 +93,9 @@ def test_damaged_files(host, base, kind: str, message: str) -> None:
     bad = unets / "bad.nfq.safetensors"
     look = {"look": {"class_type": "NFInspect", "inputs": {"model": ["all", 0]}}}
     bad.write_bytes(damaged((unets / "vega.nfq.safetensors").read_bytes(), kind))
-    with pytest.raises(HostError, match=message) as told:
+    with pytest.raises(HostError, match=message) as error:
         host.run(sample({"model": loader(bad.name)}, MODEL))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     checkpoint = base / "models" / "checkpoints" / bad.name
     bad.rename(checkpoint)
     with pytest.raises(HostError, match=message):
@@ -119,31 +123,31 @@ def test_incomplete_and_unknown_models(host, base) -> None:
         host.run(sample({"model": loader(bad.name)}, MODEL))
     (base / "models" / "checkpoints" / "unet.nfq.safetensors").symlink_to(unets / "vega.nfq.safetensors")
     only = {"class_type": "NFQuantizedCheckpointLoader", "inputs": {"ckpt_name": "unet.nfq.safetensors"}}
-    with pytest.raises(HostError, match="use NFQuantizedUNetLoader"):
+    with pytest.raises(HostError, match="use Load NFQ Diffusion Model"):
         host.run(sample({"model": only}, MODEL))
     (base / "models" / "checkpoints" / "unet.nfq.safetensors").unlink()
     bad.unlink()
 
 
 def test_missing_file_is_explained(host) -> None:
-    """The recipe that the page wrote into the workflow tells what to quantise, and how."""
+    """The error explains how to make the file, from the recipe that the page wrote into the workflow."""
     recipe = host.get("/nfq/file?folder=diffusion_models&name=vega.nfq.safetensors")["recipe"]
     assert recipe["source"] == "vega.safetensors" and len(recipe["source_sha256"]) == 64
     inputs = {"unet_name": "gone.nfq.safetensors", "recipe": json.dumps(recipe)}
     model = {"class_type": "NFQuantizedUNetLoader", "inputs": inputs}
-    with pytest.raises(HostError) as told:
+    with pytest.raises(HostError) as error:
         host.run(sample({"model": model}, MODEL))
     for part in ("vega.safetensors", recipe["source_sha256"], "levels=16 conv_levels=32", "filename_prefix 'gone'"):
-        assert part in str(told.value)
+        assert part in str(error.value)
     recipe["settings"]["baked"] = ["LoRA style.safetensors at 0.8"]
     inputs["recipe"] = json.dumps(recipe)
-    with pytest.raises(HostError, match=r"after LoRA style\.safetensors at 0\.8 with levels=16"):
+    with pytest.raises(HostError, match=r" plus LoRA style\.safetensors at 0\.8 with levels=16"):
         host.run(sample({"model": model}, MODEL))
     with pytest.raises(HostError, match="put it there, or choose another"):
         host.run(sample({"model": loader("gone.nfq.safetensors")}, MODEL))
     for name in ("vega.safetensors", 5):
         inputs["unet_name"] = name
-        with pytest.raises(HostError, match="which the stock loader takes"):
+        with pytest.raises(HostError, match="load others with a stock loader"):
             host.run(sample({"model": model}, MODEL))
 
 
@@ -158,32 +162,32 @@ def test_missing_file_is_explained(host) -> None:
     ],
 )
 def test_route_takes_listed_names_only(host, query: str, status: int) -> None:
-    with pytest.raises(urllib.error.HTTPError) as told:
+    with pytest.raises(urllib.error.HTTPError) as raised:
         host.get(f"/nfq/file?{query}")
-    assert told.value.code == status and json.load(told.value)["error"]
+    assert raised.value.code == status and json.load(raised.value)["error"]
 
 
 def test_route_only_reads(host) -> None:
-    with pytest.raises(urllib.error.HTTPError) as told:
+    with pytest.raises(urllib.error.HTTPError) as raised:
         host.post("/nfq/file?folder=diffusion_models&name=vega.nfq.safetensors", {})
-    assert told.value.code == 405
+    assert raised.value.code == 405
 
 
-def test_route_tells_of_a_damaged_file(host, base) -> None:
+def test_route_reports_a_damaged_file(host, base) -> None:
     bad = base / "models" / "diffusion_models" / "cut.nfq.safetensors"
     bad.write_bytes((bad.parent / "vega.nfq.safetensors").read_bytes()[:1000])
     try:
-        with pytest.raises(urllib.error.HTTPError) as told:
+        with pytest.raises(urllib.error.HTTPError) as raised:
             host.get(f"/nfq/file?folder=diffusion_models&name={bad.name}")
-        error = json.load(told.value)["error"]
-        assert told.value.code == 422 and error.startswith(bad.name) and str(base) not in error
+        error = json.load(raised.value)["error"]
+        assert raised.value.code == 422 and error.startswith(bad.name) and str(base) not in error
     finally:
         bad.unlink()
 
 
 @pytest.mark.parametrize("stage", ["quantising", "saving"])
 def test_interrupt(host, stage: str) -> None:
-    """Stopped half-way, nothing partial is left, and the host goes on."""
+    """When a run is stopped half-way, nothing partial remains and the host goes on."""
     nodes = {"model": ORIGINAL, "packed": quantize(MODEL, effort="best" if stage == "quantising" else "fast")}
     if stage == "saving":
         nodes = {"packed": OURS}
@@ -192,9 +196,9 @@ def test_interrupt(host, stage: str) -> None:
         host.latent(sample({"model": ORIGINAL}, MODEL, steps=1))
     queued = host.queue(nodes | {"save": save(["packed", 0], "stopped")})
     if stage == "saving":
-        host.wait_until(lambda _: host.leftovers(), "it saves nothing")
+        host.wait_until(lambda _: host.leftovers(), "it did not begin to save")
     else:
-        host.wait_until(lambda state: state["progress"].get("packed", 0) > 0, "it quantises nothing")
+        host.wait_until(lambda state: state["progress"].get("packed", 0) > 0, "it did not begin to quantise")
     host.post("/interrupt", {})
     node = "NFQuantizeUNet" if stage == "quantising" else "NFSaveCheckpoint"
     with pytest.raises(HostError, match=f"interrupted in {node}"):
@@ -207,7 +211,7 @@ def test_interrupt(host, stage: str) -> None:
 
 
 def test_full_disk(base) -> None:
-    """A save that the disk has no room for fails with a sentence and leaves nothing; the host goes on."""
+    """A save to a full disk fails with one sentence and leaves nothing; the host goes on."""
     host = Host(base, file_limit=100_000_000)
     try:
         with pytest.raises(HostError, match="could not be written: File too large; nothing was changed"):

@@ -1,4 +1,4 @@
-"""What samples with the stock loader samples with ours, bit for bit: samplers, adapters, hooks, ControlNet, merges."""
+"""Our loader gives the same latents as the stock loader: samplers, adapters, hooks, ControlNet, merges."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODEL = ["model", 0]
 
 
 def both(host, build) -> tuple[torch.Tensor, torch.Tensor]:
-    """The latents of the same graph with our loader, and with the stock loader and the dequantised file."""
+    """Latents of one graph with our loader, and with the stock loader and the dequantised file."""
     ours, dense = host.latent(build({"model": OURS})), host.latent(build({"model": DENSE}))
     assert torch.isfinite(ours).all() and ours.std() > 0
     return ours, dense
@@ -27,19 +27,19 @@ def test_samplers_give_the_same_latents(host, sampler: str) -> None:
     assert torch.equal(ours, dense)
 
 
-def test_latents_are_near_the_originals(host) -> None:
+def test_latents_are_close_to_the_originals(host) -> None:
     ours = host.latent(sample({"model": OURS}, MODEL))
     original = host.latent(sample({"model": ORIGINAL}, MODEL))
-    # Random weights amplify what quantising changes, and CFG does so again: a trained model is far closer.
+    # Random weights and CFG amplify the changes by quantising: a trained model is far closer.
     correlation = torch.corrcoef(torch.stack([ours.flatten(), original.flatten()]))[0, 1]
     assert 0.8 < correlation < 1
 
 
 @pytest.mark.parametrize("prefix", ["", CHECKPOINT_PREFIX], ids=["ldm", "prefixed"])
 def test_v_prediction(host, base, prefix: str) -> None:
-    """The markers beside the UNet survive, in LDM's layout and under a checkpoint's prefix.
+    """The markers next to the UNet are kept, in LDM's layout and under a checkpoint's prefix.
 
-    The stock loader loses them under a prefix; the dense file has none.
+    The stock loader loses them under a prefix, so the dense file has no prefix.
     """
     unets = base / "models" / "diffusion_models"
     tensors = {prefix + key: value for key, value in random_unet(KOALA_700M).items()}
@@ -54,7 +54,7 @@ def test_v_prediction(host, base, prefix: str) -> None:
     for name in ("v.safetensors", *names):
         (unets / name).unlink()
     assert torch.equal(ours, dense)
-    # Zero terminal SNR: the noise of the first step is far beyond the 14.6 of other models.
+    # With zero terminal SNR the first sigma is far larger than the 14.6 of other models.
     assert kind["type"] == "V_PREDICTION" and kind["sigma_max"] > 1000
 
 
@@ -84,7 +84,7 @@ def test_bypassed_adapter(host) -> None:
 
 
 def test_several_adapters_and_changing_strengths(host) -> None:
-    """Each run equals the dense one; after the last adapter is gone, the model is what it was."""
+    """Each run equals the dense one; without adapters the model gives its first latent again."""
 
     def build(strengths: dict[str, float]):
         def graph(nodes: dict) -> dict:
@@ -104,7 +104,7 @@ def test_several_adapters_and_changing_strengths(host) -> None:
 
 
 def test_scheduled_hooks(host) -> None:
-    """A LoRA hook on one of two prompts, its strength changing on the way, beside a LoRA that always applies."""
+    """A LoRA hook on one of two prompts, its strength changing during sampling, and a LoRA that always applies."""
 
     def build(nodes: dict) -> dict:
         nodes = nodes | {
@@ -141,7 +141,7 @@ def test_scheduled_hooks(host) -> None:
 
 @pytest.mark.parametrize("kind", ["NFQTestControlNet", "NFQTestControlLora"])
 def test_controlnet(host, kind: str) -> None:
-    """Also a Control-LoRA, which borrows the UNet's weights."""
+    """ControlNet, and Control-LoRA, which uses the UNet's weights."""
 
     def build(nodes: dict) -> dict:
         nodes = nodes | {
@@ -177,7 +177,7 @@ MERGES = {
 
 @pytest.mark.parametrize("node", MERGES)
 def test_merges(host, node: str) -> None:
-    """Ours first, ours second, both ours: the same as dense models merged."""
+    """Our MODEL as first, as second and as both: the result equals the merge of dense models."""
 
     def latent(first: dict, second: dict) -> torch.Tensor:
         merge = {"class_type": node, "inputs": {"model1": ["first", 0], "model2": ["second", 0], **MERGES[node]}}
@@ -190,7 +190,7 @@ def test_merges(host, node: str) -> None:
 
 
 def test_two_packed_models_in_one_graph(host) -> None:
-    """One is sampled from after the other, one of them with a LoRA; neither disturbs the other."""
+    """Two models sampled one after the other, one with a LoRA, do not affect each other."""
     ours = {"model": OURS, "lora": lora("lora", 1.0, MODEL)}
     quantised = {"class_type": "NFQuantizeUNet", "inputs": {"model": ["original", 0], "levels": 7}}
     other = {"original": ORIGINAL, "packed": quantised}

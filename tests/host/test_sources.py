@@ -1,4 +1,4 @@
-"""Sources that are quantised already: the host's own latents, whether it loads the source or what we made of it."""
+"""Sources that are already quantised: our files give the same latents as the source in the host's own loader."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def source(form: Callable[[str, torch.Tensor], Tensors]) -> Tensors:
 
 @pytest.fixture(params=FORMS)
 def files(request, host) -> Iterator[tuple[str, str, str]]:
-    """Names of the source, of the same without scales, and of what we make of the source."""
+    """Names of the source, of the source with its scales applied, and of our file made from it."""
     folder = host.base / "models" / "diffusion_models"
     given, meant, ours = (folder / f"given{end}.safetensors" for end in ("", "-meant", ".nfq"))
     save_file(source(FORMS[request.param]), given, metadata={"format": "pt"})
@@ -99,14 +99,14 @@ def test_same_latents_as_from_the_stock_loader(host, files, request) -> None:
         pytest.skip(f"this host does not read it: {error}")
     packed = {"model": loader(given), "packed": quantize(MODEL, levels=32)}
     latents = {
-        "without scales": host.latent(sample({"model": loader(meant)}, MODEL, steps=1)),
+        "scales applied": host.latent(sample({"model": loader(meant)}, MODEL, steps=1)),
         "our file": host.latent(sample({"model": loader(ours)}, MODEL, steps=1)),
         "quantised in the graph": host.latent(sample(packed, ["packed", 0], steps=1)),
     }
     errors = {name: ((latent - stock).norm() / stock.norm()).item() for name, latent in latents.items()}
-    # The host rounds scales to its compute dtype, and int8 layers round what they are fed. Through random weights the
-    # noise of 32 levels grows to a third. Without the scales, latents have nothing in common with the stock ones.
-    assert errors["without scales"] < (0.1 if "int8" in request.node.callspec.id else 0.01), errors
+    # The host rounds scales to its compute dtype, and its int8 layers round their inputs. Random weights amplify the
+    # noise of 32 levels to a third. If scales were ignored, the latents would be unrelated to the stock ones.
+    assert errors["scales applied"] < (0.1 if "int8" in request.node.callspec.id else 0.01), errors
     assert errors["our file"] < 0.4, errors
     assert errors["quantised in the graph"] < 0.4, errors
     assert torch.equal(host.latent(sample({"model": loader(given)}, MODEL, steps=1)), stock)
@@ -121,7 +121,7 @@ def test_same_latents_as_from_the_stock_loader(host, files, request) -> None:
 
 
 def test_four_bits_are_refused_by_name(host) -> None:
-    """NVFP4 of the host itself: by file and in the graph, where the host reads it at all."""
+    """A MODEL in the host's own NVFP4 format is refused with that name."""
     path = host.base / "models" / "diffusion_models" / "nvfp4.safetensors"
     tensors = random_unet(SEGMIND_VEGA)
     layer = next(key for key in tensors if key.endswith("attn1.to_q.weight")).removesuffix(".weight")

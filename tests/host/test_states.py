@@ -1,4 +1,4 @@
-"""Memory: what the host counts, moves and frees; copies; its dynamic patcher; every shape of the family."""
+"""Memory that the host counts, moves and frees; copies; its dynamic patcher; every architecture of the family."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def test_the_host_sees_packed_bytes(host) -> None:
     assert sizes["class"] == "NFModelPatcher"
     assert sizes["packed_layers"] == 217
     assert sizes["model_size"] == sizes["sum"]
-    # A CPU host computes in fp32, kept tensors included; where it computes in fp16, they take half of that.
+    # A CPU host holds kept tensors as fp32; a host that computes in fp16 needs half of that.
     assert sizes["packed"] + 2 * sizes["dense_weights"] <= 0.35 * sizes["fp16_size"]
     assert sizes["model_size"] <= 0.35 * sizes["fp16_size"]
 
 
 @pytest.mark.parametrize("memory", ["resident", "auto"])
 def test_resident_is_a_stock_model(host, memory: str) -> None:
-    """Dequantised once at load; auto does so where there is room for twice that, as there is in these tests."""
+    """Weights are dequantised once at load; auto does so if twice that memory is free, as in these tests."""
     resident = {**OURS, "inputs": {**OURS["inputs"], "memory": memory}}
     sizes = host.check("sizes", {"model": resident}, model=MODEL)
     assert sizes["class"].startswith("ModelPatcher") and sizes["packed_layers"] == 0
@@ -37,7 +37,7 @@ def test_resident_is_a_stock_model(host, memory: str) -> None:
 
 
 def test_load_states(host) -> None:
-    """In every state between all and nothing on the device, the layers compute what a dense, patched model computes."""
+    """Fully, partly or not on the device: the layers give the same result as a dense, patched model."""
     prompt = {"model": OURS, "lora": lora("locon", 0.8, MODEL), "other": lora("dora", 0.5, ["lora", 0])}
     prompt |= {"dense": DENSE, "dense lora": lora("locon", 0.8, ["dense", 0])}
     prompt |= {"dense other": lora("dora", 0.5, ["dense lora", 0])}
@@ -53,7 +53,7 @@ def test_load_states(host) -> None:
 
 
 def test_lora_factors_stay_with_their_layers(host) -> None:
-    """All LoRAs of a layer are one pair of factors, on the device while the layer is, and counted as loaded."""
+    """All LoRAs of a layer form one pair of factors, which follow the layer to the device and count as loaded."""
     prompt = {"model": OURS, "lora": lora("lora", 0.8, MODEL), "other": lora("locon", 0.5, ["lora", 0])}
     facts = host.check("lora_factors", prompt, model=["other", 0])
     full, half = facts["full"], facts["half"]
@@ -69,7 +69,7 @@ def test_lora_factors_stay_with_their_layers(host) -> None:
     assert facts["nothing"] >= 0
 
 
-def test_hooks_outlive_a_partial_unload(host) -> None:
+def test_hooks_survive_a_partial_unload(host) -> None:
     facts = host.check("hooks_and_unloading", {"model": OURS}, model=MODEL)
     assert facts["hook"] > 1e-3
     assert facts["unloaded"] == facts["restored"] == 0
@@ -80,7 +80,7 @@ def test_copies_and_compiled_layers(host) -> None:
     assert facts["twin"] and facts["clone_shares"]
     assert facts["clone_class"] == "NFModelPatcher"
     assert facts["compiled"] == 0
-    # bf16 keeps 8 bits of each weight and of the inputs.
+    # bf16 keeps 8 significant bits of weights and inputs.
     assert facts["half_dtype"] == "torch.bfloat16" and facts["half"] < 0.02
 
 
@@ -91,7 +91,7 @@ def test_a_compiled_layer_with_a_lora_is_compiled_once(host) -> None:
 
 
 def test_copies_in_the_hosts_buffers(host) -> None:
-    """Where weights are offloaded, the host copies them into buffers of its own, and to other devices from the file."""
+    """The host copies offloaded weights into its own buffers, and loads the file again for another device."""
     facts = host.check("host_copies", {"model": OURS, "lora": lora("lora", 1.0, MODEL)}, model=["lora", 0])
     if not facts["supported"]:
         pytest.skip("this host has no such buffers")
@@ -102,7 +102,7 @@ def test_copies_in_the_hosts_buffers(host) -> None:
 
 
 def test_never_the_dynamic_patcher(host) -> None:
-    """Where DynamicVRAM is the host's default, ours stays static; by the code only, for a CPU has no VRAM."""
+    """Our MODELs stay static where DynamicVRAM is the default; tested with a stand-in, because a CPU has no VRAM."""
     facts = host.check("dynamic_vram", {"model": OURS}, model=MODEL)
     if not facts["supported"]:
         pytest.skip("this host has no DynamicVRAM")
@@ -111,11 +111,11 @@ def test_never_the_dynamic_patcher(host) -> None:
     assert set(facts["classes"]) == {"NFModelPatcher"}
     assert facts["dynamic"] == [False, False, False]
     assert facts["differences"] == [0, 0, 0]
-    assert "start ComfyUI with --disable-dynamic-vram" in facts["told"]
+    assert "start ComfyUI with --disable-dynamic-vram" in facts["error"]
 
 
 def test_runs_do_not_grow_the_host(host) -> None:
-    """Load, sample with a LoRA, free: over and over, the process stays as large as it was."""
+    """Repeated loading, sampling with a LoRA and freeing does not grow the process."""
 
     def once(strength: float) -> int:
         host.latent(sample({"model": OURS, "lora": lora("lora", strength, MODEL)}, ["lora", 0], steps=1))
@@ -125,9 +125,9 @@ def test_runs_do_not_grow_the_host(host) -> None:
     once(0.1)
     once(0.2)
     sizes = [once(0.3 + 0.1 * i) for i in range(6)]
-    # A leaked model would add 0.5 GB each time, 2.5 GB in all; what the allocator keeps varies by up to 0.2 GB.
+    # A leaked model would add 0.5 GB each time, 2.5 GB in total; the allocator's reserve varies by up to 0.2 GB.
     assert min(sizes[-2:]) - min(sizes[:2]) < 250e6, sizes
-    # torch.compile keeps a layer or two of another test; a model has 217.
+    # torch.compile keeps one or two layers of another test; a model has 217.
     assert host.check("packed_weights_alive", {}) < 10
 
 
@@ -170,7 +170,7 @@ def test_key_layouts(host, base, layout: str) -> None:
     ids=" and ".join,
 )
 def test_formats_chosen_by_size(host, base, formats: tuple[str, str]) -> None:
-    """Random codes of each format: the same latents as from their dequantised file and the stock loader."""
+    """Random codes of each format give the same latents as their dequantised file in the stock loader."""
     unets = base / "models" / "diffusion_models"
     path, dense = unets / "by-size.nfq.safetensors", unets / "by-size-dense.safetensors"
     nfq_core.save(packed_unet(KOALA_700M, "ldm", Settings(Formats.of(format=formats[0], conv_format=formats[1]))), path)
@@ -186,9 +186,9 @@ def test_formats_chosen_by_size(host, base, formats: tuple[str, str]) -> None:
     "architecture", [SDXL_BASE, SSD_1B, KOALA_1B, SDXL_INPAINTING, SDXL_REFINER], ids=lambda a: a.name
 )
 def test_family(host, base, architecture) -> None:
-    """Exact shapes of the family, with random codes: they load packed, and sample; the refiner only loads.
+    """Every architecture of the family, with random codes, loads packed and samples; the refiner only loads.
 
-    The refiner takes another text than the test's conditioning holds.
+    The refiner needs another text encoding than the test's conditioning.
     """
     path = base / "models" / "diffusion_models" / "family.nfq.safetensors"
     nfq_core.save(packed_unet(architecture, "ldm"), path, overwrite=True)

@@ -1,4 +1,4 @@
-"""The nodes that make a calibration, in a stub of the host: when they collect, what they write, what they refuse."""
+"""The calibration nodes in a stub of the host: when they collect, what they write, which MODELs they refuse."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nfq_core.calibration.collector import Collector
 
 
 class Patcher:
-    """As much of the host's model patcher as a MODEL needs to be sampled here."""
+    """The part of the host's model patcher that sampling needs here."""
 
     def __init__(self, unet: torch.nn.Module) -> None:
         self.model = torch.nn.ModuleDict({"diffusion_model": unet})
@@ -46,7 +46,7 @@ class Patcher:
         self.wrappers.clear()
 
     def sample(self, seed: int = 0, fails: bool = False) -> None:
-        """What the host's sampler does, in two steps."""
+        """Sample in two steps, as the host's sampler does."""
 
         def outer_sample(noise: torch.Tensor, latent: None, sampler: None, sigmas: torch.Tensor) -> torch.Tensor:
             unet = self.model.diffusion_model
@@ -97,7 +97,7 @@ def nodes(plugin: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def error(plugin: ModuleType) -> type:
-    """The plugin's own copy of the core has its own errors."""
+    """The error class of the plugin's own copy of the core."""
     return importlib.import_module(f"{plugin.__name__}.nfq_core.errors").NFQError
 
 
@@ -107,25 +107,25 @@ def hooks(model: Patcher) -> int:
     )
 
 
-def collecting(nodes: dict, model: Patcher, **inputs: bool) -> Patcher:
+def with_collector(nodes: dict, model: Patcher, **inputs: bool) -> Patcher:
     return nodes["NFCollectCalibration"].execute(model, **inputs).result[0]
 
 
-def test_what_several_samplings_see_adds_up(nodes: dict, model: Patcher, tmp_path: Path) -> None:
-    clone = collecting(nodes, model)
+def test_data_of_several_samplings_adds_up(nodes: dict, model: Patcher, tmp_path: Path) -> None:
+    clone = with_collector(nodes, model)
     expected = Collector(model.model.diffusion_model, hessians=True)
     for seed in (1, 2):
         clone.sample(seed)
         with expected.watching():
             model.sample(seed)
         assert hooks(model) == 0
-        told = nodes["NFSaveCalibration"].execute(clone, None, "mine").ui["text"][0]
-        assert told.startswith("saved output/nfq_calibrations/mine.calibration.safetensors (")
-        assert ("one sampling only" in told) == (seed == 1)
+        message = nodes["NFSaveCalibration"].execute(clone, None, "mine").ui["text"][0]
+        assert message.startswith("saved output/nfq_calibrations/mine.calibration.safetensors (")
+        assert ("1 sampling: queue more" in message) == (seed == 1)
     found = Calibration.load(tmp_path / "output" / "nfq_calibrations" / "mine.calibration.safetensors")
     assert (found.prompts, found.steps) == (2, 2)
     wanted = expected.calibration()
-    # What is called once a step sees too little in so few.
+    # A layer that is called once per step gets too few inputs here.
     assert found.inputs.keys() | found.faults.keys() == wanted.inputs.keys() and found.sensitivities
     for name in found.inputs:
         inputs = wanted.inputs[name]
@@ -134,17 +134,17 @@ def test_what_several_samplings_see_adds_up(nodes: dict, model: Patcher, tmp_pat
         assert torch.equal(inputs.correlation, found.inputs[name].correlation)
 
 
-def test_collects_no_more_than_was_asked_for(nodes: dict, model: Patcher, tmp_path: Path) -> None:
-    clone = collecting(nodes, model, hessians=False, sensitivities=False)
+def test_collects_only_the_requested_data(nodes: dict, model: Patcher, tmp_path: Path) -> None:
+    clone = with_collector(nodes, model, hessians=False, sensitivities=False)
     clone.sample()
     nodes["NFSaveCalibration"].execute(clone, None, "plain")
     found = Calibration.load(tmp_path / "output" / "nfq_calibrations" / "plain.calibration.safetensors")
     assert not found.sensitivities and all(inputs.correlation is None for inputs in found.inputs.values())
 
 
-def test_another_unet_is_only_sampled(nodes: dict, model: Patcher, error: type) -> None:
-    """A packed copy, or a loader's other copy, keeps the wrapper."""
-    clone = collecting(nodes, model)
+def test_another_unet_is_sampled_without_collecting(nodes: dict, model: Patcher, error: type) -> None:
+    """A packed copy, or a loader's second copy, still has the wrapper."""
+    clone = with_collector(nodes, model)
     other = clone.clone()
     other.model = Patcher(type(model.model.diffusion_model)(**unet_config(SMALLEST))).model
     other.sample()
@@ -153,29 +153,29 @@ def test_another_unet_is_only_sampled(nodes: dict, model: Patcher, error: type) 
 
 
 def test_an_interrupt_leaves_no_hooks(nodes: dict, model: Patcher) -> None:
-    clone = collecting(nodes, model)
+    clone = with_collector(nodes, model)
     with pytest.raises(InterruptedError):
         clone.sample(fails=True)
     assert hooks(model) == 0
 
 
 def test_a_compiled_model_is_refused(nodes: dict, model: Patcher, error: type) -> None:
-    """On either side of the node: hooks would miss what the compiled code does."""
-    compiled = collecting(nodes, model)
+    """Before and after the node: compiled code does not call hooks."""
+    compiled = with_collector(nodes, model)
     compiled.model_options["torch_compile_kwargs"] = {"backend": "inductor"}
-    message = "this MODEL is compiled, which hides what its layers are fed; collect without TorchCompileModel"
+    message = "this MODEL is compiled, which hides the inputs of its layers; remove TorchCompileModel"
     with pytest.raises(error, match=message):
         compiled.sample()
     assert hooks(model) == 0
     with pytest.raises(error, match=message):
-        collecting(nodes, compiled)
+        with_collector(nodes, compiled)
 
 
 def test_refusals(nodes: dict, model: Patcher, error: type, tmp_path: Path) -> None:
     save = nodes["NFSaveCalibration"].execute
-    with pytest.raises(error, match="this MODEL collects nothing"):
+    with pytest.raises(error, match="this MODEL collects no calibration"):
         save(model, None)
-    clone = collecting(nodes, model)
+    clone = with_collector(nodes, model)
     with pytest.raises(error, match="nothing was sampled with this MODEL; connect it to a sampler"):
         save(clone, None)
     clone.sample()
@@ -187,25 +187,25 @@ def test_refusals(nodes: dict, model: Patcher, error: type, tmp_path: Path) -> N
     assert path.read_bytes() == b"another's"
     save(clone, None, "mine", True)
     assert Calibration.load(path).prompts == 1
-    with pytest.raises(error, match=r"this MODEL is no UNet of the SDXL family"):
-        collecting(nodes, Patcher(torch.nn.Sequential(torch.nn.Linear(4, 4))))
+    with pytest.raises(error, match=r"this MODEL is not a UNet of the SDXL family"):
+        with_collector(nodes, Patcher(torch.nn.Sequential(torch.nn.Linear(4, 4))))
 
 
 def test_a_quantized_model_is_refused(nodes: dict, model: Patcher, error: type) -> None:
-    """One whose tensors pass for floating, as those of the host's own formats and of ours do, and one of integers."""
+    """Tensors that report a floating dtype, as those of the host's formats and ours do, and tensors of integers."""
     quantized = importlib.import_module("comfy_kitchen.tensor").QuantizedTensor
 
-    class PassesForFloating(torch.nn.Parameter, quantized):
+    class ReportsFloatingDtype(torch.nn.Parameter, quantized):
         pass
 
     layer = model.model.diffusion_model.conv_in
     for weight in (
-        PassesForFloating(layer.weight.data, False),
+        ReportsFloatingDtype(layer.weight.data, False),
         torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), False),
     ):
         layer.weight = weight
-        with pytest.raises(error, match="this MODEL is quantised; a calibration is collected from dense weights"):
-            collecting(nodes, model)
+        with pytest.raises(error, match="this MODEL is quantised, but a calibration needs dense weights"):
+            with_collector(nodes, model)
 
 
 def test_quantize_lists_calibrations(nodes: dict, tmp_path: Path) -> None:

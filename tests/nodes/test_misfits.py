@@ -1,6 +1,6 @@
-"""LoRA patches that do not fit: skipped, logged once a load, never at each step; with a stand-in for the host.
+"""LoRA patches that do not fit: skipped, logged once per load and not at each step; with a stand-in for the host.
 
-`tests/host/test_patches.py` compares with the host's own.
+`tests/host/test_patches.py` compares with the real host.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ ROOT = logging.getLogger()
 
 
 class Adapter:
-    """Two factors, as the host's `LoRAAdapter` holds them; `special` are the weights that make it no plain LoRA."""
+    """Two factors, as in the host's `LoRAAdapter`; with `special` weights it is not a plain LoRA."""
 
     def __init__(self, up: torch.Tensor, down: torch.Tensor, *special: object) -> None:
         self.weights = (up, down, None, *(special or (None, None, None)))
 
 
 class Failing(Adapter):
-    """Fails with `error` when its factors have values, as far as shapes alone tell it fits."""
+    """Fits by its shapes, but fails with `error` when its factors have values."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(torch.ones(4, 1), torch.ones(1, 6), "special")
@@ -33,7 +33,7 @@ class Failing(Adapter):
 
 
 def calculate_weight(patches, weight, key, intermediate_dtype=torch.float32, original_weights=None):
-    """As the host's: failures are logged through the root logger, and the weight is returned as it was."""
+    """Like the host's: failures are logged through the root logger, and the weight is returned unchanged."""
     for strength, adapter, strength_model, _offset, function in patches:
         if strength_model != 1.0:
             weight *= strength_model
@@ -93,7 +93,7 @@ def test_a_lora_of_another_base_is_skipped_and_logged_once_a_load(lora, caplog, 
     (line,) = caplog.messages
     assert line.startswith("3 LoRA patches do not fit this model and are skipped") and "0.weight" in line
     assert caplog.records[0].levelno == logging.ERROR and caplog.records[0].name == "nfq"
-    # With the misfit gone, its neighbours are one operation.
+    # Without the misfit, its neighbours are one operation.
     assert len(layers[0]._steps(torch.device("cpu"), torch.float32)) == 1
 
 
@@ -128,8 +128,8 @@ def test_a_difference_of_another_shape(lora, caplog) -> None:
     assert line.startswith("2 LoRA patches") and "SHAPE MISMATCH" in line
 
 
-def test_what_fails_at_the_first_step_alone_is_logged_once_and_dropped(lora, caplog) -> None:
-    """The host's own line passes, once; the next steps do not try again."""
+def test_a_failure_at_the_first_step_is_logged_once_and_dropped(lora, caplog) -> None:
+    """The host's own line is shown once; the next steps do not try again."""
     misfits, failing = lora.Misfits(), Failing(ValueError("singular"))
     layer = lora.WeightPatch(KEY, [patch(failing), fitting()], (4, 6), misfits, resident=True)
     misfits.report()
@@ -164,14 +164,14 @@ def test_a_patch_with_a_function_is_not_tried_without_data(lora, caplog) -> None
 
 @pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 def test_missing_memory_ends_the_run(lora, caplog, error: Exception) -> None:
-    """Logged and skipped, one step of a picture would lack its LoRA."""
+    """If it were logged and skipped, one step of a picture would lack its LoRA."""
     layer = lora.WeightPatch(KEY, [patch(Failing(error))], (4, 6), lora.Misfits())
     with pytest.raises(torch.cuda.OutOfMemoryError, match="memory"):
         layer(torch.zeros(4, 6))
     assert not caplog.messages
 
 
-def test_other_threads_are_logged_as_ever(lora, caplog) -> None:
+def test_log_lines_of_other_threads_are_unaffected(lora, caplog) -> None:
     def shout(x: torch.Tensor) -> torch.Tensor:
         with ThreadPoolExecutor(1) as pool:
             pool.submit(ROOT.warning, "from elsewhere").result()
@@ -201,7 +201,7 @@ def test_adapters_compute_in_fp32(lora, monkeypatch) -> None:
 
 @pytest.mark.parametrize("shapes", [((), (1, 6)), ((4, 1), ()), ((4,), (6,)), ((4, 0), (0, 6))])
 def test_odd_factors_are_left_to_the_host(lora, shapes: tuple) -> None:
-    """Factors of too few dimensions or of rank 0 reach no arithmetic of ours."""
+    """Factors with too few dimensions or rank 0 never reach our own arithmetic."""
     up, down = (torch.ones(shape) for shape in shapes)
     layer = lora.WeightPatch(KEY, [patch(Adapter(up, down))], (4, 6), lora.Misfits())
     assert not layer(torch.zeros(4, 6)).any()

@@ -1,4 +1,4 @@
-"""The page's words: every language has them all, the scripts use those that are there, each node has its help."""
+"""The page's texts: complete in every language, all used by the scripts; a help page for each node."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def places(sentence: str) -> set[str]:
 
 
 @pytest.mark.parametrize("language", TRANSLATED)
-def test_every_language_says_everything(language: str) -> None:
+def test_every_language_has_every_text(language: str) -> None:
     english, other = words("en"), words(language)
     assert other.keys() == english.keys()
     for key, sentence in english.items():
@@ -35,20 +35,22 @@ def test_every_language_says_everything(language: str) -> None:
 
 
 @pytest.mark.parametrize("language", TRANSLATED)
-def test_nodes_are_spoken_of_by_the_names_they_have(language: str) -> None:
+def test_texts_use_the_nodes_display_names(language: str) -> None:
     nodes = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text("utf-8"))
-    spoken = set(re.findall("「(.+?)」", " ".join(words(language).values())))
-    assert len(spoken) == 2 and spoken <= {node["display_name"] for node in nodes.values()}
+    names = {node["display_name"] for node in nodes.values()}
+    quoted = set(re.findall("「(.+?)」", " ".join(words(language).values())))
+    assert len(quoted) == 2 and quoted <= names
+    assert set(re.findall("「(.+?)」", json.dumps(nodes, ensure_ascii=False))) <= names
 
 
-def test_the_scripts_say_what_there_is() -> None:
-    said = set(re.findall(r'\btext\("([\w.]+)"', SCRIPTS))
+def test_scripts_and_texts_match() -> None:
+    used = set(re.findall(r'\btext\("([\w.]+)"', SCRIPTS))
     groups = set(re.findall(r"\btext\(`([\w]+)\.\$\{", SCRIPTS))
-    # The words for how a run ended are passed on.
-    said |= set(re.findall(r'\["execution_\w+", "(\w+)"\]', SCRIPTS))
+    # Keys of texts about the end of a run are passed through a variable.
+    used |= set(re.findall(r'\["execution_\w+", "(\w+)"\]', SCRIPTS))
     english = words("en")
-    assert said <= english.keys()
-    assert {key for key in english if key.partition(".")[0] not in groups} == said
+    assert used <= english.keys()
+    assert {key for key in english if key.partition(".")[0] not in groups} == used
     assert groups == {"goodFor", "takes", "order", "preset"}
 
 
@@ -58,7 +60,7 @@ def schemas(plugin: ModuleType) -> dict:
 
 
 @pytest.mark.parametrize("language", TRANSLATED)
-def test_nodes_are_translated_whole(plugin: ModuleType, language: str) -> None:
+def test_nodes_are_translated_completely(plugin: ModuleType, language: str) -> None:
     translated = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text("utf-8"))
     nodes = schemas(plugin)
     assert translated.keys() == nodes.keys()
@@ -81,7 +83,18 @@ def test_each_node_has_a_help_page_that_names_its_inputs(plugin: ModuleType) -> 
             assert f"`{item.id}`" in spelled, (name, item.id)
 
 
-def test_levels_have_their_advice() -> None:
+def test_users_see_no_node_ids(plugin: ModuleType) -> None:
+    """Texts, tooltips and help pages use the names on screen."""
+    nodes = schemas(plugin)
+    texts = [text for language in ("en", *TRANSLATED) for text in words(language).values()]
+    texts += [path.read_text("utf-8") for path in (ROOT / "web" / "docs").glob("*.md")]
+    for schema in nodes.values():
+        texts += [schema.description, *(item.options["tooltip"] for item in schema.inputs)]
+    for text in texts:
+        assert not re.search("|".join(nodes), text)
+
+
+def test_levels_have_advice() -> None:
     from nfq_core.fitting.codebook import EFFORTS
     from nfq_core.packed.formats import TRELLIS_IDS, WRITABLE_IDS, format_by_id
     from nfq_core.planning.allocation import PRESETS
@@ -95,12 +108,12 @@ def test_levels_have_their_advice() -> None:
         assert f" {bits} bits per weight" in english[f"preset.{name}"]
 
 
-def test_nothing_is_written_as_markup() -> None:
+def test_scripts_write_no_markup() -> None:
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b", SCRIPTS)
 
 
-def test_shares_of_nothing_are_whole(tmp_path: Path) -> None:
-    """What the page divides by may be zero: the bytes of a model of empty tensors."""
+def test_the_share_of_an_empty_whole_is_one(tmp_path: Path) -> None:
+    """The page may divide by zero: a model of empty tensors has no bytes."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("Node.js is not installed")
@@ -111,8 +124,8 @@ def test_shares_of_nothing_are_whole(tmp_path: Path) -> None:
     (tmp_path / "package.json").write_text('{"type": "module"}', "utf-8")
     for name in ("app", "api"):
         (scripts / f"{name}.js").write_text(f"export const {name} = {{}};\n", "utf-8")
-    asks = "console.log(JSON.stringify([share(0, 0), share(1, 4), percent(0, 0), percent(1, 4)]))"
-    code = f'import {{ share, percent }} from "{(library / "text.js").as_uri()}";\n{asks}'
+    print_shares = "console.log(JSON.stringify([share(0, 0), share(1, 4), percent(0, 0), percent(1, 4)]))"
+    code = f'import {{ share, percent }} from "{(library / "text.js").as_uri()}";\n{print_shares}'
     done = subprocess.run([node, "--input-type=module", "-e", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [1, 0.25, "100 %", "25 %"]

@@ -1,8 +1,7 @@
-"""The plugin as a host takes it: imported under a name made from its path, or refused; its packaging."""
+"""The plugin as a host loads it: imported under a name made from its path, or refused; its packaging."""
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from structure import absolute_imports
 from stub_host import import_plugin
 
 from nfq_core.version import __version__
@@ -28,7 +28,7 @@ spec.loader.exec_module(module)
 
 
 def load_in(host: Path) -> str:
-    """Import the plugin as ComfyUI does, with `host` for the host's folder; returns the last line it died with."""
+    """Import the plugin as ComfyUI does, with `host` as the host's folder; returns the last line of the error."""
     command = [sys.executable, "-c", LOAD, str(ROOT)]
     result = subprocess.run(command, cwd=host, capture_output=True, text=True, check=False)
     assert result.returncode == 1
@@ -39,20 +39,20 @@ def load_in(host: Path) -> str:
 def test_older_hosts_are_refused_in_one_line(tmp_path: Path, version: str | None) -> None:
     if version:
         (tmp_path / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
-    told = load_in(tmp_path)
+    message = load_in(tmp_path)
     shown = version or "older"
-    assert told == f"ImportError: ComfyUI-NFQ needs ComfyUI 0.8.0 or newer, this is {shown}: update ComfyUI"
+    assert message == f"ImportError: ComfyUI-NFQ needs ComfyUI 0.8.0 or newer, this is {shown}: update ComfyUI"
 
 
 @pytest.mark.parametrize("version", ["0.8.0", "0.22.0", "0.33.0", "1.0.0rc1"])
-def test_newer_hosts_are_told_what_is_missing(tmp_path: Path, version: str) -> None:
+def test_a_missing_package_is_named(tmp_path: Path, version: str) -> None:
     (tmp_path / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
-    # A package that is missing here even where it is installed: the name is found in this folder first, and blocked.
+    # Makes the package missing even if it is installed: this folder comes first on the path and blocks the name.
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['comfy_kitchen'] = None\n")
     command = [sys.executable, "-c", "import sitecustomize\n" + LOAD, str(ROOT)]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    told = result.stderr.strip().splitlines()[-1]
-    assert told == "ImportError: ComfyUI-NFQ needs comfy-kitchen, run: python -m pip install comfy-kitchen"
+    message = result.stderr.strip().splitlines()[-1]
+    assert message == "ImportError: ComfyUI-NFQ needs comfy-kitchen, run: python -m pip install comfy-kitchen"
 
 
 INPUTS = {
@@ -69,7 +69,7 @@ INPUTS = {
     "NFSaveCalibration": (["model", "samples"], ["filename_prefix", "overwrite"]),
     "NFQualityReport": (["original_name", "file_name"], [f"file_name_{n}" for n in range(2, 5)]),
 }
-"""What saved workflows depend on: inputs that a node needs, and those it may have, in their order."""
+"""Required and optional inputs of each node, in order: saved workflows depend on them."""
 
 SOCKETS = {"model", "samples", "original", "clip", "vae", *(f"image_{number}" for number in range(1, 9))}
 
@@ -94,26 +94,15 @@ def schema_of(node: type) -> SimpleNamespace:
 
 
 def test_two_copies_of_the_plugin(plugin: ModuleType, tmp_path: Path) -> None:
-    """Each has its own layout, so that neither takes the other's packed weights for its own."""
+    """Each has its own layout, so neither treats the other's packed weights as its own."""
     copy = import_plugin(tmp_path / "ComfyUI-NFQ-copy")
     layouts = [sys.modules[f"{module.__name__}.nodes.ops"].LAYOUT for module in (plugin, copy)]
     assert layouts[0] != layouts[1]
 
 
-def absolute_imports(path: Path) -> set[str]:
-    """Top names of a module's absolute imports."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names.add((node.module or "").split(".")[0])
-    return names
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "nodes").glob("*.py")), ids=lambda path: path.name)
 def test_nodes_import_their_own_relatively(path: Path) -> None:
-    """The host's own top-level module is called `nodes`; ours are reached by their place."""
+    """The host has a top-level module called `nodes`, so ours must be imported relatively."""
     allowed = {"torch", "aiohttp", "comfy", "comfy_api", "comfy_kitchen", "folder_paths", "server"}
     assert absolute_imports(path) <= allowed | set(sys.stdlib_module_names)
 

@@ -1,4 +1,4 @@
-"""NFQualityReport in a stub of the host: which files it lists, what it gives, what it refuses."""
+"""NFQualityReport in a stub of the host: the files it lists, its outputs, its errors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_plots_and_tables(node: type, models: Path) -> None:
     assert output.ui["text"] == (text,)
 
 
-def test_measures_again_what_changed(node: type, models: Path) -> None:
+def test_changed_files_are_measured_again(node: type, models: Path) -> None:
     names = {"original_name": ORIGINAL, "file_name": SMALL, "file_name_2": "(none)"}
     before = node.fingerprint_inputs(**names)
     assert before == node.fingerprint_inputs(**names)
@@ -71,20 +71,32 @@ def test_measures_again_what_changed(node: type, models: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("original", "file", "told"),
+    ("original", "file", "message"),
     [
-        (LARGE, SMALL, "'a16.nfq.safetensors' is no .safetensors file in models/diffusion_models"),
-        (ORIGINAL, ORIGINAL, "'deep/a.safetensors' is no .nfq.safetensors file in models/checkpoints"),
-        (ORIGINAL, "loras/a", "'loras/a' is no .nfq.safetensors file"),
+        (
+            LARGE,
+            SMALL,
+            "'a16.nfq.safetensors' is not in models/diffusion_models, or its name does not end in .safetensors; ",
+        ),
+        (
+            ORIGINAL,
+            ORIGINAL,
+            "'deep/a.safetensors' is not in models/checkpoints, or its name does not end in .nfq.safetensors; ",
+        ),
+        (
+            ORIGINAL,
+            "loras/a",
+            "'loras/a' is not in models/diffusion_models, or its name does not end in .nfq.safetensors; ",
+        ),
     ],
 )
-def test_refuses_other_files(node: type, models: Path, original: str, file: str, told: str) -> None:
+def test_refuses_other_files(node: type, models: Path, original: str, file: str, message: str) -> None:
     with pytest.raises(Exception, match="put it there, or choose another") as error:
         node.execute(original, file)
-    assert type(error.value).__name__ == "NFQError" and told in str(error.value)
+    assert type(error.value).__name__ == "NFQError" and message in str(error.value)
 
 
-def test_says_what_is_missing(node: type, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_matplotlib_is_named(node: type, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="plots need matplotlib"):
         node.execute(ORIGINAL, SMALL)

@@ -1,4 +1,4 @@
-"""What a graph tells of a MODEL's origin, and what a workflow tells of a file that is not there."""
+"""A MODEL's origin as read from a graph, and the explanation of a file that a workflow lacks."""
 
 from __future__ import annotations
 
@@ -56,37 +56,37 @@ def test_origin_of_loras_and_merges(recipe: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("prompt", [None, {}, {"q": quantise("q")}, {"q": quantise("gone")}], ids=str)
-def test_origin_that_is_not_known(recipe: ModuleType, prompt: dict | None) -> None:
+def test_unknown_origin(recipe: ModuleType, prompt: dict | None) -> None:
     assert recipe.origin_in_graph(prompt, "q") == recipe.Origin()
     assert recipe.origin_in_graph(prompt, None).hashing()().name == ""
 
 
-def told(**changes: object) -> str:
+def recipe_json(**changes: object) -> str:
     settings = {"levels": 12, "conv_levels": 32, "effort": "fast", "quantize_first_last": False}
     return json.dumps({"settings": settings, "source": "a.safetensors", "source_sha256": "ab" * 32} | changes)
 
 
 def test_a_missing_file_is_explained(recipe: ModuleType) -> None:
-    text = recipe.missing_file(UNETS, "deep/x.nfq.safetensors", told())
+    text = recipe.missing_file(UNETS, "deep/x.nfq.safetensors", recipe_json())
     assert text == (
         "'deep/x.nfq.safetensors' is not in models/diffusion_models. It was made from 'a.safetensors' (SHA-256 "
         + "ab" * 32
         + ") with levels=12 conv_levels=32 effort=fast quantize_first_last=False: load that with the stock loader, "
-        "connect NFQuantizeUNet with these settings, and NFSaveCheckpoint with filename_prefix 'deep/x'; or run "
+        "connect NFQ Quantize UNet with these settings, then Save NFQ Checkpoint with filename_prefix 'deep/x'; or run "
         "`nfq quantize` on it with --levels 12 --conv-levels 32 --effort fast"
     )
-    text = recipe.missing_file(UNETS, "x.nfq.safetensors", told(settings={"baked": ["LoRA b at 1"]}, source=""))
-    assert "made from a model whose name is not recorded, after LoRA b at 1: load that" in text
+    text = recipe.missing_file(UNETS, "x.nfq.safetensors", recipe_json(settings={"baked": ["LoRA b at 1"]}, source=""))
+    assert "made from an unrecorded model plus LoRA b at 1: load that" in text
     assert "nfq quantize" not in text
-    text = recipe.missing_file("checkpoints", "x.nfq.safetensors", told())
-    assert "with filename_prefix 'x', its CLIP and VAE connected too" in text
-    text = recipe.missing_file(UNETS, "x.nfq.safetensors", told(settings={"imported": "article"}))
-    assert "imported from 'a.safetensors'" in text and text.endswith("run `nfq import-article` on that again")
+    text = recipe.missing_file("checkpoints", "x.nfq.safetensors", recipe_json())
+    assert "with filename_prefix 'x' and its CLIP and VAE" in text
+    text = recipe.missing_file(UNETS, "x.nfq.safetensors", recipe_json(settings={"imported": "article"}))
+    assert "imported from 'a.safetensors'" in text and text.endswith("run `nfq import-article` on that file again")
 
 
-def test_a_size_that_a_preset_has_is_told_as_the_preset(recipe: ModuleType) -> None:
+def test_the_size_of_a_preset_is_explained_as_the_preset(recipe: ModuleType) -> None:
     settings = {"effort": "best", "target_bpw": 3.4, "calibration": "c", "calibration_sha256": "ab"}
-    text = recipe.missing_file(UNETS, "x.nfq.safetensors", told(settings=settings))
+    text = recipe.missing_file(UNETS, "x.nfq.safetensors", recipe_json(settings=settings))
     assert " with effort=best calibration=c preset=small: load that" in text
     assert text.endswith("; or run `nfq quantize` on it with --effort best --target-bpw 3.4 --calibration c")
 
@@ -99,43 +99,45 @@ def test_a_size_that_a_preset_has_is_told_as_the_preset(recipe: ModuleType) -> N
         ({"target_bpw": 3.3, "quantize_first_last": True}, "--target-bpw 3.3 --quantize-first-last"),
     ],
 )
-def test_what_the_node_does_not_offer_is_told_as_a_command(recipe: ModuleType, settings: dict, options: str) -> None:
-    text = recipe.missing_file(UNETS, "x.nfq.safetensors", told(settings=settings))
-    assert text.endswith(f": run `nfq quantize` on it with {options}") and "NFQuantizeUNet" not in text
-    text = recipe.missing_file(UNETS, "x.nfq.safetensors", told(settings=settings | {"baked": ["LoRA b at 1"]}))
-    assert "after LoRA b at 1: make a checkpoint of that with CheckpointSave, and run `nfq quantize` on it" in text
+def test_settings_that_the_node_does_not_offer_are_explained_as_a_command(
+    recipe: ModuleType, settings: dict, options: str
+) -> None:
+    text = recipe.missing_file(UNETS, "x.nfq.safetensors", recipe_json(settings=settings))
+    assert text.endswith(f": run `nfq quantize` on it with {options}") and "NFQ Quantize UNet" not in text
+    text = recipe.missing_file(UNETS, "x.nfq.safetensors", recipe_json(settings=settings | {"baked": ["LoRA b at 1"]}))
+    assert " plus LoRA b at 1: save that with Save Checkpoint, and run `nfq quantize` on it" in text
 
 
-def test_a_command_runs_nothing_of_a_workflows(recipe: ModuleType) -> None:
+def test_a_workflow_cannot_inject_a_command(recipe: ModuleType) -> None:
     settings = {"target_bpw": 3.3, "calibration": "my file; ls", "effort": "$(ls)", "x; ls": "y"}
-    text = recipe.missing_file(UNETS, "x.nfq.safetensors", told(settings=settings))
+    text = recipe.missing_file(UNETS, "x.nfq.safetensors", recipe_json(settings=settings))
     assert text.endswith("on it with --target-bpw 3.3 --calibration 'my file; ls' --effort '$(ls)'")
 
 
-def test_a_recipe_moves_no_cursor(recipe: ModuleType) -> None:
+def test_a_recipe_is_printed_without_control_characters(recipe: ModuleType) -> None:
     settings = {"x": "\x1b[2J\n\u202eabc", "baked": ["\x1b]0;hi\x07"]}
-    text = recipe.missing_file(UNETS, "x.nfq.safetensors", told(settings=settings, source_sha256="\x1b[31m"))
+    text = recipe.missing_file(UNETS, "x.nfq.safetensors", recipe_json(settings=settings, source_sha256="\x1b[31m"))
     assert text.isprintable() and "\\x1b]0;hi" in text
-    assert len(recipe.missing_file(UNETS, "x.nfq.safetensors", told(source="a" * 10_000))) < 3000
+    assert len(recipe.missing_file(UNETS, "x.nfq.safetensors", recipe_json(source="a" * 10_000))) < 3000
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, '{"settings": 3}', '{"settings": {}}'])
-def test_what_is_no_recipe_explains_nothing(recipe: ModuleType, text: str) -> None:
+def test_an_invalid_recipe_is_ignored(recipe: ModuleType, text: str) -> None:
     wanted = "'x.nfq.safetensors' is not in models/diffusion_models; put it there, or choose another file"
     assert recipe.missing_file(UNETS, "x.nfq.safetensors", text) == wanted
 
 
-def test_names_of_files_that_are_there(recipe: ModuleType, tmp_path: Path) -> None:
+def test_existing_files_and_foreign_names(recipe: ModuleType, tmp_path: Path) -> None:
     folder = tmp_path / "models" / UNETS / "deep"
     folder.mkdir()
     (folder / "x.nfq.safetensors").touch()
     for name in (None, "deep/x.nfq.safetensors", "deep\\x.nfq.safetensors"):
         assert recipe.missing_file(UNETS, name, "") == ""
     for name in ("x.safetensors", 5, ["x"]):
-        assert "which the stock loader takes" in recipe.missing_file(UNETS, name, told())
+        assert "load others with a stock loader" in recipe.missing_file(UNETS, name, recipe_json())
 
 
-def test_extras_that_were_left_out_are_left_out_again(recipe: ModuleType) -> None:
+def test_dropped_extras_are_dropped_again(recipe: ModuleType) -> None:
     settings = {"levels": 12, "drop_extras": True}
     assert recipe.command_options(settings) == "--levels 12 --drop-extras"
     assert recipe.node_inputs(settings) == {"levels": 12}

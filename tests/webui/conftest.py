@@ -1,4 +1,4 @@
-"""The programs, where the environment says where they are, and a folder of checkpoints for them."""
+"""The programs, if the environment names their folders, and a folder of checkpoints for them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COMPANIONS = {
     "first_stage_model.decoder.conv_in.weight": (32, 4, 3, 3),
     "first_stage_model.encoder.conv_in.weight": (32, 3, 3, 3),
 }
-"""Tensors of a text encoder and a VAE, by which a checkpoint counts as whole."""
+"""Tensors of a text encoder and a VAE, which make a checkpoint count as whole."""
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -39,7 +39,7 @@ def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def make_checkpoints(folder: Path) -> None:
-    """Checkpoints with SDXL's names around a tiny UNet: sound, damaged, newer, foreign, renamed, and a UNet alone."""
+    """Checkpoints of a tiny UNet with SDXL's names: valid, damaged, newer, foreign, renamed, and a UNet alone."""
     folder.mkdir(parents=True)
     unet = {
         name: random_half(*shape, seed=seed) / 16
@@ -66,7 +66,7 @@ def make_checkpoints(folder: Path) -> None:
 
 @pytest.fixture(params=list(PROGRAMS))
 def program(request: pytest.FixtureRequest) -> str:
-    """Each program that the environment tells of."""
+    """Each program whose folder the environment names."""
     variable = PROGRAMS[request.param][0]
     if not os.environ.get(variable):
         pytest.skip(f"set {variable} to the program's folder to run this")
@@ -75,7 +75,7 @@ def program(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def ask(program: str, tmp_path: Path) -> Callable[[str], dict]:
-    """Runs a check of `driver.py` in a program whose data folder, `tmp_path`, has the extension and the checkpoints."""
+    """Run a check of `driver.py` in a program; `tmp_path` is its data folder with the extension and the checkpoints."""
     make_checkpoints(tmp_path / "models" / "Stable-diffusion")
     (tmp_path / "extensions").mkdir()
     (tmp_path / "extensions" / "ComfyUI-NFQ").symlink_to(ROOT)

@@ -1,7 +1,7 @@
-"""Runs in the Python of a program: imports its own modules, loads the extension, and answers one test.
+"""Runs in a program's own Python: imports its modules, loads the extension, and runs one check.
 
-Usage: driver.py CHECK FOLDER, with a folder made by `conftest.py`; PROGRAM in the environment says where the program,
-Automatic1111's web UI or Forge, is. The last line printed is the answer, as JSON.
+Usage: driver.py CHECK FOLDER, with a folder made by `conftest.py`. PROGRAM in the environment is the folder of
+Automatic1111's web UI or Forge. The last line printed is the result, as JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ IS_FORGE = (PROGRAM / "backend").is_dir()
 
 
 def start() -> None:
-    """Import the program as its own `webui.py` does, with FOLDER for its data, and have it list and load extensions."""
+    """Import the program as its `webui.py` does, with FOLDER as data folder, and let it list and load extensions."""
     os.chdir(PROGRAM)
     sys.path[:0] = [str(PROGRAM)]
     flags = ["--always-cpu"] if IS_FORGE else ["--use-cpu", "all", "--no-half"]
@@ -37,7 +37,7 @@ def start() -> None:
 
     extensions.list_extensions()
     sd_models.list_models()
-    # Only ours: others ask for packages that the tests do without.
+    # Only ours: other extensions need packages that the tests do not install.
     extensions.extensions[:] = [found for found in extensions.extensions if found.name == "ComfyUI-NFQ"]
     scripts.load_scripts()
 
@@ -55,7 +55,7 @@ def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
 
 
 def raised(call: Any, *args: Any, **kwargs: Any) -> str:
-    """The type and text of what a call raises; empty where it raises nothing."""
+    """Type and text of the error that a call raises; empty if it raises none."""
     try:
         call(*args, **kwargs)
     except Exception as error:
@@ -64,7 +64,7 @@ def raised(call: Any, *args: Any, **kwargs: Any) -> str:
 
 
 def check_loaded() -> dict[str, Any]:
-    """That the extension is loaded from its own folder, and leaves no names behind."""
+    """Whether the extension is loaded from its own folder, and which names it leaves behind."""
     from modules import scripts, sd_models
 
     reader = sd_models.load_torch_file if IS_FORGE else sd_models.read_state_dict
@@ -87,7 +87,7 @@ def check_loaded() -> dict[str, Any]:
 
 
 def check_list() -> dict[str, Any]:
-    """What the program's checkpoint list holds, its hashes and metadata."""
+    """Titles, hashes and metadata in the program's checkpoint list."""
     from modules import hashes, sd_models
 
     info = sd_models.get_closet_checkpoint_match("tiny.nfq")
@@ -105,7 +105,7 @@ def check_list() -> dict[str, Any]:
 
 
 def check_read() -> dict[str, Any]:
-    """What the program's reader gives of our file and of others."""
+    """Results of the program's reader for our files and others."""
     from modules import sd_models
     from modules.timer import Timer
 
@@ -125,7 +125,7 @@ def check_read() -> dict[str, Any]:
 
 
 def check_page() -> dict[str, Any]:
-    """The tab and the settings, built with the program's gradio; what the tab's buttons do."""
+    """The tab and the settings, built with the program's gradio, and the results of the tab's buttons."""
     import gradio as gr
     from modules import script_callbacks, shared
 
@@ -168,7 +168,7 @@ def check_page() -> dict[str, Any]:
 
 
 def check_change() -> dict[str, Any]:
-    """Loading a model, changing to files that cannot be loaded, and what model the program then has."""
+    """Loading a model, changing to files that cannot be loaded, and the model that the program then has."""
     program = importlib.import_module("program_forge" if IS_FORGE else "program_webui")
     return program.change(path_of, raised)
 

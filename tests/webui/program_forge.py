@@ -1,4 +1,4 @@
-"""Loading a model in Forge with its own loader, layers and LoRA; stands in for text encoders, VAE and the engine."""
+"""Loading a model in Forge with its own loader, layers and LoRA; text encoders, VAE and engine are stubs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LORA_KEYS = (
 
 
 class TinySDXL(model_list.SDXL):
-    """The UNet of the tests among those that Forge recognises."""
+    """The tests' UNet, added to those that Forge recognises."""
 
     unet_config = model_list.SDXL.unet_config | {
         "model_channels": 32,
@@ -33,7 +33,7 @@ class TinySDXL(model_list.SDXL):
 
 
 class Engine:
-    """`StableDiffusionXL` with nothing but its UNet."""
+    """`StableDiffusionXL` with only its UNet."""
 
     matched_guesses = (TinySDXL,)
 
@@ -53,7 +53,7 @@ class Engine:
             return unet(latent, torch.tensor([500.0, 20.0]), context=context, y=pooled).clone()
 
     def with_lora(self, online: bool) -> torch.Tensor:
-        """The output with a LoRA, which is taken away again."""
+        """The output with a LoRA, which is removed afterwards."""
         torch.manual_seed(1)
         state = self.unet.model.state_dict()
         patches = {}
@@ -90,8 +90,8 @@ def change(path_of: Callable[[str], str], raised: Callable[..., str]) -> dict[st
         return component(guess, name, *args) if name in ("unet", "scheduler") else None
 
     backend.loader.load_huggingface_component = only_unet
-    told: list[str] = []
-    gradio.Warning = told.append
+    warnings: list[str] = []
+    gradio.Warning = warnings.append
     script_callbacks.ui_settings_callback()
 
     stock = load("dequantised.safetensors")
@@ -102,7 +102,7 @@ def change(path_of: Callable[[str], str], raised: Callable[..., str]) -> dict[st
     reference = utils.get_state_dict_after_quant(stock.unet.model.diffusion_model)
 
     def close(one: torch.Tensor, other: torch.Tensor) -> bool:
-        # fp16 holds the merged weights, to 2**-11 of each; the sums of a tiny UNet's layers vary no more than this.
+        # Merged weights are rounded to fp16, by up to 2**-11 of each; a tiny UNet's output varies less than this bound.
         return float((one - other).abs().amax()) <= 2e-3 * float(other.abs().amax())
 
     outputs = {
@@ -121,7 +121,11 @@ def change(path_of: Callable[[str], str], raised: Callable[..., str]) -> dict[st
         answer[name] = raised(load, f"{name}.nfq.safetensors")
         states.append(sd_models.model_data.sd_model is kept)
     again = load("tiny.nfq.safetensors")
-    answer |= {"kept": states, "output_after": again is kept and torch.equal(again.output(), plain), "told": told}
+    answer |= {
+        "kept": states,
+        "output_after": again is kept and torch.equal(again.output(), plain),
+        "warnings": warnings,
+    }
 
     companion = load("unet.nfq.safetensors", [path_of("dequantised.safetensors")])
     outputs["unet alone with modules"] = torch.equal(companion.output(), plain)

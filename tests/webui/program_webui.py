@@ -1,4 +1,4 @@
-"""Loading a model in Automatic1111's web UI with its own loader, around a tiny UNet without text encoder and VAE."""
+"""Loading a model in Automatic1111's web UI with its own loader: a tiny UNet without text encoder and VAE."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ model:
       target: torch.nn.Identity
       params: {ddconfig: {}}
 """
-"""SDXL's configuration with the numbers of the tests' UNet."""
+"""SDXL's configuration with the sizes of the tests' UNet."""
 
 
 def output(model: Any) -> torch.Tensor:
@@ -68,11 +68,11 @@ def change(path_of: Callable[[str], str], raised: Callable[..., str]) -> dict[st
     with open(config, "w", encoding="utf-8") as file:
         file.write(CONFIG)
     sd_models_config.find_checkpoint_config = lambda *_: config
-    # What needs a text encoder.
+    # These functions need a text encoder.
     sd_models.get_empty_cond = lambda _: None
     sd_hijack.model_hijack.embedding_db.load_textual_inversion_embeddings = lambda **_: None
-    told: list[str] = []
-    gradio.Warning = told.append
+    warnings: list[str] = []
+    gradio.Warning = warnings.append
 
     def load(name: str) -> Any:
         return sd_models.reload_model_weights(info=sd_models.get_closet_checkpoint_match(name))
@@ -93,11 +93,15 @@ def change(path_of: Callable[[str], str], raised: Callable[..., str]) -> dict[st
         model = sd_models.model_data.sd_model
         listed = model in sd_models.model_data.loaded_sd_models
         states.append(model is ours and listed and model.sd_checkpoint_info.name == loaded)
-    # As the page does it: the option goes back to what it was.
+    # As the page does: after a failed change the option gets its old value back.
     shared.opts.onchange("sd_model_checkpoint", lambda: sd_models.reload_model_weights(), call=False)
     before = shared.opts.sd_model_checkpoint
     outputs["option"] = not shared.opts.set("sd_model_checkpoint", "newer.nfq.safetensors")
     outputs["option back"] = shared.opts.sd_model_checkpoint == before
-    answer |= {"kept": states, "output_after": torch.equal(output(load("tiny.nfq.safetensors")), plain), "told": told}
+    answer |= {
+        "kept": states,
+        "output_after": torch.equal(output(load("tiny.nfq.safetensors")), plain),
+        "warnings": warnings,
+    }
     os.remove(config)
     return answer

@@ -1,4 +1,4 @@
-"""The extension in the programs' own modules, from their real sources."""
+"""The extension in the programs themselves, run from their real sources."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def test_files_are_listed_with_hash_and_metadata(ask: Callable) -> None:
     assert found["metadata"] == ["format", "nfq", "nfq_header_sha256"] and found["settings"]["levels"] == 16
 
 
-def test_files_are_read_as_their_dequantised_ones(ask: Callable, program: str, tmp_path) -> None:
+def test_our_files_are_read_like_their_dequantised_versions(ask: Callable, program: str, tmp_path) -> None:
     found = ask("read")
     assert found["same"] and found["renamed"]
     assert "this program needs a whole checkpoint" in found["unet"] if program == "webui" else not found["unet"]
     assert_sentences(found, f"{tmp_path}/models/Stable-diffusion/")
 
 
-def test_the_page_tells_and_quantises(ask: Callable, tmp_path) -> None:
+def test_the_page_describes_and_quantises(ask: Callable, tmp_path) -> None:
     found = ask("page")
     folder = f"{tmp_path}/models/Stable-diffusion"
     assert found["tabs"] == [["NFQ", "nfq"]] and "nfq_facts" in found["options"]
@@ -55,10 +55,10 @@ def test_the_page_tells_and_quantises(ask: Callable, tmp_path) -> None:
     assert found["stopped"] == ["reading", "stopped; nothing was written"] and found["files"] == []
 
 
-def test_what_cannot_be_loaded_leaves_the_model(ask: Callable, tmp_path) -> None:
+def test_a_failed_load_keeps_the_model(ask: Callable, tmp_path) -> None:
     found = ask("change")
     assert found["loaded"] and all(found["outputs"].values()), found["outputs"]
     assert_sentences(found, f"{tmp_path}/models/Stable-diffusion/")
     assert "holds no text encoder and no VAE; " in found["unet"]
     assert found["kept"] == [True] * 4 and found["output_after"]
-    assert found["told"] and all("nfq.safetensors" in sentence for sentence in found["told"])
+    assert found["warnings"] and all("nfq.safetensors" in sentence for sentence in found["warnings"])

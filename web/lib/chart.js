@@ -1,4 +1,4 @@
-// Size and error of every layer as a chart that one can hover, sort and save, with the totals above it.
+// A chart of every layer's size and error that users can hover, sort and save, with totals above it.
 
 import { addPanel, element, onOutput } from "./dom.js";
 import { decibels, percent, size, text } from "./text.js";
@@ -22,20 +22,20 @@ const PAPER = { text: "#222222", grid: "#bbbbbb", ground: "#ffffff" };
 const ORDERS = {
   model: null,
   size: (a, b) => b.bytes - a.bytes,
-  // The worst first; layers of unknown error last.
+  // Worst first; layers with unknown error last.
   error: (a, b) => (a.sqnr_db ?? Infinity) - (b.sqnr_db ?? Infinity),
 };
 
 const product = (shape) => shape.reduce((all, side) => all * side, 1);
 
-// A format in a word: its levels, or the bits of a trellis format's codes, whatever its window; by fineness.
+// A format's label, its levels or its trellis bits (formats with other windows share it), and its rank by precision.
 function kindOf(format) {
   const [, family, number] = /^(nf|t)(\d+)/.exec(format) ?? [];
-  if (family === "t") return { word: `${number} bit`, fineness: Number(number) };
-  return family ? { word: number, fineness: Math.log2(Number(number)) } : { word: format, fineness: 0 };
+  if (family === "t") return { label: `${number} bit`, precision: Number(number) };
+  return family ? { label: number, precision: Math.log2(Number(number)) } : { label: format, precision: 0 };
 }
 
-const colourOf = (format) => COLOURS[kindOf(format).word] ?? OTHER_COLOUR;
+const colourOf = (format) => COLOURS[kindOf(format).label] ?? OTHER_COLOUR;
 
 function withBytes(layers) {
   return layers.map((layer) => {
@@ -44,14 +44,14 @@ function withBytes(layers) {
   });
 }
 
-// Where the plots lie: errors above, sizes below, both over the same layers.
+// Positions of the plots: errors above, sizes below, with the layers in the same columns.
 function places(width, height, measured) {
   const left = 58;
   const split = measured ? Math.round(height * 0.55) : 16;
   return { left, right: width - 4, top: 16, split, bottom: height - 4, gap: measured ? 18 : 0 };
 }
 
-// Draws the chart; `inFile` tells that sizes are those in a file.
+// Draws the chart; `inFile`: sizes are sizes in a file, not in memory.
 function draw(context, width, height, layers, colours, { inFile, title = "" }) {
   const measured = layers.filter((layer) => layer.sqnr_db != null);
   const place = places(width, height, measured.length > 0);
@@ -59,10 +59,10 @@ function draw(context, width, height, layers, colours, { inFile, title = "" }) {
   context.clearRect(0, 0, width, height);
   context.font = "11px sans-serif";
   context.textBaseline = "middle";
-  const write = (words, x, y, align = "right") => {
+  const write = (label, x, y, align = "right") => {
     context.fillStyle = colours.text;
     context.textAlign = align;
-    context.fillText(words, x, y);
+    context.fillText(label, x, y);
   };
   const line = (y) => {
     context.fillStyle = colours.grid;
@@ -96,11 +96,11 @@ function draw(context, width, height, layers, colours, { inFile, title = "" }) {
     const tall = (layer.bytes / largest) * (place.bottom - top);
     context.fillRect(place.left + index * step, place.bottom - tall, Math.max(step, 0.75), tall);
   });
-  const kinds = new Map(layers.map((layer) => [kindOf(layer.format).word, layer.format]));
+  const kinds = new Map(layers.map((layer) => [kindOf(layer.format).label, layer.format]));
   let x = place.right;
-  for (const [word, format] of [...kinds].sort(([, a], [, b]) => kindOf(a).fineness - kindOf(b).fineness)) {
-    write(word, x, 7);
-    x -= context.measureText(word).width + 11;
+  for (const [label, format] of [...kinds].sort(([, a], [, b]) => kindOf(a).precision - kindOf(b).precision)) {
+    write(label, x, 7);
+    x -= context.measureText(label).width + 11;
     context.fillStyle = colourOf(format);
     context.fillRect(x, 3, 8, 8);
     x -= 6;
@@ -109,24 +109,24 @@ function draw(context, width, height, layers, colours, { inFile, title = "" }) {
   if (title) context.fillText(title, x - 12, 7, (place.right - place.left) / 2);
 }
 
-// A line through a layer, over both plots.
-function mark(context, width, height, index, count) {
+// Draws a line through a layer, across both plots.
+function drawMarker(context, width, height, index, count) {
   const { left, right, top, bottom } = places(width, height, true);
   context.fillStyle = "#ffffff66";
   context.fillRect(left + ((index + 0.5) * (right - left)) / count, top, 1, bottom - top);
 }
 
-// The layer at a place on the chart, by its number; -1 beside it.
+// The index of the layer at a position on the chart; -1 outside.
 function layerAt(x, width, count) {
   const { left, right } = places(width, 0, true);
   const index = Math.floor(((x - left) / (right - left)) * count);
   return index >= 0 && index < count ? index : -1;
 }
 
-// A cell that no spreadsheet takes for a formula.
+// A CSV cell that no spreadsheet treats as a formula.
 function cell(value) {
-  const words = value == null ? "" : String(value);
-  const safe = typeof value === "string" && /^[=+\-@\t\r]/.test(words) ? `'${words}` : words;
+  const raw = value == null ? "" : String(value);
+  const safe = typeof value === "string" && /^[=+\-@\t\r]/.test(raw) ? `'${raw}` : raw;
   return /[",\r\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
 }
 
@@ -144,8 +144,8 @@ function download(blob, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
-// What the chart is of: a file, or what a source became in this graph.
-function subject(facts) {
+// The chart's title: the file, or the source with its levels if it was quantised in this workflow.
+function chartTitle(facts) {
   const [name] = (facts.name || facts.source?.name || "").split("/").slice(-1);
   const base = name.replace(/(\.nfq)?\.safetensors$/, "");
   const levels = facts.settings?.levels;
@@ -153,7 +153,7 @@ function subject(facts) {
 }
 
 function fileName(facts, ending) {
-  return `${subject(facts).replace(/[^\w.-]+/g, "-")}-layers.${ending}`;
+  return `${chartTitle(facts).replace(/[^\w.-]+/g, "-")}-layers.${ending}`;
 }
 
 function savePng(layers, facts) {
@@ -163,34 +163,34 @@ function savePng(layers, facts) {
   context.scale(scale, scale);
   draw(context, EXPORT.width / scale, EXPORT.height / scale, layers, PAPER, {
     inFile: inFile(facts),
-    title: subject(facts),
+    title: chartTitle(facts),
   });
-  // The chart clears its ground, which a picture needs.
+  // draw() leaves the background transparent; a saved picture needs one.
   context.globalCompositeOperation = "destination-over";
   context.fillStyle = PAPER.ground;
   context.fillRect(0, 0, EXPORT.width, EXPORT.height);
   canvas.toBlob((blob) => download(blob, fileName(facts, "png")), "image/png");
 }
 
-// Facts of a file tell what its layers take there; those of a MODEL, what they take in memory.
+// A file's facts give sizes in the file; a MODEL's facts give sizes in memory.
 const inFile = (facts) => facts.file_bytes != null;
 
 function totals(facts) {
   const bytes = facts.model_bytes ?? facts.file_bytes;
   const whole = facts.fp16_bytes;
-  const words = [
+  const parts = [
     text("sizeOf", { size: size(bytes), whole: size(whole), percent: percent(bytes, whole) }),
     text("packedBits", { bits: facts.packed_bits_per_weight.toFixed(2) }),
   ];
-  if (facts.sqnr_db != null) words.push(text("meanError", { error: decibels(facts.sqnr_db) }));
-  return words.join(" · ");
+  if (facts.sqnr_db != null) parts.push(text("meanError", { error: decibels(facts.sqnr_db) }));
+  return parts.join(" · ");
 }
 
-function described(layer) {
+function layerInWords(layer) {
   return `${layer.name} · ${layer.format} · ${layer.shape.join(" × ")} · ${size(layer.bytes)} · ${decibels(layer.sqnr_db)}`;
 }
 
-// Fills a panel with the chart of what the server told of a MODEL or file.
+// Fills a panel with the chart of a MODEL's or file's facts from the server.
 function showChart(panel, facts) {
   const original = withBytes(facts.layers);
   if (!original.length) return panel.replaceChildren(element("p", {}, text("nothingQuantised")));
@@ -208,8 +208,8 @@ function showChart(panel, facts) {
     const style = getComputedStyle(canvas);
     const colours = { text: style.color, grid: "#88888866" };
     draw(context, width, height, layers, colours, { inFile: inFile(facts) });
-    if (marked >= 0) mark(context, width, height, marked, layers.length);
-    hover.textContent = marked >= 0 ? described(layers[marked]) : text("hoverHint");
+    if (marked >= 0) drawMarker(context, width, height, marked, layers.length);
+    hover.textContent = marked >= 0 ? layerInWords(layers[marked]) : text("hoverHint");
   };
   const orders = Object.keys(ORDERS).map((order) => element("option", { value: order }, text(`order.${order}`)));
   const sort = element("select", { title: text("sortBy") }, ...orders);

@@ -1,4 +1,4 @@
-// NFCompare: the pictures side by side, each with its figures; hold one to see the reference in its place.
+// NFCompare: the pictures side by side with their scores; hold a picture to see the reference in its place.
 
 import { api } from "../../../scripts/api.js";
 import { addPanel, element, onOutput } from "./dom.js";
@@ -17,7 +17,7 @@ function figure(entry, reference) {
     }
     return image;
   });
-  const figures =
+  const scores =
     entry.ssim == null
       ? text("reference")
       : `${entry.psnr_db == null ? text("equal") : `${entry.psnr_db.toFixed(2)} dB`} · SSIM ${entry.ssim.toFixed(4)}`;
@@ -25,12 +25,12 @@ function figure(entry, reference) {
     "figcaption",
     {},
     element("p", { className: "nfq-strong" }, entry.label),
-    element("p", { className: "nfq-faint" }, figures),
+    element("p", { className: "nfq-faint" }, scores),
   );
   return element("figure", {}, ...pictures, caption);
 }
 
-export function addFigures(node) {
+export function addComparison(node) {
   const panel = addPanel(node, "compare");
   onOutput(node, ({ nfq_compare: entries }) => {
     if (!entries?.length) return;

@@ -1,15 +1,14 @@
-// Elements, panels, and what nodes show of a run. Text becomes text nodes only, so that nothing out of a file can become
-// markup.
+// Elements, panels, and nodes' outputs. Text is added only as text nodes, so nothing from a file can become markup.
 
 import { app } from "../../../scripts/app.js";
 
 export function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
+  const created = Object.assign(document.createElement(tag), properties);
+  created.append(...children);
+  return created;
 }
 
-// Has a function run after what a node or widget does already at that point.
+// Runs a function after a node's or widget's own hook.
 export function after(owner, hook, run) {
   const previous = owner[hook];
   owner[hook] = function (...values) {
@@ -19,12 +18,12 @@ export function after(owner, hook, run) {
   };
 }
 
-// Runs once a new node is in its graph with the values of its workflow; never for one that is only copied from.
+// Runs once a new node is in its graph with the values of its workflow; never for a node outside any graph.
 export function whenPlaced(node, run) {
   setTimeout(() => node.graph && run(), 0);
 }
 
-// A node by its id as it runs, "3:7" for node 7 in the subgraph of node 3.
+// Finds a node by its id in a run: "3:7" is node 7 in the subgraph of node 3.
 export function findNode(id) {
   let graph = app.rootGraph ?? app.graph;
   let node = null;
@@ -37,7 +36,7 @@ export function findNode(id) {
 
 const shown = new WeakMap();
 
-// Has a node show the output of a run: now, and when its workflow is opened again while the page still has the output.
+// Shows the output of each run in a node, and again when its workflow is reopened while the page still has the output.
 export function onOutput(node, show) {
   const showSome = (output) => output && show(output);
   after(node, "onExecuted", showSome);
@@ -56,7 +55,7 @@ export function showOutputs(outputs) {
 const MARGIN = 4;
 const WIDTH = 320;
 
-// An element below a node's widgets, as high as what is in it. It is no part of the workflow.
+// Adds an element below a node's widgets, as high as its content. It is not saved with the workflow.
 export function addPanel(node, name) {
   const content = element("div", { className: "nfq-content" });
   const root = element("div", { className: `nfq-panel nfq-${name}` }, content);
@@ -71,11 +70,11 @@ export function addPanel(node, name) {
   widget.serialize = false;
   new ResizeObserver(() => {
     const filled = content.childElementCount > 0;
-    // Without a height of its own the node is scrolled out of sight.
+    // Content without height means that the node is scrolled out of view.
     if (filled && !content.offsetHeight) return;
     const needed = filled ? content.offsetHeight + 2 * MARGIN : 0;
     if (needed === height) return;
-    // A node that the user made higher stays so, by as much.
+    // Keep the extra height of a node that the user enlarged.
     const wanted = node.size[1] + Math.min(0, needed - height);
     height = needed;
     const [width, least] = node.computeSize();

@@ -1,5 +1,5 @@
-// The loaders: what the chosen file is, or how to make one that is missing. Writes the file's recipe into the node, so
-// that a shared workflow carries it.
+// The loaders: describes the chosen file, or how to make a missing one. Stores the file's recipe in the node, so a
+// shared workflow carries it.
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
@@ -8,9 +8,9 @@ import { percent, size, text } from "./text.js";
 
 const SUFFIX = ".nfq.safetensors";
 
-function parsed(words) {
+function parseJson(json) {
   try {
-    return JSON.parse(words);
+    return JSON.parse(json);
   } catch {
     return null;
   }
@@ -29,11 +29,11 @@ function sourceInWords({ source, settings }) {
   return `${source || text("unrecorded")}${baked}`;
 }
 
-function paragraph(words, className = "") {
-  return element("p", { className }, words);
+function paragraph(content, className = "") {
+  return element("p", { className }, content);
 }
 
-// Whether each layer got a format of its own, for a size that was asked for.
+// Whether a size was requested, so that each layer has its own format.
 function sized({ settings }) {
   return settings?.target_bpw != null || settings?.target_bytes != null;
 }
@@ -62,14 +62,14 @@ function factLines({ facts, recipe }) {
   ];
 }
 
-// What to do about a file that is not here, as far as the workflow tells.
+// Explains how to make a missing file, as far as the workflow records it.
 function missingLines(folder, name, recipe) {
   const head = paragraph(text("missing", { name }), "nfq-warning");
   if (!recipe?.settings) return [head, paragraph(text("putItThere"))];
   const source = sourceInWords(recipe) + (recipe.source_sha256 ? ` (SHA-256 ${recipe.source_sha256})` : "");
   if (recipe.settings.imported) return [head, paragraph(text("importIt", { source }))];
   const prefix = name.endsWith(SUFFIX) ? name.slice(0, -SUFFIX.length) : name;
-  // Recipes of old workflows lack what the node wants to be given; null: it does not offer what the file needs.
+  // null: the node does not offer these settings. Recipes of old workflows have no node_inputs.
   if (recipe.node_inputs === null) {
     return [head, paragraph(text("makeIt")), paragraph(text("runIt", { source, options: recipe.command_options }))];
   }
@@ -88,11 +88,11 @@ function warn(detail) {
   else console.warn("NFQ:", detail);
 }
 
-// A workflow's own recipe against the file of that name here.
+// Warns if the file of this name is not the one that the workflow was saved with.
 function warnIfOther(name, before, now) {
   if (!before || before.header_sha256 === now.header_sha256) return;
-  const made = (recipe) => `${sourceInWords(recipe)}, ${settingsInWords(recipe.settings)}`;
-  warn(text("otherFile", { name, then: made(before), now: made(now) }));
+  const describe = (recipe) => `${sourceInWords(recipe)}, ${settingsInWords(recipe.settings)}`;
+  warn(text("otherFile", { name, then: describe(before), now: describe(now) }));
 }
 
 export function addFileFacts(node, folder, input) {
@@ -100,10 +100,10 @@ export function addFileFacts(node, folder, input) {
   const find = (name) => node.widgets.find((widget) => widget.name === name);
   const nameWidget = find(input);
   const recipeWidget = find("recipe");
-  // The panel says it in words.
+  // The panel shows the recipe as text.
   recipeWidget.hidden = true;
   recipeWidget.options.hidden = true;
-  let described = null;
+  let shownName = null;
 
   const linked = () => node.inputs?.some((slot) => slot.widget?.name === input && slot.link != null);
 
@@ -112,30 +112,30 @@ export function addFileFacts(node, folder, input) {
     return { status: answer.status, ...(await answer.json()) };
   }
 
-  // A file that is not here keeps the recipe that came with the workflow.
+  // A missing file keeps the recipe that came with the workflow.
   async function show(opened = false) {
     const name = linked() ? null : nameWidget.value;
-    // A recipe is that of one file; it must not be told of another.
-    if (!opened && name !== described) recipeWidget.value = "";
-    described = name;
+    // A recipe belongs to one file and must not be shown for another.
+    if (!opened && name !== shownName) recipeWidget.value = "";
+    shownName = name;
     if (!name) return panel.replaceChildren(paragraph(linked() ? text("linked") : text("noFiles", { folder })));
-    let told;
+    let reply;
     try {
-      told = await ask(name);
+      reply = await ask(name);
     } catch (error) {
-      told = { status: 0, error: String(error) };
+      reply = { status: 0, error: String(error) };
     }
-    if (described !== name) return;
-    const before = parsed(recipeWidget.value);
-    if (told.status === 404) return panel.replaceChildren(...missingLines(folder, name, before));
-    if (!told.recipe) return panel.replaceChildren(paragraph(told.error, "nfq-warning"));
-    recipeWidget.value = JSON.stringify(told.recipe);
-    panel.replaceChildren(...factLines(told));
-    if (opened) warnIfOther(name, before, told.recipe);
+    if (shownName !== name) return;
+    const before = parseJson(recipeWidget.value);
+    if (reply.status === 404) return panel.replaceChildren(...missingLines(folder, name, before));
+    if (!reply.recipe) return panel.replaceChildren(paragraph(reply.error, "nfq-warning"));
+    recipeWidget.value = JSON.stringify(reply.recipe);
+    panel.replaceChildren(...factLines(reply));
+    if (opened) warnIfOther(name, before, reply.recipe);
   }
 
   after(nameWidget, "callback", () => show());
   after(node, "refreshComboInNode", () => show());
-  after(node, "onConnectionsChange", () => whenPlaced(node, () => linked() === (described !== null) && show()));
+  after(node, "onConnectionsChange", () => whenPlaced(node, () => linked() === (shownName !== null) && show()));
   whenPlaced(node, () => show(true));
 }

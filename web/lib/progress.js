@@ -1,10 +1,10 @@
-// NFQuantizeUNet: what its settings are good for, and what it does while it works.
+// NFQuantizeUNet: advice on its settings, and progress while it works.
 
 import { api } from "../../../scripts/api.js";
 import { addPanel, after, element, findNode, whenPlaced } from "./dom.js";
 import { decibels, duration, share, text } from "./text.js";
 
-// What to call with each layer of a node, and with the word for its end.
+// By node: the functions to call for each layer, and with the name of the text for an early end.
 const reporters = new WeakMap();
 const running = new Set();
 
@@ -12,12 +12,12 @@ export function listen() {
   api.addEventListener("nfq.layer", ({ detail }) => {
     reporters.get(findNode(detail.node))?.layer(detail);
   });
-  for (const [event, word] of [
+  for (const [event, key] of [
     ["execution_interrupted", "interrupted"],
     ["execution_error", "failed"],
   ])
     api.addEventListener(event, () => {
-      for (const reporter of running) reporter.end(word);
+      for (const reporter of running) reporter.end(key);
       running.clear();
     });
 }
@@ -47,12 +47,12 @@ export function addProgress(node) {
       running.add(reporter);
       fill.style.width = `${100 * share(detail.done, detail.total)}%`;
       name.textContent = detail.name;
-      const told = [detail.format, decibels(detail.sqnr_db)];
-      if (detail.seconds_left != null) told.push(text("left", { time: duration(detail.seconds_left) }));
-      facts.textContent = told.join(" · ");
+      const parts = [detail.format, decibels(detail.sqnr_db)];
+      if (detail.seconds_left != null) parts.push(text("left", { time: duration(detail.seconds_left) }));
+      facts.textContent = parts.join(" · ");
     },
-    end(word) {
-      panel.replaceChildren(element("p", { className: "nfq-warning" }, text(word)));
+    end(key) {
+      panel.replaceChildren(element("p", { className: "nfq-warning" }, text(key)));
     },
   };
   reporters.set(node, reporter);

@@ -1,4 +1,4 @@
-// NFSaveCheckpoint and NFSaveCalibration: says where the file went, and has other nodes list it once it is there.
+// NFSaveCheckpoint and NFSaveCalibration: shows where the file was saved, and refreshes the lists of other nodes.
 
 import { app } from "../../../scripts/app.js";
 import { addPanel, after, element, onOutput } from "./dom.js";

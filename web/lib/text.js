@@ -1,4 +1,4 @@
-// Words in the user's language, from locales/*/main.json; numbers as people read them.
+// Texts in the user's language, from locales/*/main.json, and readable numbers.
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
@@ -9,14 +9,14 @@ let languages = {};
 export async function loadText() {
   const answer = await api.fetchApi("/i18n");
   const all = answer.ok ? await answer.json() : {};
-  languages = Object.fromEntries(Object.entries(all).map(([language, words]) => [language, words.nfq ?? {}]));
+  languages = Object.fromEntries(Object.entries(all).map(([language, texts]) => [language, texts.nfq ?? {}]));
 }
 
-// The words named `key`, each {name} in them replaced by values.name.
+// The text named `key`, with each {name} replaced by values.name.
 export function text(key, values = {}) {
   const locale = app.ui.settings.getSettingValue("Comfy.Locale") ?? FALLBACK;
-  const words = languages[locale]?.[key] ?? languages[FALLBACK]?.[key] ?? key;
-  return words.replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
+  const template = languages[locale]?.[key] ?? languages[FALLBACK]?.[key] ?? key;
+  return template.replace(/\{(\w+)\}/g, (placeholder, name) => values[name] ?? placeholder);
 }
 
 export function size(bytes) {
@@ -28,7 +28,7 @@ export function decibels(value) {
   return value == null ? "–" : `${value.toFixed(2)} dB`;
 }
 
-// From 0 to 1; a whole of nothing is there entirely.
+// part / whole, from 0 to 1; 1 if whole is 0.
 export function share(part, whole) {
   return whole ? part / whole : 1;
 }

@@ -1,4 +1,4 @@
-"""A browser, and a page in each of the host's two canvases."""
+"""A browser, and a page for each of the host's two canvases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ try:
     from page import FLAGS, HOSTILE, Page
     from playwright.sync_api import sync_playwright
 except ImportError:
-    # Without playwright there is nothing to run here: `pip install -e ".[browser]"`.
+    # These tests need playwright: `pip install -e ".[browser]"`.
     collect_ignore_glob = ["test_*.py"]
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -45,7 +45,7 @@ def page(browser, host: Host, request: pytest.FixtureRequest) -> Iterator:
 
 @pytest.fixture(scope="session")
 def hostile(base: Path) -> str:
-    """The name of a file whose header is full of markup."""
+    """The name of a file with markup in its header."""
     name = "hostile.nfq.safetensors"
     packed = quantize_state_dict({f"{HOSTILE}.weight": torch.randn(64, 64), "=1+1.weight": torch.randn(64, 128)})
     settings = {"levels": HOSTILE, HOSTILE: 16, "baked": [HOSTILE]}

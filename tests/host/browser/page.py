@@ -1,4 +1,4 @@
-"""The host's page in a headless browser, driven as a user does where that is possible, through its graph otherwise."""
+"""The host's page in a headless browser, driven like a user if possible, and through its graph if not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPEN_MS = 600_000
 SHOW_MS = 180_000
 
 HOSTILE = '<img src=x onerror="window.hacked=1">'
-"""What must never become an element."""
+"""Text that must never become an element."""
 
 APP = "const app = window.app ?? window.comfyAPI.app.app;"
 READY = """() => {
@@ -33,7 +33,7 @@ READY = """() => {
   const known = app?.graph && window.LiteGraph?.registered_node_types.NFQuantizeUNet;
   return known && app.extensionManager?.workflow?.activeWorkflow;
 }"""
-"""The workflow that the page starts with comes last; it would take the place of one that was opened before it."""
+"""The page opens its first workflow last; it would replace one that was opened before."""
 
 NEW_WORKFLOW = """
 const before = app.extensionManager.workflow.activeWorkflow?.path;
@@ -89,15 +89,15 @@ class Page:
         self.tab = browser.new_page(viewport={"width": 1600, "height": 1000}, accept_downloads=True)
         self.errors: list[str] = []
         self.tab.on("pageerror", lambda error: self.errors.append(error.stack or str(error)))
-        # The host catches what an extension throws, and tells the console.
+        # The host catches an extension's exceptions and logs them to the console.
         self.tab.on("console", lambda line: line.type == "error" and self.errors.append(line.text))
         settings = {
             "Comfy.VueNodes.Enabled": nodes2,
             "Comfy.TutorialCompleted": True,
             "Comfy.Locale": locale,
-            # A toast of the host's own would cover what is looked at.
+            # The host's own toast would cover the tested elements.
             "Comfy.Workflow.ShowMissingModelsWarning": False,
-            # Drawn without a GPU, the graph would take a processor from the model that samples beside it.
+            # Without a GPU, drawing the graph would take a processor from the sampling model.
             "LiteGraph.Canvas.MaximumFps": 10,
         }
         host.post("/settings", settings)
@@ -116,23 +116,23 @@ class Page:
     def new_workflow(self) -> None:
         """Open an empty workflow in a new tab.
 
-        A cleared graph is not empty: newer front ends keep its widgets' values for the next node of the same number.
+        Clearing the graph is not enough: newer front ends reuse its widgets' values for the next node with the same id.
         """
         before = self.script(NEW_WORKFLOW)
         self.tab.wait_for_function(IS_NEW, arg=before, timeout=SHOW_MS)
         self.settle()
 
     def settle(self) -> None:
-        """Wait until what the page has in hand is drawn."""
+        """Wait until pending changes are drawn."""
         self.tab.evaluate(FRAMES)
 
     def build(self, **nodes: dict) -> None:
-        """Make a graph in a new workflow: `type`, `at`, and if needed `values` by widget, `links` by input, of each."""
+        """Make a graph in a new workflow; per node `type`, `at`, optional `values` by widget and `links` by input."""
         self.new_workflow()
         self.script(BUILD, nodes)
 
     def set(self, type: str, widget: str, value: Any) -> None:
-        """Change a widget of the first node of a type, as its control does."""
+        """Change a widget of the first node of a type, as the widget's control does."""
         self.script(
             """const node = app.graph._nodes.find((each) => each.type === argument[0]);
             const widget = node.widgets.find((each) => each.name === argument[1]);
@@ -151,7 +151,7 @@ class Page:
         return sorted(node["type"] for node in self.workflow()["nodes"])
 
     def queue(self) -> str:
-        """Press the page's button; returns the prompt's id."""
+        """Press the page's queue button; returns the prompt's id."""
         with self.tab.expect_response(lambda answer: answer.url.endswith("/api/prompt")) as got:
             self.tab.get_by_test_id("queue-button").first.click()
         return got.value.json()["prompt_id"]
@@ -160,13 +160,13 @@ class Page:
         return self.host.wait(self.queue())
 
     def drop(self, path: Path, bytes_read: int = 4 << 20) -> None:
-        """Drop a file on the canvas; the page reads no more than its first four mebibytes."""
+        """Drop a file on the canvas; the page reads only its first four mebibytes."""
         with path.open("rb") as file:
             data = base64.b64encode(file.read(bytes_read)).decode()
         self.script(DROP, {"name": path.name, "data": data})
 
     def panel(self, name: str) -> Locator:
-        """What we add to a node: `facts`, `progress`, `chart`, `compare`."""
+        """A panel that we add to a node: `facts`, `progress`, `chart`, `compare`, `saved`."""
         return self.tab.locator(f".nfq-{name} .nfq-content")
 
     def shows(self, panel: str, *words: str) -> None:
@@ -174,7 +174,7 @@ class Page:
             expect(self.panel(panel)).to_contain_text(word, timeout=SHOW_MS)
 
     def shot(self, name: str) -> None:
-        """Keep a picture of the page in NFQ_SCREENSHOTS, where that names a folder."""
+        """Save a screenshot if NFQ_SCREENSHOTS names a folder."""
         folder = os.environ.get("NFQ_SCREENSHOTS")
         if folder:
             self.tab.wait_for_timeout(500)

@@ -1,4 +1,4 @@
-"""The example workflows: each opens in both canvases, and runs on random weights of Segmind Vega's size."""
+"""The example workflows open in both canvases, and run with random weights of Segmind Vega's size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nfq_core.checkpoints.convert import quantize_file
 EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "example_workflows").glob("*.json"))
 
 SMALLER = {"width": 64, "height": 64, "steps": 1, "side": 64}
-"""Widgets that are set so that a run takes seconds."""
+"""Widgets' values with which a run takes seconds."""
 
 FILES = """
 for (const node of app.graph._nodes) for (const widget of node.widgets ?? []) {
@@ -37,7 +37,7 @@ def test_there_are_five() -> None:
 
 @pytest.fixture(scope="module")
 def files(host, base) -> dict:
-    """Stock and packed files of one random model, by the widgets that name them."""
+    """Stock and packed files of one random model, by widget name."""
     made = {"model": ORIGINAL, "companions": {"class_type": "NFQTestCompanions", "inputs": {}}}
     both = {"clip": ["companions", 0], "vae": ["companions", 1]}
     for kind, inputs, prefix in (
@@ -90,7 +90,7 @@ def example_number(number: int) -> Path:
 
 
 def run_example(page: Page, files: dict, number: int, **also) -> dict:
-    """Run an example with the files at hand; returns the outputs by node type."""
+    """Run an example with the tests' files; returns the outputs by node type."""
     opened(page, example_number(number))
     page.script(FILES, files | also)
     outputs = page.run()
@@ -106,7 +106,7 @@ def picture(page: Page, outputs: dict) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def classic(browser, host) -> Iterator[Page]:
-    """What runs is the same in both canvases."""
+    """A page for runs, which are the same in both canvases."""
     page = Page(browser, host)
     yield page
     page.close()
@@ -127,7 +127,7 @@ def test_load_and_sample(classic: Page, files: dict) -> None:
 def test_whole_checkpoint(classic: Page, files: dict) -> None:
     run_example(classic, files, 3, filename_prefix="examples/three")
     assert (classic.host.output / "checkpoints" / "examples" / "three.nfq.safetensors").exists()
-    # As its note says: choose the new file, un-mute the lower part.
+    # As its note says: choose the new file and unmute the lower part.
     classic.script("for (const node of app.graph._nodes) node.mode = 0;")
     classic.set("NFQuantizedCheckpointLoader", "ckpt_name", "examples/three.nfq.safetensors")
     classic.set("NFSaveCheckpoint", "overwrite", True)
@@ -146,10 +146,10 @@ def test_lora(classic: Page, files: dict) -> None:
 
 def test_five_levels_side_by_side(classic: Page, files: dict) -> None:
     outputs = run_example(classic, files, 5)
-    figures = outputs["NFCompare"]["nfq_compare"]
-    assert [each["label"] for each in figures] == ["fp16", *(f"{n} levels" for n in (32, 24, 16, 12, 7))]
-    assert figures[0]["ssim"] is None
-    ratios = [each["psnr_db"] for each in figures[1:]]
+    compared = outputs["NFCompare"]["nfq_compare"]
+    assert [each["label"] for each in compared] == ["fp16", *(f"{n} levels" for n in (32, 24, 16, 12, 7))]
+    assert compared[0]["ssim"] is None
+    ratios = [each["psnr_db"] for each in compared[1:]]
     assert ratios == sorted(ratios, reverse=True), ratios
     assert picture(classic, outputs).width > 6 * 64
     classic.host.free()

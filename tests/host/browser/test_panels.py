@@ -1,4 +1,4 @@
-"""What the page adds to our nodes, in a real host and both of its canvases."""
+"""The panels that the page adds to our nodes, in a real host and in both of its canvases."""
 
 from __future__ import annotations
 
@@ -24,23 +24,22 @@ FURTHER = """(first) => {
   const width = parseFloat(document.querySelector(".nfq-progress .nfq-track > div")?.style.width);
   return first < width && width < 100;
 }"""
-"""Whether the progress bar has grown, and is not full."""
+"""Whether the progress bar has grown but is not full."""
 
 
 def file_node(name: str) -> dict:
     return {**LOADER, "values": {"unet_name": name}}
 
 
-def test_choosing_a_file_tells_what_it_is(page: Page, hostile: str) -> None:
+def test_a_chosen_file_is_described(page: Page, hostile: str) -> None:
     page.build(load=file_node("vega.nfq.safetensors"))
-    page.shows(
-        "facts", "16 levels", "bits per weight", "as fp16 1.49 GB", "a good balance", "vega.safetensors", "effort=fast"
-    )
+    bits = ["16 levels", "bits per weight", "of 1.49 GB in fp16"]
+    page.shows("facts", *bits, "a good balance", "vega.safetensors", "effort=fast")
     page.shot("facts")
     page.set("NFQuantizedUNetLoader", "unet_name", hostile)
     page.shows("facts", "16 levels", HOSTILE)
     page.set("NFQuantizedUNetLoader", "unet_name", "vega.nfq.safetensors")
-    page.shows("facts", "as fp16 1.49 GB")
+    page.shows("facts", "of 1.49 GB in fp16")
     recipe = json.loads(page.workflow()["nodes"][0]["widgets_values"][1])
     assert recipe["source"] == "vega.safetensors"
     assert len(page.workflow()["nodes"][0]["widgets_values"]) == 3
@@ -61,20 +60,20 @@ def test_a_hostile_header_is_text(page: Page, hostile: str) -> None:
     page.open(
         workflow_with("gone.nfq.safetensors", {"settings": {HOSTILE: 1}, "source": HOSTILE, "source_sha256": HOSTILE})
     )
-    page.shows("facts", "is not here", HOSTILE)
+    page.shows("facts", "is missing", HOSTILE)
     assert page.tab.locator(".nfq-content img").count() == 0
     assert page.script("return window.hacked") is None
 
 
 def download(page: Page, button: str) -> Path:
-    """What a button of the first chart saves."""
+    """The file that a button of the first chart saves."""
     with page.tab.expect_download() as got:
         page.panel("chart").first.get_by_role("button", name=button).click()
     return got.value.path()
 
 
 def workflow_with(name: str, recipe: dict) -> dict:
-    """A workflow of one loader, as somebody shares it."""
+    """A shared workflow with one loader."""
     node = {
         "id": 1,
         "type": "NFQuantizedUNetLoader",
@@ -103,18 +102,18 @@ RECIPE = {
 
 def test_a_missing_file_is_explained(page: Page) -> None:
     page.open(workflow_with("sub/gone.nfq.safetensors", RECIPE))
-    made_of = ["theirs.safetensors + LoRA style.safetensors at 0.8", "ab" * 32, "levels=12 conv_levels=32"]
-    page.shows("facts", "sub/gone.nfq.safetensors is not here", *made_of, "filename_prefix sub/gone")
+    source = ["theirs.safetensors + LoRA style.safetensors at 0.8", "ab" * 32, "levels=12 conv_levels=32"]
+    page.shows("facts", "sub/gone.nfq.safetensors is missing", *source, "filename_prefix sub/gone")
     page.shot("missing")
     assert json.loads(page.workflow()["nodes"][0]["widgets_values"][1]) == RECIPE
 
 
-def test_another_file_never_gets_the_recipe_of_the_last(page: Page, base: Path) -> None:
+def test_another_file_never_gets_the_previous_recipe(page: Page, base: Path) -> None:
     cut = base / "models" / "diffusion_models" / "cut.nfq.safetensors"
     cut.write_bytes((cut.parent / "vega.nfq.safetensors").read_bytes()[:1000])
     try:
         page.open(workflow_with("gone.nfq.safetensors", RECIPE))
-        page.shows("facts", "is not here", "levels=12")
+        page.shows("facts", "is missing", "levels=12")
         page.set("NFQuantizedUNetLoader", "unet_name", cut.name)
         page.shows("facts", f"{cut.name} is cut short")
         assert str(base) not in page.panel("facts").inner_text()
@@ -122,19 +121,19 @@ def test_another_file_never_gets_the_recipe_of_the_last(page: Page, base: Path) 
     finally:
         cut.unlink()
     page.script("await app.refreshComboInNodes();")
-    page.shows("facts", f"{cut.name} is not here", "Put it there")
+    page.shows("facts", f"{cut.name} is missing", "Put the file into its models folder")
 
 
 def test_a_missing_checkpoint_or_import_is_explained(page: Page) -> None:
     workflow = workflow_with("gone.nfq.safetensors", RECIPE)
     workflow["nodes"][0]["type"] = "NFQuantizedCheckpointLoader"
     page.open(workflow)
-    page.shows("facts", "filename_prefix gone, and CLIP and VAE too")
+    page.shows("facts", "filename_prefix gone, CLIP and VAE")
     page.open(workflow_with("gone.nfq.safetensors", {**RECIPE, "settings": {"imported": "article"}}))
     page.shows("facts", "nfq import-article")
 
 
-def test_another_file_of_that_name_is_pointed_out(page: Page) -> None:
+def test_another_file_of_the_same_name_gives_a_warning(page: Page) -> None:
     page.open(workflow_with("vega.nfq.safetensors", RECIPE))
     toast = page.tab.locator(".p-toast-detail", has_text="is not the file this workflow was saved with")
     expect(toast).to_contain_text("theirs.safetensors", timeout=SHOW_MS)
@@ -165,8 +164,8 @@ def test_live_progress_interrupt_and_chart(page: Page) -> None:
     page.shows("progress", "12 levels")
     chart = page.panel("chart").first
     expect(chart).to_contain_text("bits per weight in memory", timeout=SHOW_MS)
-    assert re.search(r"error \d\d\.\d\d dB", chart.inner_text())
-    assert re.search(r"[\d.]+ MB, as fp16 1\.\d\d GB \(\d\d %\)", chart.inner_text())
+    assert re.search(r"mean SQNR \d\d\.\d\d dB", chart.inner_text())
+    assert re.search(r"[\d.]+ MB, \d\d % of 1\.\d\d GB in fp16", chart.inner_text())
     plot = chart.locator("canvas")
     width = plot.bounding_box()["width"]
     chart.locator("select").select_option("error")
@@ -183,8 +182,8 @@ def test_live_progress_interrupt_and_chart(page: Page) -> None:
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
 
 
-def test_what_a_run_showed_is_there_again(page: Page) -> None:
-    """Another workflow and back."""
+def test_a_runs_output_is_shown_again(page: Page) -> None:
+    """Open another workflow and go back."""
     page.build(image={"type": "NFQTestImage", "at": [40, 40]}, compare=COMPARE)
     page.run()
     page.shows("compare", "equal · SSIM 1.0000")
@@ -208,7 +207,7 @@ def test_a_saved_file_dropped_on_the_canvas_opens_its_workflow(page: Page) -> No
     )
     assert page.types() == types
     page.shot("dropped")
-    # The list has it without being refreshed by hand.
+    # The list contains the file without a manual refresh.
     page.build(load=LOADER)
     options = page.script("return app.graph._nodes[0].widgets[0].options.values;")
     assert f"{prefix}.nfq.safetensors" in options

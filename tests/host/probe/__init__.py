@@ -1,4 +1,4 @@
-"""A plugin for the host under test: inputs without files, and checks that run inside the host's process."""
+"""A plugin for the host under test: inputs that need no files, and checks that run inside the host's process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Conditioning:
 
 
 class Image:
-    """A picture of noise; of NaN for a negative number."""
+    """A picture of noise, or of NaN for a negative number."""
 
     CATEGORY, FUNCTION, RETURN_TYPES = "nfq test", "make", ("IMAGE",)
 
@@ -53,7 +53,7 @@ class Image:
 
 
 def _control_network(model) -> torch.nn.Module:
-    """A network that fits a MODEL as its ControlNet."""
+    """A network that can serve a MODEL as ControlNet."""
     config = dict(model.model.model_config.unet_config)
     for name in ("out_channels", "disable_unet_model_creation", "transformer_depth_output"):
         config.pop(name, None)
@@ -62,7 +62,7 @@ def _control_network(model) -> torch.nn.Module:
 
 
 class ControlNet:
-    """A ControlNet of random weights that fits a MODEL."""
+    """A ControlNet with random weights for a MODEL."""
 
     CATEGORY, FUNCTION, RETURN_TYPES = "nfq test", "make", ("CONTROL_NET",)
 
@@ -80,7 +80,7 @@ class ControlNet:
 
 
 class ControlLora:
-    """A Control-LoRA of random weights: what a ControlNet adds to the UNet, and low-rank changes to what they share."""
+    """A Control-LoRA with random weights: the layers that the UNet lacks, and low-rank changes to the shared ones."""
 
     CATEGORY, FUNCTION, RETURN_TYPES = "nfq test", "make", ("CONTROL_NET",)
 
@@ -124,7 +124,7 @@ class Companions:
 
 
 def _fill(network: torch.nn.Module) -> None:
-    """Weights under which activations neither vanish nor explode, exact in fp16."""
+    """Set weights that keep activations in range and are exact in fp16."""
     generator = torch.Generator().manual_seed(11)
     for name, parameter in network.named_parameters():
         weight = torch.randn(parameter.shape, generator=generator)
@@ -136,7 +136,7 @@ def _fill(network: torch.nn.Module) -> None:
 
 
 class OtherModel:
-    """A MODEL that is no UNet, small."""
+    """A small MODEL that is not a UNet."""
 
     CATEGORY, FUNCTION, RETURN_TYPES = "nfq test", "make", ("MODEL",)
 
@@ -152,7 +152,7 @@ class OtherModel:
 
 
 class Timer:
-    """Notes when each call of the UNet begins and ends; `checks.step_times` tells."""
+    """Records when each call of the UNet begins and ends; `checks.step_times` returns the times."""
 
     CATEGORY, FUNCTION, RETURN_TYPES = "nfq test", "make", ("MODEL",)
 
@@ -193,7 +193,7 @@ class Check:
 
 @PromptServer.instance.routes.get("/nfq_test/state")
 async def state(request: web.Request) -> web.Response:
-    """Whether the host has yet to take up what it was asked to free, and each node's progress."""
+    """Whether a request to free memory is still pending, and each node's progress."""
     progress = {name: node["value"] for name, node in dict(get_progress_state().nodes).items()}
     freeing = bool(PromptServer.instance.prompt_queue.get_flags(reset=False))
     return web.json_response({"freeing": freeing, "progress": progress})

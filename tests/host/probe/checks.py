@@ -1,4 +1,4 @@
-"""Checks inside the host's process, of what a CPU host never does by itself; each returns JSON-ready facts."""
+"""Checks inside the host's process for what a CPU host never does by itself; each returns JSON-ready facts."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ import folder_paths
 import torch
 
 STEPS: list[tuple[float, float]] = []
-"""When the calls of the UNet began and ended that the probe's timer saw, in seconds since the epoch."""
+"""Begin and end of each call of the UNet that the probe's timer saw, in seconds since the epoch."""
 
 
 def nothing(package: str, model, other) -> None:
-    """Nothing: a prompt that is done once everything before it is."""
+    """Do nothing: a prompt that ends after all prompts before it."""
 
 
 def step_times(package: str, model, other) -> list:
-    """What the timer noted."""
+    """The times that the timer recorded."""
     return STEPS
 
 
@@ -35,7 +35,7 @@ def _module(package: str, name: str):
 
 
 def _forward(patcher) -> torch.Tensor:
-    """The UNet's answer to fixed inputs, with whatever the patcher has attached."""
+    """The UNet's output for fixed inputs, with the patches that are attached."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(1, 4, 8, 8, generator=generator)
     context = torch.randn(1, 77, 2048, generator=generator)
@@ -51,7 +51,7 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def sizes(package: str, model, other) -> dict:
-    """Sizes as the host sees them, and as they are."""
+    """Sizes as the host sees them, and the real ones."""
     patcher = _module(package, "patcher")
     packed = sum(layer.weight._qdata.nbytes for _, layer in patcher.nf_layers(model.model))
     names = {name for name, _ in patcher.nf_layers(model.model)}
@@ -70,7 +70,7 @@ def sizes(package: str, model, other) -> dict:
 
 
 def memory_states(package: str, model, other) -> dict:
-    """Full and partial load, partial unload, reload, detach; `other` is the same model, patches and all, but dense."""
+    """Full and partial load, partial unload, reload, detach; `other` is the same model and patches, but dense."""
     device = comfy.model_management.get_torch_device()
     comfy.model_management.unload_all_models()
     other.patch_model(device)
@@ -98,7 +98,7 @@ def memory_states(package: str, model, other) -> dict:
     result["detached functions"] = sum(
         len(m.weight_function) for _, m in _module(package, "patcher").nf_layers(model.model)
     )
-    # The host keeps room aside for the largest layer, dense and with its patches.
+    # The host reserves memory for the largest layer, dense and with its patches.
     model.patch_model(device, lowvram_model_memory=model.model_size() * 6 // 10)
     look("partial")
     model.partially_load(device, extra_memory=model.model_size() * 3 // 10)
@@ -121,7 +121,7 @@ def _low_rank_bytes(step) -> int:
 
 
 def lora_factors(package: str, model, other) -> dict:
-    """Where the factors of a model's LoRAs are, loaded wholly, then in half, and what the host counts for them."""
+    """Where LoRA factors are when the model is fully and half loaded, and the bytes that the host counts for them."""
     device = comfy.model_management.get_torch_device()
     comfy.model_management.unload_all_models()
     patcher = _module(package, "patcher")
@@ -148,7 +148,7 @@ def lora_factors(package: str, model, other) -> dict:
     look("half")
     model.detach()
     result["after"] = model.loaded_size()
-    # All but a little of what it takes with the factors: not everything may be loaded.
+    # A little less than the model needs with the factors: not everything may be loaded.
     model.patch_model(device, lowvram_model_memory=result["size"] - 1_000_000)
     look("tight")
     model.partially_load(device, extra_memory=-result["size"] // 4)
@@ -160,12 +160,12 @@ def lora_factors(package: str, model, other) -> dict:
 
 
 def packed_weights_alive(package: str, model, other) -> int:
-    """How many packed weights this process holds."""
+    """Count the packed weights in this process."""
     return sum(_module(package, "ops").is_packed(thing) for thing in gc.get_objects())
 
 
 def hooks_and_unloading(package: str, model, other) -> dict:
-    """A scheduled hook, as the sampler applies it before each step, around a partial unload; `other` is never used."""
+    """A scheduled hook, applied before each step as the sampler does, around a partial unload; `other` is not used."""
     device = comfy.model_management.get_torch_device()
     comfy.model_management.unload_all_models()
     lora = comfy.utils.load_torch_file(folder_paths.get_full_path("loras", "lora.safetensors"))
@@ -213,7 +213,7 @@ def copies(package: str, model, other) -> dict:
 
 
 def compiled_lora(package: str, model, other) -> dict:
-    """A compiled layer with a LoRA, called twice: how many graphs there are after each call."""
+    """A compiled layer with a LoRA, called twice: the number of graphs after each call."""
     patcher = _module(package, "patcher")
     comfy.model_management.unload_all_models()
     model.patch_model(comfy.model_management.get_torch_device())
@@ -234,7 +234,7 @@ def compiled_lora(package: str, model, other) -> dict:
             result["differences"].append(_difference(compiled(x), wanted))
             result["graphs"].append(len(graphs))
     model.detach()
-    # Else the compiler would keep the layer.
+    # Without this the compiler would keep the layer.
     graphs.clear()
     del compiled
     torch._dynamo.reset()
@@ -243,7 +243,7 @@ def compiled_lora(package: str, model, other) -> dict:
 
 
 def host_copies(package: str, model, other) -> dict:
-    """A layer through the buffer of asynchronous offloading, and a model made anew for a second device."""
+    """A layer in the buffer of asynchronous offloading, and a model loaded again for a second device."""
     memory = getattr(comfy, "memory_management", None)
     if memory is None or not hasattr(model, "deepclone_multigpu"):
         return {"supported": False}
@@ -270,7 +270,7 @@ def host_copies(package: str, model, other) -> dict:
 
 
 class _Dynamic(comfy.model_patcher.ModelPatcher):
-    """Stands, while `active`, for the host's dynamic patcher, which no CPU gets: says it is one, refuses the same."""
+    """Stand-in, while `active`, for the host's dynamic patcher, which a CPU never gets: it has the same limits."""
 
     active: ClassVar[bool] = False
     made: ClassVar[list] = []
@@ -293,11 +293,11 @@ class _Dynamic(comfy.model_patcher.ModelPatcher):
 
 @contextmanager
 def _dynamic_by_default():
-    """Have the host's loaders use `_Dynamic`, as they use its own where there is a GPU."""
+    """Make the host's loaders use `_Dynamic`, as they use the real one on a GPU."""
     with (
         patch.object(comfy.model_patcher, "CoreModelPatcher", _Dynamic),
         patch.object(_Dynamic, "active", True),
-        # Gives pinned buffers to dynamic patchers, through a library that wants a GPU.
+        # It gives pinned buffers to dynamic patchers through a library that needs a GPU.
         patch.object(comfy.model_management, "reset_cast_buffers", lambda: None),
     ):
         try:
@@ -307,7 +307,7 @@ def _dynamic_by_default():
 
 
 def dynamic_vram(package: str, model, other) -> dict:
-    """Loading and quantising where the host's default is a dynamic patcher; `model` was quantised at the defaults."""
+    """Loading and quantising where the host's default is a dynamic patcher; `model` was quantised with the defaults."""
     if not hasattr(comfy.model_patcher, "CoreModelPatcher"):
         return {"supported": False}
     bake, recipe = _module(package, "bake"), _module(package, "recipe")
@@ -321,9 +321,9 @@ def dynamic_vram(package: str, model, other) -> dict:
         stock.cached_patcher_init = None
         try:
             bake.quantize_model(stock, bake.Settings(), None, recipe.Origin())
-            told = ""
+            refusal = ""
         except bake.NFQError as error:
-            told = str(error)
+            refusal = str(error)
         wanted = _forward(model)
         return {
             "supported": True,
@@ -333,12 +333,12 @@ def dynamic_vram(package: str, model, other) -> dict:
             "classes": [type(patcher).__name__ for patcher in (*loaded, loaded[0].clone(), quantised)],
             "dynamic": [patcher.is_dynamic() for patcher in (*loaded, quantised)],
             "differences": [_difference(_forward(patcher), wanted) for patcher in (*loaded, quantised)],
-            "told": told,
+            "error": refusal,
         }
 
 
 def dynamic_companions(package: str, model, other, argument: str) -> dict:
-    """CLIP and VAE of the checkpoint file `argument` where the host's default is a dynamic patcher."""
+    """CLIP and VAE of the checkpoint `argument` where the host's default is a dynamic patcher."""
     if not hasattr(comfy.model_patcher, "CoreModelPatcher"):
         return {"supported": False}
     path = folder_paths.get_full_path("checkpoints", argument)
@@ -358,11 +358,11 @@ def dynamic_companions(package: str, model, other, argument: str) -> dict:
 
 
 def prediction(package: str, model, other) -> dict:
-    """How a MODEL predicts."""
+    """A MODEL's kind of prediction."""
     sampling = model.get_model_object("model_sampling")
     return {
         "type": model.model.model_type.name,
-        # Four digits: a sigma is stored as what the host computes from it.
+        # Four digits: the host computes its sigmas, so a stored value is rounded.
         "sigma_max": float(f"{float(sampling.sigma_max):.4g}"),
         "sigma_min": float(f"{float(sampling.sigma_min):.4g}"),
         "latents": type(model.get_model_object("latent_format")).__name__,

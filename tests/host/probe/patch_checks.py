@@ -1,4 +1,4 @@
-"""Checks of patches: hooks that the host forces on a model, LoRAs that do not fit. Each returns JSON-ready facts."""
+"""Checks of patches: forced hooks, LoRAs that do not fit. Each returns JSON-ready facts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .checks import _difference, _forward, _module
 
 
 def _hooks(patcher, names: tuple[str, ...], target) -> list[comfy.hooks.HookGroup]:
-    """A group for each of the named LoRA files; all are registered with a patcher together, each time anew."""
+    """One hook group per named LoRA file, all registered with a patcher together."""
     groups, together = [], comfy.hooks.HookGroup()
     for name in names:
         lora = comfy.utils.load_torch_file(folder_paths.get_full_path("loras", f"{name}.safetensors"))
@@ -33,7 +33,7 @@ def _hooks(patcher, names: tuple[str, ...], target) -> list[comfy.hooks.HookGrou
 
 
 class _Forced:
-    """A clone of a MODEL with hooks that the host applies whenever it loads it, as it does for a CLIP."""
+    """A clone of a MODEL with hooks that the host applies at every load, as it does for a CLIP."""
 
     def __init__(self, model) -> None:
         self.patcher = model.clone()
@@ -46,7 +46,7 @@ class _Forced:
         self.patcher.forced_hooks = self.groups[name].clone() if name else None
 
     def dense_results(self) -> dict[str | None, torch.Tensor]:
-        """The UNet's answer with either group of hooks and with none, each time wholly loaded."""
+        """The UNet's output with each group of hooks and without hooks, fully loaded each time."""
         result = {}
         for name in ("one", "other", None):
             self.force(name)
@@ -57,7 +57,7 @@ class _Forced:
 
 
 def forced_hooks(package: str, model, other) -> dict:
-    """Forced hooks beside a LoRA in every state of loading; `other` is the same model, LoRA and all, but dense."""
+    """Forced hooks with a LoRA in every state of loading; `other` is the same model with the same LoRA, but dense."""
     comfy.model_management.unload_all_models()
     wanted = _Forced(other).dense_results()
     ours = _Forced(model)
@@ -110,7 +110,7 @@ def forced_hooks(package: str, model, other) -> dict:
 
 
 def _small_clip(**model_options) -> comfy.sd.CLIP:
-    """SD 1.5's text encoder of two layers."""
+    """SD 1.5's text encoder with two layers."""
     target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)
     model_options["clip_l_model_config"] = {"num_hidden_layers": 2}
     options = {"disable_dynamic": True} if hasattr(comfy.model_patcher, "CoreModelPatcher") else {}
@@ -118,7 +118,7 @@ def _small_clip(**model_options) -> comfy.sd.CLIP:
 
 
 def _clips(package: str) -> tuple[comfy.sd.CLIP, comfy.sd.CLIP]:
-    """A packed text encoder of random weights, and the same dense."""
+    """A packed text encoder with random weights, and the same one dense."""
     ops, patcher = _module(package, "ops"), _module(package, "patcher")
     quantize = _module(package.rpartition(".")[0], "nfq_core").quantize
     dense, packed = _small_clip(), _small_clip(custom_operations=ops.NFOps)
@@ -139,7 +139,7 @@ def _clips(package: str) -> tuple[comfy.sd.CLIP, comfy.sd.CLIP]:
 
 
 def _clip_lora(clip: comfy.sd.CLIP, seed: int) -> dict:
-    """Patches for the linear layers of a text encoder, as the host makes them of a LoRA."""
+    """Patches for a text encoder's Linear layers, as the host makes them from a LoRA."""
     generator = torch.Generator().manual_seed(seed)
     result = {}
     for name, value in clip.cond_stage_model.state_dict().items():
@@ -151,13 +151,13 @@ def _clip_lora(clip: comfy.sd.CLIP, seed: int) -> dict:
 
 
 def _encoded(clip: comfy.sd.CLIP) -> torch.Tensor:
-    """Every conditioning of a prompt; the host loads the text encoder for it."""
+    """Every conditioning of one prompt; the host loads the text encoder."""
     encoded = clip.encode_from_tokens_scheduled(clip.tokenize("a red fox in the snow"), show_pbar=False)
     return torch.cat([conditioning for conditioning, _ in encoded]).float()
 
 
 def clip_hooks(package: str, model, other) -> dict:
-    """A packed text encoder with a LoRA and hooks, through the host's own loading and encoding, beside a dense one."""
+    """A packed text encoder with a LoRA and hooks, loaded and encoded by the host, compared with a dense one."""
     comfy.model_management.unload_all_models()
     results: dict[str, list[torch.Tensor]] = {}
     packed, dense = _clips(package)
@@ -199,7 +199,7 @@ def clip_hooks(package: str, model, other) -> dict:
 
 @contextmanager
 def _logged() -> Iterator[list[str]]:
-    """What is logged meanwhile as a warning or worse."""
+    """The warnings and errors logged inside the `with` block."""
     lines: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -211,7 +211,7 @@ def _logged() -> Iterator[list[str]]:
 
 
 def misfits_in_states(package: str, model, other) -> dict:
-    """What is logged with a LoRA that does not fit, in several states and calls; `other`: the same, dense."""
+    """Log lines for a LoRA that does not fit, in several states and calls; `other` is the same model, dense."""
     device = comfy.model_management.get_torch_device()
     comfy.model_management.unload_all_models()
     result: dict = {"differences": {}, "lines": {}}
@@ -239,7 +239,7 @@ def misfits_in_states(package: str, model, other) -> dict:
 
 
 def half_precision_adapters(package: str, model, other) -> dict:
-    """Each kind of adapter on an fp16 weight, by ours and by the host's arithmetic as it loads a dense model."""
+    """Each kind of adapter on an fp16 weight: our result and the host's for a dense model."""
     lora, misfits = _module(package, "lora"), _module(package, "misfits")
     generator = torch.Generator().manual_seed(4)
 

@@ -1,4 +1,4 @@
-"""The nodes that measure: each reads its inputs, calls what does the work, and returns."""
+"""The nodes that inspect a model, compare pictures and measure files."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..nfq_core import NFQError, NFQFile
 from . import compare, host, quality, report
 from .schema import NOTHING, schema
 
-COMPARED = 8
-"""The most that NFCompare takes."""
+MAX_IMAGES = 8
+"""The most images that NFCompare takes."""
 
-REPORTED = 4
+MAX_FILES = 4
 """The most files that NFQualityReport takes."""
 
 
 class NFInspect(io.ComfyNode):
-    """What a MODEL or a file is."""
+    """Size, settings and layers of a MODEL or a file."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -29,18 +29,20 @@ class NFInspect(io.ComfyNode):
             node_id="NFInspect",
             search_aliases=["nfq info", "bits per weight", "model size", "quantisation error"],
             display_name="NFQ Inspect",
-            description="Tells bits per weight, size, and each layer's format and error, of a MODEL or of a file.",
+            description="Shows the bits per weight, the size, and each layer's format and error, of a MODEL or a file.",
             inputs=[
                 io.Model.Input("model", optional=True, tooltip="A quantised MODEL."),
                 io.Model.Input(
-                    "original", optional=True, tooltip="The MODEL before it was quantised, to measure errors against."
+                    "original",
+                    optional=True,
+                    tooltip="The MODEL before it was quantised. Errors are measured against it.",
                 ),
                 io.Combo.Input(
                     "file_name",
                     options=[NOTHING, *host.names_with_folder(host.file_names)],
                     default=NOTHING,
                     optional=True,
-                    tooltip="A file to read the header of, where no MODEL is connected.",
+                    tooltip="The file to inspect if no MODEL is connected. Only its header is read.",
                 ),
             ],
             outputs=[io.String.Output("report", display_name="report"), io.String.Output("json", display_name="json")],
@@ -49,8 +51,8 @@ class NFInspect(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file_name: str = NOTHING, **_: Any) -> str:
-        """A file that changed on disk is read again."""
-        return host.fingerprint(*host.parted(file_name))
+        """Read the file again when it changes on disk."""
+        return host.fingerprint(*host.split_folder(file_name))
 
     @classmethod
     def execute(cls, model: Any = None, original: Any = None, file_name: str = NOTHING) -> io.NodeOutput:
@@ -58,11 +60,11 @@ class NFInspect(io.ComfyNode):
         if model is not None:
             facts = report.model_facts(model, original)
         elif file_name != NOTHING:
-            folder, name = host.parted(file_name)
+            folder, name = host.split_folder(file_name)
             with NFQFile(host.file_path(folder, name)) as file:
                 facts = report.file_facts(file, name)
         else:
-            raise NFQError("connect a MODEL to NFInspect, or choose a file")
+            raise NFQError("connect a MODEL to NFQ Inspect, or choose a file")
         text = report.as_text(facts)
         return io.NodeOutput(text, json.dumps(facts), ui={"text": (text,), "nfq": (facts,)})
 
@@ -81,7 +83,7 @@ class NFCompare(io.ComfyNode):
                 optional=number > 2,
                 tooltip="An image or a latent of the same size, sampled with the same seed.",
             )
-            for number in range(2, COMPARED + 1)
+            for number in range(2, MAX_IMAGES + 1)
         ]
         return schema(
             node_id="NFCompare",
@@ -90,16 +92,18 @@ class NFCompare(io.ComfyNode):
             description="Shows images or latents side by side, with PSNR and SSIM of each against the first.",
             inputs=[
                 io.MultiType.Input(
-                    "image_1", types=kinds, tooltip="The reference, such as what the fp16 model draws: image or latent."
+                    "image_1",
+                    types=kinds,
+                    tooltip="The reference, such as the fp16 model's picture: an image or a latent.",
                 ),
                 *others,
-                io.Vae.Input("vae", optional=True, tooltip="Decodes latents, so that pictures are compared."),
+                io.Vae.Input("vae", optional=True, tooltip="Decodes latents so that pictures are compared."),
                 io.String.Input(
                     "labels",
                     default="fp16\n16 levels",
                     multiline=True,
                     optional=True,
-                    tooltip="A label on each line, in the order of the inputs.",
+                    tooltip="One label per line, in the order of the inputs.",
                 ),
                 io.Int.Input(
                     "side",
@@ -108,7 +112,7 @@ class NFCompare(io.ComfyNode):
                     max=2048,
                     step=64,
                     optional=True,
-                    tooltip="The longer side that each picture gets on the sheet, in pixels.",
+                    tooltip="Longer side of each picture on the sheet, in pixels.",
                 ),
             ],
             outputs=[io.Image.Output("sheet", display_name="sheet"), io.String.Output("report", display_name="report")],
@@ -118,10 +122,10 @@ class NFCompare(io.ComfyNode):
     @classmethod
     def execute(cls, image_1: Any, vae: Any = None, labels: str = "", side: int = 512, **others: Any) -> io.NodeOutput:
         """Compare."""
-        numbered = (f"image_{number}" for number in range(2, COMPARED + 1))
+        numbered = (f"image_{number}" for number in range(2, MAX_IMAGES + 1))
         inputs = {"image_1": image_1} | {name: others[name] for name in numbered if others.get(name) is not None}
         compared = compare.compare(inputs, labels, vae)
-        # As the host's own previews: a page that is still open must not find another picture under an old name.
+        # A new name for each run, as for ComfyUI's previews: an open page must not get a new picture under an old name.
         prefix = f"nfq-compare-{secrets.token_hex(4)}"
         shown = [
             {
@@ -137,7 +141,7 @@ class NFCompare(io.ComfyNode):
 
 
 class NFQualityReport(io.ComfyNode):
-    """An original and files made from it → plots and tables of their errors."""
+    """An original and files quantised from it → plots and tables of their errors."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -149,20 +153,20 @@ class NFQualityReport(io.ComfyNode):
                 options=[NOTHING, *files],
                 default=NOTHING,
                 optional=True,
-                tooltip="Another file made from the same original, such as one of another size.",
+                tooltip="Another file made from the same original, for example at another size.",
             )
-            for number in range(2, REPORTED + 1)
+            for number in range(2, MAX_FILES + 1)
         ]
         return schema(
             node_id="NFQualityReport",
             search_aliases=["quality report", "quantisation error", "model card", "nfq report", "sqnr"],
             display_name="NFQ Quality Report",
-            description="Measures how far files are from their original: errors by layer, kind of layer and size.",
+            description="Measures the error of quantised files against the original, by layer, kind of layer and size.",
             inputs=[
                 io.Combo.Input(
                     "original_name",
                     options=host.names_with_folder(host.original_names),
-                    tooltip="The fp16, bf16 or fp32 file that they were made from; it is only read.",
+                    tooltip="The fp16, bf16 or fp32 file that was quantised. It is only read.",
                 ),
                 io.Combo.Input("file_name", options=files, tooltip=f"An {host.SUFFIX} file made from the original."),
                 *more,
@@ -173,15 +177,15 @@ class NFQualityReport(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **names: Any) -> str:
-        """Files that changed on disk are measured again."""
-        return "|".join(host.fingerprint(*host.parted(name)) for name in names.values() if name != NOTHING)
+        """Measure again when a file changes on disk."""
+        return "|".join(host.fingerprint(*host.split_folder(name)) for name in names.values() if name != NOTHING)
 
     @classmethod
     def execute(cls, original_name: str, file_name: str, **more: str) -> io.NodeOutput:
         """Measure and draw."""
-        numbered = (more.get(f"file_name_{number}", NOTHING) for number in range(2, REPORTED + 1))
-        files = [host.file_path(*host.parted(name)) for name in (file_name, *numbered) if name != NOTHING]
-        original = host.original_path(*host.parted(original_name))
+        numbered = (more.get(f"file_name_{number}", NOTHING) for number in range(2, MAX_FILES + 1))
+        files = [host.file_path(*host.split_folder(name)) for name in (file_name, *numbered) if name != NOTHING]
+        original = host.original_path(*host.split_folder(original_name))
         plots, text = quality.quality_report(original, files, host.NodeProgress())
         prefix = f"nfq-report-{secrets.token_hex(4)}"
         shown = ui.ImageSaveHelper.save_images(plots, prefix, io.FolderType.temp, None, 1)
