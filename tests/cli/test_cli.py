@@ -107,11 +107,11 @@ def test_quantize_with_a_calibration(capsys, folder):
         capsys, "quantize", folder / "model", folder / "a.nfq.safetensors", "--calibration", folder / "calibration"
     )
     assert code == 0
-    assert "one prompt only" in error
+    assert "only one prompt" in error
     assert as_json(capsys, "info", folder / "a.nfq.safetensors")["settings"]["calibration"] == "calibration"
     code, out, error = run(capsys, "quantize", folder / "model", folder / "b", "--calibration", folder / "model")
     assert (code, out) == (1, "")
-    assert "is no calibration" in one_line(error)
+    assert "is not a calibration" in one_line(error)
     assert not (folder / "b.nfq.safetensors").exists()
 
 
