@@ -1,4 +1,4 @@
-"""Quantising a checkpoint for the page: on a thread of its own, with lines of progress, to be stopped at any time."""
+"""Quantise a checkpoint for the page, on its own thread, with lines of progress, until it is done or stopped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ..nfq_core import NFQError, Settings, TargetExistsError
 from ..nfq_core.checkpoints.convert import quantize_file
-from ..nfq_core.checkpoints.extras import DROPPING
+from ..nfq_core.checkpoints.extras import DROP_HINT
+from ..nfq_core.checkpoints.targets import complete_name, container_name
 from ..nfq_core.parallel import seconds_left, share
 from .loading import SUFFIX
 
@@ -22,52 +23,54 @@ SECONDS = 0.5
 
 
 class _Stopped(Exception):
-    """Ends the work where its progress is reported."""
+    """Raised by the progress callback to end the work."""
 
 
 def default_name(source: str, levels: int) -> str:
-    """The name that a checkpoint's file gets where the user gives none."""
-    return f"{Path(source).stem}-NF{levels}"
+    """Name of a checkpoint's file, without its ending, if the user gives none."""
+    return container_name(source, Settings(levels)).removesuffix(SUFFIX)
 
 
 def target_path(folder: str, name: str) -> str:
-    """The path of the file called `name`, with or without its ending, in the folder that the program lists.
+    """Path of the file `name`, whose ending may be missing, in the folder that the program lists.
 
     Raises:
-        NFQError: the name is empty or leads out of the folder.
+        NFQError: the name is empty, leads out of the folder, or has the ending of another kind of file.
     """
-    name = name.strip().replace("\\", "/").removesuffix(".safetensors").removesuffix(".nfq")
-    path = Path(os.path.abspath(os.path.join(folder, name + SUFFIX)))
-    if not name.rpartition("/")[2].strip(". ") or not path.is_relative_to(os.path.abspath(folder)):
-        raise NFQError(f"{name!r} is no name for a file in {folder}; give it one such as 'my-model-NF16'")
-    return str(path)
+    name = name.strip().replace("\\", "/")
+    path = Path(os.path.abspath(os.path.join(folder, name)))
+    stem = name.rpartition("/")[2].removesuffix(SUFFIX).strip(". ")
+    if not stem or not path.is_relative_to(os.path.abspath(folder)):
+        raise NFQError(f"{name!r} is not a file name in {folder}; enter one such as 'my-model-NF16'")
+    return str(complete_name(path))
 
 
 class Making:
-    """One file after another is made; a second is refused while the first is in work."""
+    """Quantises one checkpoint at a time; a second is refused while one is in progress."""
 
     def __init__(self) -> None:
         self._busy = threading.Lock()
         self._stop = threading.Event()
 
     def stop(self) -> None:
-        """End the work at the next tensor; nothing is left behind."""
+        """End the work at the next tensor; no partial file is left."""
         self._stop.set()
 
     def run(
         self, source: str, target: str, settings: Settings, overwrite: bool = False, drop_extras: bool = False
     ) -> Iterator[str]:
-        """Quantise a file, yielding lines to be shown one after another; the last one says how it ended.
+        """Quantise a file and yield lines of progress; the last one is the outcome.
 
         Args:
             source: the `.safetensors` checkpoint.
-            target: the file to write; folders on the way are made. It appears whole or not at all.
+            target: the file to write, completely or not at all; missing folders are created.
             settings: levels and effort.
             overwrite: whether an existing target may be replaced.
             drop_extras: whether tensors that no loader uses are left out.
 
         Raises:
-            NFQError: the source is unfit, the target exists or cannot be written, or another file is in work.
+            NFQError: the source cannot be quantised, the target exists or cannot be written, or another file is in
+                progress.
         """
         if not self._busy.acquire(blocking=False):
             raise NFQError("another checkpoint is being quantised; wait for it, or stop it")
@@ -101,19 +104,19 @@ class Making:
                 yield line
                 thread.join(SECONDS)
         finally:
-            # Whoever asks for no more lines, such as a page that was closed, ends the work.
+            # Closing this generator, as a closed page does, ends the work too.
             self._stop.set()
             thread.join()
-        yield _told(outcome[0], target)
+        yield _outcome_message(outcome[0], target)
 
 
 def _for_page(warning: str) -> str:
-    """A warning of the core, which names an option of the command, for the page, which has a check box."""
-    return warning.replace(DROPPING, f"tick {DROP_EXTRAS!r} to leave them out")
+    """A warning of the core with the page's check box instead of the command's option."""
+    return warning.replace(DROP_HINT, f"tick {DROP_EXTRAS!r} to leave them out")
 
 
-def _told(outcome: dict | BaseException, target: str) -> str:
-    """How the work ended, in words; what a user cannot have caused is raised."""
+def _outcome_message(outcome: dict | BaseException, target: str) -> str:
+    """How the work ended; errors that a user cannot fix are raised."""
     if isinstance(outcome, _Stopped):
         return "stopped; nothing was written"
     if isinstance(outcome, TargetExistsError):

@@ -7,7 +7,7 @@ import os
 import numpy as np
 
 from ..checkpoints.state_dict import load
-from ..checkpoints.whole_checkpoint import dense
+from ..checkpoints.whole_checkpoint import dequantize_state_dict
 from ..errors import NFQError
 from ..report.pictures import Drawing, is_packed
 from .model import GUIDANCE, build_pipeline, load_weights, sample
@@ -27,7 +27,7 @@ class DemoPainter:
 
     def load(self, path: str | os.PathLike) -> None:
         """Take a file's weights."""
-        weights = dense(load(path)) if is_packed(path) else load_weights(path)
+        weights = dequantize_state_dict(load(path)) if is_packed(path) else load_weights(path)
         try:
             self._pipeline = build_pipeline(weights)
         except (RuntimeError, KeyError):

@@ -17,7 +17,7 @@ import torch
 from ..checkpoints.convert import quantize_file
 from ..checkpoints.examine import compare_files, file_info
 from ..checkpoints.state_dict import load
-from ..checkpoints.whole_checkpoint import dense
+from ..checkpoints.whole_checkpoint import dequantize_state_dict
 from ..files.atomic import prepare_folder, write_whole
 from ..files.container import SUFFIX
 from ..packed.formats import LEVELS
@@ -92,7 +92,7 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: Progress 
         target = folder / f"demo-nf{levels}{SUFFIX}"
         with _without_warnings():
             quantize_file(original, target, Settings(levels), overwrite=overwrite)
-        pictures = _draw(build_pipeline(dense(load(target))))
+        pictures = _draw(build_pipeline(dequantize_state_dict(load(target))))
         psnr = psnr_db(torch.from_numpy(reference), torch.from_numpy(pictures), 255)
         info = file_info(target)
         row = {

@@ -177,7 +177,7 @@ def test_a_target_that_is_not_sound(models, out, damage):
     }
     target.write_bytes(data[damage])
     report = convert_folders([models], out)
-    assert "exists already and is no sound file of ours; --force" in reasons(report)["one.safetensors"]
+    assert "exists already and is not a valid NFQ file; --force" in reasons(report)["one.safetensors"]
     assert results(convert_folders([models], out, overwrite=True))["one.safetensors"] == "converted"
     assert target.read_bytes() == whole
 
@@ -264,7 +264,7 @@ def test_two_sources_for_one_name(models, out):
     report = convert_folders([models, other], out)
     assert results(report)["one.safetensors"] == "converted"
     assert results(report)["ONE.safetensors"] == "failed"
-    wanted = f"{models / 'one.safetensors'} already gets the name {out / 'ONE'}{TAGGED}; rename one of them"
+    wanted = f"{models / 'one.safetensors'} has the same target {out / 'ONE'}{TAGGED}; rename one of them"
     assert reasons(report)["ONE.safetensors"] == wanted
 
 
