@@ -401,7 +401,7 @@ def test_a_diffusers_folder(capsys, sdxl, tmp_path, monkeypatch):
 
 def test_folders_that_are_no_sdxl_pipelines(capsys, folder, files, tmp_path):
     arguments = [folder / "ldm.safetensors", files[0], "--out", tmp_path / "out", "--pipeline"]
-    assert "is no diffusers folder" in refused(capsys, *arguments, tmp_path / "gone")
+    assert "is not a diffusers folder" in refused(capsys, *arguments, tmp_path / "gone")
     index = tmp_path / "model_index.json"
     for text, told in (
         ("{", "its model_index.json is damaged"),
