@@ -430,5 +430,5 @@ def test_ctrl_c(capsys, models, out, monkeypatch):
     monkeypatch.setattr(batch, "quantize_file", interrupt)
     code, text, error = run(capsys, "batch", models, "--out", out, "--json")
     assert code == 1
-    assert error == "nfq: interrupted; the same command goes on where it stopped\n"
+    assert error == "nfq: interrupted; run the same command again to continue\n"
     assert json.loads(text)["totals"]["not_tried"] == 2

@@ -169,7 +169,7 @@ def test_the_whole_story_in_text(capsys, folder):
         (["quantize", folder / "model", folder / "a.nfq.safetensors"], "2 tensors quantised, 1 kept"),
         (["info", folder / "a.nfq.safetensors"], "2 layers, 8,704 weights, 1 nf16_b64, 1 nf32_b64\n"),
         (["info", folder / "a.nfq.safetensors"], "kept          1 tensors, 14 bytes\n"),
-        (["verify", folder / "a.nfq.safetensors"], "all 3 tensors are sound"),
+        (["verify", folder / "a.nfq.safetensors"], "all 3 tensors are intact"),
         (["compare", folder / "model", folder / "a.nfq.safetensors"], "mean over 2 layers, by weights: "),
         (["dequantize", folder / "a.nfq.safetensors", folder / "b.safetensors"], "3 tensors"),
         (["compare", folder / "b.safetensors", folder / "a.nfq.safetensors"], "by weights:   equal"),
