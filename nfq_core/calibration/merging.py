@@ -39,13 +39,13 @@ def merge_calibrations(calibrations: Sequence[Calibration]) -> tuple[Calibration
             if name not in each.inputs:
                 reason = f" ({each.faults[name]})" if name in each.faults else ""
                 warnings.append(f"{_name(each, number)} lacks {name!r}{reason}; only the others are used for it")
-        found = [each.inputs[name] for each in calibrations if name in each.inputs]
-        if not found:
+        parts = [each.inputs[name] for each in calibrations if name in each.inputs]
+        if not parts:
             continue
         # Layers that share their statistics in every calibration share them in the result.
-        identity = tuple(map(id, found))
+        identity = tuple(map(id, parts))
         if identity not in merged:
-            merged[identity] = _merged(name, found)
+            merged[identity] = _merge(name, parts)
         inputs[name] = merged[identity]
         measured = [each for each in calibrations if name in each.inputs and name in each.sensitivities]
         if measured:
@@ -68,7 +68,7 @@ def _name(calibration: Calibration, number: int) -> str:
     return calibration.source.name or f"calibration {number}"
 
 
-def _merged(name: str, parts: list[LayerInputs]) -> LayerInputs:
+def _merge(name: str, parts: list[LayerInputs]) -> LayerInputs:
     """Merge the statistics of one layer."""
     if len({part.correlation is None for part in parts}) > 1:
         raise NFQError(

@@ -94,8 +94,9 @@ def target_path(given: str | None, source: str | os.PathLike, name: str, suffix:
         NFQError: the folder is missing, or programs would not list a file of this name.
     """
     if given is None:
-        beside = os.path.abspath(source) if os.path.isdir(source) else source
-        return Path(beside).parent / name
+        # The absolute path of a folder has its name even if it is given as `.`.
+        source = os.path.abspath(source) if os.path.isdir(source) else source
+        return Path(source).parent / name
     if not given:
         raise NFQError("DST is empty; name a file or folder")
     if given.endswith(tuple(filter(None, (os.sep, os.altsep)))) or os.path.isdir(given):

@@ -292,18 +292,18 @@ def check_fits(file: NFQFile, names: Mapping[str, str], shapes: Mapping[str, tup
         UnsupportedFileError: a tensor is missing, unknown to the model, or has another shape.
     """
     stored = file.shapes()
-    found = {name: stored[key] for key, name in names.items()}
-    unfit = [name for name in {**shapes, **found} if found.get(name) != shapes.get(name)]
-    if not unfit:
+    actual = {name: stored[key] for key, name in names.items()}
+    different = [name for name in {**shapes, **actual} if actual.get(name) != shapes.get(name)]
+    if not different:
         return
-    name = unfit[0]
-    if name not in found:
+    name = different[0]
+    if name not in actual:
         reason = f"the file lacks {name!r}"
     elif name not in shapes:
         reason = f"the config has no {name!r}"
     else:
-        reason = f"{name!r} is {found[name]} in the file, {shapes[name]} in the config"
-    others = f", and {len(unfit) - 1:,} more tensors differ" if len(unfit) > 1 else ""
+        reason = f"{name!r} is {actual[name]} in the file, {shapes[name]} in the config"
+    others = f", and {len(different) - 1:,} more tensors differ" if len(different) > 1 else ""
     raise UnsupportedFileError(
         f"{file.path} (architecture: {file.facts.architecture}) does not fit {config}: {reason}{others}; "
         "use the config of the model that was quantised"

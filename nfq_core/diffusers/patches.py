@@ -44,13 +44,13 @@ def wrap_once(owner: type, name: str, make: Callable[[Callable], Callable]) -> N
         name: name of the method or class method.
         make: returns the wrapper for a plain function.
     """
-    found = inspect.getattr_static(owner, name)
-    function = found.__func__ if isinstance(found, classmethod) else found
+    method = inspect.getattr_static(owner, name)
+    function = method.__func__ if isinstance(method, classmethod) else method
     if getattr(function, _MARK, False):
         return
     wrapper = wraps(function)(make(function))
     setattr(wrapper, _MARK, True)
-    setattr(owner, name, classmethod(wrapper) if isinstance(found, classmethod) else wrapper)
+    setattr(owner, name, classmethod(wrapper) if isinstance(method, classmethod) else wrapper)
 
 
 def wrap_config_merging() -> None:
@@ -78,10 +78,10 @@ def wrap_copying(stock: type) -> None:
     for name, method in _COPYING.get(stock.__name__, {}).items():
         try:
             owner = getattr(diffusers, name, None)
-            found = hasattr(owner, method)
+            has_method = hasattr(owner, method)
         except (ImportError, RuntimeError):  # a package that it needs is missing; older versions raise the latter
             continue
-        if found:
+        if has_method:
             wrap_once(owner, method, _with_dense_arguments)
 
 

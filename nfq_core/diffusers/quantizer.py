@@ -181,7 +181,7 @@ class NFQQuantizer(DiffusersQuantizer):
         for warning in warnings:
             log.warning("%s", warning)
         self._formats = {name: plan.format.id for name, plan in plans.items()}
-        self._statistics = {name: found.arguments() for name, found in inputs.items()}
+        self._statistics = {name: statistics.arguments() for name, statistics in inputs.items()}
         self.facts = Facts.of(info, settings.as_dict() | (calibration.as_dict() if inputs or measured else {}))
         return model
 

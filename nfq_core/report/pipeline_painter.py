@@ -63,11 +63,11 @@ class PipelinePainter:
             keys = {name: key for key, name in names.items()}
             wanted = dict(self._pipeline.unet.named_parameters())
             for name, parameter in wanted.items():
-                found = shapes.get(keys.get(name, ""))
-                if found != tuple(parameter.shape):
+                shape = shapes.get(keys.get(name, ""))
+                if shape != tuple(parameter.shape):
                     raise NFQError(
                         f"{path} does not fit {self._folder}: the UNet's {name!r} has shape {tuple(parameter.shape)} "
-                        f"there, {found} here; name the folder of the same model"
+                        f"in the folder, {shape} in the file; give the folder of the file's model"
                     )
             with torch.no_grad():
                 for name, parameter in wanted.items():
