@@ -1,4 +1,4 @@
-"""The core of ComfyUI-NFQ: the NF block format, its file container and the `nfq` command. It never imports a host."""
+"""The core of ComfyUI-NFQ: the NF block format, its file container and the `nfq` command, independent of any host."""
 
 from .calibration.collector import collect
 from .calibration.statistics import Calibration

@@ -1,4 +1,4 @@
-"""Lets `python -m nfq_core` stand for `nfq`."""
+"""`python -m nfq_core` runs the `nfq` command."""
 
 import sys
 

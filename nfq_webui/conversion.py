@@ -10,8 +10,10 @@ from pathlib import Path
 
 from ..nfq_core import NFQError, Settings, TargetExistsError
 from ..nfq_core.checkpoints.convert import quantize_file
-from ..nfq_core.checkpoints.extras import DROPPING
+from ..nfq_core.checkpoints.extras import DROP_HINT
+from ..nfq_core.checkpoints.targets import complete_name, container_name
 from ..nfq_core.parallel import seconds_left, share
+from ..nfq_core.planning.settings import Formats
 from .loading import SUFFIX
 
 DROP_EXTRAS = "Leave out extras"
@@ -26,21 +28,22 @@ class _Stopped(Exception):
 
 
 def default_name(source: str, levels: int) -> str:
-    """The name that a checkpoint's file gets where the user gives none."""
-    return f"{Path(source).stem}-NF{levels}"
+    """Name of a checkpoint's file, without its ending, if the user gives none."""
+    return container_name(source, Settings(Formats.of(levels))).removesuffix(SUFFIX)
 
 
 def target_path(folder: str, name: str) -> str:
-    """The path of the file called `name`, with or without its ending, in the folder that the program lists.
+    """Path of the file `name`, whose ending may be missing, in the folder that the program lists.
 
     Raises:
-        NFQError: the name is empty or leads out of the folder.
+        NFQError: the name is empty, leads out of the folder, or has the ending of another kind of file.
     """
-    name = name.strip().replace("\\", "/").removesuffix(".safetensors").removesuffix(".nfq")
-    path = Path(os.path.abspath(os.path.join(folder, name + SUFFIX)))
-    if not name.rpartition("/")[2].strip(". ") or not path.is_relative_to(os.path.abspath(folder)):
-        raise NFQError(f"{name!r} is no name for a file in {folder}; give it one such as 'my-model-NF16'")
-    return str(path)
+    name = name.strip().replace("\\", "/")
+    path = Path(os.path.abspath(os.path.join(folder, name)))
+    stem = name.rpartition("/")[2].removesuffix(SUFFIX).strip(". ")
+    if not stem or not path.is_relative_to(os.path.abspath(folder)):
+        raise NFQError(f"{name!r} is not a file name in {folder}; enter one such as 'my-model-NF16'")
+    return str(complete_name(path))
 
 
 class Converter:
@@ -110,7 +113,7 @@ class Converter:
 
 def _for_page(warning: str) -> str:
     """A warning of the core with the page's check box instead of the command's option."""
-    return warning.replace(DROPPING, f"tick {DROP_EXTRAS!r} to leave them out")
+    return warning.replace(DROP_HINT, f"tick {DROP_EXTRAS!r} to leave them out")
 
 
 def _outcome_message(outcome: dict | BaseException, target: str) -> str:

@@ -9,7 +9,12 @@ import torch
 
 from ..nfq_core import NFQError, NFQFile
 from ..nfq_core.checkpoints.state_dict import StateDict, load_tensors
-from ..nfq_core.checkpoints.whole_checkpoint import checkpoint_names, dense, missing_companions, renamed
+from ..nfq_core.checkpoints.whole_checkpoint import (
+    checkpoint_names,
+    dequantize_state_dict,
+    missing_companions,
+    rename_tensors,
+)
 from ..nfq_core.files.container import HASH_KEY, SUFFIX
 
 KEEP_PACKED = "nfq_keep_packed"
@@ -77,7 +82,7 @@ class NFQLoading:
 
     def take_dense(self, path: str, device: torch.device | str, remedy: str = "") -> dict[str, torch.Tensor]:
         """`take`, with every weight dequantised to fp16."""
-        return dense(self.take(path, remedy), device=device)
+        return dequantize_state_dict(self.take(path, remedy), device=device)
 
 
 def _fingerprint(path: str) -> Sequence:
@@ -90,4 +95,4 @@ def _read(path: str, remedy: str) -> StateDict:
         if remedy:
             refuse_incomplete(file, remedy)
         names = checkpoint_names(file)
-        return renamed(load_tensors(file), names)
+        return rename_tensors(load_tensors(file), names)

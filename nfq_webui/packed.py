@@ -13,7 +13,7 @@ import torch
 
 from ..nfq_core import NFTensor
 from ..nfq_core.checkpoints.state_dict import StateDict
-from ..nfq_core.checkpoints.whole_checkpoint import dense
+from ..nfq_core.checkpoints.whole_checkpoint import dequantize_state_dict
 from ..nfq_core.models.unet_keys import CHECKPOINT_PREFIX
 from ..nfq_core.packed.formats import BlockFormat
 
@@ -107,7 +107,7 @@ def keep_packed(tensors: StateDict) -> dict[str, torch.Tensor]:
         for key, value in list(tensors.items())
         if isinstance(value, NFTensor) and len(value.shape) == 2 and key.startswith(CHECKPOINT_PREFIX)
     }
-    result = dense(tensors)
+    result = dequantize_state_dict(tensors)
     for key, value in result.items():
         if key.startswith(CHECKPOINT_PREFIX):
             result[key] = PackedParameter(value, None, value.shape)

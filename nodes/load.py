@@ -15,7 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..nfq_core import NFQError, NFQFile, NFTensor, UnsupportedFileError
-from ..nfq_core.checkpoints.memory import choose, needed_bytes
+from ..nfq_core.checkpoints.memory import choose_memory_mode, needed_bytes
 from ..nfq_core.checkpoints.state_dict import StateDict, load_tensors
 from ..nfq_core.checkpoints.whole_checkpoint import MARKERS, unet_names
 from ..nfq_core.models.unet_keys import CHECKPOINT_PREFIX
@@ -126,7 +126,7 @@ def _memory_mode(memory: str, file: NFQFile) -> str:
     weights = sum(entry.weights for entry in file.quantized.values())
     dtype = management.unet_dtype(model_params=weights, weight_dtype=torch.float16)
     free = min(management.get_free_memory(device), management.get_free_memory(cpu))
-    mode, reason = choose(memory, weights * dtype.itemsize, needed_bytes(file)[1], free)
+    mode, reason = choose_memory_mode(memory, weights * dtype.itemsize, needed_bytes(file)[1], free)
     log.info("%s is loaded %s: %s", file.path.name, mode, reason)
     return mode
 

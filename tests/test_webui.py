@@ -180,11 +180,14 @@ def conversion(monkeypatch: pytest.MonkeyPatch):
 
 def test_where_a_new_checkpoint_goes(conversion, tmp_path: Path) -> None:
     assert conversion.default_name("/models/some model.v2.safetensors", 12) == "some model.v2-NF12"
-    for name in ("new", "new.nfq.safetensors", "new.safetensors", " new "):
+    for name in ("new", "new.nfq.safetensors", " new "):
         assert conversion.target_path(str(tmp_path), name) == str(tmp_path / "new.nfq.safetensors")
     assert conversion.target_path(str(tmp_path), "sub\\new") == str(tmp_path / "sub" / "new.nfq.safetensors")
     for name in ("", " ", ".", "..", "../new", "sub/../../new", "/elsewhere/new", "sub/"):
-        with pytest.raises(Exception, match="is no name for a file in"):
+        with pytest.raises(Exception, match="is not a file name in"):
+            conversion.target_path(str(tmp_path), name)
+    for name in ("new.safetensors", "new.ckpt", "new.nfq"):
+        with pytest.raises(Exception, match=r"programs list such a file only if .*; call it new\.nfq\.safetensors"):
             conversion.target_path(str(tmp_path), name)
 
 

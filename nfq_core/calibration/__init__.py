@@ -1,1 +1,1 @@
-"""What a model's layers are fed: collected, stored, merged, and what it says about their sensitivity."""
+"""Statistics of the inputs of a model's layers: collecting, storing and merging them, and measuring sensitivities."""

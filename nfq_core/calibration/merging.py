@@ -1,4 +1,4 @@
-"""One calibration of several: as if their prompts had been sampled one after the other."""
+"""Merge calibrations into one, as if their prompts had been sampled one after the other."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .statistics import Calibration, LayerInputs
 
 
 def merge_calibrations(calibrations: Sequence[Calibration]) -> tuple[Calibration, list[str]]:
-    """Put calibrations of one architecture together, each counting by the inputs that it saw of a layer.
+    """Merge calibrations of one architecture, each layer weighted by the number of inputs that each of them saw.
 
     Args:
         calibrations: two or more, all with Hessians or all without.
 
     Returns:
-        The result, and a warning for each weight that some of them lack: it rests on the others.
+        The merged calibration, and a warning for each weight that some of them lack.
 
     Raises:
-        NFQError: they are of different architectures, their layers have different sizes, or only some have Hessians.
+        NFQError: architectures or layer sizes differ, or only some calibrations have Hessians.
     """
     if len(calibrations) < 2:
         raise NFQError(f"merging takes at least two calibrations, got {len(calibrations)}")
@@ -38,14 +38,14 @@ def merge_calibrations(calibrations: Sequence[Calibration]) -> tuple[Calibration
         for number, each in enumerate(calibrations, 1):
             if name not in each.inputs:
                 reason = f" ({each.faults[name]})" if name in each.faults else ""
-                warnings.append(f"{_name(each, number)} lacks {name!r}{reason}; it rests on the others")
-        found = [each.inputs[name] for each in calibrations if name in each.inputs]
-        if not found:
+                warnings.append(f"{_name(each, number)} lacks {name!r}{reason}; only the others are used for it")
+        parts = [each.inputs[name] for each in calibrations if name in each.inputs]
+        if not parts:
             continue
-        # Layers that share their inputs in all of them share them in the result.
-        identity = tuple(map(id, found))
+        # Layers that share their statistics in every calibration share them in the result.
+        identity = tuple(map(id, parts))
         if identity not in merged:
-            merged[identity] = _merged(name, found)
+            merged[identity] = _merge(name, parts)
         inputs[name] = merged[identity]
         measured = [each for each in calibrations if name in each.inputs and name in each.sensitivities]
         if measured:
@@ -53,7 +53,7 @@ def merge_calibrations(calibrations: Sequence[Calibration]) -> tuple[Calibration
             total = sum(each.inputs[name].rows * each.sensitivities[name] for each in measured)
             sensitivities[name] = total / rows
     if not inputs:
-        raise NFQError("none of the calibrations has a sound layer; nothing is left to merge")
+        raise NFQError("none of the calibrations has usable statistics; there is nothing to merge")
     prompts, steps = [each.prompts for each in calibrations], {each.steps for each in calibrations}
     return Calibration(
         inputs,
@@ -68,19 +68,21 @@ def _name(calibration: Calibration, number: int) -> str:
     return calibration.source.name or f"calibration {number}"
 
 
-def _merged(name: str, parts: list[LayerInputs]) -> LayerInputs:
-    """The statistics of all inputs of one layer."""
+def _merge(name: str, parts: list[LayerInputs]) -> LayerInputs:
+    """Merge the statistics of one layer."""
     if len({part.correlation is None for part in parts}) > 1:
-        raise NFQError(f"layer {name!r} has a Hessian in some of the calibrations only; collect all of them alike")
+        raise NFQError(
+            f"layer {name!r} has a Hessian in only some of the calibrations; collect all of them with Hessians, or none"
+        )
     if len({(len(part.importance), part.taps) for part in parts}) > 1:
-        raise NFQError(f"layer {name!r} has other sizes in one of the calibrations than in the others")
+        raise NFQError(f"layer {name!r} has different sizes in the calibrations; merge those of one model")
     rows = sum(part.rows for part in parts)
     importance = sum(part.rows * part.importance.double() for part in parts) / rows
     if parts[0].correlation is None:
         return LayerInputs(importance.float(), rows)
     columns, taps = len(parts[0].correlation), parts[0].taps
     scale = inverse_root(importance.repeat_interleave(taps))
-    # What each part's columns weigh in the result, so that its correlation becomes a part of the result's.
+    # Turns each part's correlation into its share of the merged correlation.
     shares = [scale * (part.rows / rows * part.importance.double().repeat_interleave(taps)).sqrt() for part in parts]
     rank = max(part.correlation.shape[1] for part in parts)
     if rank == columns:

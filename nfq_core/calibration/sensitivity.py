@@ -1,8 +1,8 @@
-"""Measuring, while a model is used, how much of the noise in a layer's weight arrives in the model's output.
+"""Measure how much of the noise in a layer's weight arrives in the model's output, while the model is in use.
 
-Each time that the model was called, it runs again with the same arguments and noise in the weight of one layer, then of
-the next, some layers each time. Nothing but forward passes: it takes the memory of the largest weight and of one output
-more than the model does, and works in any program that calls the model.
+After each call, the model runs again with the same arguments and noise in one layer's weight, for a few layers per
+call. This needs forward passes only, extra memory for the largest weight and one output, and works in any program that
+calls the model.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from torch import nn
 from ..packed.tensor import QUANTIZABLE_DTYPES
 
 NOISE_DB = 18.0
-"""How far the noise lies below a weight: about as far as three bits do. Half-precision rounding lies far below."""
+"""Power of the added noise below that of the weight, in dB: about the noise of three bits, far above fp16 rounding."""
 
 PASSES = 4
-"""Layers tried each time that the model is called."""
+"""Number of layers tried per call of the model."""
 
 SEED = 1_618_033
-"""Of the layers' order and of their noise: none that pictures are likely to be drawn with."""
+"""Seed of the layers' order and noise, unlikely to be the seed of a picture."""
 
 
 class SensitivityProbe:
-    """Tries the weights of a model's layers while it is used inside `watching`.
+    """Measures the sensitivities of a model's layers while a `watching` block runs the model.
 
     Args:
-        model: the model, whose forward method is run again.
-        layers: the layers to try, by the names of their weights; those without a floating weight on a device are left
-            out, and so is one that changes nothing.
-        passes: how many are tried each time.
+        model: the model, whose forward method is called again.
+        layers: layers to try, by weight name. Layers without a floating weight on a device are skipped; layers that do
+            not change the output get no result.
+        passes: number of layers tried per call of the model.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], passes: int) -> None:
         self.busy = False
-        """Whether the model is being run again: nobody else needs to count these calls."""
+        """Whether an extra pass is running, whose inputs other hooks should ignore."""
         self._layers = dict(layers)
         self._passes = passes
         self._sums = dict.fromkeys(self._layers, 0.0)
         self._counts = dict.fromkeys(self._layers, 0)
-        self._turn = self._names()
+        self._turn = self._cycle()
         self._generators: dict[torch.device, torch.Generator] = {}
         self._arguments: Callable[[], tuple[tuple, dict]] | None = None
         self._model = model
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks are on the model inside the `with`."""
+        """Hook the model inside the `with` block."""
         hooks = [
-            self._model.register_forward_pre_hook(self._remember, with_kwargs=True),
+            self._model.register_forward_pre_hook(self._store_arguments, with_kwargs=True),
             self._model.register_forward_hook(self._measure),
         ]
         try:
@@ -64,25 +64,25 @@ class SensitivityProbe:
             self._arguments = None
 
     def result(self) -> dict[str, float]:
-        """Relative noise power of the model's output ÷ that of the weight, in the mean, of each layer tried."""
+        """Mean over the tries of relative noise power of the model's output ÷ that of the weight, by weight name."""
         return {name: self._sums[name] / count for name, count in self._counts.items() if count}
 
-    def _names(self) -> Iterator[str]:
-        """All layers' names over and over, in another order each time, so that none is tied to certain timesteps."""
+    def _cycle(self) -> Iterator[str]:
+        """All layer names again and again, reshuffled each time so that no layer is tied to certain timesteps."""
         generator = torch.Generator().manual_seed(SEED)
         names = list(self._layers)
         while names:
             for index in torch.randperm(len(names), generator=generator).tolist():
                 yield names[index]
 
-    def _remember(self, module: nn.Module, arguments: tuple, named: dict) -> None:
-        # A model may take what it is given apart, as ComfyUI's does with the lists of a ControlNet's outputs.
-        arguments, named = _copied(arguments), _copied(named)
-        self._arguments = lambda: (_copied(arguments), _copied(named))
+    def _store_arguments(self, module: nn.Module, arguments: tuple, named: dict) -> None:
+        # A model may change its arguments: ComfyUI's removes entries from the lists of ControlNet outputs.
+        arguments, named = _copy_containers(arguments), _copy_containers(named)
+        self._arguments = lambda: (_copy_containers(arguments), _copy_containers(named))
 
     def _measure(self, model: nn.Module, _: tuple, output: Any) -> None:
-        make, self._arguments = self._arguments, None
-        if make is None or self.busy:
+        fresh_arguments, self._arguments = self._arguments, None
+        if fresh_arguments is None or self.busy:
             return
         self.busy = True
         try:
@@ -90,11 +90,11 @@ class SensitivityProbe:
                 weight = getattr(self._layers[name], "weight", None)
                 if not isinstance(weight, torch.Tensor) or weight.is_meta or weight.dtype not in QUANTIZABLE_DTYPES:
                     continue
-                arguments, named = make()
+                arguments, named = fresh_arguments()
                 devices = _devices([output, arguments, named]) - {weight.device}
-                with self._disturbed(weight, devices) as noise:
+                with self._noise_in(weight, devices) as noise:
                     other = model.forward(*arguments, **named)
-                change, power = _compared(output, other)
+                change, power = _change_and_power(output, other)
                 if noise > 0 and power > 0 and math.isfinite(change):
                     self._sums[name] += change / power / noise
                     self._counts[name] += 1
@@ -102,11 +102,11 @@ class SensitivityProbe:
             self.busy = False
 
     @contextmanager
-    def _disturbed(self, weight: torch.Tensor, devices: Iterable[torch.device]) -> Iterator[float]:
-        """Noise in a weight, its power relative to the weight's variance; afterwards the weight is what it was.
+    def _noise_in(self, weight: torch.Tensor, devices: Iterable[torch.device]) -> Iterator[float]:
+        """Add noise to a weight inside the `with` block; yields its power relative to the weight's variance.
 
-        Each of `devices`, where the model computes, may have copies of the weight queued that are still to be made: a
-        host copies pinned weights without waiting. So they are waited for before the weight is written to.
+        The host copies pinned weights asynchronously. `devices`, those that compute, are synchronised before each write
+        to the weight, because copies of it may still be queued there.
         """
         with torch.inference_mode(weight.is_inference() or torch.is_inference_mode_enabled()), torch.no_grad():
             original = weight.detach().clone()
@@ -127,17 +127,17 @@ class SensitivityProbe:
                 weight.copy_(original)
 
 
-def _copied(value: Any) -> Any:
-    """The same tensors and objects in containers of their own."""
+def _copy_containers(value: Any) -> Any:
+    """Copy nested dicts, lists and tuples; the tensors and other objects in them are shared."""
     if type(value) is dict:
-        return {key: _copied(part) for key, part in value.items()}
+        return {key: _copy_containers(part) for key, part in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(map(_copied, value))
+        return type(value)(map(_copy_containers, value))
     return value
 
 
 def _devices(value: Any) -> set[torch.device]:
-    """Where the tensors in an argument or output are."""
+    """Devices of the tensors in an argument or output."""
     if isinstance(value, torch.Tensor):
         return {value.device}
     if isinstance(value, Mapping):
@@ -148,13 +148,13 @@ def _devices(value: Any) -> set[torch.device]:
 
 
 def _synchronize(devices: Iterable[torch.device]) -> None:
-    """Wait for all that is queued on some devices, on whichever of their streams."""
+    """Wait for all queued work on these devices, on every stream."""
     for device in devices:
         if device.type in ("cpu", "meta"):
             continue
         wait = getattr(getattr(torch, device.type, None), "synchronize", None)
         if wait is None:
-            # Such devices work in order: what is read from them comes last.
+            # Such devices work in order: reading a value waits for everything before it.
             torch.zeros(1, device=device).item()
         elif device.type == "mps":
             wait()
@@ -162,8 +162,8 @@ def _synchronize(devices: Iterable[torch.device]) -> None:
             wait(device)
 
 
-def _compared(before: Any, after: Any) -> tuple[float, float]:
-    """Squared difference of the floating tensors of two outputs, and the first one's square."""
+def _change_and_power(before: Any, after: Any) -> tuple[float, float]:
+    """Sum of squared differences between the floating tensors of two outputs, and sum of squares of the first."""
     if isinstance(before, torch.Tensor):
         if not before.is_floating_point():
             return 0.0, 0.0
@@ -175,5 +175,5 @@ def _compared(before: Any, after: Any) -> tuple[float, float]:
         pairs = list(zip(before, after, strict=True))
     else:
         pairs = []
-    sums = [_compared(*pair) for pair in pairs]
+    sums = [_change_and_power(*pair) for pair in pairs]
     return sum(change for change, _ in sums), sum(power for _, power in sums)

@@ -1,8 +1,8 @@
-"""Calibration: what a model's layers are fed, so that weights are rounded where it is heard least.
+"""Calibration: statistics of the inputs of a model's layers, which steer rounding errors to where they matter least.
 
-A file of one calibration is a safetensors file; fine-tunes of the same architecture can share it, in any key layout.
-Layers that read the very same tensor (q, k and v; all cross-attention's k and v) share one entry. For SDXL it takes
-3.3 MB without Hessians, and with them 71 MB at rank 32, 143 MB at rank 64 and 286 MB at rank 128; whole they would
+A calibration is stored as one safetensors file, which fine-tunes of one architecture can share in any key layout.
+Layers that read the same tensor (q, k and v; k and v of every cross-attention) share one entry. For SDXL a file takes
+3.3 MB without Hessians, and with them 71 MB at rank 32, 143 MB at rank 64 and 286 MB at rank 128. Full Hessians would
 take 12 GB.
 """
 
@@ -27,35 +27,35 @@ from ..models.unet import UNKNOWN, UNetInfo, detect, known_ldm_names
 from ..planning.settings import Formats, Settings
 
 CALIBRATION_KEY = "nfq_calibration"
-"""The metadata entry that makes a safetensors file a calibration."""
+"""The metadata key that marks a safetensors file as a calibration."""
 
 CALIBRATION_SUFFIX = ".calibration.safetensors"
-"""What the names of calibrations end in that nodes list."""
+"""Ending of the names of the calibrations that nodes list."""
 
 CALIBRATION_VERSION = 1
 
 MIN_ROWS = 32
-"""Inputs of a layer, tokens or pixels, below which its statistics are not used."""
+"""Fewest inputs of a layer (tokens or pixels) for its statistics to be used."""
 
 MAX_IMPORTANCE = 1e30
-"""Of a channel; fp16 activations reach 4.3e9, and beyond this no product of two roots is sure to be finite."""
+"""Largest importance of a channel. fp16 activations reach 4.3e9; beyond 1e30, products of two roots may overflow."""
 
 MAX_CORRELATION = 1.01
-"""1, and what rounding to fp16 may add to it."""
+"""1, plus what rounding to fp16 may add."""
 
 MIN_MATCHING = 0.5
-"""Share of a model's quantised weights that a calibration must fit, to be taken for one of its architecture."""
+"""Smallest share of a model's quantised weights that a calibration of the same architecture fits."""
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What the layers that read one tensor are fed.
+    """Statistics of one tensor that one or more layers read.
 
     Args:
-        importance: E[x²] of each input channel, fp32 of shape (channels,).
-        rows: how many inputs were seen, tokens or pixels.
-        correlation: of the columns of the flattened weight, fp16: a factor of shape (columns, rank) whose product with
-            its transpose is the correlation but for the diagonal, or the whole matrix (columns, columns), or None.
+        importance: E[x²] of each input channel, fp32, shape (channels,).
+        rows: number of inputs seen, tokens or pixels.
+        correlation: correlation of the flattened weight's columns, fp16: the whole matrix (columns, columns), or a
+            factor (columns, rank) whose product with its transpose gives it except for the diagonal, or None.
     """
 
     importance: torch.Tensor
@@ -63,7 +63,7 @@ class LayerInputs:
     correlation: torch.Tensor | None = None
 
     def fault(self) -> str:
-        """What is wrong with the numbers; nothing where they are sound."""
+        """Why the statistics cannot be used; empty if they can."""
         if not torch.isfinite(self.importance).all() or (self.importance < 0).any():
             return "its importance holds NaN, Inf or negative numbers"
         if self.importance.amax() > MAX_IMPORTANCE:
@@ -77,34 +77,33 @@ class LayerInputs:
         return f"only {self.rows} inputs were seen, {MIN_ROWS} are needed" if self.rows < MIN_ROWS else ""
 
     def second_moment(self) -> SecondMoment | None:
-        """E[x xᵀ] of the flattened weight's columns, as error feedback uses it; None where it was not collected."""
+        """E[x xᵀ] of the flattened weight's columns, for error feedback; None if it was not collected."""
         if self.correlation is None:
             return None
         return SecondMoment(self.importance.repeat_interleave(self.taps), self.correlation)
 
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments by which `quantize` is given these statistics."""
+        """These statistics as keyword arguments of `quantize`."""
         return {"importance": self.importance, "hessian": self.second_moment()}
 
     @property
     def taps(self) -> int:
-        """Columns of the flattened weight for each input channel: 1, or a convolution's kernel size."""
+        """Columns of the flattened weight per input channel: 1 for Linear, the kernel's size for a convolution."""
         return 1 if self.correlation is None else len(self.correlation) // len(self.importance)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Statistics of a model's inputs by the names of its weights, in LDM's layout if it is a UNet of the family.
+    """Statistics of the inputs of a model's layers; weight names are in the LDM layout for UNets of the SDXL family.
 
     Args:
-        inputs: by weight name; names of layers that read the same tensor lead to the same object.
-        architecture: the UNet's name, or `unet.UNKNOWN`.
-        prompts: number of prompts that were sampled; None: not known.
-        steps: number of steps each was sampled with; None: not known.
-        faults: why the statistics of a weight cannot be used, by its name.
-        source: the file it was read from.
-        sensitivities: by weight name, how much noise in it disturbs the model's output, as `allocation.allocate` takes
-            it; empty where that was not measured.
+        inputs: statistics by weight name; layers that read the same tensor share one object.
+        architecture: name of the UNet's architecture, or `unet.UNKNOWN`.
+        prompts: number of prompts sampled; None if unknown.
+        steps: number of steps per prompt; None if unknown.
+        faults: why the statistics of a weight cannot be used, by weight name.
+        source: the file that the calibration was read from.
+        sensitivities: sensitivities by weight name, see `allocation.allocate`; empty if they were not measured.
     """
 
     inputs: Mapping[str, LayerInputs]
@@ -116,10 +115,10 @@ class Calibration:
     sensitivities: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, str]:
-        """What the header of a file quantised with it records among the settings."""
+        """Name and hash of the calibration, as the header of a file quantised with it records them."""
         return {"calibration": self.source.name, "calibration_sha256": self.source.sha256}
 
-    def helps(self, settings: Settings) -> bool:
+    def changes_result(self, settings: Settings) -> bool:
         """Whether this calibration changes the result."""
         if any(inputs.correlation is not None for inputs in self.inputs.values()):
             return True
@@ -131,41 +130,41 @@ class Calibration:
     def for_weights(
         self, info: UNetInfo | None, shapes: Mapping[str, tuple[int, ...]]
     ) -> tuple[dict[str, LayerInputs], list[str]]:
-        """The statistics for the weights of one model.
+        """Statistics for the weights of one model.
 
         Args:
-            info: what was recognised in the model (None: a plain state dict).
-            shapes: the weights to quantise, by the model's own names.
+            info: the UNet that was detected in the model; None for a plain state dict.
+            shapes: shapes of the weights to quantise, by the model's key.
 
         Returns:
-            Statistics by the model's names, and a warning for each weight that lacks them or cannot use them.
+            Statistics by the model's key, and a warning for each weight without usable ones.
 
         Raises:
             NFQError: the calibration belongs to another architecture.
         """
-        found, warnings, matching = {}, [], 0
+        usable, warnings, matching = {}, [], 0
         for key, name in self._names(info, shapes).items():
             shape = shapes[key]
-            reason = self.faults.get(name) or self._misfit(name, shape)
+            reason = self.faults.get(name) or self._mismatch(name, shape)
             if reason:
                 warnings.append(f"tensor {key!r} is quantised without calibration: {reason}")
             else:
-                found[key] = self.inputs[name]
+                usable[key] = self.inputs[name]
             matching += not reason or name in self.faults
         if matching < MIN_MATCHING * len(shapes):
             raise NFQError(
-                f"the calibration belongs to another model: it fits {len(found):,} of {len(shapes):,} weights; "
+                f"the calibration belongs to another model: it fits {len(usable):,} of {len(shapes):,} weights; "
                 f"{warnings[0]}"
             )
-        if found and self.prompts == 1:
-            warnings.append("the calibration saw one prompt only; sample several, as different as those to come")
-        return found, warnings
+        if usable and self.prompts == 1:
+            warnings.append("the calibration saw only one prompt; sample several that differ")
+        return usable, warnings
 
     def sensitivities_of(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
-        """Those measured for the weights of one model, by its own names, as `allocation.allocate` takes them.
+        """Measured sensitivities of one model's weights by the model's key, for `allocation.allocate`.
 
         Args:
-            shapes: shape of every tensor of the model by its name.
+            shapes: shapes of all tensors of the model, by key.
 
         Raises:
             NFQError: the calibration belongs to another architecture.
@@ -174,15 +173,15 @@ class Calibration:
         return {key: self.sensitivities[name] for key, name in names.items() if name in self.sensitivities}
 
     def _names(self, info: UNetInfo | None, keys: Iterable[str]) -> dict[str, str]:
-        """The names of a model's weights here; NFQError where it is of another architecture."""
+        """Weight name in this calibration for each key of a model; NFQError if the architectures differ."""
         architecture = info.name if info else UNKNOWN
         if UNKNOWN not in (architecture, self.architecture) and architecture != self.architecture:
             raise NFQError(f"the calibration was made with {self.architecture}, this model is {architecture}")
         renamed = known_ldm_names(info, keys)
         return {key: renamed.get(key, key) for key in keys}
 
-    def _misfit(self, name: str, shape: tuple[int, ...]) -> str:
-        """Why statistics do not fit a weight; nothing where they do."""
+    def _mismatch(self, name: str, shape: tuple[int, ...]) -> str:
+        """Why the statistics do not fit a weight; empty if they do."""
         if name not in self.inputs:
             return "the calibration lacks it"
         inputs = self.inputs[name]
@@ -194,30 +193,30 @@ class Calibration:
         return ""
 
     def for_plans(self, info: UNetInfo | None, plans: Mapping[str, Plan]) -> tuple[dict[str, LayerInputs], list[str]]:
-        """`for_weights` of those that are to be quantised, but for what gains nothing without Hessians.
+        """`for_weights` for the tensors that `plans` quantise, without those that need Hessians but have none.
 
-        Where formats were chosen by size, another warning tells what was chosen without a measured sensitivity.
+        If formats were chosen by size, a warning names the weights without a measured sensitivity.
         """
         quantized = {key: plan for key, plan in plans.items() if plan.format}
-        found, warnings = self.for_weights(info, {key: plan.shape for key, plan in quantized.items()})
-        without = [key for key, inputs in found.items() if inputs.correlation is None]
-        idle = {key for key in without if quantized[key].format.window or quantized[key].sensitivity is not None}
-        if idle:
-            found = {key: inputs for key, inputs in found.items() if key not in idle}
+        usable, warnings = self.for_weights(info, {key: plan.shape for key, plan in quantized.items()})
+        without = [key for key, inputs in usable.items() if inputs.correlation is None]
+        unused = {key for key in without if quantized[key].format.window or quantized[key].sensitivity is not None}
+        if unused:
+            usable = {key: inputs for key, inputs in usable.items() if key not in unused}
             warnings.append(
-                f"the calibration has no Hessians, so that it does not help {len(idle):,} weights in trellis formats "
+                f"the calibration has no Hessians, so it has no effect on {len(unused):,} weights in trellis formats "
                 "or in formats chosen by size; collect it with hessians=True"
             )
         sized = [key for key, plan in quantized.items() if plan.sensitivity is not None]
         names = self._names(info, sized)
         missing = [key for key in sized if names[key] not in self.sensitivities]
         if missing:
-            what = "none" if len(missing) == len(sized) else f"none of {len(missing):,} weights, {missing[0]!r} first"
-            warnings.append(f"sensitivities: the calibration has {what}; how sensitive such layers are is estimated")
-        return found, warnings
+            which = "" if len(missing) == len(sized) else f" for {len(missing):,} weights, such as {missing[0]!r}"
+            warnings.append(f"the calibration has no sensitivities{which}; they are estimated")
+        return usable, warnings
 
     def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> int:
-        """Write one safetensors file, whole or not at all; returns its size in bytes.
+        """Write one safetensors file, completely or not at all; returns its size in bytes.
 
         Raises:
             NFQError: the target exists or cannot be written.
@@ -249,14 +248,14 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Calibration:
-        """Read a calibration; statistics that hold NaN, Inf or negative numbers become `faults`.
+        """Read a calibration; unusable statistics, see `LayerInputs.fault`, become `faults`.
 
         Raises:
-            NFQError: the file is missing or damaged, no calibration, or a newer version's.
+            NFQError: the file is missing, damaged, not a calibration, or from a newer version.
         """
         with SafetensorsFile(path) as file:
             if CALIBRATION_KEY not in file.metadata:
-                raise UnsupportedFileError(f"{file.path} is no calibration; `nfq_core.collect` makes one")
+                raise UnsupportedFileError(f"{file.path} is not a calibration; collect one with `nfq_core.collect`")
             sha256 = file.sha256()
             try:
                 facts = parse_json(file.metadata[CALIBRATION_KEY])
@@ -294,7 +293,7 @@ class Calibration:
 def measured_sensitivities(
     entries: Mapping[str, Entry], settings: Settings, calibration: Calibration | None
 ) -> dict[str, float] | None:
-    """What `plan_tensors` is given of a calibration: measured sensitivities, where a size is asked for.
+    """Sensitivities from a calibration, for `plan_tensors`; None unless the settings choose formats by size.
 
     Raises:
         NFQError: the calibration belongs to another architecture.
@@ -305,25 +304,25 @@ def measured_sensitivities(
 
 
 def recorded_settings(settings: Settings, calibration: Calibration | None) -> dict[str, Any]:
-    """What the header of a file will record, as far as that is known before a model is looked at."""
-    if calibration is None or not calibration.helps(settings):
+    """The settings that a file's header will record, as far as they are known before a model is read."""
+    if calibration is None or not calibration.changes_result(settings):
         return settings.as_dict()
     return settings.as_dict() | calibration.as_dict()
 
 
 def _check_facts(facts: Mapping, entries: Mapping[str, Entry]) -> None:
-    """ValueError, KeyError or TypeError where a file's facts do not describe its tensors."""
+    """Raise ValueError, KeyError or TypeError if a file's facts do not describe its tensors."""
     counts = [facts["version"], *facts["rows"], *facts["weights"].values()]
     counts += [facts[name] for name in ("prompts", "steps") if facts[name] is not None]
     if not all(map(is_count, counts)) or not isinstance(facts["architecture"], str):
-        raise ValueError("a number or name is none")
+        raise ValueError("a count or name is invalid")
     if any(index >= len(facts["rows"]) for index in facts["weights"].values()):
         raise ValueError("a weight's statistics are missing")
     for name, value in facts.get("sensitivities", {}).items():
         if name not in facts["weights"]:
-            raise ValueError(f"there is a sensitivity of {name!r}, which is no weight in it")
+            raise ValueError(f"there is a sensitivity of {name!r}, which has no statistics")
         if not is_number(value) or value < 0:
-            raise ValueError(f"the sensitivity of {name!r} is no number from 0 up")
+            raise ValueError(f"the sensitivity of {name!r} must be a number that is not negative")
     for index in range(len(facts["rows"])):
         importance = entries[f"importance.{index}"]
         if importance.dtype != "F32" or len(importance.shape) != 1 or not importance.shape[0]:

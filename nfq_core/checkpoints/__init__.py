@@ -1,1 +1,1 @@
-"""Whole models: quantise, convert, load, save, compare, one by one or by the folder."""
+"""Whole models: quantise, convert, load, save and compare single files or whole folders."""

@@ -1,4 +1,4 @@
-"""Turning a file that the article's code wrote into a container, bit-equal to what the article's loader returns."""
+"""Convert files written by the article's code to containers, bit-equal to what the article's loader returns."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def import_article(
 ) -> dict:
     """Convert an article file to `.nfq.safetensors`.
 
-    A tensor whose codes the article's rounding bug has spoilt, or whose number of levels has no format id, is kept as
-    the fp16 weights that the article's loader returns; the former with a warning naming it.
+    Some tensors are kept as the fp16 weights that the article's loader returns: those whose number of levels has no
+    format id, and, with a warning, those with codes damaged by the article's rounding bug.
 
     Args:
         source: the article's file.
@@ -50,10 +50,10 @@ def import_article(
         progress: see `parallel.Progress`.
 
     Returns:
-        As `convert.quantize_file`.
+        The same keys as `convert.quantize_file`.
 
     Raises:
-        NFQError: the source is no sound article file, or the target cannot be written. Nothing is then left behind.
+        NFQError: the source is not a valid article file, or the target cannot be written. No partial file is left.
     """
     started = perf_counter()
     with SafetensorsFile(source) as file:
@@ -63,17 +63,17 @@ def import_article(
         if not is_article_file(file.entries):
             raise UnsupportedFileError(f"{file.path} was not written by the article's code; `nfq quantize` converts it")
         try:
-            found = dict(quantized_shapes(file.entries, file.tensor))
-            plans = {key: _plan(file.entries[key], specification) for key, specification in found.items()}
+            quantized = dict(quantized_shapes(file.entries, file.tensor))
+            plans = {key: _plan(file.entries[key], shape_and_levels) for key, shape_and_levels in quantized.items()}
             info = detect({key: plan.shape for key, plan in plans.items()})
             metadata, extra, warnings = split_metadata(file.metadata)
             recorded = Source(source_name(source), file.file_bytes, "", metadata)
             facts = Facts.of(info, {IMPORTED: "article"}, recorded)
 
             def work(key: str) -> tuple[str, list[bytes] | torch.Tensor, str]:
-                if found[key] is None:
+                if quantized[key] is None:
                     return key, file.tensor(key), ""
-                return key, *_converted(read_article_tensor(file.tensor, key), plans[key])
+                return key, *_convert(read_article_tensor(file.tensor, key), plans[key])
 
             total, done = sum(plan.nbytes for plan in plans.values()), 0
             with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
@@ -94,10 +94,10 @@ def import_article(
 
 
 def pack_article(tensor: ArticleTensor) -> NFTensor:
-    """The same weights in the container's article format, bit for bit.
+    """Pack an article tensor in the container's article format; it dequantises to the same bits.
 
     Raises:
-        ValueError: there is no format of this number of levels.
+        ValueError: no format has this number of levels.
     """
     fmt = article_format(tensor.levels)
     sections = fmt.sections(tensor.weights)
@@ -114,16 +114,16 @@ def pack_article(tensor: ArticleTensor) -> NFTensor:
     return NFTensor(data, fmt, tensor.shape, torch.float16)
 
 
-def _plan(entry: Entry, found: tuple[tuple[int, ...], int] | None) -> Plan:
-    """What becomes of a tensor, given its shape and number of levels if it is quantised."""
-    if found is None:
+def _plan(entry: Entry, shape_and_levels: tuple[tuple[int, ...], int] | None) -> Plan:
+    """The plan for a tensor; its shape and number of levels are None if it is not quantised."""
+    if shape_and_levels is None:
         return Plan(entry.dtype, entry.shape)
-    shape, levels = found
+    shape, levels = shape_and_levels
     return Plan("F16", shape, article_format(levels) if levels in LEVELS else None)
 
 
-def _converted(tensor: ArticleTensor, plan: Plan) -> tuple[list[bytes] | torch.Tensor, str]:
-    """A tensor's frames; or its weights where it is kept, and what is wrong with it, if anything."""
+def _convert(tensor: ArticleTensor, plan: Plan) -> tuple[list[bytes] | torch.Tensor, str]:
+    """The encoded frames of a tensor, or its weights if it is kept, and why it is damaged (empty if it is not)."""
     if not torch.isfinite(tensor.c2).all():
         return article_dequantize(tensor), "holds NaN or Inf"
     spoilt = tensor.corrupt_weights()

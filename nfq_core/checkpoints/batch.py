@@ -1,4 +1,4 @@
-"""Converting whole folders of models, in a way that can be broken off and taken up again at any time."""
+"""Convert whole folders of models. You can interrupt a run at any time; the next one skips finished files."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from ..planning.settings import DEFAULTS, Settings
 from . import extras
 from .convert import quantize_file
 from .kinds import kind_of
-from .library import Found, find_models, target_for
+from .library import ModelFile, find_models, target_for
 from .memory import is_out_of_memory
 
 log = logging.getLogger("nfq")
 
 
 class Result(str, Enum):
-    """What became of a file; `TO_CONVERT` only where nothing is written."""
+    """Outcome for one file; `TO_CONVERT` occurs in dry runs only."""
 
     CONVERTED = "converted"
     TO_CONVERT = "to_convert"
@@ -51,7 +51,7 @@ class Result(str, Enum):
 
 @dataclass
 class Row:
-    """What became of one file."""
+    """One file and its outcome."""
 
     source: Path
     target: Path | None = None
@@ -63,13 +63,13 @@ class Row:
     seconds: float | None = None
     warnings: Sequence[str] = ()
 
-    def settle(self, result: Result, reason: str = "") -> None:
-        """Note what became of it, and why; the reason need not name the source again."""
+    def set_result(self, result: Result, reason: str = "") -> None:
+        """Store the outcome and its reason, on one line and without the source's name in front."""
         self.result = result
         self.reason = " ".join(reason.removeprefix(f"{self.source}: ").removeprefix(f"{self.source} ").split())
 
     def as_dict(self) -> dict:
-        """The row for JSON."""
+        """The row as a JSON-ready dict."""
         texts = {"source": str(self.source), "target": self.target and str(self.target), "result": self.result.value}
         return asdict(self) | texts
 
@@ -88,28 +88,27 @@ def convert_folders(
     dry_run: bool = False,
     progress: Progress = no_progress,
 ) -> dict:
-    """Convert every model below some folders that is not converted yet.
+    """Convert every model in some folders that is not converted yet.
 
-    A target is *done*, and left alone, when it is sound as far as its header tells, was made with these very settings,
-    and from this very source: same name and size, and the source was not touched since the target was written; where
-    it was, its SHA-256 decides. Two runs at once into one folder do not harm each other: a target that another process
-    is writing is skipped.
+    A target is *done*, and skipped, if its header is valid and it was made with the same settings from the same source.
+    The source is the same if its name and size are, and it was not modified after the target was written; if it was,
+    its SHA-256 decides. Concurrent runs into one folder are safe: targets that another process is writing are skipped.
 
     Args:
-        folders: where to look, with all subfolders.
-        out: where the containers go, see `library.target_for`.
-        settings: as `quantize_file`, and so `device`, `calibration` and `drop_extras`.
-        any_kind: whether files are converted that hold no UNet of the SDXL family: LoRAs, VAEs, anything.
-        overwrite: whether an existing target that is not done may be replaced.
-        rehash: whether SHA-256 decides always.
-        dry_run: whether only to tell what would be done.
-        progress: see `Progress`; it gets the source's name.
+        folders: folders to search, with all subfolders.
+        out: folder for the containers, see `library.target_for`.
+        settings: see `quantize_file`, also for `device`, `calibration` and `drop_extras`.
+        any_kind: whether to convert files without a UNet of the SDXL family too, such as LoRAs and VAEs.
+        overwrite: whether existing targets that are not done may be replaced.
+        rehash: whether the SHA-256 always decides.
+        dry_run: whether to report only, and write nothing.
+        progress: see `Progress`; its name is the source's.
 
     Returns:
         `files` (for each file found: `source`, `target`, `kind`, `result`, `reason`, `original_bytes`, `file_bytes`,
-        `seconds`, `warnings`), `totals` (the number of files with each result; `original_bytes`, `file_bytes` and
-        `seconds` of those converted now) and `stopped`: why the rest was not tried, else empty. A full disk stops it,
-        and so does Ctrl-C; what is finished stays.
+        `seconds`, `warnings`), `totals` (the number of files per result, and `original_bytes`, `file_bytes` and
+        `seconds` of those converted in this run) and `stopped`: why the run stopped early, else empty. A full disk and
+        Ctrl-C stop it; finished files stay.
 
     Raises:
         NFQError: a folder is missing, or `out` is a file.
@@ -122,14 +121,14 @@ def convert_folders(
     done, total, stopped = 0, sum(row.original_bytes for row in waiting), ""
     if not dry_run:
         for row in waiting:
-            row.settle(Result.NOT_TRIED)
+            row.set_result(Result.NOT_TRIED)
     try:
         for row in waiting:
             if not dry_run and remove_leftovers(row.target):
-                row.settle(Result.SKIPPED, "another process is writing its target")
-            elif not _settled(row, recorded, overwrite, rehash) and not dry_run:
-                show = partial(_show_part, progress, done, total, row)
-                _convert(row, settings, recorded, device, calibration, overwrite, show)
+                row.set_result(Result.SKIPPED, "another process is writing its target")
+            elif not _target_decides(row, recorded, overwrite, rehash) and not dry_run:
+                report = partial(_report_within_file, progress, done, total, row)
+                _convert(row, settings, recorded, device, calibration, overwrite, report)
             done += row.original_bytes
             progress(done, total, row.source.name)
     except DiskFullError as error:
@@ -139,89 +138,91 @@ def convert_folders(
     return {"files": [row.as_dict() for row in rows], "totals": _totals(rows), "stopped": stopped}
 
 
-def _plan(found: Iterable[Found], out: str | os.PathLike, settings: Settings, any_kind: bool) -> list[Row]:
-    """A row for each file, those that are to be converted with their targets."""
+def _plan(models: Iterable[ModelFile], out: str | os.PathLike, settings: Settings, any_kind: bool) -> list[Row]:
+    """A row for each file; rows to convert have their targets."""
     rows: list[Row] = []
-    # Not every file system tells capitals from small letters.
+    # Compared without case, as some file systems do.
     taken: dict[str, Path] = {}
-    for item in found:
-        row = Row(item.path)
+    for model in models:
+        row = Row(model.path)
         rows.append(row)
-        if item.fault:
-            row.settle(Result.FAILED, item.fault)
-        elif item.same_as:
-            row.settle(Result.SKIPPED, f"it is the same file as {item.same_as}")
-        elif item.other_format:
-            row.settle(Result.SKIPPED, f"it is {item.other_format}")
-        elif sharded_model(item.path):
-            row.settle(Result.SKIPPED, part_refusal(item.path))
+        if model.fault:
+            row.set_result(Result.FAILED, model.fault)
+        elif model.same_as:
+            row.set_result(Result.SKIPPED, f"it is the same file as {model.same_as}")
+        elif model.other_format:
+            row.set_result(Result.SKIPPED, f"it is {model.other_format}")
+        elif sharded_model(model.path):
+            row.set_result(Result.SKIPPED, part_refusal(model.path))
         else:
-            _recognise(row, any_kind)
+            _classify(row, any_kind)
         if row.result != Result.TO_CONVERT:
             continue
-        row.target = target_for(item, out, settings)
+        row.target = target_for(model, out, settings)
         other = taken.setdefault(os.path.abspath(row.target).casefold(), row.source)
         if other is not row.source:
-            row.settle(Result.FAILED, f"{other} already gets the name {row.target}; rename one of them")
-    ours = {os.path.abspath(row.target) for row in rows if row.target}
-    return [row for row in rows if os.path.abspath(row.source) not in ours]
+            row.set_result(Result.FAILED, f"{other} has the same target {row.target}; rename one of them")
+    # Results of this run among the sources.
+    targets = {os.path.abspath(row.target) for row in rows if row.target}
+    return [row for row in rows if os.path.abspath(row.source) not in targets]
 
 
-def _recognise(row: Row, any_kind: bool) -> None:
+def _classify(row: Row, any_kind: bool) -> None:
+    """Read what a file is, and set whether it is to be converted."""
     try:
         with Original(row.source) as file:
             row.original_bytes = file.file_bytes
             kind = kind_of(file)
     except AlreadyQuantizedError as error:
-        row.settle(Result.SKIPPED, str(error))
+        row.set_result(Result.SKIPPED, str(error))
         return
     except NFQError as error:
-        row.settle(Result.FAILED, str(error))
+        row.set_result(Result.FAILED, str(error))
         return
     except OSError as error:
-        row.settle(Result.FAILED, reason_of(error))
+        row.set_result(Result.FAILED, reason_of(error))
         return
     row.kind = kind.name
     if kind.obstacle:
-        row.settle(Result.SKIPPED, kind.obstacle)
+        row.set_result(Result.SKIPPED, kind.obstacle)
     elif kind.is_family_unet or any_kind:
-        row.settle(Result.TO_CONVERT)
+        row.set_result(Result.TO_CONVERT)
     else:
-        row.settle(Result.SKIPPED, "--any converts it too")
+        row.set_result(Result.SKIPPED, "--any converts it too")
 
 
-def _settled(row: Row, recorded: dict, overwrite: bool, rehash: bool) -> bool:
-    """Settle a row whose target is there already, unless it is to be replaced; returns whether it is settled."""
+def _target_decides(row: Row, recorded: dict, overwrite: bool, rehash: bool) -> bool:
+    """Set a row's result from its existing target; False if there is none, or it is to be replaced."""
     try:
         if not row.target.exists():
             return False
         difference = _difference(row, recorded, rehash)
         if not difference:
             row.file_bytes = row.target.stat().st_size
-            row.settle(Result.DONE)
+            row.set_result(Result.DONE)
         elif overwrite:
             return False
         else:
-            row.settle(Result.FAILED, f"{row.target} {difference}; --force replaces it")
+            row.set_result(Result.FAILED, f"{row.target} {difference}; --force replaces it")
     except NFQError as error:
-        row.settle(Result.FAILED, str(error))
+        row.set_result(Result.FAILED, str(error))
     except OSError as error:
-        row.settle(Result.FAILED, reason_of(error))
+        row.set_result(Result.FAILED, reason_of(error))
     return True
 
 
-def _show_part(progress: Progress, before: int, total: int, row: Row, part: int, whole: int, _: str) -> None:
-    """Pass on the progress within one file as that within all; a file's tensors and its own bytes differ slightly."""
+def _report_within_file(progress: Progress, before: int, total: int, row: Row, part: int, whole: int, _: str) -> None:
+    """Report the progress within one file as that of the run, scaled from its tensors' bytes to the file's."""
     progress(before + row.original_bytes * part // max(1, whole), total, row.source.name)
 
 
 def _difference(row: Row, recorded: dict, rehash: bool) -> str:
-    """What keeps an existing target from being the one wanted; empty where nothing does."""
+    """Why an existing target is not the one wanted; empty if it is."""
     try:
         with NFQFile(row.target) as file:
             facts = file.facts
     except (CorruptFileError, UnsupportedFileError):
-        return "exists already and is no sound file of ours"
+        return "exists already and is not a valid NFQ file"
     with Original(row.source) as original:
         drops = extras.SETTING in recorded
         recorded = {name: value for name, value in recorded.items() if name != extras.SETTING}
@@ -231,7 +232,7 @@ def _difference(row: Row, recorded: dict, rehash: bool) -> str:
         if facts.source.bytes != row.original_bytes:
             return "exists already, made from another file"
         sources = [file.path.stat() for file in original.files]
-        # Renaming, copying and writing each set one of these two.
+        # Renaming, copying and writing set one of the two times.
         touched = max(max(source.st_mtime_ns, source.st_ctime_ns) for source in sources)
         untouched = touched < row.target.stat().st_mtime_ns
         if untouched and facts.source.name == source_name(row.source) and not rehash:
@@ -248,7 +249,7 @@ def _convert(
     overwrite: bool,
     progress: Progress,
 ) -> None:
-    """Convert one file and settle its row; only a full disk ends the whole."""
+    """Convert one file and set its row's result; only a full disk ends the run."""
     try:
         with named_errors(row.target):
             row.target.parent.mkdir(parents=True, exist_ok=True)
@@ -263,24 +264,24 @@ def _convert(
             progress=progress,
         )
     except DiskFullError as error:
-        row.settle(Result.FAILED, str(error))
+        row.set_result(Result.FAILED, str(error))
         raise
     except TargetExistsError as error:
-        row.settle(Result.FAILED, str(error))
-        # Another process may have written it meanwhile.
-        _settled(row, recorded, overwrite, rehash=True)
+        row.set_result(Result.FAILED, str(error))
+        # Another process may have written it in the meantime.
+        _target_decides(row, recorded, overwrite, rehash=True)
     except NFQError as error:
-        row.settle(Result.FAILED, str(error))
+        row.set_result(Result.FAILED, str(error))
     except OSError as error:
-        row.settle(Result.FAILED, reason_of(error))
+        row.set_result(Result.FAILED, reason_of(error))
     except Exception as error:
-        # Whatever is wrong with one file, a night's work on the others shall not be lost.
+        # A fault in one file must not end an overnight run.
         if os.environ.get(DEBUG):
             log.exception("%s", row.source)
-        row.settle(Result.FAILED, "not enough memory" if is_out_of_memory(error) else internal_fault(error))
+        row.set_result(Result.FAILED, "not enough memory" if is_out_of_memory(error) else internal_fault(error))
     else:
         row.file_bytes, row.seconds, row.warnings = result["file_bytes"], result["seconds"], result["warnings"]
-        row.settle(Result.CONVERTED)
+        row.set_result(Result.CONVERTED)
 
 
 def _totals(rows: Sequence[Row]) -> dict:
@@ -295,23 +296,23 @@ def _totals(rows: Sequence[Row]) -> dict:
 
 
 def batch_lines(report: dict) -> list[str]:
-    """What `convert_folders` reports, to read: a table and a line of totals."""
+    """The report of `convert_folders` as text lines: one per file, and one with the totals."""
     rows, totals = report["files"], report["totals"]
     width = max((len(row["source"]) for row in rows), default=0)
-    texts = (f"{_words(row['result']):10}  {row['source']:{width}}  {_outcome(row)}".rstrip() for row in rows)
+    texts = (f"{_spaced(row['result']):10}  {row['source']:{width}}  {_outcome(row)}".rstrip() for row in rows)
     lines = map(printable, texts)
-    counts = ", ".join(f"{totals[result]} {_words(result)}" for result in Result if totals[result])
+    counts = ", ".join(f"{totals[result]} {_spaced(result)}" for result in Result if totals[result])
     if totals[Result.CONVERTED]:
         counts += f"; {_sizes(totals)} in {totals['seconds']:.1f} s"
     return [*lines, counts or "no model file found"]
 
 
-def _words(result: str) -> str:
+def _spaced(result: str) -> str:
     return Result(result).value.replace("_", " ")
 
 
 def _outcome(row: dict) -> str:
-    """The columns behind a file's name."""
+    """The text after a file's name."""
     if row["file_bytes"]:
         seconds = "" if row["seconds"] is None else f" in {row['seconds']:.1f} s"
         return f"{row['kind']}, {_sizes(row)}{seconds}"

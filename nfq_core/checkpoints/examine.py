@@ -1,4 +1,4 @@
-"""What a container is, whether it is sound, and how far it is from its original."""
+"""Describe a container, verify its checksums, and measure its error against the original."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..parallel import Progress, no_progress, ordered_map
 from .memory import refuse_beyond_memory
 
 MAX_LINE = 500
-"""Characters of a line about a file: what it says of itself may be megabytes long."""
+"""Most characters of a line about a file: names and texts in it may be megabytes long."""
 
 
 def file_info(path: str | os.PathLike) -> dict:
-    """What a container's header says, as `nfq info --json` prints it; no tensor is read. See `container_info`.
+    """Read a container's header as `nfq info --json` prints it, see `container_info`; no tensor is read.
 
     Raises:
         NFQError: the file is missing, damaged, foreign or newer.
@@ -32,14 +32,14 @@ def file_info(path: str | os.PathLike) -> dict:
 
 
 def container_info(file: NFQFile) -> dict:
-    """What the header of an open container says.
+    """Read the header of an open container.
 
     Returns:
         `container_version`, `writer`, `architecture`, `layout`, `source`, `settings`, `weights` (count of quantised
         weights), `bits_per_weight` (stored bytes of the quantised tensors × 8 ÷ those weights),
         `packed_bits_per_weight` (the same for the packed buffers), `file_bytes`, `original_bytes` (size of the source
         file), `kept` and `kept_bytes` (number and size of the tensors kept), `has_workflow`, and `layers` (each `name`,
-        `format`, `shape`, `bits_per_weight` and, where a conversion of a file chose formats by size, `sensitivity`: see
+        `format`, `shape`, `bits_per_weight` and, if formats were chosen by size, `sensitivity`: see
         `allocation.allocate`).
     """
     weights = sum(entry.weights for entry in file.quantized.values())
@@ -75,7 +75,7 @@ def container_info(file: NFQFile) -> dict:
 
 
 def info_lines(path: str | os.PathLike, info: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What `file_info` says of the file at `path`, to read: names with short texts, fit for a terminal."""
+    """The result of `file_info` for the file at `path` as pairs of name and text, printable on a terminal."""
     formats = Counter(layer["format"] for layer in info["layers"])
     share = f", {info['file_bytes'] / info['original_bytes']:.0%} of the original" if info["original_bytes"] else ""
     lines = [
@@ -97,7 +97,7 @@ def info_lines(path: str | os.PathLike, info: Mapping[str, Any]) -> list[tuple[s
 
 
 def settings_in_words(settings: Mapping[str, Any]) -> str:
-    """Recorded settings on one line, such as "levels 16, effort best"; empty where none are recorded."""
+    """Recorded settings on one line, such as "levels 16, effort best"; empty if none are recorded."""
     texts = {name: ", ".join(map(str, v)) if isinstance(v, list) else v for name, v in settings.items()}
     return ", ".join(f"{name} {text}" for name, text in texts.items())
 
@@ -106,10 +106,10 @@ def verify_file(path: str | os.PathLike, *, progress: Progress = no_progress) ->
     """Read a whole container and check every checksum and bound.
 
     Returns:
-        `ok`, `tensors` (how many were checked) and `errors` (one line for each damaged tensor).
+        `ok`, `tensors` (number checked) and `errors` (one line for each damaged tensor).
 
     Raises:
-        NFQError: the header already is unsound, or the file missing or foreign.
+        NFQError: the file is missing or not a container, or its header is damaged.
     """
     with NFQFile(path) as file:
         refuse_beyond_memory(file, max(map(file.packed_bytes, file.quantized), default=0))
@@ -131,9 +131,9 @@ def verify_file(path: str | os.PathLike, *, progress: Progress = no_progress) ->
 
 
 def sqnr_db(original: torch.Tensor, approximation: torch.Tensor) -> float:
-    """Signal to quantisation noise, ``10 * log10(var(original) / mse)`` in dB; infinite when both are equal.
+    """Signal-to-quantisation-noise ratio, ``10 * log10(var(original) / mse)`` in dB; infinite if both are equal.
 
-    The variance of a constant tensor is 0; its mean square takes its place.
+    For a constant tensor, whose variance is 0, the mean square is used instead.
     """
     total = squares = error = 0.0
     for part, other in zip(original.reshape(-1).split(1 << 20), approximation.reshape(-1).split(1 << 20), strict=True):
@@ -145,28 +145,27 @@ def sqnr_db(original: torch.Tensor, approximation: torch.Tensor) -> float:
         return math.inf
     weights = original.numel()
     variance = squares - total * total / weights
-    # Below the rounding of the sums, all weights are equal.
+    # A variance below the rounding error of the sums means that all weights are equal.
     signal = variance if variance > 1e-12 * squares else squares
     ratio = signal / error
     return 10 * math.log10(ratio) if ratio else -math.inf
 
 
 def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progress: Progress = no_progress) -> dict:
-    """Measure how far a container's quantised weights are from the original's.
+    """Measure the error of a container's quantised weights against the original.
 
     Args:
-        original: the safetensors file it was made from, or any with the same names and shapes; the UNet's names may be
-            those of another layout. A sharded model is named by its index or its folder. Weights that have scales are
-            compared without them.
+        original: the safetensors file it was made from, or any with the same shapes. UNet names may be in another
+            layout. Give a sharded model by its index or folder. fp8 and int8 weights with scales are dequantised first.
         path: the `.nfq.safetensors` file.
         progress: see `parallel.Progress`.
 
     Returns:
         `sqnr_db` (mean over layers, weighted by their numbers of weights) and `layers` (each `name`, `format`,
-        `bits_per_weight` as stored, `sqnr_db`; None where original and result are equal).
+        `bits_per_weight` as stored, and `sqnr_db`, which is None if the weights are equal).
 
     Raises:
-        NFQError: a file is missing or unsound, or a quantised tensor has no counterpart of its shape in the original.
+        NFQError: a file is missing or damaged, or the original lacks a tensor or has it in another shape.
     """
     with Original(original) as before, NFQFile(path) as after:
         names = _counterparts(before, after)
@@ -203,9 +202,9 @@ def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progr
 
 
 def mean_sqnr_db(layers: Iterable[tuple[int, float | None]]) -> float | None:
-    """Mean over layers, given by their numbers of weights and ratios in dB, weighted by the former.
+    """Mean ratio in dB over layers, given as (number of weights, ratio), weighted by the number of weights.
 
-    Layers without a ratio do not count; None where there is no other.
+    Layers without a ratio are ignored; None if no layer has one.
     """
     known = [(weights, ratio) for weights, ratio in layers if ratio is not None]
     total = sum(weights for weights, _ in known)
@@ -213,7 +212,7 @@ def mean_sqnr_db(layers: Iterable[tuple[int, float | None]]) -> float | None:
 
 
 def _counterparts(before: Original, after: NFQFile) -> dict[str, str]:
-    """What the original calls each quantised tensor, as far as it has it: the same, or the UNet's in another layout."""
+    """Name in the original of each quantised tensor that it has: the same, or the UNet's name in another layout."""
     if any(key in before.entries for key in after.quantized):
         return {key: key for key in after.quantized if key in before.entries}
     shapes = after.shapes(), {key: entry.shape for key, entry in before.entries.items()}

@@ -1,4 +1,4 @@
-"""What a safetensors file is, told by its tensors' names and shapes, for people who wonder what lies in a folder."""
+"""Recognise what a safetensors file is from its tensors' names and shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..planning.policy import plan_tensors
 from ..planning.settings import DEFAULTS
 from .whole_checkpoint import COMPANIONS
 
-_TRAITS = {
+_KEY_PATTERNS = {
     "ControlNet": r"^(control_model|controlnet)\.|controlnet_cond_embedding|input_hint_block|controlnet_down_blocks",
     "LoRA": r"(^|[._])(lora|hada|lokr|oft|dora)[._]|\.diff(_b)?$",
     "IP-Adapter": r"^(image_proj|ip_adapter)[._]",
@@ -30,10 +30,10 @@ _TRAITS = {
     "upscaler": r"(^|\.)(rdb\d|RDB\d|conv_first|conv_hr|HRconv)\.",
     "embedding": r"^(emb_params|clip_[lgh])$",
 }
-"""Names of tensors by which files are told that hold no UNet, as patterns; the first that is found counts."""
+"""Patterns of keys that identify files without a UNet of the SDXL family; the first match counts."""
 
 _TOKEN_WIDTHS = (768, 1024, 1280)
-"""Widths of the tokens of SDXL's text encoders and its predecessors': an embedding is a few such rows and no more."""
+"""Token widths of the text encoders of SDXL and its predecessors; an embedding has only a few rows of such a width."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Kind:
     """What a file is.
 
     Args:
-        name: in a few words.
-        is_family_unet: whether it holds a UNet of SDXL's structure, complete.
-        obstacle: why it cannot, or need not, be quantised, whatever it is; empty where it can.
+        name: what it is, in a few words.
+        is_family_unet: whether it holds a complete UNet of the SDXL family.
+        obstacle: why it cannot or need not be quantised; empty if it can.
     """
 
     name: str
@@ -52,39 +52,39 @@ class Kind:
 
 
 def kind_of(file: Original) -> Kind:
-    """Tell what an open file is; only its header is looked at."""
+    """Recognise an open file by its header."""
     if FACTS_KEY in file.metadata:
-        return Kind("quantised file", obstacle="it is one of ours already")
+        return Kind("quantised file", obstacle="it is an NFQ file already")
     if is_article_file(file.entries):
         return Kind("the article's file", obstacle="`nfq import-article` converts it")
     info, plans = plan_tensors(file.entries, DEFAULTS)
     lost = what_is_lost(info, {key: entry.shape for key, entry in file.entries.items()})
     if lost:
         return Kind(f"incomplete UNet ({lost})", obstacle="fetch it, or make the merge, again")
-    name = _name(file.entries, info)
+    name = _kind_name(file.entries, info)
     if not any(plan.format for plan in plans.values()):
-        return Kind(name, obstacle="there is nothing in it to quantise")
+        return Kind(name, obstacle="it has no weights to quantise")
     return Kind(name, is_family_unet=info is not None and info.architecture is not None)
 
 
-def _name(entries: Mapping[str, Entry], info: UNetInfo | None) -> str:
+def _kind_name(entries: Mapping[str, Entry], info: UNetInfo | None) -> str:
     if info is not None and info.architecture is not None:
         family = info.name if info.name != UNKNOWN else "SDXL-like"
-        companions = tuple(beginning for beginnings in COMPANIONS.values() for beginning in beginnings)
+        companions = tuple(prefix for prefixes in COMPANIONS.values() for prefix in prefixes)
         return f"{family} checkpoint" if any(key.startswith(companions) for key in entries) else f"{family} UNet"
     names = "\n".join(entries)
-    found = next((kind for kind, trait in _TRAITS.items() if re.search(trait, names, re.MULTILINE)), None)
-    if info is not None and found in (None, "VAE", "text encoder"):
-        return _foreign_unet(entries, info)
-    if found is None and len(entries) <= 2:
-        # Only now: whatever has a name of its own is told by that.
+    kind = next((kind for kind, pattern in _KEY_PATTERNS.items() if re.search(pattern, names, re.MULTILINE)), None)
+    if info is not None and kind in (None, "VAE", "text encoder"):
+        return _other_unet_name(entries)
+    if kind is None and len(entries) <= 2:
+        # Shapes are a weak sign, so key patterns come first.
         shapes = [entry.shape for entry in entries.values()]
         if shapes and all(len(shape) in (1, 2) and shape[-1] in _TOKEN_WIDTHS for shape in shapes):
             return "embedding"
-    return found or "file of an unknown kind"
+    return kind or "file of an unknown kind"
 
 
-def _foreign_unet(entries: Mapping[str, Entry], info: UNetInfo) -> str:
-    """What a UNet is that SDXL's structure does not describe."""
+def _other_unet_name(entries: Mapping[str, Entry]) -> str:
+    """Name of a UNet that is not of the SDXL family, by the width of its context."""
     width = context_width({key: entry.shape for key, entry in entries.items()})
     return f"{HOST_WIDTHS[width]} model" if width in HOST_WIDTHS else "UNet that is not of the SDXL family"

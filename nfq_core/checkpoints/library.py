@@ -1,4 +1,4 @@
-"""The model files below some folders, and the names that their containers get."""
+"""Find the model files in folders, and the paths of their containers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .targets import PLAIN_SUFFIX, container_name, model_name
 
 
 @dataclass(frozen=True)
-class Found:
-    """One model file, or a folder or file that could not be looked at.
+class ModelFile:
+    """One model file, or a file or folder that could not be read.
 
     Args:
-        path: as reached from the folder that was given.
-        root: that folder.
-        fault: why it could not be looked at; empty where it could.
-        same_as: where the same file was found before, by a link or another folder's name.
+        path: its path, as reached from `root`.
+        root: the folder that was searched.
+        fault: why it could not be read; empty if it could.
+        same_as: path under which the same file was found before, through a link or another folder.
     """
 
     path: Path
@@ -34,18 +34,18 @@ class Found:
 
     @property
     def other_format(self) -> str:
-        """What it is if not safetensors, by its name: it is never opened, for a pickle runs what it holds."""
+        """What it is by its name, if not safetensors. Such files are never opened, because a pickle can run code."""
         return BY_ENDING.get(self.path.suffix.lower(), "")
 
 
-def find_models(folders: Iterable[str | os.PathLike], out: str | os.PathLike) -> Iterator[Found]:
-    """Every model file below the folders, in order of names, each folder once however many links lead to it.
+def find_models(folders: Iterable[str | os.PathLike], out: str | os.PathLike) -> Iterator[ModelFile]:
+    """Find every model file in folders and their subfolders, in order of names; each folder is read only once.
 
-    What begins with a dot is passed over, and so is `out`, unless it is among the folders.
+    Names that begin with a dot are skipped, and so is `out`, unless it is one of the folders.
 
     Args:
-        folders: where to look; a file stands for itself.
-        out: where the containers go.
+        folders: folders to search, or files.
+        out: folder for the containers.
 
     Raises:
         NFQError: a folder is missing.
@@ -61,18 +61,18 @@ def find_models(folders: Iterable[str | os.PathLike], out: str | os.PathLike) ->
         if root.is_dir():
             yield from _walk(root, root, seen)
         else:
-            yield _look(root, root.parent, seen)
+            yield _model_file(root, root.parent, seen)
 
 
-def target_for(found: Found, out: str | os.PathLike, settings: Settings) -> Path:
-    """Where a file's container goes: `container_name`, in the same subfolder of `out` as the model in its root."""
-    _, around = model_name(found.path)
-    root, folder = os.path.abspath(found.root), os.path.abspath(around)
+def target_for(model: ModelFile, out: str | os.PathLike, settings: Settings) -> Path:
+    """Path of a file's container: `container_name`, in the same subfolder of `out` as the model in its root."""
+    _, around = model_name(model.path)
+    root, folder = os.path.abspath(model.root), os.path.abspath(around)
     below = os.path.relpath(folder, root) if Path(folder).is_relative_to(root) else ""
-    return Path(out, below, container_name(found.path, settings))
+    return Path(out, below, container_name(model.path, settings))
 
 
-def _walk(folder: Path, root: Path, seen: dict[object, Path]) -> Iterator[Found]:
+def _walk(folder: Path, root: Path, seen: dict[object, Path]) -> Iterator[ModelFile]:
     try:
         identity = file_identity(folder)
         if identity in seen:
@@ -80,21 +80,21 @@ def _walk(folder: Path, root: Path, seen: dict[object, Path]) -> Iterator[Found]
         seen[identity] = folder
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
-        yield Found(folder, root, f"the folder cannot be read: {reason_of(error)}")
+        yield ModelFile(folder, root, f"the folder cannot be read: {reason_of(error)}")
         return
     for name in names:
         path = folder / name
         if os.path.isdir(path):
             yield from _walk(path, root, seen)
         elif path.suffix.lower() in (PLAIN_SUFFIX, *BY_ENDING) or indexed_model(name):
-            yield _look(path, root, seen)
+            yield _model_file(path, root, seen)
 
 
-def _look(path: Path, root: Path, seen: dict[object, Path]) -> Found:
+def _model_file(path: Path, root: Path, seen: dict[object, Path]) -> ModelFile:
     try:
         identity = file_identity(path)
         if not stat.S_ISREG(path.stat().st_mode):
-            return Found(path, root, "it is no regular file")
+            return ModelFile(path, root, "it is not a regular file")
     except OSError as error:
-        return Found(path, root, f"it cannot be read: {reason_of(error)}")
-    return Found(path, root, same_as=None if seen.setdefault(identity, path) is path else seen[identity])
+        return ModelFile(path, root, f"it cannot be read: {reason_of(error)}")
+    return ModelFile(path, root, same_as=None if seen.setdefault(identity, path) is path else seen[identity])

@@ -1,4 +1,4 @@
-"""Packed or dequantised weights in memory: how large both are, how much is free, which to choose; usable devices."""
+"""Memory of packed and dequantised weights, free memory, the choice between both modes, and usable devices."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from ..files.container import NFQFile
 from ..packed.backends import device_names
 
 MODES = ("packed", "resident", "auto")
-"""Weights stay packed, are dequantised once when they are loaded, or whichever of both `choose` finds."""
+"""Weights stay packed, are dequantised once at load, or `choose_memory_mode` chooses between the two."""
 
 ROOM = 2
-"""How many times the dense weights must fit into free memory: as much again is left for activations."""
+"""How many times the dequantised weights must fit into free memory; the second half is left for activations."""
 
 MEMINFO = Path("/proc/meminfo")
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-"""How the messages of torch's allocators begin to differ from those of all other errors of theirs."""
+"""Texts by which out-of-memory messages of torch's allocators differ from its other errors."""
 
 
 def needed_bytes(file: NFQFile, keys: Iterable[str] | None = None) -> tuple[int, int]:
-    """Bytes that tensors of an open file take when they are loaded, kept ones included.
+    """Bytes that the tensors of an open file take in memory, kept ones included.
 
     Args:
         file: the file.
         keys: original names of the tensors; by default all.
 
     Returns:
-        The bytes with every quantised weight dequantised in its recorded dtype, and with every one packed.
+        Bytes with all quantised weights dequantised to their recorded dtype, and bytes with all of them packed.
     """
     names = list(file.keys() if keys is None else keys)
     return sum(map(file.dense_bytes, names)), sum(map(file.packed_bytes, names))
 
 
 def free_bytes(device: torch.device | str) -> int | None:
-    """Bytes that could be allocated on a device now; None where nobody tells.
+    """Bytes that can be allocated on a device now; None if unknown.
 
-    For CUDA what the driver calls free and what torch holds without using it; for a CPU what Linux calls available.
+    For CUDA: what the driver reports as free, plus memory that torch has reserved but not allocated. For a CPU: what
+    Linux reports as available.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -50,7 +51,7 @@ def free_bytes(device: torch.device | str) -> int | None:
 
 
 def _meminfo() -> dict[str, int]:
-    """Bytes that are available and free for swapping, by the names that Linux gives them; nothing elsewhere."""
+    """Available memory and free swap in bytes, by their names in Linux; empty on other systems."""
     if not MEMINFO.exists():
         return {}
     fields = (line.partition(":") for line in MEMINFO.read_text(encoding="utf-8").splitlines())
@@ -58,22 +59,22 @@ def _meminfo() -> dict[str, int]:
 
 
 def refuse_beyond_memory(file: NFQFile, needed: int) -> None:
-    """NFQError where a file needs more bytes than this machine can give, swap included: Linux would end the process.
+    """Raise NFQError if a file needs more bytes than memory and swap have: Linux would kill the process.
 
-    Nothing is checked where nobody tells how much that is.
+    Nothing is checked on other systems.
     """
-    told = _meminfo()
-    if "MemAvailable" in told and needed > (there := told["MemAvailable"] + told.get("SwapFree", 0)):
+    memory = _meminfo()
+    if "MemAvailable" in memory and needed > (available := memory["MemAvailable"] + memory.get("SwapFree", 0)):
         raise NFQError(
-            f"{file.path}: there is not enough memory: it needs {needed:,} bytes, {there:,} can be had; free some, or "
-            "take a file of fewer or smaller weights"
+            f"{file.path}: there is not enough memory: it needs {needed:,} bytes, {available:,} are available; free "
+            "some, or use a smaller file"
         )
 
 
 def check_device(device: torch.device | str, dtype: torch.dtype = torch.uint8) -> None:
-    """NFQError where torch has no such device here, or that knows no `dtype`."""
+    """Raise NFQError if torch cannot use the device here, or the device does not support `dtype`."""
     try:
-        # What a device cannot run may only show when it is waited for.
+        # Some failures only show when the result is read.
         torch.ones(1, dtype=dtype, device=device).item()
     except (RuntimeError, AssertionError, TypeError, ValueError, AttributeError, ImportError):
         names = device_names()
@@ -84,33 +85,37 @@ def check_device(device: torch.device | str, dtype: torch.dtype = torch.uint8) -
         raise NFQError(f"device '{device}' cannot compute in {kind}; choose another, such as cpu") from None
 
 
-def choose(mode: str, dense_bytes: int, packed_bytes: int, free: int | None) -> tuple[str, str]:
-    """Whether weights are held "packed" or "resident", and why.
+def choose_memory_mode(mode: str, dense_bytes: int, packed_bytes: int, free: int | None) -> tuple[str, str]:
+    """Choose whether weights are "packed" or "resident" in memory.
 
     Args:
-        mode: one of MODES; the first two are followed as they are.
-        dense_bytes: what the weights take dequantised, see `needed_bytes`.
-        packed_bytes: what they take packed.
-        free: free memory in bytes; None: not known.
+        mode: one of MODES; only "auto" leaves a choice.
+        dense_bytes: bytes of the dequantised weights, see `needed_bytes`.
+        packed_bytes: bytes of the packed weights.
+        free: free memory in bytes; None if unknown.
+
+    Returns:
+        The mode, and the reason for it.
 
     Raises:
-        ValueError: `mode` is none of MODES.
+        ValueError: `mode` is not one of MODES.
     """
     if mode not in MODES:
         raise ValueError(f"memory must be one of {', '.join(MODES)}, got {mode!r}")
     if mode != "auto":
-        return mode, "as asked for"
+        return mode, "as requested"
     if free is None:
-        return "packed", "how much memory is free is not known"
+        return "packed", "the free memory is unknown"
     fits = free >= ROOM * dense_bytes
     reason = (
-        f"{free / 1e9:.2f} GB are free, dequantised weights need {dense_bytes / 1e9:.2f} GB and as much again beside "
-        f"them, packed ones {packed_bytes / 1e9:.2f} GB"
+        f"{free / 1e9:.2f} GB are free; dequantised weights need {dense_bytes / 1e9:.2f} GB and the same again for "
+        f"activations, packed weights {packed_bytes / 1e9:.2f} GB"
     )
     return ("resident" if fits else "packed"), reason
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is an allocator's, of any device; torch has no one class for them."""
-    told = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
-    return told or isinstance(error, MemoryError)
+    """Whether an error says that memory ran out on any device; torch has no common class for these errors."""
+    if isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY):
+        return True
+    return isinstance(error, MemoryError)

@@ -1,4 +1,4 @@
-"""Quantising, saving and loading state dicts in memory."""
+"""Quantise, save and load state dicts in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..parallel import Progress, no_progress, ordered_map, threads_for
 from ..planning.policy import plan_tensors
 from ..planning.settings import Formats, Settings
 from .examine import sqnr_db
-from .memory import check_device, choose, free_bytes, is_out_of_memory, needed_bytes, refuse_beyond_memory
+from .memory import check_device, choose_memory_mode, free_bytes, is_out_of_memory, needed_bytes, refuse_beyond_memory
 
 log = logging.getLogger("nfq")
 
@@ -49,26 +49,24 @@ def quantize_state_dict(
     """Quantise the weights of a model in memory, by the same rules as `nfq quantize`.
 
     Args:
-        state_dict: tensors by name; it is not changed, and kept tensors are shared with the result. fp8 and int8
-            weights with scales are taken without them, see `prequantized`.
+        state_dict: tensors by name, which stay unchanged; kept tensors are shared with the result. fp8 and int8 weights
+            with scales are dequantised first, see `prequantized`.
         levels: levels of 2-D weights: 32, 24, 16, 12 or 7.
         conv_levels: levels of weights of three and more dimensions.
         effort: "fast" or "best".
         quantize_first_last: whether a UNet's first and last convolution are quantised too.
         format: the format of 2-D weights instead of `levels`, one of `formats.WRITABLE_IDS`.
-        conv_format: likewise instead of `conv_levels`.
-        device: where to work; by default where each tensor is.
-        calibration: statistics of the layers' inputs; a weight that they do not cover is quantised without, with a
-            warning in the log naming it.
+        conv_format: the format of weights of more dimensions instead of `conv_levels`.
+        device: device to quantise on; by default the tensor's own.
+        calibration: statistics of the layers' inputs; weights without any are quantised without it, and logged.
 
     Returns:
-        The same names but for scales, in the same order: an NFTensor for each quantised weight, the tensor itself for a
-        kept one. A weight that cannot be quantised (NaN, Inf, beyond fp16) is kept, with a warning in the log that
-        names it.
+        The same names except for scales, in the same order: an NFTensor for each quantised weight, the same tensor for
+        a kept one. Weights that cannot be quantised (NaN, Inf, beyond fp16) are kept, and logged.
 
     Raises:
-        ValueError: a setting is none of those allowed.
-        NFQError: a tensor has a dtype that safetensors lacks, or the calibration belongs to another architecture.
+        ValueError: a setting is not allowed.
+        NFQError: safetensors lacks a tensor's dtype, or the calibration belongs to another architecture.
     """
     settings = Settings(Formats.of(levels, conv_levels, format, conv_format), effort, quantize_first_last)
     stored = describe(state_dict)
@@ -100,21 +98,21 @@ def quantize_tensors(
     calibration: Calibration | None = None,
     threads: int | None = None,
 ) -> StateDict:
-    """Quantise a model whose tensors are made one at a time, so that few of them exist at once.
+    """Quantise a model whose tensors are read one at a time, so that few are in memory at once.
 
     Args:
-        entries: dtype and shape of every tensor by name, as `describe` gives them. They alone decide what is quantised,
-            and the dtype that is recorded for it.
-        read: makes the tensor of a name; called on several threads, its result may have another floating dtype.
+        entries: dtype and shape of every tensor by name, see `describe`. They alone decide which tensors are quantised,
+            and with which recorded dtype.
+        read: returns a tensor by name, in any floating dtype; called from several threads.
         settings: formats and effort.
-        device: where to work; by default where each tensor is.
+        device: device to quantise on; by default the tensor's own.
         progress: see `parallel.Progress`; an error raised in it ends the work.
-        sqnr: is filled with the signal-to-quantisation-noise ratio in dB of each quantised weight, by name.
-        calibration: as for `quantize_state_dict`.
-        threads: how many to use; by default what `parallel.threads_for` says of `device`.
+        sqnr: receives the signal-to-quantisation-noise ratio in dB of each quantised weight, by name.
+        calibration: see `quantize_state_dict`.
+        threads: number of threads; by default `parallel.threads_for` of `device`.
 
     Returns:
-        As `quantize_state_dict`; packed weights lie on the CPU when `device` is given.
+        As `quantize_state_dict`; packed weights are on the CPU if `device` is given.
     """
     info, plans = plan_tensors(entries, settings, measured_sensitivities(entries, settings, calibration))
     inputs, warnings = calibration.for_plans(info, plans) if calibration else ({}, [])
@@ -143,8 +141,8 @@ def quantize_tensors(
     result: StateDict = {}
     done, total = 0, sum(plan.nbytes for plan in plans.values())
     threads = threads_for(device) if threads is None else threads
-    made = ordered_map(work, entries, size=lambda key: plans[key].nbytes, threads=threads)
-    for key, (value, ratio) in zip(entries, made, strict=True):
+    results = ordered_map(work, entries, size=lambda key: plans[key].nbytes, threads=threads)
+    for key, (value, ratio) in zip(entries, results, strict=True):
         result[key] = value
         if sqnr is not None and ratio is not None:
             sqnr[key] = ratio
@@ -164,23 +162,23 @@ def save(
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> int:
-    """Write quantised and kept tensors as `.nfq.safetensors`; the file appears whole or not at all.
+    """Write quantised and kept tensors as `.nfq.safetensors`; the file is written completely or not at all.
 
     Args:
         state_dict: tensors by their original names, on any device.
         path: the file to write.
         settings: how they were quantised, for the header.
-        source: the file they come from, for the header.
+        source: the file that they were quantised from, for the header.
         workflow: a ComfyUI workflow, as JSON-ready objects, for the header.
-        prompt: a ComfyUI prompt, likewise.
+        prompt: a ComfyUI prompt, as JSON-ready objects, for the header.
         overwrite: whether an existing file may be replaced.
-        progress: see `parallel.Progress`; an error raised in it leaves nothing behind.
+        progress: see `parallel.Progress`; an error raised in it leaves no file.
 
     Returns:
         Size of the file in bytes.
 
     Raises:
-        NFQError: the target exists or cannot be written, or a tensor has a dtype that safetensors lacks.
+        NFQError: the target exists or cannot be written, or safetensors lacks a tensor's dtype.
     """
     info = detect({key: tuple(tensor.shape) for key, tensor in state_dict.items()})
     plans = {
@@ -221,24 +219,25 @@ def load(
     memory: str = "packed",
     progress: Progress = no_progress,
 ) -> StateDict:
-    """Read an `.nfq.safetensors` file into memory of its own.
+    """Read an `.nfq.safetensors` file into memory; the file is not mapped.
 
     Args:
         path: the file.
-        keys: original names of the tensors wanted; by default all.
-        device: where they go.
-        memory: "packed", "resident" (quantised weights are dequantised once, in the dtype they had) or "auto"
-            (resident where the device has room for it, see `memory.choose`; the log says why).
+        keys: original names of the tensors to read; by default all.
+        device: device of the result.
+        memory: "packed", "resident" (quantised weights are dequantised once, to their recorded dtype) or "auto"
+            (resident if the device has enough free memory, see `memory.choose_memory_mode`; the choice is logged).
         progress: see `parallel.Progress`; an error raised in it ends the work.
 
     Returns:
-        An NFTensor (resident: a tensor) for each quantised weight, a tensor for each kept one, by original name,
-        complete for all that the caller does next, on a CUDA device on its current stream.
+        An NFTensor (resident: a tensor) for each quantised weight and a tensor for each kept one, by original name. On
+        a CUDA device they are ready for work on its current stream.
 
     Raises:
-        NFQError: the file is missing, damaged, foreign or newer, the device is not there, or memory not enough.
+        NFQError: the file is missing, damaged, not an NFQ file or from a newer version, or the device is missing or
+            lacks memory.
         KeyError: a wanted tensor is not in the file.
-        ValueError: `memory` is none of those listed.
+        ValueError: `memory` is not one of the three.
     """
     with NFQFile(path) as file:
         return load_tensors(file, keys, device=device, memory=memory, progress=progress)
@@ -252,14 +251,14 @@ def load_tensors(
     memory: str = "packed",
     progress: Progress = no_progress,
 ) -> StateDict:
-    """`load` from a file that is open already."""
+    """`load` from an open file."""
     wanted = list(file.keys() if keys is None else keys)
-    # No number can be asked of torch's meta device, which is there everywhere.
+    # The check reads a number, which torch's meta device cannot give; that device exists everywhere.
     if str(device) != "meta":
         check_device(device)
     device = torch.device(device)
     sizes = needed_bytes(file, wanted)
-    mode, reason = choose(memory, *sizes, free_bytes(device) if memory == "auto" else None)
+    mode, reason = choose_memory_mode(memory, *sizes, free_bytes(device) if memory == "auto" else None)
     if memory == "auto":
         log.info("%s: weights are held %s on %s: %s", file.path, mode, device, reason)
     if device.type == "cpu":
@@ -269,18 +268,18 @@ def load_tensors(
         _load_into(result, file, wanted, device, mode == "resident", progress)
         return result
     except BaseException as error:
-        # Whoever catches the error holds this frame, but not the tensors.
+        # The traceback keeps this frame alive; free its tensors.
         result.clear()
         if not is_out_of_memory(error):
             raise
-    # Out here the allocator's own error is gone, and with it the frames of the threads that it passed through.
-    raise NFQError(_without_memory(file, device, mode, *sizes))
+    # Raise outside `except`, so that the new error does not keep the worker threads' frames alive.
+    raise NFQError(_out_of_memory_message(file, device, mode, *sizes))
 
 
 def _load_into(
     result: StateDict, file: NFQFile, wanted: list[str], device: torch.device, resident: bool, progress: Progress
 ) -> None:
-    """Fill `result` with the tensors wanted, in their order."""
+    """Fill `result` with the wanted tensors, in order."""
     if resident:
         # Tried once here, not by all threads at once.
         choose_backend(device)
@@ -298,9 +297,9 @@ def _load_into(
             progress(done, total, key)
 
 
-def _without_memory(file: NFQFile, device: torch.device, mode: str, dense_bytes: int, packed_bytes: int) -> str:
-    """What to tell where the tensors of a file do not fit on a device."""
-    needed, advice = packed_bytes, "free some, or take a file of fewer levels"
+def _out_of_memory_message(file: NFQFile, device: torch.device, mode: str, dense_bytes: int, packed_bytes: int) -> str:
+    """The message of the error when a file's tensors do not fit on a device."""
+    needed, advice = packed_bytes, "free some, or use a smaller file"
     if mode == "resident":
         needed, advice = dense_bytes, f'free some, or load with memory="packed", which needs {packed_bytes:,}'
     return f"{file.path}: there is not enough memory on {device}: {mode} weights need {needed:,} bytes; {advice}"

@@ -1,4 +1,4 @@
-"""The names of the files that commands write: given, completed or made up, such that programs list them."""
+"""Names of the files that commands write: given by the user, completed, or derived from the source."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ from ..planning.settings import BitsPerWeight, FileSize, Formats, Settings
 PLAIN_SUFFIX = ".safetensors"
 
 _PLAIN_ENDINGS = (PLAIN_SUFFIX, ".sft")
-"""What programs list plain safetensors files by."""
+"""Endings of the plain safetensors files that programs list."""
 
 _MODEL_ENDINGS = (SUFFIX, *_PLAIN_ENDINGS, ".nfq", *BY_ENDING)
-"""Endings that say what kind of model a file holds: whatever is not of that kind must not have them."""
+"""Endings that name a kind of model file; a file of another kind must not have them."""
 
 _EXTENSION = re.compile(r"\.[A-Za-z][A-Za-z0-9]*")
-"""What is meant as an extension; the `.0` of a version is not."""
+"""A file extension; the `.0` of a version number is not one."""
 
 _DIFFUSERS_NAME = re.compile(r"diffusion_pytorch_model(\..+)?")
-"""What diffusers calls the file of every model, with or without a variant such as `.fp16`."""
+"""The name that diffusers gives every model's file, with or without a variant such as `.fp16`."""
 
 _DTYPE_TAGS = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp64"}
 
 
 def model_name(source: str | os.PathLike) -> tuple[str, Path]:
-    """What a model is called, and the folder around it.
+    """Name of a model, and the folder that contains it.
 
-    The name is the file's, but for those that diffusers calls all alike: these take the name of the model's folder,
-    which is the one around `unet`, or in the hub's cache the one around `snapshots`.
+    The name is the file's. Files with diffusers' generic name take the name of the model's folder, which contains
+    `unet`, or `snapshots` in the hub's cache.
     """
     path = Path(source)
     model, folder = indexed_model(path) or _without(path.name, (SUFFIX,)) or path.stem, path.parent
     if path.is_dir():
         model, folder = "diffusion_pytorch_model", path
-    alike = _DIFFUSERS_NAME.fullmatch(model)
-    if not alike:
+    generic = _DIFFUSERS_NAME.fullmatch(model)
+    if not generic:
         return model, folder
     folder = Path(os.path.abspath(folder))
     folder = folder.parent if folder.name == "unet" else folder
     if folder.parent.name == "snapshots":
         folder = folder.parent.parent
-    return folder.name.rpartition("--")[2] + (alike[1] or ""), folder.parent
+    return folder.name.rpartition("--")[2] + (generic[1] or ""), folder.parent
 
 
-def tag(settings: Settings) -> str:
-    """What settings are called in a file's name: `NF16`, `NF12-NF24` with other convolutions, `3.4bpw`, `1.2GB`."""
+def settings_tag(settings: Settings) -> str:
+    """Settings as part of a file name, such as `NF16`, `NF12-NF24` (Linear, convolutions), `3.4bpw` or `1.2GB`."""
     choice = settings.choice
     if isinstance(choice, BitsPerWeight):
         return f"{choice.bits:g}bpw"
@@ -63,16 +63,16 @@ def tag(settings: Settings) -> str:
 
 
 def container_name(source: str | os.PathLike, settings: Settings) -> str:
-    """The name of the container that is made of a model with some settings: `<Model>-NF16.nfq.safetensors`."""
-    return f"{model_name(source)[0]}-{tag(settings)}{SUFFIX}"
+    """File name of the container for a model and settings: `<Model>-NF16.nfq.safetensors`."""
+    return f"{model_name(source)[0]}-{settings_tag(settings)}{SUFFIX}"
 
 
 def dense_name(source: str | os.PathLike, tag: str = "") -> str:
-    """The name of the plain file that is made of a container: `<Model>-fp16.safetensors`.
+    """File name of the plain safetensors file for a container: `<Model>-fp16.safetensors`.
 
     Args:
         source: the container.
-        tag: what the dtype of the tensors that were quantised is called; by default that which most of them had.
+        tag: name of the dtype of dequantised tensors; by default the dtype that most of them had.
     """
     if not tag:
         with NFQFile(source) as file:
@@ -82,21 +82,22 @@ def dense_name(source: str | os.PathLike, tag: str = "") -> str:
 
 
 def target_path(given: str | None, source: str | os.PathLike, name: str, suffix: str = SUFFIX) -> Path:
-    """Where a command writes, before anything is read or made.
+    """Path that a command writes to, decided before it reads or writes anything.
 
     Args:
-        given: the user's DST. None: the file goes beside the source; a folder, or what ends in a slash: into that. A
-            bare name gets the suffix.
-        source: what the file is made from.
-        name: the file's name where the user gives none.
+        given: the user's DST: a file (a name without the suffix gets it), an existing folder, or a folder that ends in
+            a slash. None means the source's folder.
+        source: the file or folder that is converted.
+        name: file name if the user gives none.
         suffix: SUFFIX or PLAIN_SUFFIX.
 
     Raises:
-        NFQError: the folder is missing, or programs would not list the file under this name.
+        NFQError: the folder is missing, or programs would not list a file of this name.
     """
     if given is None:
-        beside = os.path.abspath(source) if os.path.isdir(source) else source
-        return Path(beside).parent / name
+        # The absolute path of a folder has its name even if it is given as `.`.
+        source = os.path.abspath(source) if os.path.isdir(source) else source
+        return Path(source).parent / name
     if not given:
         raise NFQError("DST is empty; name a file or folder")
     if given.endswith(tuple(filter(None, (os.sep, os.altsep)))) or os.path.isdir(given):
@@ -105,19 +106,26 @@ def target_path(given: str | None, source: str | os.PathLike, name: str, suffix:
     path = Path(given)
     _refuse_missing(path.parent)
     if path.exists() and (not path.is_file() or (os.path.exists(source) and is_same_file(path, source))):
-        # Refused by whoever writes, with its own words.
+        # The writer refuses it with a more precise message.
         return path
+    return complete_name(path, suffix)
+
+
+def complete_name(path: Path, suffix: str = SUFFIX) -> Path:
+    """Append `suffix` to a path without an ending.
+
+    Raises:
+        NFQError: the path has the ending of another kind of file.
+    """
     refuse_name(path, suffix)
-    if path.name.lower().endswith(_endings(suffix)):
-        return path
-    return path.with_name(path.name + suffix)
+    return path if path.name.lower().endswith(_endings(suffix)) else path.with_name(path.name + suffix)
 
 
 def refuse_name(path: str | os.PathLike, suffix: str = SUFFIX) -> None:
-    """NFQError where a file's name says that it is of another kind than it will be.
+    """Raise NFQError if the ending of a file's name belongs to another kind of file.
 
     Args:
-        path: where the file is about to be written.
+        path: the file that will be written.
         suffix: SUFFIX for a container, PLAIN_SUFFIX for other safetensors files.
     """
     name = Path(path).name
@@ -137,7 +145,7 @@ def _is_extension(ending: str) -> bool:
 
 
 def _without(name: str, endings: tuple[str, ...]) -> str:
-    """A name without the first of some endings that it has; empty where it has none."""
+    """A name without the first of `endings` that it has; empty if it has none."""
     ending = next((ending for ending in endings if name.lower().endswith(ending)), "")
     return name[: -len(ending)] if ending else ""
 

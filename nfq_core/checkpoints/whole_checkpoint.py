@@ -1,4 +1,4 @@
-"""A file's tensors under the names that a whole LDM checkpoint gives them, packed or dense."""
+"""Names and tensors of a file as a whole LDM checkpoint has them, packed or dequantised."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ COMPANIONS = {
     "text encoder": ("conditioner.", "cond_stage_model.", "text_encoders."),
     "VAE": ("first_stage_model.", "vae."),
 }
-"""What a whole checkpoint holds beside its UNet, and how the names of its tensors may begin."""
+"""The other models in a whole checkpoint, with the prefixes that their keys may have."""
 
 MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
-"""Tensors beside the UNet by which ComfyUI tells how a model predicts."""
+"""Keys next to the UNet's from which ComfyUI detects a model's prediction type."""
 
 
 def unet_names(file: NFQFile) -> dict[str, str]:
-    """The LDM name, without prefix, of every UNet tensor in a file.
+    """LDM name, without prefix, of every UNet tensor in a file, by key.
 
     Raises:
-        UnsupportedFileError: there is no UNet of the SDXL family, or an incomplete one.
+        UnsupportedFileError: the file has no complete UNet of the SDXL family.
     """
     info, shapes = _recognised(file)
     if info.architecture is None:
@@ -41,10 +41,10 @@ def unet_names(file: NFQFile) -> dict[str, str]:
 
 
 def diffusers_unet_names(file: NFQFile) -> dict[str, str]:
-    """What diffusers calls every UNet tensor in a file.
+    """diffusers' name of every UNet tensor in a file, by key.
 
     Raises:
-        UnsupportedFileError: there is no UNet, or one in LDM's layout that is not of the SDXL family or incomplete.
+        UnsupportedFileError: the file has no UNet, or one in the LDM layout that is incomplete or not of the family.
     """
     info, shapes = _recognised(file)
     if info.architecture is None and info.layout != "diffusers":
@@ -67,10 +67,10 @@ def _unusable(file: NFQFile, missing: str) -> UnsupportedFileError:
 
 
 def checkpoint_names(file: NFQFile) -> dict[str, str]:
-    """What a whole LDM checkpoint calls each tensor of a file; all but the UNet's keep their names.
+    """Name in a whole LDM checkpoint of every tensor in a file, by key; only the UNet's names change.
 
     Raises:
-        UnsupportedFileError: as `unet_names`, or two tensors would get the same name.
+        UnsupportedFileError: the file has no complete UNet of the SDXL family, or two tensors would get one name.
     """
     unet = unet_names(file)
     names = {key: CHECKPOINT_PREFIX + unet[key] if key in unet else key for key in file.keys()}  # noqa: SIM118
@@ -83,11 +83,11 @@ def checkpoint_names(file: NFQFile) -> dict[str, str]:
 
 
 def missing_companions(file: NFQFile) -> list[str]:
-    """Those of COMPANIONS that a file lacks: both where it holds a UNet alone."""
-    return [part for part, beginnings in COMPANIONS.items() if not any(key.startswith(beginnings) for key in file.kept)]
+    """The COMPANIONS that a file lacks: both, if it holds only a UNet."""
+    return [part for part, prefixes in COMPANIONS.items() if not any(key.startswith(prefixes) for key in file.kept)]
 
 
-def dense(
+def dequantize_state_dict(
     tensors: StateDict,
     *,
     device: torch.device | str = "cpu",
@@ -96,10 +96,10 @@ def dense(
     """Dequantise a state dict, layer by layer.
 
     Args:
-        tensors: packed and kept tensors by name; each is taken out as it is dealt with, so that memory holds a weight
-            either packed or dense.
-        device: where the result is to lie; weights are dequantised there.
-        dtype: of weights that were packed; fp16 holds them exactly. Kept tensors stay as they are.
+        tensors: packed and kept tensors by name. Each is removed once it is dequantised, so that memory never holds
+            both forms of all weights.
+        device: device of the result; weights are dequantised there.
+        dtype: dtype of dequantised weights; fp16 represents them exactly. Kept tensors keep their dtype.
     """
 
     def work(key: str) -> torch.Tensor:
@@ -112,6 +112,6 @@ def dense(
     return dict(zip(keys, ordered_map(work, keys, size=sizes.__getitem__, threads=threads), strict=True))
 
 
-def renamed(tensors: StateDict, names: Mapping[str, str]) -> StateDict:
-    """The same tensors under other names, in the same order."""
+def rename_tensors(tensors: StateDict, names: Mapping[str, str]) -> StateDict:
+    """The same tensors under the names that `names` has for their keys, in the same order."""
     return {names[key]: tensor for key, tensor in tensors.items()}

@@ -30,15 +30,21 @@ log = logging.getLogger("nfq")
 
 CONTAINER = "an .nfq.safetensors file"
 
-NEW_CONTAINER = "the .nfq.safetensors file to write, or a folder"
+MODEL = "a .safetensors file, or the *.index.json or the folder of a sharded model"
 
-NEW_PLAIN = "the .safetensors file to write, or a folder"
+NEW_CONTAINER = "the .nfq.safetensors file to write, or a folder for it"
+
+NEW_PLAIN = "the .safetensors file to write, or a folder for it"
 
 OUTPUT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 for bad input (one line on stderr), 2 for wrong usage."""
+    """Run one command; returns the exit code: 0 for success, 1 for bad input (one line on stderr), 2 for wrong usage.
+
+    Args:
+        arguments: the command's arguments; by default those of the process.
+    """
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="nfq: warning: %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -49,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         message = "interrupted; no unfinished file is left"
     except BrokenPipeError:
-        # Whoever read the output has seen enough; what is left must not fail again at exit.
+        # The reader of the output closed it, as `head` does; buffered output must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -70,71 +76,98 @@ def _interrupt(*_: object) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="nfq", description="Make SDXL models small in the NF block format.")
+    parser = argparse.ArgumentParser(prog="nfq", description="Quantise SDXL models to small NFQ files.")
     parser.add_argument("--version", action="version", version=f"nfq {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(name: str, run: Run, help_text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
-        sub.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else, on stdout")
+        sub.add_argument("--json", action="store_true", help="print only the result, as JSON, on standard output")
         sub.set_defaults(run=run)
         return sub
 
-    sub = command("demo", _demo, "quantise and sample the bundled tiny model at the article's five levels")
-    sub.add_argument("--out", default="nfq-demo", metavar="DIR", help="where the pictures go (default: %(default)s)")
-    sub.add_argument("--force", action="store_true", help="overwrite what an earlier demo left in DIR")
+    sub = command("demo", _demo, "quantise the bundled tiny model to five sizes and draw the same pictures with each")
+    sub.add_argument("--out", default="nfq-demo", metavar="DIR", help="folder for the results (default: %(default)s)")
+    sub.add_argument("--force", action="store_true", help="replace the results of an earlier demo in DIR")
 
     sub = command("quantize", _quantize, "convert a safetensors UNet, checkpoint or state dict to .nfq.safetensors")
-    sub.add_argument("source", metavar="SRC", help="a .safetensors file")
-    sub.add_argument("target", metavar="DST", nargs="?", help=f"{NEW_CONTAINER} (default: SRC's, with the settings)")
+    sub.add_argument("source", metavar="SRC", help=f"the model: {MODEL}")
+    sub.add_argument(
+        "target",
+        metavar="DST",
+        nargs="?",
+        help=f"{NEW_CONTAINER} (default: next to SRC, named after SRC and the settings)",
+    )
     add_conversion_options(sub)
-    sub.add_argument("--force", action="store_true", help="overwrite DST")
+    sub.add_argument("--force", action="store_true", help="overwrite DST if it exists")
 
-    sub = command("batch", _batch, "convert every SDXL-type model in some folders, those not converted yet")
-    sub.add_argument("folders", nargs="+", metavar="DIR", help="a folder, with all its subfolders, or a file")
-    sub.add_argument("--out", required=True, metavar="DIR", help="where the .nfq.safetensors files go")
-    sub.add_argument("--any", action="store_true", help="convert LoRAs, VAEs and all other safetensors files too")
+    sub = command("batch", _batch, "convert all SDXL-type models in folders, except those that are converted already")
+    sub.add_argument("folders", nargs="+", metavar="DIR", help="a folder to search, with its subfolders, or a file")
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder for the .nfq.safetensors files")
+    sub.add_argument(
+        "--any", action="store_true", help="also convert safetensors files of other kinds, such as LoRAs and VAEs"
+    )
     add_conversion_options(sub)
-    sub.add_argument("--dry-run", action="store_true", help="tell what would be done, and do nothing")
-    sub.add_argument("--rehash", action="store_true", help="tell by SHA-256 alone whether a file is converted already")
-    sub.add_argument("--force", action="store_true", help="overwrite files that were made from others, or otherwise")
+    sub.add_argument("--dry-run", action="store_true", help="list what would be done, and write nothing")
+    sub.add_argument(
+        "--rehash",
+        action="store_true",
+        help="recognise converted files by the SHA-256 of their source, not by its name, size and time",
+    )
+    sub.add_argument(
+        "--force", action="store_true", help="replace results that were made from other files or with other settings"
+    )
 
-    sub = command("calibrate-demo", _calibrate_demo, "collect a calibration of the demo model while it is sampled")
+    sub = command("calibrate-demo", _calibrate_demo, "sample the bundled demo model and write a calibration of it")
     sub.add_argument("target", metavar="DST", help=NEW_PLAIN)
-    sub.add_argument("--prompts", type=int, default=32, metavar="N", help="captions to sample (default: 32)")
-    sub.add_argument("--no-sensitivities", action="store_true", help="leave out what sizes need, half of the time")
-    sub.add_argument("--force", action="store_true", help="overwrite DST")
+    sub.add_argument("--prompts", type=int, default=32, metavar="N", help="number of captions to sample (default: 32)")
+    sub.add_argument(
+        "--no-sensitivities",
+        action="store_true",
+        help="do not measure sensitivities, which choosing formats by size uses; takes half the time",
+    )
+    sub.add_argument("--force", action="store_true", help="overwrite DST if it exists")
 
-    sub = command("merge-calibrations", _merge_calibrations, "make one calibration of several of one architecture")
-    sub.add_argument("sources", nargs="+", metavar="F", help="calibrations; each layer's count by the inputs they saw")
+    sub = command(
+        "merge-calibrations", _merge_calibrations, "merge several calibrations of one architecture into one file"
+    )
+    sub.add_argument(
+        "sources", nargs="+", metavar="F", help="calibration files, weighted by the number of inputs that each saw"
+    )
     sub.add_argument("target", metavar="DST", help=NEW_PLAIN)
-    sub.add_argument("--force", action="store_true", help="overwrite DST")
+    sub.add_argument("--force", action="store_true", help="overwrite DST if it exists")
 
-    sub = command("info", _info, "tell what an .nfq.safetensors file is")
+    sub = command("info", _info, "show what an .nfq.safetensors file contains and how it was made")
     sub.add_argument("file", metavar="F", help=CONTAINER)
 
-    command("backends", _backends, "tell which code decodes on each device of this machine, and why")
+    command("backends", _backends, "show which decoder each device of this machine uses, and why")
 
     sub = command("verify", _verify, "check every checksum and bound of an .nfq.safetensors file")
     sub.add_argument("file", metavar="F", help=CONTAINER)
 
-    sub = command("compare", _compare, "measure how far an .nfq.safetensors file is from its original")
-    sub.add_argument("original", metavar="ORIGINAL", help="the safetensors file that F was made from")
+    sub = command("compare", _compare, "measure the error of an .nfq.safetensors file against its original")
+    sub.add_argument("original", metavar="ORIGINAL", help=f"the model that F was made from: {MODEL}")
     sub.add_argument("file", metavar="F", help=CONTAINER)
 
     add_report_command(command)
     add_card_command(command)
 
-    sub = command("dequantize", _dequantize, "turn an .nfq.safetensors file back into plain safetensors")
+    sub = command("dequantize", _dequantize, "convert an .nfq.safetensors file back to plain safetensors")
     sub.add_argument("file", metavar="F", help=CONTAINER)
-    sub.add_argument("target", metavar="DST", nargs="?", help=f"{NEW_PLAIN} (default: F's, with the dtype)")
-    sub.add_argument("--dtype", choices=tuple(OUTPUT_DTYPES), help="dtype of quantised tensors (default: as recorded)")
-    sub.add_argument("--force", action="store_true", help="overwrite DST")
+    sub.add_argument(
+        "target", metavar="DST", nargs="?", help=f"{NEW_PLAIN} (default: next to F, named after F and the dtype)"
+    )
+    sub.add_argument(
+        "--dtype",
+        choices=tuple(OUTPUT_DTYPES),
+        help="dtype of the dequantised tensors (default: their dtype in the original)",
+    )
+    sub.add_argument("--force", action="store_true", help="overwrite DST if it exists")
 
-    sub = command("import-article", _import, "make an .nfq.safetensors file of one that the article's code wrote")
-    sub.add_argument("file", metavar="F", help="a file that the article's code wrote")
+    sub = command("import-article", _import, "convert a file written by the article's code to .nfq.safetensors")
+    sub.add_argument("file", metavar="F", help="a file written by the article's code")
     sub.add_argument("target", metavar="DST", help=NEW_CONTAINER)
-    sub.add_argument("--force", action="store_true", help="overwrite DST")
+    sub.add_argument("--force", action="store_true", help="overwrite DST if it exists")
     return parser
 
 
@@ -163,7 +196,7 @@ def _batch(options: argparse.Namespace) -> int:
         )
     show(options, report, "\n".join(batch_lines(report)))
     if report["stopped"]:
-        raise NFQError(f"{report['stopped']}; the same command goes on where it stopped")
+        raise NFQError(f"{report['stopped']}; run the same command again to continue")
     failed = report["totals"]["failed"]
     if failed:
         raise NFQError(f"{failed} of {len(report['files'])} files failed, see above")
@@ -198,16 +231,16 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _backends(options: argparse.Namespace) -> int:
-    found = backends.available()
-    facts = {device: {"backend": backend.name, "reason": backend.reason} for device, backend in found.items()}
-    lines = [f"{device:<8} {backend.name:<7} {backend.reason}" for device, backend in found.items()]
+    available = backends.available()
+    facts = {device: {"backend": backend.name, "reason": backend.reason} for device, backend in available.items()}
+    lines = [f"{device:<8} {backend.name:<7} {backend.reason}" for device, backend in available.items()]
     return show(options, facts, "\n".join(lines))
 
 
 def _verify(options: argparse.Namespace) -> int:
     with progress_bar("verifying", options) as progress:
         result = examine.verify_file(options.file, progress=progress)
-    show(options, result, f"{options.file}: all {result['tensors']} tensors are sound" if result["ok"] else "")
+    show(options, result, f"{options.file}: all {result['tensors']} tensors are intact" if result["ok"] else "")
     if not result["ok"]:
         more = len(result["errors"]) - 1
         raise NFQError(result["errors"][0] + (f" (and {more} more tensors, --json lists them)" if more else ""))
@@ -245,7 +278,7 @@ def _calibrate_demo(options: argparse.Namespace) -> int:
     from ..demo.shapes import SCENE_COUNT
 
     if not 1 <= options.prompts <= SCENE_COUNT:
-        raise NFQError(f"--prompts must be from 1 to {SCENE_COUNT:,}, all captions there are, got {options.prompts}")
+        raise NFQError(f"--prompts must be from 1 to {SCENE_COUNT:,} (all captions), got {options.prompts}")
     options.target = target_path(options.target, "", f"demo{CALIBRATION_SUFFIX}", PLAIN_SUFFIX)
     with progress_bar("calibrating", options, "caption") as progress:
         result = calibrate_demo(

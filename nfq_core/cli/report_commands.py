@@ -25,28 +25,36 @@ from ..sizes import size_in_words
 from .terminal import AddCommand, progress_bar, show
 
 DEMO = "demo"
-"""Stands for the bundled model and its pipeline."""
+"""Argument that means the bundled model and its pipeline."""
 
 
 def add_report_command(command: AddCommand) -> None:
     """Declare `nfq report`."""
-    sub = command("report", _report, "report in words and plots how far files are from their original")
+    sub = command("report", _report, "write a report, with plots, of the error of files against their original")
     sub.add_argument(
-        "original", metavar="ORIGINAL", help="the safetensors file that they were made from, or demo: the bundled one"
+        "original",
+        metavar="ORIGINAL",
+        help="the model that the files were made from: a .safetensors file, the *.index.json or the folder of a "
+        "sharded model, or `demo` for the bundled model",
     )
-    sub.add_argument("files", metavar="FILE", nargs="+", help=".nfq.safetensors files")
-    sub.add_argument("--out", default="nfq-report", metavar="DIR", help="where the report goes (default: %(default)s)")
-    sub.add_argument("--force", action="store_true", help="replace what an earlier report left in DIR")
+    sub.add_argument("files", metavar="FILE", nargs="+", help=".nfq.safetensors files to measure")
+    sub.add_argument("--out", default="nfq-report", metavar="DIR", help="folder for the report (default: %(default)s)")
+    sub.add_argument("--force", action="store_true", help="replace an earlier report in DIR")
     group = sub.add_argument_group("pictures")
     group.add_argument(
-        "--pipeline", metavar="DIR", help="draw with this SDXL folder of diffusers, or demo: with the demo model"
+        "--pipeline",
+        metavar="DIR",
+        help="draw pictures with the SDXL pipeline in this diffusers folder, or `demo` for the bundled model "
+        "(default: no pictures)",
     )
-    group.add_argument("--prompts", metavar="FILE", help="a text file, a prompt per line (default: eight)")
-    group.add_argument("--steps", type=int, metavar="N", help=f"denoising steps (default: {Drawing.steps})")
-    group.add_argument("--guidance", type=float, metavar="X", help="scale of CFG (default: the pipeline's)")
-    group.add_argument("--seed", type=int, metavar="N", help=f"of the first picture (default: {Drawing.seed})")
-    group.add_argument("--side", type=int, metavar="N", help="width and height in pixels (default: the model's)")
-    group.add_argument("--device", metavar="D", help=f"where to draw, such as cuda (default: {Drawing.device})")
+    group.add_argument("--prompts", metavar="FILE", help="text file with one prompt per line (default: eight prompts)")
+    group.add_argument("--steps", type=int, metavar="N", help=f"number of denoising steps (default: {Drawing.steps})")
+    group.add_argument("--guidance", type=float, metavar="X", help="CFG scale (default: the pipeline's)")
+    group.add_argument("--seed", type=int, metavar="N", help=f"seed of the first picture (default: {Drawing.seed})")
+    group.add_argument(
+        "--side", type=int, metavar="N", help="width and height of pictures, in pixels (default: the model's)"
+    )
+    group.add_argument("--device", metavar="D", help=f"device to draw on, such as cuda (default: {Drawing.device})")
     sub.set_defaults(wrong_usage=sub.error)
 
 
@@ -59,13 +67,13 @@ def _report(options: argparse.Namespace) -> int:
     prepare_folder(folder, WRITTEN, options.force)
     original = bundled_weights_path() if options.original == DEMO else options.original
     files = by_size(options.files)
-    artist = painter(options.pipeline, drawing) if drawing else None
+    painter = make_painter(options.pipeline, drawing) if drawing else None
     with progress_bar("comparing", options) as progress:
         report = measure(original, files, progress=progress)
     drawn = []
-    if artist:
+    if painter:
         with progress_bar("drawing", options, "model") as progress:
-            drawn = add_pictures(report, original, files, artist, progress=progress)
+            drawn = add_pictures(report, original, files, painter, progress=progress)
     write_report(folder, report, drawn, overwrite=options.force)
     lines = []
     for file in report["files"]:
@@ -81,22 +89,26 @@ def _report(options: argparse.Namespace) -> int:
 
 def add_card_command(command: AddCommand) -> None:
     """Declare `nfq card`."""
-    sub = command("card", _card, "write a model card in Markdown")
-    sub.add_argument("files", metavar="FILE", nargs="+", help=".nfq.safetensors files")
+    sub = command("card", _card, "write a model card for .nfq.safetensors files, in Markdown")
+    sub.add_argument("files", metavar="FILE", nargs="+", help=".nfq.safetensors files that the card describes")
     either = sub.add_mutually_exclusive_group()
-    either.add_argument("--original", metavar="F", help="the safetensors file that they were made from: adds errors")
-    either.add_argument("--report", metavar="DIR", help="what `nfq report` wrote of them: adds errors and plots")
-    sub.add_argument("--base-model", default="", metavar="ID", help="name of the base model on the hub")
-    sub.add_argument("--license", default="", metavar="ID", help="licence of the base model, which is inherited")
-    sub.add_argument(
-        "--recommend", metavar="FILE", help=f"one of the files (default: nearest to {RECOMMENDED_BITS} packed bits)"
+    either.add_argument("--original", metavar="F", help="the model that the files were made from: adds their errors")
+    either.add_argument(
+        "--report", metavar="DIR", help="folder of an `nfq report` about the files: adds their errors and plots"
     )
-    sub.add_argument("--out", metavar="DST", help="a file for the card, in UTF-8 (default: stdout)")
-    sub.add_argument("--force", action="store_true", help="overwrite DST")
+    sub.add_argument("--base-model", default="", metavar="ID", help="name of the base model on the Hugging Face Hub")
+    sub.add_argument("--license", default="", metavar="ID", help="licence of the base model, which the files inherit")
+    sub.add_argument(
+        "--recommend",
+        metavar="FILE",
+        help=f"which of the files to recommend (default: nearest to {RECOMMENDED_BITS} packed bits per weight)",
+    )
+    sub.add_argument("--out", metavar="DST", help="file for the card, in UTF-8 (default: standard output)")
+    sub.add_argument("--force", action="store_true", help="overwrite DST if it exists")
 
 
 def _card(options: argparse.Namespace) -> int:
-    # A target that cannot be written is refused before anything is measured.
+    # Open the target first, so that an error comes before the long measurement.
     target = nullcontext() if options.out is None else AtomicFile(options.out, options.force)
     with target as file, progress_bar("comparing", options) as progress:
         facts = card_facts(
@@ -117,29 +129,29 @@ def _card(options: argparse.Namespace) -> int:
     return show(options, facts, text.rstrip("\n"), document=True)
 
 
-def painter(pipeline: str | os.PathLike, drawing: Drawing) -> Painter:
-    """What draws with a diffusers folder, or with the bundled demo model where `pipeline` is DEMO.
+def make_painter(pipeline: str | os.PathLike, drawing: Drawing) -> Painter:
+    """Create the painter for a diffusers folder, or for the bundled demo model if `pipeline` is DEMO.
 
     Raises:
-        NFQError: the folder holds no SDXL pipeline, or the device or a prompt is of no use to it.
+        NFQError: the folder has no SDXL pipeline, or the painter cannot draw this on this device.
         ImportError: diffusers or transformers is missing.
     """
     return DemoPainter(drawing) if str(pipeline) == DEMO else PipelinePainter(pipeline, drawing)
 
 
 def _drawing(options: argparse.Namespace) -> Drawing | None:
-    """What the options ask for, with --pipeline; without it they ask for no pictures."""
+    """What to draw, from the options; None without --pipeline."""
     choices = {field.name: getattr(options, field.name) for field in fields(Drawing)}
     given = {name: choice for name, choice in choices.items() if choice is not None}
     if options.pipeline is None:
         if given:
-            options.wrong_usage(f"--{next(iter(given))} is of pictures, which need --pipeline")
+            options.wrong_usage(f"--{next(iter(given))} is for pictures, which need --pipeline")
         return None
     for name in ("steps", "side"):
         if name in given and given[name] < 1:
             raise NFQError(f"--{name} must be at least 1, got {given[name]}")
     if "guidance" in given and not math.isfinite(given["guidance"]):
-        raise NFQError(f"--guidance must be a number, got {given['guidance']}")
+        raise NFQError(f"--guidance must be a finite number, got {given['guidance']}")
     if "seed" in given and not 0 <= given["seed"] < 1 << 32:
         raise NFQError(f"--seed must be from 0 to {(1 << 32) - 1:,}, got {given['seed']}")
     if "prompts" in given:
@@ -149,11 +161,11 @@ def _drawing(options: argparse.Namespace) -> Drawing | None:
 
 def _prompts(path: str | os.PathLike) -> tuple[str, ...]:
     try:
-        # Windows' editors may begin a file with a byte order mark, which is no part of the first prompt.
+        # Windows editors may write a byte order mark, which must not become part of the first prompt.
         lines = Path(path).read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise NFQError(f"{path} is no text in UTF-8") from None
+        raise NFQError(f"{path} is not a text in UTF-8") from None
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
-        raise NFQError(f"{path} holds no prompt; write one on each line")
+        raise NFQError(f"{path} has no prompts; write one per line")
     return prompts

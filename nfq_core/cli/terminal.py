@@ -1,4 +1,4 @@
-"""What the commands share: how results are shown, how progress is drawn, how a command is declared."""
+"""Helpers of the commands: showing results and progress, and the type of a command's declaration."""
 
 from __future__ import annotations
 
@@ -17,35 +17,39 @@ from ..errors import printable
 from ..parallel import Progress
 
 Run = Callable[[argparse.Namespace], int]
-"""Carries a command out; returns its exit code."""
+"""Runs a command; returns its exit code."""
 
 AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
-"""Declares a command by its name, what runs it and a line of help; the result takes its arguments. It has `--json`."""
+"""Declares a command by name, function and a line of help; returns its parser, which has `--json` already."""
 
 
 def show(options: argparse.Namespace, result: Any, text: str, *, document: bool = False) -> int:
     """Print `text`, or with `--json` the result as JSON; returns 0.
 
-    A document, which is made to be kept, is UTF-8 wherever it does not go to a terminal.
+    Args:
+        options: the command's options.
+        result: JSON-ready result.
+        text: the result as text.
+        document: whether the text is a file's contents, which is written as UTF-8 unless it goes to a terminal.
     """
     output = json.dumps(result, indent=2) if options.json else text
     if document and isinstance(sys.stdout, TextIOWrapper) and not sys.stdout.isatty():
         sys.stdout.reconfigure(encoding="utf-8")
     if output:
-        # Neither every terminal nor every file name is Unicode.
+        # Some terminals and some file names are not Unicode.
         encoding = sys.stdout.encoding or "utf-8"
         print(output.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     return 0
 
 
 def decibels(ratio: float | None) -> str:
-    """A ratio in dB for a column of them; None where both sides are equal."""
+    """A ratio in dB as a text of fixed width; None means that both sides are equal."""
     return "  equal" if ratio is None else f"{ratio:6.2f} dB"
 
 
 @contextmanager
 def progress_bar(title: str, options: argparse.Namespace, unit: str = "B") -> Iterator[Progress]:
-    """A progress callback that draws a bar on a terminal, and nothing elsewhere or with `--json`."""
+    """A progress callback that draws a bar on a terminal; without one, or with `--json`, it draws nothing."""
     hidden = True if options.json else None
     bar = tqdm(desc=title, unit=unit, unit_scale=unit == "B", disable=hidden, leave=False)
     with logging_redirect_tqdm(), bar:

@@ -1,4 +1,4 @@
-"""Calibrating the demo model: statistics of its layers' inputs while captions of its own world are sampled."""
+"""Calibrate the demo model: sample random captions and collect statistics of its layers' inputs."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from .model import SCHEDULER_CONFIG, STEPS, build_pipeline, import_diffusers, lo
 from .shapes import Scene, describe, draw, random_scene, tokenise
 
 BATCH = 8
-"""Captions sampled at once."""
+"""Number of captions sampled at once."""
 
 CALIBRATION_SEED, HELD_OUT_SEED = 1, 2
-"""Where the captions for calibrating and for measuring are drawn from; none of the latter is among the former."""
+"""Seeds of the captions for calibration and for measurements; the two sets do not overlap."""
 
 FIRST_NOISE_SEED = 10_000
 
 NOISY_BATCHES, NOISY_BATCH = 2, 4
-"""Noisy pictures, at timesteps spread evenly, on which sensitivities are measured ..."""
+"""Number of batches of noisy pictures for sensitivities, and pictures per batch, at evenly spread timesteps."""
 
 LAYERS_PER_BATCH = 1000
-"""... of so many layers each: all of them."""
+"""Most layers tried per batch: more than the model has, so all of them."""
 
 
 def random_captions(count: int, seed: int = CALIBRATION_SEED, without: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Different captions of random scenes, none of them in `without`."""
+    """`count` different captions of random scenes, except those in `without`."""
     rng = np.random.default_rng(seed)
     captions: dict[str, None] = {}
     while len(captions) < count:
@@ -47,7 +47,7 @@ def random_captions(count: int, seed: int = CALIBRATION_SEED, without: tuple[str
 def noisy_pictures(
     scenes: Sequence[Scene], timesteps: torch.Tensor, rng: np.random.Generator, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What `TinyPipeline` is called with: scenes drawn and noised up to `timesteps`, these, and their captions' ids."""
+    """Arguments for `TinyPipeline`: pictures of scenes with noise added, `timesteps`, and the captions' ids."""
     pictures = torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes])).permute(0, 3, 1, 2) * 2 - 1
     noise = torch.randn(pictures.shape, generator=generator)
     noisy = import_diffusers().DDPMScheduler(**SCHEDULER_CONFIG).add_noise(pictures, noise, timesteps)
@@ -55,14 +55,14 @@ def noisy_pictures(
 
 
 def collect_demo(prompts: int, *, sensitivities: bool = True, progress: Progress = no_progress) -> Calibration:
-    """The demo model's statistics with Hessians, from random captions sampled with DPM++ 2M and CFG as in the demo.
+    """Collect the demo model's statistics, with Hessians, from random captions sampled as in the demo.
 
-    Sensitivities are measured on pictures of the training's kind, at all timesteps at once: that takes fewer calls.
+    Sensitivities are measured on noisy training pictures at several timesteps at once, which takes fewer calls.
 
     Args:
-        prompts: how many captions.
-        sensitivities: whether they are measured.
-        progress: is called with the number of captions sampled, their number in all, and the last one.
+        prompts: number of captions.
+        sensitivities: whether to measure sensitivities.
+        progress: called with the number of captions sampled, the total number, and the last caption.
     """
     captions = random_captions(prompts)
     pipeline = build_pipeline(load_weights())
@@ -93,7 +93,7 @@ def calibrate_demo(
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> dict:
-    """Write what `collect_demo` collects.
+    """Write the calibration from `collect_demo` to a file.
 
     Returns:
         `target`, `weights`, `prompts` and `sensitivities` (counts), `file_bytes` and `seconds`.

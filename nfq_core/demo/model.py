@@ -55,7 +55,7 @@ TIME_IDS = (IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE)
 
 STEPS = 20
 GUIDANCE = 3.0
-"""What the demo model is sampled with, by the demo, by its calibration and for reports."""
+"""Steps and CFG scale for the demo, its calibration and reports."""
 
 
 class WordEncoder(nn.Module):
@@ -99,7 +99,7 @@ def import_diffusers() -> ModuleType:
 
 
 def bundled_weights_path() -> Path:
-    """Path of the fp16 weights that come with the package."""
+    """Path of the fp16 weights in the package."""
     return Path(__file__).parent / "weights" / "demo.safetensors"
 
 
@@ -118,7 +118,7 @@ def split_weights(
 
 
 def merge_weights(pipeline: TinyPipeline) -> dict[str, torch.Tensor]:
-    """Gather a pipeline's weights under the names that the file uses; the inverse of split_weights."""
+    """A pipeline's weights under the file's names; the inverse of `split_weights`."""
     text = {TEXT_PREFIX + name: tensor for name, tensor in pipeline.text.state_dict().items()}
     return {**pipeline.unet.state_dict(), **text}
 
@@ -126,7 +126,7 @@ def merge_weights(pipeline: TinyPipeline) -> dict[str, torch.Tensor]:
 def build_pipeline(weights: Mapping[str, torch.Tensor] | None = None) -> TinyPipeline:
     """Build the fp32 pipeline on the CPU with these weights (any float dtype), or with random ones.
 
-    Raises ImportError without diffusers and RuntimeError where names or shapes do not match the architecture.
+    Raises ImportError without diffusers and RuntimeError if names or shapes do not match the architecture.
     """
     pipeline = TinyPipeline(import_diffusers().UNet2DConditionModel(**UNET_CONFIG), WordEncoder())
     if weights is not None:
@@ -147,7 +147,7 @@ def sample(
 ) -> np.ndarray:
     """Draw captions with DPM++ 2M and classifier-free guidance, as uint8 pictures [n, 32, 32, 3].
 
-    Picture i starts from the noise of seed + i, or of seed[i], so it does not depend on how many are drawn together.
+    Picture i starts from the noise of seed + i, or of seed[i], so it does not depend on the size of the batch.
     Guidance 1 is the plain conditional model. Raises ValueError on an unknown word.
     """
     scheduler = import_diffusers().DPMSolverMultistepScheduler(

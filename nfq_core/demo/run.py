@@ -17,7 +17,7 @@ import torch
 from ..checkpoints.convert import quantize_file
 from ..checkpoints.examine import compare_files, file_info
 from ..checkpoints.state_dict import load
-from ..checkpoints.whole_checkpoint import dense
+from ..checkpoints.whole_checkpoint import dequantize_state_dict
 from ..files.atomic import prepare_folder, write_whole
 from ..files.container import SUFFIX
 from ..packed.formats import LEVELS
@@ -42,38 +42,38 @@ SEED = 0
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """The demo model is known to be too small for ComfyUI; nobody needs to be warned of that five times."""
+    """Suppress the warning that the demo model is too small for ComfyUI, which would appear five times."""
     log = logging.getLogger("nfq")
 
-    def refuse(record: logging.LogRecord) -> bool:
+    def is_error(record: logging.LogRecord) -> bool:
         return record.levelno > logging.WARNING
 
-    log.addFilter(refuse)
+    log.addFilter(is_error)
     try:
         yield
     finally:
-        log.removeFilter(refuse)
+        log.removeFilter(is_error)
 
 
 def run_demo(folder: str | Path, *, overwrite: bool = False, progress: Progress = no_progress) -> dict:
-    """Quantise the bundled model at five levels, sample the same captions and seeds, and write what came out.
+    """Quantise the bundled model at the article's five levels and draw the same captions and seeds with each.
 
-    Convolutions have 32 levels throughout, as in the article; the first and last are kept. Pictures are drawn with
-    DPM++ 2M and classifier-free guidance from weights that went through the file.
+    Convolutions always have 32 levels, as in the article; the first and last are kept. Pictures are drawn with DPM++ 2M
+    and classifier-free guidance, from weights read back from the files.
 
     Args:
-        folder: gets `comparison.png`, `report.json` and the five `.nfq.safetensors` files; made if missing.
+        folder: receives `comparison.png`, `report.json` and five `.nfq.safetensors` files; created if missing.
         overwrite: whether files of an earlier demo may be replaced.
-        progress: called with the number of models sampled, six, and what was sampled.
+        progress: called with the number of models sampled, the total of six, and the name of the last.
 
     Returns:
         The report: `levels` (32 first, each `levels`, `bits_per_weight`, `file_bytes`, `sqnr_db` of the weights and
-        `psnr_db` of the pictures, over all of them, against fp16's), `comparison`, `captions`, `seed`, `steps`,
-        `guidance`, `original_bytes` and `seconds`.
+        `psnr_db` of all pictures against fp16's), `comparison`, `captions`, `seed`, `steps`, `guidance`,
+        `original_bytes` and `seconds`.
 
     Raises:
-        TargetExistsError: the folder holds an earlier demo and `overwrite` is false.
-        NFQError: the folder cannot be made or written.
+        TargetExistsError: the folder has an earlier demo and `overwrite` is false.
+        NFQError: the folder cannot be created or written.
         ImportError: diffusers or Pillow is missing.
     """
     started = perf_counter()
@@ -92,7 +92,7 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: Progress 
         target = folder / f"demo-nf{levels}{SUFFIX}"
         with _without_warnings():
             quantize_file(original, target, Settings(Formats.of(levels)), overwrite=overwrite)
-        pictures = _draw(build_pipeline(dense(load(target))))
+        pictures = _draw(build_pipeline(dequantize_state_dict(load(target))))
         psnr = psnr_db(torch.from_numpy(reference), torch.from_numpy(pictures), 255)
         info = file_info(target)
         row = {

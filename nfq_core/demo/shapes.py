@@ -1,7 +1,7 @@
-"""The demo model's little world: coloured shapes on flat backgrounds, their captions, and the words in them.
+"""The demo model's scenes: coloured shapes on flat backgrounds, their captions, and the vocabulary.
 
 Pictures are float32 arrays [32, 32, 3] (height, width, RGB) with values in 0..1; shapes are drawn four times larger
-and averaged down, which smooths their edges. numpy only.
+and averaged down, which smooths their edges. Needs numpy only.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,7 +49,7 @@ def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (across**2 + up**2 - 1) ** 3 <= across**2 * up**3
 
 
-# Each takes coordinates in units of the radius, x to the right and y downwards, and says which points are inside.
+# Each takes coordinates in units of the radius, x to the right and y downwards, and returns which points are inside.
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": lambda x, y: np.hypot(x, y) <= 1,
     "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) <= 0.88,
@@ -71,7 +71,7 @@ VOCABULARY: tuple[str, ...] = (
 )
 _WORD_IDS = {word: index for index, word in enumerate(VOCABULARY)}
 
-# Mostly large things: the bundled model gets the colours right, but the shapes of small things come out as blobs.
+# Mostly large things: the bundled model draws colours well, but small shapes as blobs.
 CAPTIONS: tuple[str, ...] = (
     "a large red circle on a white background",
     "a large yellow star on a blue background",
@@ -85,7 +85,7 @@ CAPTIONS: tuple[str, ...] = (
 
 
 class Thing(NamedTuple):
-    """One shape of a picture; size is "" where the caption names none, as in pictures of two things."""
+    """One shape of a picture; size is "" if the caption names none, as in pictures of two things."""
 
     size: str
     colour: str
@@ -127,13 +127,13 @@ def random_scene(rng: np.random.Generator, pair_share: float = 0.3) -> Scene:
 
 
 def describe(scene: Scene) -> str:
-    """Say a scene in words of VOCABULARY, such as "a small red circle on a blue background"."""
+    """The caption of a scene in words of VOCABULARY, such as "a small red circle on a blue background"."""
     things = [" ".join(word for word in ("a", *thing) if word) for thing in scene.things]
     return " left of ".join(things) + f" on a {scene.background} background"
 
 
 SCENE_COUNT = perm(len(COLOURS), 2) * len(SIZES) * len(SHAPES) + perm(len(COLOURS), 3) * perm(len(SHAPES), 2)
-"""How many scenes there are, of one thing and of two, and as many captions: each is another one's."""
+"""Number of scenes of one thing and of two; each has its own caption."""
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:

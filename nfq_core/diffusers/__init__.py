@@ -1,7 +1,7 @@
 """Quantised UNets in diffusers: `NFQConfig` quantises at load, `load_unet` reads an `.nfq.safetensors` file.
 
-Importing this package tells diffusers of the quantisation method "nfq", which `from_pretrained` needs for the folders
-that a packed model's `save_pretrained` writes.
+Importing this package registers the quantisation method "nfq" with diffusers. `from_pretrained` needs it for folders
+that a packed model's `save_pretrained` wrote.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ from __future__ import annotations
 from ..errors import missing_package
 
 _OLDEST = (0, 33)
-"""Before, the interface for quantisers served one of them alone."""
+"""Older versions have no interface for other quantisers."""
 
 
-def _needed(found: str = "") -> ImportError:
+def _version_error(installed: str = "") -> ImportError:
     oldest = ".".join(map(str, _OLDEST))
-    needed = f"nfq_core.diffusers needs diffusers {oldest} or newer{found}"
+    needed = f"nfq_core.diffusers needs diffusers {oldest} or newer{installed}"
     return missing_package(needed, f'"diffusers>={oldest}"', "accelerate")
 
 
 try:
     import diffusers
 except ImportError as error:
-    raise _needed() from error
+    raise _version_error() from error
 if tuple(map(int, diffusers.__version__.split(".")[:2])) < _OLDEST:
-    raise _needed(f", this is {diffusers.__version__}")
+    raise _version_error(f", this is {diffusers.__version__}")
 
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING  # noqa: E402
 
@@ -34,9 +34,9 @@ __all__ = ["NFQConfig", "load_unet"]
 
 
 def _register() -> None:
-    """Tell diffusers of the method; where another copy of this package has done so, that one stays."""
+    """Register the method with diffusers, unless another copy of this package has done so."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD.value, NFQConfig)
-    # Each configuration makes the quantiser of its own copy.
+    # A configuration creates the quantiser of its own copy of the package.
     AUTO_QUANTIZER_MAPPING.setdefault(METHOD.value, lambda config, **options: config.quantizer(**options))
 
 

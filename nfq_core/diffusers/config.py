@@ -1,4 +1,4 @@
-"""How diffusers is told what to quantise, and what `config.json` says about it."""
+"""The quantisation settings for diffusers, and how `config.json` stores them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..checkpoints.extras import SETTING
 from ..planning.allocation import PRESETS
 from ..planning.settings import BitsPerWeight, Formats, Settings
 from .foreign import refuse_other_method
-from .patches import watch_configs
+from .patches import wrap_config_merging
 from .quantizer import NFQQuantizer
 
 
 class Method(str, Enum):
-    """The name by which diffusers finds the quantiser."""
+    """The name under which diffusers finds the quantiser."""
 
     NFQ = "nfq"
 
@@ -27,7 +27,7 @@ METHOD = Method.NFQ
 
 
 class NFQConfig(QuantizationConfigMixin):
-    """How `from_pretrained(…, quantization_config=NFQConfig(…))` quantises a model while it is loaded.
+    """Settings for `from_pretrained(…, quantization_config=NFQConfig(…))`, which quantises a model at load.
 
     Args:
         levels: levels of Linear weights: 32, 24, 16, 12 or 7.
@@ -35,14 +35,14 @@ class NFQConfig(QuantizationConfigMixin):
         effort: "fast" or "best".
         quantize_first_last: whether a UNet's first and last convolution are quantised too.
         format: the format of Linear weights instead of `levels`, one of `formats.WRITABLE_IDS`.
-        conv_format: likewise instead of `conv_levels`.
+        conv_format: the format of convolutions instead of `conv_levels`.
         preset: a size instead of formats: one of `allocation.PRESETS`.
-        target_bpw: packed bits per weight, at most, instead of formats.
-        calibration: statistics of the layers' inputs, or the file that holds them; see `nfq_core.collect`.
-        quant_method: "nfq", as `config.json` says it.
+        target_bpw: most packed bits per weight, instead of formats.
+        calibration: statistics of the layers' inputs, or their file; see `nfq_core.collect`.
+        quant_method: "nfq", as in `config.json`.
 
     Raises:
-        ValueError: a value is none of those allowed.
+        ValueError: a value is not allowed.
     """
 
     def __init__(
@@ -70,11 +70,12 @@ class NFQConfig(QuantizationConfigMixin):
         formats = Formats.of(levels, conv_levels, format, conv_format)
         self.settings = Settings(formats if bits is None else BitsPerWeight(bits), effort, quantize_first_last)
         self.calibration = calibration
-        self._refusal = ""
-        watch_configs()
+        self._invalid = ""
+        """Why the settings of a `config.json` cannot quantise a model; empty if they can."""
+        wrap_config_merging()
 
     def check_folder(self, config: Any) -> None:
-        """See that a folder can be loaded with this configuration.
+        """Check that a folder can be loaded with this configuration.
 
         Args:
             config: the `quantization_config` of the folder's `config.json`.
@@ -88,19 +89,19 @@ class NFQConfig(QuantizationConfigMixin):
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """See diffusers.
 
-        What a file or a `config.json` records may be nothing that a model can be quantised by, such as an import; that
-        is refused when it is to be done.
+        Settings of a file or `config.json` may not be able to quantise a model, such as those of an imported article
+        file. This is only an error once a model is quantised with them, see `for_quantizing`.
         """
         try:
             # A model that diffusers builds has no extras.
             config = cls(**{name: value for name, value in config_dict.items() if name != SETTING})
         except (TypeError, ValueError) as error:
             config = cls()
-            config._refusal = str(error).removeprefix("NFQConfig.__init__() ")
+            config._invalid = str(error).removeprefix("NFQConfig.__init__() ")
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings, a calibration by its name."""
+        """The settings as a JSON-ready dict; a calibration is given by its name."""
         settings = self.settings.as_dict()
         if isinstance(self.calibration, Calibration):
             settings["calibration"] = self.calibration.source.name
@@ -111,18 +112,18 @@ class NFQConfig(QuantizationConfigMixin):
     to_diff_dict = to_dict
 
     def for_quantizing(self) -> tuple[Settings, Calibration | None]:
-        """The settings and the calibration, read from its file, by which a model is going to be quantised.
+        """The settings and the loaded calibration, to quantise a model.
 
         Raises:
-            ValueError: one of them is unknown or not allowed.
+            ValueError: a setting is unknown or not allowed.
             NFQError: the calibration cannot be read.
         """
-        if self._refusal:
-            raise ValueError(f"nothing can be quantised by this quantization_config: {self._refusal}")
+        if self._invalid:
+            raise ValueError(f"this quantization_config cannot quantise a model: {self._invalid}")
         if self.calibration is None or isinstance(self.calibration, Calibration):
             return self.settings, self.calibration
         return self.settings, Calibration.load(self.calibration)
 
     def quantizer(self, **options: Any) -> NFQQuantizer:
-        """The quantiser for a model; `options` as diffusers gives them."""
+        """Create the quantiser for a model; `options` come from diffusers."""
         return NFQQuantizer(self, **options)

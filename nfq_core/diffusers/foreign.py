@@ -1,4 +1,4 @@
-"""Weights that another program has quantised: told by what lies beside them, and refused before they are packed."""
+"""Detect and refuse weights that another program has quantised, before they are packed."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from ..files.prequantized import other_form, scale_name
 from ..packed.tensor import QUANTIZABLE_DTYPES
 
 EIGHT_BIT_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
-"""Without scales they are numbers like others; fp16 holds them exactly."""
+"""Ordinary weights if they have no scales; fp16 represents them exactly."""
 
-_WAY_OUT = "take the model's fp16 or bf16 files"
+_ADVICE = "use the model's fp16 or bf16 files"
 
 
 def refuse_foreign(names: Iterable[str], where: str) -> None:
-    """See that no names are of scales of quantised weights.
+    """Refuse a source that has scales of quantised weights.
 
     Args:
-        names: of all tensors of a source.
-        where: the source as the message names it.
+        names: names of all tensors of the source.
+        where: the source, for the message.
 
     Raises:
-        NFQError: some are.
+        NFQError: the source has such scales.
     """
     names = list(names)
     form = other_form(names)
     if form is not None:
-        raise NFQError(f"{where}: its weights are quantised already, by {form[0]} ({form[1]!r}); {_WAY_OUT}")
-    found = scale_name(names)
-    if found is not None:
+        raise NFQError(f"{where}: its weights are quantised already, by {form[0]} ({form[1]!r}); {_ADVICE}")
+    scale = scale_name(names)
+    if scale is not None:
         raise NFQError(
-            f"{where}: its fp8 or int8 weights have scales ({found!r}); `nfq quantize` undoes them, "
-            "load_unet(FILE, FOLDER) reads its result"
+            f"{where}: its fp8 or int8 weights have scales ({scale!r}); convert it with `nfq quantize`, then load the "
+            "result with load_unet(FILE, FOLDER)"
         )
 
 
 def refuse_integers(tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """See that all weights are floating numbers.
+    """Refuse a source with weights whose dtype cannot be quantised.
 
     Args:
-        tensors: of a source, by name.
-        where: the source as the message names it.
+        tensors: tensors of the source, by name.
+        where: the source, for the message.
 
     Raises:
-        NFQError: a weight is of integers, or of floating numbers that are no numbers without scales.
+        NFQError: a weight has integers, or a floating dtype that needs scales.
     """
     allowed = (*QUANTIZABLE_DTYPES, *EIGHT_BIT_FLOATS)
     for name, tensor in tensors.items():
@@ -55,24 +55,24 @@ def refuse_integers(tensors: Mapping[str, torch.Tensor], where: str) -> None:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise NFQError(
                 f"{where}: weight {name!r} is {kind}, quantised already by another program (such as SDNQ, torchao or "
-                f"bitsandbytes); {_WAY_OUT}"
+                f"bitsandbytes); {_ADVICE}"
             )
 
 
 def refuse_other_method(config: Any, method: str) -> None:
-    """See that a folder's `quantization_config` is of one method.
+    """Refuse a folder whose `quantization_config` has another method.
 
     Args:
-        config: of `config.json`, or as diffusers holds it.
-        method: the one that is allowed.
+        config: the `quantization_config` from `config.json`, or diffusers' object for it.
+        method: the allowed method.
 
     Raises:
-        NFQError: it is of another.
+        NFQError: the method is another.
     """
-    found = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
-    found = str(getattr(found, "value", found) or "an unknown method")
-    if found != method:
+    actual = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
+    actual = str(getattr(actual, "value", actual) or "an unknown method")
+    if actual != method:
         raise NFQError(
-            f"this model's config.json says that it is quantised already, by {found}; leave quantization_config out, "
-            f"or {_WAY_OUT}"
+            f"this model's config.json says that it is quantised already, by {actual}; leave quantization_config out, "
+            f"or {_ADVICE}"
         )

@@ -1,4 +1,4 @@
-"""A UNet2DConditionModel of an `.nfq.safetensors` file and a `config.json`."""
+"""Load a UNet2DConditionModel from an `.nfq.safetensors` file and a `config.json`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..layers.packed_layers import assign_state, packed_layers
 from ..packed.tensor import QUANTIZABLE_DTYPES, NFTensor
 from ..parallel import Progress, no_progress
 from .config import NFQConfig
-from .model import become_packed, check_fits, names_in_model
+from .model import check_fits, make_packed, names_in_model
 
 CONFIG = "config.json"
 
@@ -34,23 +34,23 @@ def load_unet(
     memory: str = "packed",
     progress: Progress = no_progress,
 ) -> UNet2DConditionModel:
-    """Load a quantised UNet for a diffusers pipeline; its original weights are not needed, and never allocated.
+    """Load a quantised UNet for a diffusers pipeline; the original weights are not needed.
 
     Args:
         nfq_path: the `.nfq.safetensors` file, of a UNet or a whole checkpoint, in any key layout.
         config_dir: the folder whose `config.json` describes the UNet.
-        dtype: of what is not quantised, and what the model computes in: fp16, bf16, fp32 or fp64; by default what the
-            weights had before they were quantised.
-        device: where the model goes.
+        dtype: dtype of kept tensors and of the computation: fp16, bf16, fp32 or fp64; by default that of the weights
+            before they were quantised.
+        device: device of the model.
         memory: "packed", "resident" (a stock model, each weight dequantised once) or "auto", see `nfq_core.load`.
         progress: see `parallel.Progress`.
 
     Returns:
-        The model, in evaluation mode. A packed one can be saved with `save_pretrained` and read by `from_pretrained`.
+        The model, in evaluation mode. A packed model can be saved by `save_pretrained` and loaded by `from_pretrained`.
 
     Raises:
-        NFQError: the file or the config is missing, damaged or newer, or they do not belong together.
-        ValueError: `dtype` or `memory` is none of those listed.
+        NFQError: the file or config is missing, damaged or newer, or the two do not match.
+        ValueError: `dtype` or `memory` is not allowed.
     """
     if dtype is not None and dtype not in QUANTIZABLE_DTYPES:
         raise ValueError(f"dtype must be fp16, bf16, fp32 or fp64, got {dtype}")
@@ -65,7 +65,7 @@ def load_unet(
         facts = file.facts
     state = {}
     for key, name in names.items():
-        # Each is let go of when it was cast.
+        # Removing each tensor frees its memory once it is cast.
         tensor = loaded.pop(key)
         state[name] = tensor.to(dtype) if not isinstance(tensor, NFTensor) and tensor.is_floating_point() else tensor
     assign_state(model, state)
@@ -75,11 +75,11 @@ def load_unet(
         return model
     quantizer = NFQConfig.from_dict(facts.settings).quantizer(pre_quantized=True)
     quantizer.facts = facts
-    return become_packed(model, quantizer)
+    return make_packed(model, quantizer)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """A folder's `config.json`, which must describe a UNet2DConditionModel."""
+    """Read a folder's `config.json`, which must describe a UNet2DConditionModel."""
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -90,10 +90,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise NFQError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise NFQError(f"{path} is no JSON ({error}); fetch it again") from None
+        raise NFQError(f"{path} is not valid JSON ({error}); fetch it again") from None
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind != UNet2DConditionModel.__name__:
-        raise NFQError(f"{path} describes {kind or 'no model'}, a {UNet2DConditionModel.__name__}'s is needed")
+        raise NFQError(
+            f"{path} describes {kind or 'no model'}; name the folder of a {UNet2DConditionModel.__name__}'s config"
+        )
     return {name: value for name, value in config.items() if name != "quantization_config"}
 
 
@@ -104,10 +106,10 @@ def _empty_model(config: dict[str, Any], path: Path) -> nn.Module:
             return UNet2DConditionModel.from_config(config)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
-        raise NFQError(f"{path} describes no UNet that diffusers can build: {reason}") from None
+        raise NFQError(f"{path}: diffusers cannot build a UNet from it: {reason}") from None
 
 
 def _recorded_dtype(file: NFQFile) -> torch.dtype:
-    """What most of a file's quantised weights were before; fp16 where none is quantised."""
-    found = Counter(entry.dtype for entry in file.quantized.values()).most_common(1)
-    return TORCH_DTYPES[found[0][0]] if found else torch.float16
+    """The recorded dtype of most quantised weights of a file; fp16 if there are none."""
+    most = Counter(entry.dtype for entry in file.quantized.values()).most_common(1)
+    return TORCH_DTYPES[most[0][0]] if most else torch.float16

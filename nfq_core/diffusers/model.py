@@ -1,4 +1,4 @@
-"""What a packed model does otherwise than a stock one: saving, casts, LoRA."""
+"""The methods of a packed model that differ from a stock one's: saving, casts, LoRA."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ..errors import NFQError, UnsupportedFileError
 from ..files.atomic import AtomicFile
 from ..files.container import NFQFile
 from ..layers.packed_layers import CANNOT_TRAIN, dense_layers, needs_dense, packed_layers
-from .patches import let_copy
+from .patches import wrap_copying
 from .saving import refuse_offloaded, saved_tensors
 
-_NEED_WEIGHTS = {"lora_magnitude_vector": "DoRA", "dora_scale": "DoRA", ".hada_": "LoHa", ".lokr_": "LoKr"}
+_NEED_DENSE = {"lora_magnitude_vector": "DoRA", "dora_scale": "DoRA", ".hada_": "LoHa", ".lokr_": "LoKr"}
 """Adapters that need the dense weights, by parts of their tensors' names."""
 
 
 class PackedModel:
-    """Goes before a diffusers model's own class, see `packed_class`."""
+    """Base class of packed models, before the diffusers model's own class; see `packed_class`."""
 
     def save_pretrained(
         self,
@@ -43,24 +43,24 @@ class PackedModel:
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write `config.json` and, as one `.nfq.safetensors` file under the name that diffusers expects, the weights.
+        """Write `config.json` and the weights, as one `.nfq.safetensors` file under the name that diffusers expects.
 
-        The folder can be given to `from_pretrained`, the file to everything that reads such files. A weights file that
-        is there already is replaced.
+        `from_pretrained` loads the folder; every reader of `.nfq.safetensors` files loads the weights file. An existing
+        weights file is replaced.
 
         Args:
-            save_directory: the folder; it is made where there is none.
-            is_main_process: nothing is written where this is false.
-            save_function: without effect.
+            save_directory: the folder; created if missing.
+            is_main_process: if false, nothing is written.
+            save_function: ignored.
             safe_serialization: must be true.
-            variant: goes into the file's name, as in diffusers.
-            max_shard_size: without effect: it is always one file.
-            push_to_hub: must be false; the model's own `push_to_hub` does it.
-            kwargs: without effect.
+            variant: part of the file's name, as in diffusers.
+            max_shard_size: ignored, because there is always one file.
+            push_to_hub: must be false; use the model's `push_to_hub` method.
+            kwargs: ignored.
 
         Raises:
-            NFQError: the folder cannot be written or holds a model in several files, or a LoRA is attached. The folder
-                is then as it was.
+            NFQError: the folder cannot be written or has a model in several files, or a LoRA is attached. The folder is
+                then unchanged.
         """
         if not is_main_process:
             return
@@ -81,24 +81,24 @@ class PackedModel:
         if variant is not None:
             name = name.replace(".safetensors", f".{variant}.safetensors")
         facts = self.hf_quantizer.facts
-        # The config is on the disk, under another name, before the weights that it belongs to are replaced.
+        # The config is written under a temporary name before the weights are replaced.
         with AtomicFile(folder / self.config_name, overwrite=True) as config:
             config.write_at(0, self.to_json_string().encode())
             save(state, folder / name, settings=facts.settings, source=facts.source, overwrite=True)
             config.commit()
 
     def to(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """As torch's; a cast leaves packed weights as they are."""
+        """As torch's; a cast does not change packed weights."""
         with _casts_allowed(self):
             return super().to(*args, **kwargs)
 
     def half(self) -> nn.Module:
-        """As torch's; packed weights stay as they are."""
+        """As torch's; packed weights do not change."""
         with _casts_allowed(self):
             return super().half()
 
     def float(self) -> nn.Module:
-        """As torch's; packed weights stay as they are."""
+        """As torch's; packed weights do not change."""
         with _casts_allowed(self):
             return super().float()
 
@@ -106,18 +106,18 @@ class PackedModel:
         """As torch's.
 
         Raises:
-            NFQError: packed weights would be trained.
+            NFQError: `requires_grad` is true, because packed weights cannot be trained.
         """
         if requires_grad:
             raise NFQError(CANNOT_TRAIN)
         return super().requires_grad_(False)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """As torch's. PEFT walks the modules whenever it has added adapters: those meet packed layers here."""
+        """As torch's. PEFT calls this after it added adapters, so adapters on packed layers are converted here."""
         if "peft" in sys.modules and not torch.compiler.is_compiling():
-            from .lora import adopt
+            from .lora import convert_adapters
 
-            adopt(self)
+            convert_adapters(self)
         return super().named_modules(*args, **kwargs)
 
     def add_adapter(self, adapter_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -131,34 +131,34 @@ class PackedModel:
         try:
             super().add_adapter(adapter_config, *args, **kwargs)
         except NFQError:
-            # The adapter's layers were taken away; diffusers must not remember them either.
+            # The adapter's layers were removed, so diffusers' records of it must go too.
             self._hf_peft_config_loaded = loaded
             if hasattr(self, "peft_config"):
                 self.peft_config = configs
             raise
 
     def check_adapter(self, config: Any) -> None:
-        """See that an adapter can be added.
+        """Check that an adapter can be added.
 
         Args:
             config: PEFT's configuration.
 
         Raises:
-            NFQError: it cannot work beside packed weights.
+            NFQError: the adapter cannot work with packed weights.
         """
-        from .lora import refusal
+        from .lora import adapter_error
 
-        error = refusal(config)
+        error = adapter_error(config)
         if error is not None:
             raise error
 
     def dense_copy(self) -> nn.Module:
-        """A stock copy with the weights dequantised; this model stays packed."""
+        """A stock copy with dequantised weights; this model stays packed."""
         return copy.deepcopy(self).dequantize()
 
     def fuse_qkv_projections(self) -> None:
-        """NFQError: packed weights cannot be put together."""
-        raise NFQError("q, k and v cannot be fused while they are packed; unet.dequantize() comes first")
+        """Raise NFQError: packed weights cannot be concatenated."""
+        raise NFQError("q, k and v cannot be fused while they are packed; call unet.dequantize() first")
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """As diffusers'.
@@ -168,36 +168,36 @@ class PackedModel:
         """
         given = pretrained_model_name_or_path_or_dict
         names = list(given) if isinstance(given, Mapping) else []
-        kind = next((kind for part, kind in _NEED_WEIGHTS.items() if any(part in name for name in names)), None)
+        kind = next((kind for part, kind in _NEED_DENSE.items() if any(part in name for name in names)), None)
         if kind is not None:
             raise needs_dense(kind)
         return super().load_lora_adapter(given, *args, **kwargs)
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
-        """As diffusers'; packed weights stay as they are, and the LoRAs are added whenever they are dequantised.
+        """As diffusers'; the LoRAs are added each time a weight is dequantised, packed weights do not change.
 
         Raises:
-            NFQError: an adapter is no plain LoRA.
+            NFQError: an adapter is not a plain LoRA.
         """
-        from .lora import let_merge
+        from .lora import check_mergeable
 
-        let_merge(self, kwargs.get("adapter_names"))
+        check_mergeable(self, kwargs.get("adapter_names"))
         super().fuse_lora(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         make, (_, *arguments), *state = super().__reduce_ex__(protocol)
-        return _blank, (make, stock_class(type(self)), *arguments), *state
+        return _empty_packed_model, (make, stock_class(type(self)), *arguments), *state
 
 
-def _blank(make: Callable, stock: type, *arguments: Any) -> nn.Module:
-    """An empty packed model, for copy and pickle, which cannot find its class by name."""
+def _empty_packed_model(make: Callable, stock: type, *arguments: Any) -> nn.Module:
+    """Create an empty packed model for copy and pickle, which cannot find its class by name."""
     return make(packed_class(stock), *arguments)
 
 
-class _Packed(type):
-    """The type of packed classes: each equals its stock class.
+class _PackedClass(type):
+    """Metaclass that makes a packed class equal to its stock class.
 
-    A pipeline's `from_pipe` compares classes with those of its signature.
+    This is needed because a pipeline's `from_pipe` compares classes with those of its signature.
     """
 
     def __eq__(cls, other: object) -> bool:
@@ -211,11 +211,11 @@ class _Packed(type):
 def packed_class(stock: type) -> type:
     """The class of packed models for a diffusers model class.
 
-    It bears the stock class's name, which diffusers writes to `config.json` and `model_index.json` and looks features
-    up by.
+    It has the stock class's name, because diffusers writes that to `config.json` and `model_index.json` and looks up
+    features by it.
     """
     names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return _Packed(stock.__name__, (PackedModel, stock), names | {"_stock": stock})
+    return _PackedClass(stock.__name__, (PackedModel, stock), names | {"_stock": stock})
 
 
 def stock_class(packed: type) -> type:
@@ -223,17 +223,17 @@ def stock_class(packed: type) -> type:
     return packed._stock
 
 
-def become_packed(model: nn.Module, quantizer: DiffusersQuantizer) -> nn.Module:
-    """Finish a model whose layers were packed: its class, and what diffusers wants to know of its quantiser.
+def make_packed(model: nn.Module, quantizer: DiffusersQuantizer) -> nn.Module:
+    """Finish a model whose layers were packed: set its class, and diffusers' attributes of a quantised model.
 
     Args:
-        model: is changed.
-        quantizer: an `NFQQuantizer`, whose `facts` go into the model's config.
+        model: the model, which is changed.
+        quantizer: an `NFQQuantizer`; the settings in its `facts` go into the model's config.
 
     Returns:
-        The model itself.
+        The same model.
     """
-    let_copy(type(model))
+    wrap_copying(type(model))
     model.__class__ = packed_class(type(model))
     model.hf_quantizer = quantizer
     model.is_quantized = True
@@ -245,11 +245,11 @@ def become_packed(model: nn.Module, quantizer: DiffusersQuantizer) -> nn.Module:
     return model
 
 
-def become_stock(model: nn.Module) -> nn.Module:
-    """Put stock layers and the stock class back, weights dequantised to the model's dtype, fused LoRAs in them.
+def make_stock(model: nn.Module) -> nn.Module:
+    """Restore stock layers and the stock class, with weights and fused LoRAs dequantised to the model's dtype.
 
     Returns:
-        The model itself; diffusers takes its quantiser away.
+        The same model; diffusers removes its quantiser.
 
     Raises:
         NFQError: weights are offloaded.
@@ -257,9 +257,9 @@ def become_stock(model: nn.Module) -> nn.Module:
     refuse_offloaded(model)
     dense_layers(model, model.dtype)
     if "peft" in sys.modules:
-        from .lora import abandon
+        from .lora import restore_adapters
 
-        abandon(model)
+        restore_adapters(model)
     model.__class__ = stock_class(type(model))
     del model.quantization_method
     model.is_quantized = False
@@ -269,10 +269,10 @@ def become_stock(model: nn.Module) -> nn.Module:
 
 
 def names_in_model(file: NFQFile, shapes: Mapping[str, Any]) -> dict[str, str]:
-    """What a model calls each tensor of a file: as the file does where all names are the model's.
+    """A model's name of each tensor of a file, by key: the same names if they match, else diffusers' UNet names.
 
     Raises:
-        UnsupportedFileError: they are not, and the file holds no whole UNet of the SDXL family.
+        UnsupportedFileError: the names differ and the file has no complete UNet of the SDXL family.
     """
     if set(file.keys()) == set(shapes):
         return {name: name for name in shapes}
@@ -280,39 +280,39 @@ def names_in_model(file: NFQFile, shapes: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_fits(file: NFQFile, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], config: str) -> None:
-    """See that a file holds exactly the tensors of a model.
+    """Check that a file has exactly the tensors of a model.
 
     Args:
         file: the file.
-        names: the model's name of each of the file's tensors.
-        shapes: the model's tensors.
-        config: what the model was built from, for the message.
+        names: the model's name of each of the file's tensors, by key.
+        shapes: shapes of the model's tensors, by name.
+        config: the config that the model was built from, for the message.
 
     Raises:
-        UnsupportedFileError: a tensor is missing, too much, or of another shape.
+        UnsupportedFileError: a tensor is missing, unknown to the model, or has another shape.
     """
     stored = file.shapes()
-    found = {name: stored[key] for key, name in names.items()}
-    unfit = [name for name in {**shapes, **found} if found.get(name) != shapes.get(name)]
-    if not unfit:
+    actual = {name: stored[key] for key, name in names.items()}
+    different = [name for name in {**shapes, **actual} if actual.get(name) != shapes.get(name)]
+    if not different:
         return
-    name = unfit[0]
-    if name not in found:
+    name = different[0]
+    if name not in actual:
         reason = f"the file lacks {name!r}"
     elif name not in shapes:
         reason = f"the config has no {name!r}"
     else:
-        reason = f"{name!r} is {found[name]} in the file, {shapes[name]} by the config"
-    others = f", and {len(unfit) - 1:,} tensors more differ" if len(unfit) > 1 else ""
+        reason = f"{name!r} is {actual[name]} in the file, {shapes[name]} in the config"
+    others = f", and {len(different) - 1:,} more tensors differ" if len(different) > 1 else ""
     raise UnsupportedFileError(
         f"{file.path} (architecture: {file.facts.architecture}) does not fit {config}: {reason}{others}; "
-        "take the config of the model that was quantised"
+        "use the config of the model that was quantised"
     )
 
 
 @contextmanager
 def _casts_allowed(model: nn.Module) -> Iterator[None]:
-    """diffusers refuses to cast quantised models, for most would be damaged."""
+    """Allow casts inside the `with` block; diffusers refuses to cast quantised models."""
     model.is_quantized = False
     try:
         yield

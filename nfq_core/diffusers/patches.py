@@ -1,7 +1,7 @@
-"""Methods of diffusers and PEFT that are wrapped when packed models are first used.
+"""Wrappers around methods of diffusers and PEFT, installed when packed models are first used.
 
-A wrapper calls a method of the object that it is given. Where a process has two copies of this package, the first
-copy's wrapper therefore serves both, and nothing is wrapped twice.
+A wrapper calls a method of the object that it receives. If a process has two copies of this package, the first copy's
+wrapper therefore works for both, and nothing is wrapped twice.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ _COPYING = {
     "QwenImageTransformer2DModel": {"QwenImageControlNetModel": "from_transformer"},
     "SD3Transformer2DModel": {"SD3ControlNetModel": "from_transformer"},
 }
-"""diffusers' classes that copy a model's weights, by the model's class, and by which method.
+"""Method with which a diffusers class copies a model's weights: model class, copying class, method.
 
-Other copies are refused by the state dict of packed layers.
+The state dict of packed layers refuses other copies.
 """
 
 
 def wrap_once(owner: type, name: str, make: Callable[[Callable], Callable]) -> None:
-    """Replace a method by a wrapper, unless a copy of this package has wrapped it.
+    """Replace a method by a wrapper, unless a copy of this package has wrapped it already.
 
     Args:
         owner: the class, which is changed.
-        name: of the method or class method.
-        make: gives the wrapper of a plain function.
+        name: name of the method or class method.
+        make: returns the wrapper for a plain function.
     """
-    found = inspect.getattr_static(owner, name)
-    function = found.__func__ if isinstance(found, classmethod) else found
+    method = inspect.getattr_static(owner, name)
+    function = method.__func__ if isinstance(method, classmethod) else method
     if getattr(function, _MARK, False):
         return
     wrapper = wraps(function)(make(function))
     setattr(wrapper, _MARK, True)
-    setattr(owner, name, classmethod(wrapper) if isinstance(found, classmethod) else wrapper)
+    setattr(owner, name, classmethod(wrapper) if isinstance(method, classmethod) else wrapper)
 
 
-def watch_configs() -> None:
-    """Have `from_pretrained` refuse a folder of another method; diffusers only warns that it ignores the argument."""
+def wrap_config_merging() -> None:
+    """Make `from_pretrained` refuse a folder of another method; diffusers only warns and ignores our config."""
 
     def make(merge: Callable) -> Callable:
         def wrapper(cls: type, quantization_config: Any, quantization_config_from_args: Any) -> Any:
@@ -69,23 +69,23 @@ def watch_configs() -> None:
 
 
 @lru_cache
-def let_copy(stock: type) -> None:
-    """Have diffusers' classes that copy weights of a model class copy them dequantised where they are packed.
+def wrap_copying(stock: type) -> None:
+    """Make diffusers' classes that copy a model's weights dequantise packed ones first.
 
     Args:
-        stock: the model class. Classes that copy others are not imported.
+        stock: the model class. Only classes that copy it are imported.
     """
     for name, method in _COPYING.get(stock.__name__, {}).items():
         try:
             owner = getattr(diffusers, name, None)
-            found = hasattr(owner, method)
+            has_method = hasattr(owner, method)
         except (ImportError, RuntimeError):  # a package that it needs is missing; older versions raise the latter
             continue
-        if found:
-            wrap_once(owner, method, _from_dense)
+        if has_method:
+            wrap_once(owner, method, _with_dense_arguments)
 
 
-def _from_dense(method: Callable) -> Callable:
+def _with_dense_arguments(method: Callable) -> Callable:
     def wrapper(cls: type, *args: Any, **kwargs: Any) -> Any:
         return method(cls, *map(_dense, args), **{name: _dense(value) for name, value in kwargs.items()})
 
@@ -97,17 +97,17 @@ def _dense(value: Any) -> Any:
 
 
 @lru_cache
-def watch_adapters(refusal: Callable[[Any], Exception | None]) -> None:
-    """Have PEFT ask a packed model before it makes the first layer of a LoRA, by whichever of its functions.
+def wrap_adapter_creation(adapter_error: Callable[[Any], Exception | None]) -> None:
+    """Make PEFT check a LoRA's configuration with the packed model before it creates the first layer.
 
     Args:
-        refusal: why an adapter's configuration cannot work beside packed weights; None where it can.
+        adapter_error: the error for a configuration that cannot work with packed weights; None if it can.
     """
     from peft.tuners.lora import LoraModel
 
     def make(create: Callable) -> Callable:
         def wrapper(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
-            if refusal(config) is not None:
+            if adapter_error(config) is not None:
                 for module in self.model.modules():
                     if hasattr(module, "check_adapter"):
                         module.check_adapter(config)

@@ -1,4 +1,4 @@
-"""diffusers' quantiser interface: packs weights one by one while `from_pretrained` loads them, or reads packed ones."""
+"""diffusers' quantiser interface: packs weights while `from_pretrained` loads them, or reads packed ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..layers.packed_layers import PACKED_KINDS, pack_layers
 from ..packed.tensor import QUANTIZABLE_DTYPES, NFTensor
 from ..planning.policy import plan_tensors
 from .foreign import EIGHT_BIT_FLOATS, refuse_foreign, refuse_integers
-from .model import become_packed, become_stock, check_fits, names_in_model
+from .model import check_fits, make_packed, make_stock, names_in_model
 
 log = logging.getLogger("nfq")
 
@@ -31,17 +31,17 @@ log = logging.getLogger("nfq")
 class NFQQuantizer(DiffusersQuantizer):
     """Packs a model's Linear and Conv2d weights.
 
-    Where `config.json` says that the model is quantised already, its weights file is an `.nfq.safetensors` file.
+    If `config.json` says that the model is quantised, its weights file is an `.nfq.safetensors` file.
 
     Args:
         quantization_config: an `NFQConfig`.
-        kwargs: as diffusers gives them.
+        kwargs: options from diffusers.
     """
 
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.facts = Facts()
-        """What a container of this model says about it."""
+        """Facts about the model, as a container's header records them."""
         self._file: NFQFile | None = None
         self._names: dict[str, str] = {}
         self._loaded_keys: list[str] = []
@@ -51,21 +51,21 @@ class NFQQuantizer(DiffusersQuantizer):
         self._statistics: dict[str, dict[str, Any]] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what cannot work before anything is loaded."""
+        """Refuse arguments that cannot work, before anything is loaded."""
         if not is_accelerate_available():
-            raise missing_package("quantising at load needs accelerate, load_unet does without it", "accelerate")
+            raise missing_package("quantising at load needs accelerate (load_unet does not)", "accelerate")
         dtype, device_map = kwargs.get("torch_dtype"), kwargs.get("device_map")
         if dtype is not None and dtype not in QUANTIZABLE_DTYPES:
             raise NFQError(f"torch_dtype must be fp16, bf16, fp32 or fp64, got {dtype}")
         if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise NFQError("packed weights cannot be left on disk; choose a device_map without 'disk'")
+            raise NFQError("packed weights cannot be offloaded to disk; choose a device_map without 'disk'")
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
-        """What a device map counts for a weight: more than any format takes."""
+        """The dtype that a device map counts for a weight: larger than any format."""
         return torch.int8
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Sequence[str]) -> list[str]:
-        """The names in the model of what the weights file holds."""
+        """The model's names of the tensors in the weights file."""
         if not self.pre_quantized:
             if any(key.startswith(PREFIX) for key in loaded_keys):
                 raise NFQError(
@@ -79,12 +79,12 @@ class NFQQuantizer(DiffusersQuantizer):
             raise NFQError(f"{folder}: its weights are in several files; a quantised model has one")
         self._file = NFQFile(checkpoint_files[0])
         self.facts = self._file.facts
-        # The model that says what these tensors are called is shown to `_process_model_before_weight_loading` first.
+        # Filled by `_process_model_before_weight_loading`, which gets the model and so knows the names.
         self._loaded_keys = []
         return self._loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors of the weights file by their names in the model, packed ones as their buffers."""
+        """The tensors of the weights file by the model's names; packed weights are given as their buffers."""
         if self._file is None:
             self._check_source(state_dict)
             return state_dict
@@ -98,10 +98,10 @@ class NFQQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: Mapping, **kwargs: Any
     ) -> bool:
-        """Whether `create_quantized_param` is to deal with a tensor."""
+        """Whether `create_quantized_param` handles a tensor."""
         if param_name in self._packed or param_name in self._formats:
             return True
-        # diffusers would leave these as they are.
+        # diffusers would keep these in 8 bits.
         return param_value.dtype in EIGHT_BIT_FLOATS
 
     def create_quantized_param(
@@ -114,7 +114,7 @@ class NFQQuantizer(DiffusersQuantizer):
         unexpected_keys: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Put a packed layer in the place of a stock one."""
+        """Replace a stock layer by a packed one."""
         device = torch.device("cpu" if target_device is None else target_device)
         packed = self._packed.pop(param_name, None)
         parent, _, name = param_name.removesuffix(".weight").rpartition(".")
@@ -128,7 +128,7 @@ class NFQQuantizer(DiffusersQuantizer):
             set_module_tensor_to_device(model, param_name, device, value=param_value.to(dtype), dtype=dtype)
             return
         if packed is None:
-            # diffusers has cast `param_value` to the dtype to compute in; the file's own number decides.
+            # `param_value` is already cast to the compute dtype; quantise the file's own values.
             weight = param_value if state_dict is None else state_dict[param_name]
             if weight.dtype in EIGHT_BIT_FLOATS:
                 weight = weight.half()
@@ -148,7 +148,7 @@ class NFQQuantizer(DiffusersQuantizer):
         pack_layers(module, {f"{name}.weight": packed.to(device)})
 
     def _check_source(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """NFQError where weights are quantised already; older versions of diffusers call `create_…` alone."""
+        """Raise NFQError if weights are quantised already. Older versions of diffusers only call `create_…`."""
         if state_dict is not self._checked:
             refuse_foreign(state_dict, "the source")
             refuse_integers(state_dict, "the source")
@@ -165,7 +165,7 @@ class NFQQuantizer(DiffusersQuantizer):
                 raise
             self._loaded_keys += self._names.values()
             return model
-        # A single file is converted by diffusers, which then takes it for quantised where nothing tells otherwise.
+        # diffusers converts a single file, and takes it for quantised unless something says that it is not.
         if self.pre_quantized and "state_dict" not in kwargs:
             raise UnsupportedFileError(
                 "this version of diffusers cannot read a quantised folder, 0.39 or newer can; load_unet(FILE, FOLDER) "
@@ -181,31 +181,31 @@ class NFQQuantizer(DiffusersQuantizer):
         for warning in warnings:
             log.warning("%s", warning)
         self._formats = {name: plan.format.id for name, plan in plans.items()}
-        self._statistics = {name: found.arguments() for name, found in inputs.items()}
+        self._statistics = {name: statistics.arguments() for name, statistics in inputs.items()}
         self.facts = Facts.of(info, settings.as_dict() | (calibration.as_dict() if inputs or measured else {}))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         missing = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
         if missing is not None:
-            raise NFQError(f"the weights lack tensor {missing!r}, which config.json asks for")
+            raise NFQError(f"the weights lack tensor {missing!r}, which config.json requires")
         self._statistics, self._checked = {}, None
-        return become_packed(model, self)
+        return make_packed(model, self)
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        return become_stock(model)
+        return make_stock(model)
 
     @property
     def is_serializable(self) -> bool:
-        """Packed models are saved by their own `save_pretrained`."""
+        """Packed models can be saved, by `PackedModel.save_pretrained`."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """LoRA factors beside packed weights are."""
+        """LoRAs on packed weights can be trained."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """A packed model is one graph."""
+        """A packed model compiles to one graph."""
         return True

@@ -1,4 +1,4 @@
-"""What `save_pretrained` of a packed model writes, and when it refuses to."""
+"""The tensors that `save_pretrained` of a packed model writes, and when it refuses to."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..layers.packed_layers import PackedLayer, packed_layers
 
 
 def saved_tensors(model: nn.Module, stock: type) -> dict[str, Any]:
-    """What a packed model's file holds, by name.
+    """The tensors of a packed model's file, by name.
 
     Args:
-        model: is left as it is.
+        model: the packed model.
         stock: its stock class.
 
     Raises:
@@ -29,48 +29,48 @@ def saved_tensors(model: nn.Module, stock: type) -> dict[str, Any]:
     if any(".base_layer." in name for name in state):
         fused = any(getattr(module, "merged_adapters", None) for module in model.modules())
         raise NFQError(
-            f"LoRAs are attached, which a packed model's file cannot hold; {'unfuse_lora() and ' if fused else ''}"
-            f"unload_lora_weights() {'take' if fused else 'takes'} them away, save_lora_adapter() keeps them"
+            f"LoRAs are attached, which a packed model's file cannot store; {'unfuse_lora() and ' if fused else ''}"
+            f"unload_lora_weights() {'remove' if fused else 'removes'} them, save_lora_adapter() saves them"
         )
     fused = next((name for name, layer in layers.items() if layer.low_rank is not None), None)
     if fused is not None:
         raise NFQError(
-            f"a LoRA is fused into {fused!r} for good, which a packed model's file cannot hold; dequantize() makes a "
-            "stock model of both, or load the model again and leave the LoRA out"
+            f"a LoRA is fused into {fused!r} permanently, which a packed model's file cannot store; dequantize() makes "
+            "a stock model of both, or load the model again without the LoRA"
         )
-    _check_described(model, stock, {name: tuple(tensor.shape) for name, tensor in state.items()}, layers)
+    _check_config(model, stock, {name: tuple(tensor.shape) for name, tensor in state.items()}, layers)
     return state | {f"{name}.weight": layer.packed for name, layer in layers.items()}
 
 
-def _check_described(
+def _check_config(
     model: nn.Module, stock: type, shapes: dict[str, tuple[int, ...]], layers: Mapping[str, PackedLayer]
 ) -> None:
-    """NFQError where the model that `from_pretrained` would build from the config is another."""
+    """Raise NFQError if `from_pretrained` would build another model from the config."""
     shapes |= {f"{name}.weight": layer.weight_shape for name, layer in layers.items()}
     if any("image_projection_layers" in name or "_ip." in name for name in shapes):
         raise NFQError(
-            "an IP-Adapter is loaded, which a packed model's file cannot hold; the pipeline's unload_ip_adapter() "
-            "takes it away"
+            "an IP-Adapter is loaded, which a packed model's file cannot store; the pipeline's unload_ip_adapter() "
+            "removes it"
         )
     config = dict(model.config)
     config.pop("quantization_config")
-    with _without_memory():
+    with _without_allocation():
         try:
             described = {name: tuple(tensor.shape) for name, tensor in stock.from_config(config).state_dict().items()}
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
             reason = str(error).partition("\n")[0]
-            raise NFQError(f"from_pretrained could not build this model by its config: {reason}") from None
-    unlike = next((name for name in {**shapes, **described} if shapes.get(name) != described.get(name)), None)
-    if unlike is not None:
-        has, wants = (each.get(unlike, "nothing") for each in (shapes, described))
+            raise NFQError(f"from_pretrained could not build this model from its config: {reason}") from None
+    different = next((name for name in {**shapes, **described} if shapes.get(name) != described.get(name)), None)
+    if different is not None:
+        has, wants = (each.get(different, "nothing") for each in (shapes, described))
         raise NFQError(
-            f"from_pretrained could not load this model: by its config, {unlike!r} is {wants}, the model has {has}; "
-            "undo what was changed since it was loaded"
+            f"from_pretrained could not load this model: {different!r} is {wants} in its config, {has} in the model; "
+            "undo the changes made since it was loaded"
         )
 
 
-def _without_memory() -> AbstractContextManager:
-    """What is built in it has no weights."""
+def _without_allocation() -> AbstractContextManager:
+    """Models built inside this `with` block allocate no weights."""
     if not is_accelerate_available():
         return torch.device("meta")
     from accelerate import init_empty_weights
@@ -79,7 +79,7 @@ def _without_memory() -> AbstractContextManager:
 
 
 def refuse_offloaded(model: nn.Module) -> None:
-    """NFQError where weights of a model are offloaded."""
-    away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if away is not None:
-        raise NFQError(f"{away!r} is offloaded; the pipeline's remove_all_hooks() brings it back")
+    """Raise NFQError if weights of a model are offloaded."""
+    offloaded = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if offloaded is not None:
+        raise NFQError(f"{offloaded!r} is offloaded; call the pipeline's remove_all_hooks() first")

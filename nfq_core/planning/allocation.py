@@ -1,11 +1,10 @@
-"""Which format each layer gets, where a size is asked for instead of formats.
+"""Choose each layer's format so that a model of a given size has the least noise in its output.
 
-Rounding a layer adds noise to its output; how much of it arrives in the model's output is the layer's *sensitivity*:
-relative noise power of the output ÷ that of the weight. The formats are chosen so that the sum of all layers' noise is
-least at the given size: every layer moves to the next larger format in the order of what a byte gains, until nothing
-more fits. Formats that would break the rule that every further byte gains less than the one before are passed over, so
-that this is a Lagrangian (Shoham and Gersho 1988); which ones these are depends on the size of the layer, for levels
-take as much of a small one as of a large one.
+A layer's *sensitivity* is the relative noise power in the model's output ÷ that in the layer's weight. The noise of the
+layers adds up. Layers move to their next larger format in the order of noise saved per byte, until nothing more fits.
+Only formats on the lower convex hull of (bytes, noise) are used, which makes this greedy order a Lagrangian solution
+(Shoham and Gersho 1988). The hull depends on the layer's size, because a stored codebook takes as many bytes in a small
+layer as in a large one.
 """
 
 from __future__ import annotations
@@ -34,68 +33,76 @@ EXPECTED_SQNR_DB = {
     "t5w10_b64": 29.54,
     "nf256_b64": 45.5,
 }
-"""Formats to choose from, with the signal-to-quantisation-noise ratio of Gaussian weights in them.
+"""Formats to choose from, with the signal-to-quantisation-noise ratio (SQNR) of Gaussian weights, in dB.
 
-From `benchmarks.trellis`, at `best`; `fast` loses 0.1 to 0.3 dB in each. Heavier tails lose about as much in one as in
-another, which does not change the choice.
+Measured by `benchmarks.trellis` with effort `best`; `fast` loses 0.1 to 0.3 dB in each format. Weights with heavier
+tails lose about the same in every format, so the choice stays the same.
 """
 
 LARGEST = list(EXPECTED_SQNR_DB)[-1]
 
 FAST_WINDOW = 9
-"""The widest window of a trellis format that `fast` chooses: each further bit doubles the time that searching takes."""
+"""Widest trellis window, in bits, that effort `fast` uses: each further bit doubles the search time."""
 
 PRESETS = {"best": 4.9, "balanced": 4.1, "small": 3.4, "tiny": 2.8}
-"""Packed bits per weight."""
+"""Packed bits per weight by preset."""
 
 NEAR = 0.99
-"""How much of the size asked for a file has at least."""
+"""Smallest accepted file, as a share of the target size."""
 
 MAX_TRIES = 4
-"""Files written in search of a size, the best of which is written again where none is near enough."""
+"""Most files written while searching for a size. If none is near enough, the best one is written again."""
 
 
 @dataclass(frozen=True)
 class _Step:
-    """Moving a layer to the next larger of its formats: what it gains for each byte, and how many bytes it takes."""
+    """A layer's move to its next larger format.
 
-    gain: float
+    Args:
+        noise_saved: noise that it saves in the model's output, per byte.
+        layer: name of the layer.
+        index: index of the larger format among those on the layer's hull.
+        nbytes: packed bytes that it adds.
+    """
+
+    noise_saved: float
     layer: str
-    number: int
+    index: int
     nbytes: int
 
 
-def menu(effort: str) -> list[BlockFormat]:
-    """The formats that are chosen from; see FAST_WINDOW."""
+def candidate_formats(effort: str) -> list[BlockFormat]:
+    """Formats that `allocate` chooses from at an effort, "fast" or "best"; see FAST_WINDOW."""
     formats = [FORMATS[id] for id in EXPECTED_SQNR_DB]
     return [fmt for fmt in formats if effort == "best" or fmt.window <= FAST_WINDOW]
 
 
-def worthwhile(weights: int, formats: Sequence[BlockFormat]) -> list[BlockFormat]:
-    """Those formats for so many weights of which each gains less for a byte than the one before, the smallest first."""
+def lower_convex_hull(weights: int, formats: Sequence[BlockFormat]) -> list[BlockFormat]:
+    """Lower convex hull of (packed bytes, noise) for a layer of `weights` weights, smallest format first."""
     points = sorted((fmt.packed_bytes(weights), expected_noise(fmt), fmt.id) for fmt in formats)
     hull: list[tuple[int, float, str]] = []
     for size, noise, id in points:
         if hull and noise >= hull[-1][1]:
             continue
-        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], (size, noise, id)):
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], (size, noise, id)):
             hull.pop()
         hull.append((size, noise, id))
     return [FORMATS[id] for _, _, id in hull]
 
 
 def packed_bounds(shapes: Mapping[str, Sequence[int]], effort: str = "fast") -> tuple[int, int]:
-    """The fewest and the most packed bytes that layers of these shapes can take together, see `menu`."""
-    counts = [prod(shape) for shape in shapes.values()]
-    return tuple(sum(limit(fmt.packed_bytes(n) for fmt in menu(effort)) for n in counts) for limit in (min, max))
+    """Fewest and most packed bytes that layers of these shapes can take together; see `candidate_formats`."""
+    counts, formats = [prod(shape) for shape in shapes.values()], candidate_formats(effort)
+    return tuple(sum(limit(fmt.packed_bytes(n) for fmt in formats) for n in counts) for limit in (min, max))
 
 
 def expected_noise(fmt: BlockFormat) -> float:
-    """Relative noise power of weights in a format, one of EXPECTED_SQNR_DB."""
+    """Noise power of Gaussian weights in one of the formats of EXPECTED_SQNR_DB, relative to their variance."""
     return 10 ** (-EXPECTED_SQNR_DB[fmt.id] / 10)
 
 
-def _gain(smaller: tuple[int, float, str], larger: tuple[int, float, str]) -> float:
+def _slope(smaller: tuple[int, float, str], larger: tuple[int, float, str]) -> float:
+    """Noise saved per byte between two points (bytes, noise, format id)."""
     return (smaller[1] - larger[1]) / (larger[0] - smaller[0])
 
 
@@ -110,58 +117,60 @@ def allocate(
 
     Args:
         shapes: shape of each layer's weight by name.
-        budget: packed bytes of all of them together, at most.
-        sensitivities: measured ones by name; a layer that is missing gets a typical one. By default
-            `expected_sensitivity`.
-        effort: "fast" or "best", see `menu`.
+        budget: most packed bytes that all layers may take together.
+        sensitivities: measured sensitivities by layer name. A layer without one gets the value expected for its role.
+        effort: "fast" or "best", see `candidate_formats`.
 
     Returns:
-        The format of each layer, and its sensitivity per weight in terms of the mean over all weights, to four digits.
-        More than the largest format takes is not used.
+        Format of each layer and its sensitivity per weight, relative to the mean over all weights, to four digits.
+        Bytes beyond the largest format stay unused.
 
     Raises:
-        NFQError: not even the smallest format fits, or a sensitivity is NaN, infinite or negative.
+        NFQError: even the smallest formats exceed the budget, or a sensitivity is NaN, infinite or negative.
     """
     for name, value in (sensitivities or {}).items():
         if not 0 <= value < math.inf:
-            raise NFQError(f"the sensitivity of {name!r} is {value}; it must be a number from 0 up")
+            raise NFQError(f"the sensitivity of {name!r} is {value}; it must be finite and not negative")
     if not shapes:
         return {}
     if budget < 0:
-        raise NFQError(f"what is not quantised takes {-budget:,} bytes more than the size asked for; ask for more")
+        raise NFQError(f"the tensors that are kept exceed the target size by {-budget:,} bytes; choose a larger target")
     counts = {name: prod(shape) for name, shape in shapes.items()}
-    worth = lru_cache(None)(partial(worthwhile, formats=tuple(menu(effort))))
-    options = {name: worth(count) for name, count in counts.items()}
-    weight_of = _completed(shapes, sensitivities)
-    left = budget - sum(fmts[0].packed_bytes(counts[name]) for name, fmts in options.items())
+    hull_of = lru_cache(None)(partial(lower_convex_hull, formats=tuple(candidate_formats(effort))))
+    hulls = {name: hull_of(count) for name, count in counts.items()}
+    sensitivity_of = _complete(sensitivities, shapes)
+    left = budget - sum(hull[0].packed_bytes(counts[name]) for name, hull in hulls.items())
     if left < 0:
         raise NFQError(
-            f"the quantised weights need at least {budget - left:,} bytes, {budget:,} are left for them; ask for more"
+            f"the quantised weights need at least {budget - left:,} bytes, the target leaves {budget:,}; "
+            "choose a larger target"
         )
     steps = []
-    for name, fmts in options.items():
-        for number, (smaller, larger) in enumerate(pairwise(fmts), 1):
+    for name, hull in hulls.items():
+        for index, (smaller, larger) in enumerate(pairwise(hull), 1):
             nbytes = larger.packed_bytes(counts[name]) - smaller.packed_bytes(counts[name])
-            gain = weight_of[name] * (expected_noise(smaller) - expected_noise(larger)) / nbytes
-            steps.append(_Step(gain, name, number, nbytes))
+            noise_saved = sensitivity_of[name] * (expected_noise(smaller) - expected_noise(larger)) / nbytes
+            steps.append(_Step(noise_saved, name, index, nbytes))
     chosen = dict.fromkeys(shapes, 0)
-    # Names decide between equals, so that the order of the tensors does not.
-    for step in sorted(steps, key=lambda step: (-step.gain, step.layer, step.number)):
-        if step.nbytes <= left and chosen[step.layer] == step.number - 1:
-            chosen[step.layer] = step.number
+    # Names break ties, so that the order of the tensors does not matter.
+    for step in sorted(steps, key=lambda step: (-step.noise_saved, step.layer, step.index)):
+        if step.nbytes <= left and chosen[step.layer] == step.index - 1:
+            chosen[step.layer] = step.index
             left -= step.nbytes
-    mean = sum(weight_of.values()) / sum(counts.values()) or 1.0
+    mean = sum(sensitivity_of.values()) / sum(counts.values()) or 1.0
     return {
-        name: (options[name][number], float(f"{weight_of[name] / counts[name] / mean:.4g}"))
-        for name, number in chosen.items()
+        name: (hulls[name][index], float(f"{sensitivity_of[name] / counts[name] / mean:.4g}"))
+        for name, index in chosen.items()
     }
 
 
 class SizeSearch:
-    """Finds how many packed bytes make a file of the size asked for, by writing it: it has to be known to be kept.
+    """Searches the packed bytes that give a file of the target size.
+
+    Each try writes the file, because its compressed size is only known afterwards.
 
     Args:
-        target: bytes of the file, at most, and at least `NEAR` of that; None: any size will do.
+        target: most bytes of the file, of which it should take at least `NEAR`; None accepts any size.
     """
 
     def __init__(self, target: int | None) -> None:
@@ -170,15 +179,19 @@ class SizeSearch:
         self._target = target
         self._tries = 0
         self._best = 0
-        """The largest file found so far that is small enough ..."""
+        """Bytes of the largest file so far that is within the target ..."""
         self._best_packed: int | None = None
         """... and its packed bytes."""
 
     def accepts(self, file_bytes: int, plans: Mapping[str, Plan]) -> bool:
-        """Whether a file is as asked for; if not, `packed_bytes` is what to try next.
+        """Whether to keep a written file; if not, `packed_bytes` is the budget to try next.
+
+        Args:
+            file_bytes: size of the file.
+            plans: the plan that it was written by.
 
         Raises:
-            NFQError: there is no such file.
+            NFQError: no file within the target was found.
         """
         if self._target is None or NEAR * self._target <= file_bytes <= self._target:
             return True
@@ -189,11 +202,11 @@ class SizeSearch:
             return True
         if fits and all(plan.format.id == LARGEST for plan in quantized):
             self.warnings.append(
-                f"every layer has {LARGEST}, the most there is; {self._possible(file_bytes, packed, plans)}"
+                f"every layer has {LARGEST}, the largest format; {self._possible(file_bytes, packed, plans)}"
             )
             return True
         if fits and self._tries == MAX_TRIES:
-            self.warnings.append(f"the file has {file_bytes:,} bytes, nothing nearer to {self._target:,} was found")
+            self.warnings.append(f"the file has {file_bytes:,} bytes; no size nearer to {self._target:,} was found")
             return True
         if fits and file_bytes > self._best:
             self._best, self._best_packed = file_bytes, packed
@@ -207,19 +220,19 @@ class SizeSearch:
             self.packed_bytes = self._best_packed
         else:
             possible = self._possible(file_bytes, packed, plans)
-            raise NFQError(f"no file of at most {self._target:,} bytes was found; {possible}, ask for more")
+            raise NFQError(f"no file of at most {self._target:,} bytes was found; {possible}; choose a larger target")
         return False
 
     @staticmethod
     def _possible(file_bytes: int, packed: int, plans: Mapping[str, Plan]) -> str:
-        """The sizes that a model's file can have, told by one of its files and that one's packed bytes."""
+        """The sizes that a model's file can have, estimated from one of its files and that file's packed bytes."""
         bounds = packed_bounds({key: plan.shape for key, plan in plans.items() if plan.format})
         smallest, largest = (size_in_words(file_bytes - packed + bound) for bound in bounds)
         return f"this model's file can have about {smallest} to {largest}"
 
 
-def _completed(shapes: Mapping[str, Sequence[int]], sensitivities: Mapping[str, float] | None) -> dict[str, float]:
-    """A sensitivity for every layer: what was not measured is as sensitive, for its role, as the measured ones are."""
+def _complete(sensitivities: Mapping[str, float] | None, shapes: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    """A sensitivity for every layer: missing ones are the values expected for their roles, scaled to the measured."""
     expected = {name: expected_sensitivity(name, shape) for name, shape in shapes.items()}
     known = {name: value for name, value in (sensitivities or {}).items() if name in shapes}
     if not known:

@@ -1,1 +1,1 @@
-"""What a report and a model card say of quantised files: measured, drawn, written."""
+"""Reports and model cards of quantised files: measurements, plots and Markdown."""

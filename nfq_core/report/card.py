@@ -23,15 +23,15 @@ from .measure import label, measure, short_names
 from .write import JSON_NAME, MARKDOWN_NAME, MEANINGS, PLOT_TITLES, markdown
 
 PLACEHOLDERS = {"base_model": "FILL-IN/BASE-MODEL", "license": "FILL-IN-LICENSE-OF-THE-BASE-MODEL"}
-"""What stands for a fact that only the author of the card knows."""
+"""Placeholders for facts that only the author of the card knows."""
 
 OPTIONS = {"base_model": "--base-model", "license": "--license"}
 
 RECOMMENDED_BITS = PRESETS["balanced"]
-"""Packed bits per weight of the file to recommend, about."""
+"""The recommended file is the one nearest to these packed bits per weight."""
 
-RATIOS = ("sqnr_db", "pictures", "latents")
-"""What a report knows of a file beyond its header."""
+MEASUREMENTS = ("sqnr_db", "pictures", "latents")
+"""Keys of a file in a report that its header does not have."""
 
 
 def card_facts(
@@ -44,25 +44,25 @@ def card_facts(
     license: str = "",
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Gather what a card says.
+    """Gather the facts for a card.
 
     Args:
         files: `.nfq.safetensors` files.
         original: the file that they were made from, to measure their errors.
-        report_folder: where `nfq report` wrote about them; instead of `original`.
+        report_folder: folder of an `nfq report` about them, instead of `original`.
         recommended: one of `files`; by default the one nearest to RECOMMENDED_BITS.
-        base_model: the base model's name on the hub.
+        base_model: name of the base model on the Hugging Face Hub.
         license: its licence.
-        progress: see `parallel.Progress`, while errors are measured.
+        progress: see `parallel.Progress`; called while errors are measured.
 
     Returns:
-        `base_model` and `license`, `placeholders` (the names of those two that were not given), `recommended`,
-        `report_folder` (its name, or None), `plots` (names of those in it) and `files`: each as
+        `base_model` and `license`, `placeholders` (which of the two were not given), `recommended` (a name),
+        `report_folder` (its name, or None), `plots` (names of the plots in it) and `files`: each as
         `examine.container_info` without `layers`, with `name`, `sha256`, `header_sha256`, `whole_checkpoint`, and
-        `sqnr_db`, `pictures` and `latents` as far as they are known.
+        `sqnr_db`, `pictures` and `latents` if they were measured.
 
     Raises:
-        NFQError: a file is missing, damaged or named twice, not made from the original, or not in the report.
+        NFQError: a file is missing, damaged or given twice, not made from the original, or not in the report.
     """
     names = short_names(files)
     facts = [_file_facts(path, name) for path, name in zip(files, names, strict=True)]
@@ -76,8 +76,8 @@ def card_facts(
         for path, one in zip(files, facts, strict=True):
             if one["header_sha256"] not in measured:
                 raise NFQError(f"{path} is not in {report_folder}; run `nfq report` with it, or leave it out")
-            found = measured[one["header_sha256"]]
-            one.update({key: found[key] for key in RATIOS if key in found})
+            measurements = measured[one["header_sha256"]]
+            one.update({key: measurements[key] for key in MEASUREMENTS if key in measurements})
     given = {"base_model": base_model, "license": license}
     in_folder = report_folder is not None
     return {
@@ -107,7 +107,7 @@ def _read_report(folder: Path) -> dict[str, Any]:
     path = folder / JSON_NAME
     try:
         report = parse_json(path.read_text("utf-8"))
-        # Whatever a card says of it is tried here, where its file can be named.
+        # Everything that a card uses is tried here, where the error can name the file.
         markdown(report, ())
         {file["header_sha256"] for file in report["files"]}
     except OSError as error:
@@ -123,14 +123,14 @@ def _recommended(
     if chosen is not None:
         paths = [os.path.abspath(path) for path in files]
         if os.path.abspath(chosen) not in paths:
-            raise NFQError(f"{chosen} cannot be recommended: it is none of the files of the card")
+            raise NFQError(f"{chosen} cannot be recommended: it is not one of the card's files")
         return facts[paths.index(os.path.abspath(chosen))]["name"]
     nearest = min(facts, key=lambda one: (abs(one["packed_bits_per_weight"] - RECOMMENDED_BITS), one["file_bytes"]))
     return nearest["name"]
 
 
 def card(facts: Mapping[str, Any]) -> str:
-    """The card of what `card_facts` gathered, as a repository's README.md."""
+    """The card for the result of `card_facts`, as Markdown for a repository's README.md."""
     files = facts["files"]
     models = sorted({one["architecture"] if one["architecture"] != UNKNOWN else "" for one in files if _is_unet(one)})
     known = ", ".join(filter(None, models))
@@ -148,8 +148,8 @@ def card(facts: Mapping[str, Any]) -> str:
         front_matter(fields, comments),
         f"# {as_text(title)}, quantised",
         f"Weights of {as_text(facts['base_model'])}{f' ({known})' if known else ''} in the NF block format of "
-        "ComfyUI-NFQ. Each file is complete: the original is not needed. Only weights are quantised, activations are "
-        "not: samplers, CFG and LoRA stay as they are. The licence is the base model's.",
+        "ComfyUI-NFQ. Each file is self-contained: the original is not needed. Only weights are quantised, so "
+        "samplers, CFG and LoRA work as before. The licence is the base model's.",
         "## Files",
         _files_table(facts),
         MEANINGS,
@@ -190,9 +190,9 @@ def _files_table(facts: Mapping[str, Any]) -> str:
 def _quality(facts: Mapping[str, Any]) -> list[str]:
     if facts["report_folder"] is None:
         return []
-    beside = f"{quote(facts['report_folder'])}/"
-    images = [f"![{PLOT_TITLES[name]}]({beside}{name}.png)" for name in facts["plots"]]
-    return ["## Quality", *images, f"Layer by layer: [{MARKDOWN_NAME}]({beside}{MARKDOWN_NAME})."]
+    folder = quote(facts["report_folder"])
+    images = [f"![{PLOT_TITLES[name]}]({folder}/{name}.png)" for name in facts["plots"]]
+    return ["## Quality", *images, f"Layer by layer: [{MARKDOWN_NAME}]({folder}/{MARKDOWN_NAME})."]
 
 
 def _how_to_use(facts: Mapping[str, Any]) -> list[str]:
@@ -201,17 +201,16 @@ def _how_to_use(facts: Mapping[str, Any]) -> list[str]:
     steps = []
     if any(_is_unet(one) and not one["whole_checkpoint"] for one in files):
         steps.append(
-            "**ComfyUI**, with the nodes of ComfyUI-NFQ: put a UNet into `models/diffusion_models`, and *Load NFQ "
-            "Diffusion Model* where *Load Diffusion Model* stands in your workflow; CLIP and VAE come from where they "
-            "came before."
+            "**ComfyUI**, with the nodes of ComfyUI-NFQ: put a UNet into `models/diffusion_models`. In your workflow, "
+            "replace *Load Diffusion Model* by *Load NFQ Diffusion Model*; CLIP and VAE loaders stay."
         )
     if any(one["whole_checkpoint"] for one in files):
         steps.append(
-            "**ComfyUI**, with the nodes of ComfyUI-NFQ: put a checkpoint into `models/checkpoints`, and *Load NFQ "
-            "Checkpoint* where *Load Checkpoint* stands in your workflow."
+            "**ComfyUI**, with the nodes of ComfyUI-NFQ: put a checkpoint into `models/checkpoints`. In your workflow, "
+            "replace *Load Checkpoint* by *Load NFQ Checkpoint*."
         )
     if any(map(_is_unet, files)):
-        # A string in JSON is the same in Python.
+        # JSON strings are valid Python strings.
         file, base = (json.dumps(words, ensure_ascii=False) for words in (chosen, facts["base_model"]))
         steps += [
             "**diffusers**, with `nfq_core` of ComfyUI-NFQ; `unet` is a folder with the `config.json` of the base "
@@ -224,8 +223,8 @@ unet = load_unet({file}, "unet")
 pipeline = StableDiffusionXLPipeline.from_pretrained({base}, unet=unet, torch_dtype=unet.dtype)
 ```""",
             "**Automatic1111's web UI and Forge**, with the same repository as an extension: put a checkpoint into "
-            "`models/Stable-diffusion` and choose it in the list. A UNet alone works in Forge only, with the rest "
-            "chosen under *VAE / Text Encoder*.",
+            "`models/Stable-diffusion` and choose it in the list. A UNet alone works in Forge only: choose its text "
+            "encoders and VAE under *VAE / Text Encoder*.",
         ]
     else:
         steps.append("**Python**: `nfq_core.load` of ComfyUI-NFQ reads a file as a state dict of packed weights.")
@@ -242,11 +241,11 @@ def _settings(one: Mapping[str, Any]) -> str:
 
 
 def front_matter(fields: Mapping[str, str | Sequence[str]], comments: Mapping[str, str]) -> str:
-    """Texts and lists of texts between two lines of dashes.
+    """YAML front matter of texts and lists of texts, between two lines of dashes.
 
     Args:
         fields: values by name; names are plain words.
-        comments: what stands behind a field's line, by its name.
+        comments: comments at the end of a field's line, by the field's name.
     """
     lines = ["---"]
     for name, value in fields.items():
@@ -259,9 +258,9 @@ def front_matter(fields: Mapping[str, str | Sequence[str]], comments: Mapping[st
 
 
 def quoted(text: str) -> str:
-    """A double-quoted scalar that every YAML reader takes for exactly this text: JSON, for YAML contains it.
+    """The text as a double-quoted YAML scalar: JSON, which YAML contains.
 
-    What is not printable is escaped (YAML 1.2, section 5.7), and so are line separators, which old readers fold.
+    Unprintable letters are escaped (YAML 1.2, section 5.7), and line separators too, which old readers fold.
     """
     letters = json.dumps(text, ensure_ascii=False)
     return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08X}" for letter in letters)

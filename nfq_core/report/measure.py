@@ -1,4 +1,4 @@
-"""How far files are from their original, layer by layer and by the part that layers play."""
+"""Measure the error of files against their original, for each layer and each role of layers."""
 
 from __future__ import annotations
 
@@ -24,42 +24,42 @@ SUFFIXES = (SUFFIX, ".safetensors")
 def measure(
     original: str | os.PathLike, files: Sequence[str | os.PathLike], *, progress: Progress = no_progress
 ) -> dict[str, Any]:
-    """Compare files with the one that they were made from.
+    """Compare files with the original that they were made from.
 
     Args:
-        original: a safetensors file, in any of the layouts, or a sharded model by its index or folder.
+        original: a safetensors file in any key layout, or a sharded model by its index or folder.
         files: `.nfq.safetensors` files that were made from it.
         progress: see `parallel.Progress`, over all files.
 
     Returns:
-        `version`, `original` (`name`, `bytes`, `sha256`), `files` in the order given, each as `examine.container_info`
-        tells without `source`, further `name` (that of the file, as short as tells the files apart), `header_sha256`,
+        `version`, `original` (`name`, `bytes`, `sha256`) and `files`, in the given order. Each file has the keys of
+        `examine.container_info` without `source`, and `name` (see `short_names`), `header_sha256`,
         `unet_bits_per_weight` (stored bytes of the UNet's tensors, kept ones too, × 8 ÷ their number of weights; None
-        where there is no UNet), `sqnr_db` (see `examine.compare_files`), `note` (why its error may be another's, or
-        nothing), `roles` (each `role`, `group`, `layers`, `weights`, `bits_per_weight`, `sqnr_db`) and `layers`, in
+        without a UNet), `sqnr_db` (see `examine.compare_files`), `note` (a warning if its source was another file, else
+        empty), `roles` (each `role`, `group`, `layers`, `weights`, `bits_per_weight`, `sqnr_db`) and `layers` in
         forward order (each also `common_name`, `role`, `group`, `stage`, `sqnr_db`).
 
     Raises:
-        NFQError: a file is missing, damaged, or not made from this original, or named twice.
+        NFQError: a file is missing, damaged, not made from this original, or given twice.
     """
     names = short_names(files)
     with Original(original) as file:
         before = {"name": _readable(file.path.name), "bytes": file.file_bytes, "sha256": file.sha256()}
-    found = []
+    measured = []
     for number, (path, name) in enumerate(zip(files, names, strict=True)):
 
         def report(done: int, total: int, tensor: str, number: int = number) -> None:
             progress(number * total + done, len(files) * total, tensor)
 
-        found.append(_measure_file(original, before, path, name, report))
-    return {"version": __version__, "original": before, "files": found}
+        measured.append(_measure_file(original, before, path, name, report))
+    return {"version": __version__, "original": before, "files": measured}
 
 
 def short_names(files: Sequence[str | os.PathLike]) -> list[str]:
-    """A name for each file: the last parts of its path, as many as tell all of them apart.
+    """A unique name for each file: the last parts of its path, as few as possible.
 
     Raises:
-        NFQError: a file is named twice.
+        NFQError: a file is given twice.
     """
     paths = [Path(os.path.abspath(path)) for path in files]
     twice = next((path for path, count in Counter(paths).items() if count > 1), None)
@@ -73,12 +73,12 @@ def short_names(files: Sequence[str | os.PathLike]) -> list[str]:
 
 
 def _readable(name: str) -> str:
-    """Not every file name is Unicode."""
+    """Escape the bytes of a file name that are not Unicode."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def by_size(files: Iterable[str | os.PathLike]) -> list[str | os.PathLike]:
-    """The largest first; files that are not there are left for `measure` to name."""
+    """Sort files by size, the largest first; missing files come last, and `measure` reports them."""
     return sorted(files, key=lambda path: (-os.path.getsize(path) if os.path.isfile(path) else 0, str(path)))
 
 
@@ -124,6 +124,7 @@ def _measure_file(
 
 
 def _note(source: Mapping[str, str], before: Mapping[str, Any]) -> str:
+    """A warning if a file was made from another source than the original; else empty."""
     if source["sha256"] in ("", before["sha256"]):
         return ""
     return f"made from another file ({source['name'] or 'without a name'}), whose difference is part of the error"

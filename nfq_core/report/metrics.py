@@ -1,4 +1,4 @@
-"""How far pictures are from a reference: PSNR and SSIM."""
+"""PSNR and SSIM of pictures against a reference."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ WINDOW_SIGMA = 1.5
 
 
 def psnr_db(reference: torch.Tensor, other: torch.Tensor, peak: float) -> float | None:
-    """Peak signal-to-noise ratio, ``10 * log10(peak**2 / mse)`` in dB; None where both are equal.
+    """Peak signal-to-noise ratio, ``10 * log10(peak**2 / mse)`` in dB; None if both are equal.
 
     Args:
         reference: any shape and dtype.
-        other: of the same shape.
-        peak: the largest value a signal of this kind can have.
+        other: same shape.
+        peak: the largest possible value.
     """
     error = (reference.double() - other.double()).square().mean().item()
     return 10 * math.log10(peak**2 / error) if error else None
@@ -29,13 +29,13 @@ def ssim(reference: torch.Tensor, other: torch.Tensor, peak: float) -> float:
     """Mean structural similarity, 1 for equal pictures.
 
     Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment: from error visibility to structural similarity" (2004):
-    an 11 × 11 Gaussian window of sigma 1.5 wherever it fits whole, K1 = 0.01, K2 = 0.03, population moments; every
-    channel by itself. Pictures smaller than the window are seen through the largest odd one that fits.
+    an 11 × 11 Gaussian window of sigma 1.5 at every position where it fits, K1 = 0.01, K2 = 0.03, population moments,
+    each channel separately. Smaller pictures use the largest odd window that fits.
 
     Args:
         reference: shape (count, channels, height, width), any floating dtype.
-        other: of the same shape.
-        peak: the range of values.
+        other: same shape.
+        peak: the largest possible value.
     """
     window = _gaussian(min(WINDOW, *(side - 1 + side % 2 for side in reference.shape[2:])))
     x, y = (picture.double().flatten(0, 1).unsqueeze(1) for picture in (reference, other))
@@ -56,5 +56,5 @@ def _gaussian(side: int) -> torch.Tensor:
 
 
 def _blurred(picture: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
-    """Weighted means over every window that fits; `picture` has shape (count, 1, height, width)."""
+    """Weighted mean of each window position that fits; `picture` has shape (count, 1, height, width)."""
     return F.conv2d(F.conv2d(picture, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))

@@ -1,4 +1,4 @@
-"""The same pictures drawn with the weights of the original and of each file, by a diffusers pipeline or the demo."""
+"""Draw the same pictures with the weights of the original and of each file, by a diffusers pipeline or the demo."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ DEFAULT_STEPS = 20
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is drawn, and how; None stands for the pipeline's own choice."""
+    """What to draw, and how; None leaves the choice to the pipeline."""
 
     prompts: tuple[str, ...] | None = None
     seed: int = 0
-    """Picture i starts from the noise of seed + i."""
+    """Picture i starts from the noise of seed `seed + i`."""
     steps: int = DEFAULT_STEPS
     guidance: float | None = None
     side: int | None = None
@@ -34,54 +34,54 @@ class Drawing:
 
 
 class Painter(Protocol):
-    """Draws with the weights of one file after the other."""
+    """Draws with the weights of one file after another."""
 
     drawing: Drawing
-    """All of its choices made."""
+    """What it draws, with all choices made."""
 
     def load(self, path: str | os.PathLike) -> None:
-        """Take a file's weights; NFQError where they are not those of this pipeline's model."""
+        """Load a file's weights; NFQError if they do not fit this pipeline's model."""
 
     def pictures(self) -> np.ndarray:
         """Draw every prompt: uint8, shape (count, height, width, 3)."""
 
     def latents(self) -> list[torch.Tensor] | None:
-        """What `protocol` measures, one for each of its prompts; None where the model has no latents."""
+        """One latent for each prompt of `protocol`; None if the model has no latents."""
 
 
 def add_pictures(
     report: dict[str, Any],
     original: str | os.PathLike,
     files: Sequence[str | os.PathLike],
-    artist: Painter,
+    painter: Painter,
     *,
     progress: Progress = no_progress,
 ) -> list[np.ndarray]:
-    """Draw with the original and with each file, and put what was measured into the report.
+    """Draw with the original and with each file, and add measurements of the pictures to the report.
 
-    `report["pictures"]` tells how they were drawn; each of `report["files"]` gets `pictures` (`psnr_db` over all of
-    them, `ssim`, their mean, and the same of `each`). Where the model has latents, `report["protocol"]` tells how those
-    were made, and each file gets `latents` (`psnr_db`, the mean over prompts, and `each`).
+    `report["pictures"]` gets the settings of the drawing. Each of `report["files"]` gets `pictures`: `psnr_db` over all
+    pictures, `ssim` (mean), and both for `each` picture. If the model has latents, `report["protocol"]` gets their
+    settings, and each file `latents`: `psnr_db` (mean over prompts) and `each`.
 
     Args:
-        report: what `measure.measure` returned of the same files.
+        report: the result of `measure.measure` for the same files; it is changed.
         original: the safetensors file.
-        files: those that were made from it.
-        artist: draws.
-        progress: called with the number of models that were sampled.
+        files: the files that were made from it.
+        painter: draws the pictures.
+        progress: called with the number of models sampled.
 
     Returns:
-        The pictures of the original and of each file: uint8, shape (count, height, width, 3).
+        Pictures of the original and of each file: uint8, shape (count, height, width, 3).
 
     Raises:
-        NFQError: weights do not fit the pipeline, or what was drawn is no picture.
+        NFQError: weights do not fit the pipeline, or a result holds NaN or infinity.
     """
     drawn: list[np.ndarray] = []
     reference = None
     for number, path in enumerate((original, *files)):
-        artist.load(path)
-        latents = artist.latents()
-        drawn.append(artist.pictures())
+        painter.load(path)
+        latents = painter.latents()
+        drawn.append(painter.pictures())
         if number == 0:
             reference = latents
         else:
@@ -91,7 +91,7 @@ def add_pictures(
                 each = [protocol.latent_psnr_db(*pair) for pair in zip(reference, latents, strict=True)]
                 entry["latents"] = {"psnr_db": _mean(each), "each": each}
         progress(number + 1, len(files) + 1, str(path))
-    drawing = artist.drawing
+    drawing = painter.drawing
     report["pictures"] = {
         "prompts": list(drawing.prompts),
         "seed": drawing.seed,
@@ -126,6 +126,6 @@ def _mean(ratios: Sequence[float | None]) -> float | None:
 
 
 def is_packed(path: str | os.PathLike) -> bool:
-    """Whether a file is a container; NFQError where it is no model."""
+    """Whether a file is a container; NFQError if it is not a model."""
     with Original(path) as file:
         return FACTS_KEY in file.metadata

@@ -1,4 +1,4 @@
-"""Draws with the SDXL pipeline in a diffusers folder."""
+"""Draw with the SDXL pipeline in a diffusers folder."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 PIPELINE = "StableDiffusionXLPipeline"
 
 PIPELINE_GUIDANCE = 5.0
-"""Its own default."""
+"""The pipeline's default."""
 
 
 class PipelinePainter:
-    """Draws with an SDXL folder of diffusers, whose own UNet weights are not read. See `pictures.Painter`."""
+    """Draws with a diffusers folder of SDXL; the UNet weights in it are not read. See `pictures.Painter`."""
 
     def __init__(self, folder: str | os.PathLike, drawing: Drawing) -> None:
         check_device(drawing.device, torch.float32)
@@ -50,7 +50,7 @@ class PipelinePainter:
             raise NFQError(f"--side must be a multiple of 8, got {self.drawing.side}")
 
     def load(self, path: str | os.PathLike) -> None:
-        """Take a file's weights, tensor by tensor."""
+        """Load a file's weights, tensor by tensor."""
         packed = is_packed(path)
         self._path = path
         with NFQFile(path) if packed else Original(path) as file:
@@ -63,11 +63,11 @@ class PipelinePainter:
             keys = {name: key for key, name in names.items()}
             wanted = dict(self._pipeline.unet.named_parameters())
             for name, parameter in wanted.items():
-                found = shapes.get(keys.get(name, ""))
-                if found != tuple(parameter.shape):
+                shape = shapes.get(keys.get(name, ""))
+                if shape != tuple(parameter.shape):
                     raise NFQError(
                         f"{path} does not fit {self._folder}: the UNet's {name!r} has shape {tuple(parameter.shape)} "
-                        f"there, {found} here; name the folder of the same model"
+                        f"in the folder, {shape} in the file; give the folder of the file's model"
                     )
             with torch.no_grad():
                 for name, parameter in wanted.items():
@@ -83,7 +83,7 @@ class PipelinePainter:
             picture = self._draw(prompt, choice.seed + number, choice.steps, choice.side, "np", choice.guidance)
             if not np.isfinite(picture).all():
                 raise NFQError(
-                    f"what {self._path} draws in {self._folder} holds NaN or infinity; it cannot be compared"
+                    f"a picture of {self._path} in {self._folder} holds NaN or infinity; it cannot be compared"
                 )
             drawn.append((picture * 255).round().astype(np.uint8))
         return np.stack(drawn)
@@ -95,7 +95,10 @@ class PipelinePainter:
             seed = self.drawing.seed + number
             latent = self._draw(prompt, seed, protocol.STEPS, protocol.SIDE, "latent", None).float().cpu()
             if not latent.isfinite().all() or not latent.any():
-                raise NFQError(f"the latents of {self._path} in {self._folder} are no numbers; they cannot be compared")
+                raise NFQError(
+                    f"a latent of {self._path} in {self._folder} is all zero, or holds NaN or infinity; it cannot be "
+                    "compared"
+                )
             drawn.append(latent)
         return drawn
 
@@ -120,7 +123,7 @@ def _check_folder(folder: Path) -> None:
     try:
         kind = json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"]
     except OSError:
-        raise NFQError(f"{folder} is no diffusers folder: its model_index.json cannot be read") from None
+        raise NFQError(f"{folder} is not a diffusers folder: its model_index.json cannot be read") from None
     except (ValueError, KeyError, TypeError):
         raise NFQError(f"{folder}: its model_index.json is damaged; fetch the folder again") from None
     if kind != PIPELINE:
@@ -128,7 +131,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _load_pipeline(folder: Path, device: torch.device) -> StableDiffusionXLPipeline:
-    """The pipeline, its UNet without weights yet; fp32 on a CPU, otherwise fp16."""
+    """The pipeline, with uninitialised UNet weights; fp32 on a CPU, fp16 on other devices."""
     try:
         import transformers
         from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
@@ -137,7 +140,7 @@ def _load_pipeline(folder: Path, device: torch.device) -> StableDiffusionXLPipel
         needed = ("diffusers", "transformers")
         raise missing_package(f"pictures of a pipeline need {' and '.join(needed)}", *needed) from error
     dtype = torch.float32 if device.type == "cpu" else torch.float16
-    # Their bars would stand beside ours.
+    # Progress bars of these packages would mix with ours.
     logging.disable_progress_bar()
     transformers.logging.disable_progress_bar()
     try:

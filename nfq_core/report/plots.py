@@ -1,4 +1,4 @@
-"""The plots of a report, all equally wide, with a palette that colour-blind eyes tell apart (Okabe and Ito 2008)."""
+"""The plots of a report, all of one width, in a palette for colour-blind readers (Okabe and Ito 2008)."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 10.0
-"""Of every plot, in inches."""
+"""Width of every plot, in inches."""
 
 DPI = 150
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe's and Ito's but for yellow, which is too pale on white."""
+"""The palette of Okabe and Ito without yellow, which is too pale on white."""
 
 MARKERS = "osD^vP*"
 
 LEGEND_LETTERS = 110
-"""That fit into a line of a legend."""
+"""Letters that fit into a line of a legend."""
 
 GREY = "#666666"
 
@@ -44,7 +44,7 @@ Style = tuple[str, str]
 
 
 def check_matplotlib() -> None:
-    """ImportError that says what to install when matplotlib is missing."""
+    """Raise ImportError, with the command to install it, if matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -52,11 +52,10 @@ def check_matplotlib() -> None:
 
 
 def plots(report: Mapping[str, Any]) -> dict[str, Figure]:
-    """Draw what `measure` found, and the figures of pictures that stand beside it.
+    """Plot the result of `measure.measure`, with or without that of `pictures.add_pictures`.
 
     Returns:
-        A figure by the name that its file gets, without suffix: `size`, `layers`, and `roles` where there is more than
-        one role.
+        Figures by file name without suffix: `size`, `layers`, and `roles` if there is more than one role.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -66,7 +65,7 @@ def plots(report: Mapping[str, Any]) -> dict[str, Figure]:
 
     files = report["files"]
     styles = [(COLOURS[i % len(COLOURS)], MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]) for i in range(len(files))]
-    # A host, or a user, may have set a style of its own.
+    # A host or user may have changed matplotlib's style.
     with style.context(["default", {"font.family": _fonts()}]):
         drawn = {"size": _size_plot(report, styles), "layers": _layers_plot(report)}
         if len({row["role"] for file in files for row in file["roles"]}) > 1:
@@ -91,14 +90,14 @@ def pixels(figure: Figure) -> np.ndarray:
 
 @contextmanager
 def _missing_letters_ignored() -> Iterator[None]:
-    """Letters that no font has become boxes; nothing more can be done about a file's name."""
+    """Suppress warnings about letters that no font has; they are drawn as boxes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+")
         yield
 
 
 def _fonts() -> list[str]:
-    """matplotlib's own, and those of this system that have the letters it lacks."""
+    """matplotlib's own font, and this system's fonts with more scripts."""
     from matplotlib.font_manager import fontManager
 
     others = {font.name for font in fontManager.ttflist if os.path.basename(font.fname) in FONTS}
@@ -115,22 +114,22 @@ def _figure(height: float) -> Figure:
 
 
 def _plain(text: str, length: int = 48) -> str:
-    """A file's name as matplotlib draws it: no formula, and with its beginning left out where it is long."""
+    """A file's name for matplotlib: not parsed as a formula, and without its beginning if it is too long."""
     text = " ".join(text.split())
     return (text if len(text) <= length else "…" + text[1 - length :]).replace("$", r"\$")
 
 
-def _clean(axes: Axes) -> None:
+def _style_axes(axes: Axes) -> None:
     axes.grid(True, axis="both", color="#DDDDDD", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _legend(figure: Figure, entries: Sequence[tuple[str, Style]], title: str) -> None:
-    """Below everything, so that it hides nothing."""
+    """Draw a legend below the plots."""
     from matplotlib.lines import Line2D
 
-    # Names may begin with an underscore, by which matplotlib means to leave them out.
+    # The space in front keeps matplotlib from hiding names that begin with an underscore.
     names = [f" {_plain(name)}" for name, _ in entries]
     handles = [Line2D([], [], color=colour, marker=marker, linestyle="none") for _, (colour, marker) in entries]
     columns = max(1, min(4, len(names), LEGEND_LETTERS // max(map(len, names))))
@@ -139,7 +138,7 @@ def _legend(figure: Figure, entries: Sequence[tuple[str, Style]], title: str) ->
 
 
 def _size_plot(report: Mapping[str, Any], styles: Sequence[Style]) -> Figure:
-    """Errors against size: of the weights, of pictures, of a latent, as far as they were measured."""
+    """Errors against size: of the weights, and of pictures and latents if they were drawn."""
     files = report["files"]
     unit, name = (1e9, "GB") if max(file["file_bytes"] for file in files) >= 1e9 else (1e6, "MB")
     sizes = [file["file_bytes"] / unit for file in files]
@@ -155,7 +154,7 @@ def _size_plot(report: Mapping[str, Any], styles: Sequence[Style]) -> Figure:
     figure.suptitle(f"Error against size: {_plain(label(report['original']['name']))}", fontweight="bold")
     columns = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, y_label, x_label, xs, ys) in zip(columns, panels, strict=True):
-        _clean(axes)
+        _style_axes(axes)
         axes.set(title=title, xlabel=x_label, ylabel=y_label)
         axes.margins(0.12)
         for x, y, (colour, marker) in zip(xs, ys, styles, strict=True):
@@ -172,9 +171,9 @@ def _size_plot(report: Mapping[str, Any], styles: Sequence[Style]) -> Figure:
 
 
 def _layers_plot(report: Mapping[str, Any]) -> Figure:
-    """The error of every layer, in forward order, a panel for each file."""
+    """The error of every layer in forward order, one panel per file."""
     files = report["files"]
-    order = _order(files)
+    order = _layer_order(files)
     names = {name: number for number, (name, _) in enumerate(order)}
     groups = [group for group in GROUPS if any(layer["group"] == group for file in files for layer in file["layers"])]
     figure = _figure(1.4 + 2.2 * len(files))
@@ -185,7 +184,7 @@ def _layers_plot(report: Mapping[str, Any]) -> Figure:
     rows = figure.subplots(len(files), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     size = 7 if len(order) > 200 else 16 if len(order) > 50 else 30
     for axes, file in zip(rows, files, strict=True):
-        _clean(axes)
+        _style_axes(axes)
         for group in groups:
             colour, marker = _group_style(group)
             members = [layer for layer in file["layers"] if layer["group"] == group and layer["sqnr_db"] is not None]
@@ -211,8 +210,8 @@ def _group_style(group: str) -> Style:
     return COLOURS[GROUPS.index(group)], MARKERS[GROUPS.index(group)]
 
 
-def _order(files: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Common name and stage of all layers that any of the files has; those that the first lacks come last."""
+def _layer_order(files: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Common name and stage of every layer of any file; layers that the first file lacks come last."""
     order: dict[str, str] = {}
     for file in files:
         order |= {layer["common_name"]: layer["stage"] for layer in file["layers"]}
@@ -220,7 +219,7 @@ def _order(files: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _stage_axis(rows: Sequence[Axes], stages: Sequence[str]) -> None:
-    """Stages instead of numbers where they are known; every second one is shaded, and named a line lower."""
+    """Label the x axis by stages, if they are known; every second stage is shaded, its label one line lower."""
     bottom = rows[-1]
     bottom.set_xlim(-0.5 - 0.005 * len(stages), len(stages) - 0.5 + 0.005 * len(stages))
     bottom.set_xlabel(f"{len(stages)} quantised layers, in the order of the forward pass")
@@ -241,13 +240,13 @@ def _stage_axis(rows: Sequence[Axes], stages: Sequence[str]) -> None:
 
 
 def _roles_plot(report: Mapping[str, Any], styles: Sequence[Style]) -> Figure:
-    """The mean error of the layers of each role, a mark for each file."""
+    """The mean error of the layers of each role, one mark per file."""
     files = report["files"]
     roles = list(dict.fromkeys(row["role"] for file in files for row in file["roles"]))
     figure = _figure(1.6 + 0.3 * len(roles) + 0.2 * (len(files) // 4))
     figure.suptitle(f"Error of each kind of layer: {_plain(label(report['original']['name']))}", fontweight="bold")
     axes = figure.subplots()
-    _clean(axes)
+    _style_axes(axes)
     for file, (colour, marker) in zip(files, styles, strict=True):
         known = [row for row in file["roles"] if row["sqnr_db"] is not None]
         ys = [roles.index(row["role"]) for row in known]

@@ -1,8 +1,8 @@
-"""Latents after one step: the measurement by which Apple rated palettised SDXL models, and what it found.
+"""PSNR of latents after one step, as Apple measured palettised SDXL models, and Apple's figures.
 
 Eight prompts, one denoising step, pictures of 768 × 768, the pipeline's own scheduler and guidance, mean over the
-prompts. These are the project's own here, and each starts from the noise of a seed of its own. Figures come near
-Apple's (mixed-bit palettisation in `ml-stable-diffusion`) without being the same measurement.
+prompts. The prompts and seeds are this project's own, so figures are similar to Apple's (mixed-bit palettisation in
+`ml-stable-diffusion`) but not exactly comparable.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ APPLE_SDXL = (
     (2.83, 67.0),
     (2.71, 66.3),
 )
-"""Bits per weight and dB that Apple published for SDXL base 1.0; its bits count codes alone."""
+"""Bits per weight and dB that Apple published for SDXL base 1.0; the bits count codes only."""
 
 
 def latent_psnr_db(reference: torch.Tensor, other: torch.Tensor) -> float | None:
-    """``20 * log10(max|other| / rmse)`` in dB, the peak being the compared latent's; None where both are equal.
+    """``20 * log10(max|other| / rmse)`` in dB; None if both are equal.
 
     Args:
         reference: a latent of any shape.
-        other: the one compared with it, of the same shape.
+        other: the latent to compare, same shape.
     """
     error = (reference.double() - other.double()).square().mean().sqrt().item()
     return 20 * math.log10(other.double().abs().max().item() / error) if error else None

@@ -1,4 +1,4 @@
-"""The comparison sheet: captions down, models across, each picture brought to one size and every column labelled."""
+"""The comparison sheet: one row per caption, one labelled column per model, all pictures at one size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GAP = 8
 CAPTION_WIDTH = 250
 FONT_SIZE = 15
 LINE = 24
-"""Height of a line of a label, in pixels."""
+"""Height of a line of text, in pixels."""
 
 FONTS = (
     "NotoSansCJK-Regular.ttc",
@@ -27,11 +27,11 @@ FONTS = (
     "DejaVuSans.ttf",
     "arial.ttf",
 )
-"""Fonts of the usual systems, those of most scripts first: Pillow's own has ASCII alone."""
+"""Fonts of common systems, those with the most scripts first: Pillow's own font has ASCII only."""
 
 
 def check_pillow() -> None:
-    """ImportError that says what to install when Pillow is missing."""
+    """Raise ImportError, with the command to install it, if Pillow is missing."""
     try:
         import PIL  # noqa: F401
     except ImportError as error:
@@ -41,13 +41,13 @@ def check_pillow() -> None:
 def comparison_sheet(
     captions: Sequence[str], columns: Sequence[tuple[str, np.ndarray]], *, side: int = 128, note: str = ""
 ) -> Image.Image:
-    """Lay pictures out as one labelled picture.
+    """Arrange pictures as one labelled picture.
 
     Args:
-        captions: one per row, or none at all; lines parted by `|`.
-        columns: a label, its lines parted by `|`, and uint8 pictures of one shape (rows, height, width, 3).
-        side: the longer side that each picture gets, in pixels.
-        note: what to say above the captions.
+        captions: one per row, or an empty list; `|` separates lines.
+        columns: label (`|` separates lines) and pictures of each column: uint8, one shape (rows, height, width, 3).
+        side: longer side of each picture on the sheet, in pixels.
+        note: text above the captions.
 
     Returns:
         An RGB picture.
@@ -86,7 +86,7 @@ def comparison_sheet(
 
 
 def _font(words: str, size: int) -> object:
-    """Pillow's own font where it has all letters, otherwise the first of FONTS that this system has."""
+    """Pillow's own font if it has all letters, else the first of FONTS that this system has."""
     from PIL import ImageFont
 
     for name in () if words.isascii() else FONTS:
@@ -98,7 +98,7 @@ def _font(words: str, size: int) -> object:
 
 
 def _wrapped(text: str, draw: object, font: object, width: int) -> str:
-    """Break lines at `|`, and where they would be wider than `width` pixels: at spaces, or within a word."""
+    """Break lines at `|`, and lines wider than `width` pixels at spaces or within a word."""
     lines: list[str] = []
     for part in text.split("|"):
         lines.append("")

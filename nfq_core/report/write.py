@@ -1,4 +1,4 @@
-"""A report as Markdown, and the folder that holds it with its plots and pictures."""
+"""Write a report: Markdown, JSON, plots and pictures in one folder."""
 
 from __future__ import annotations
 
@@ -25,38 +25,39 @@ PLOT_TITLES = {
     "roles": "Error of each kind of layer",
     "pictures": "The same prompts and seeds, drawn with each file's weights",
 }
-"""What the plots and pictures are, by the name of their file without suffix, in the order of the report."""
+"""Titles of the plots and pictures by file name without suffix, in the order of the report."""
 
 WRITTEN = (JSON_NAME, MARKDOWN_NAME, *(f"{name}.png" for name in PLOT_TITLES))
 
 SHEET_SIDE = 256
-"""The longer side of a picture on the sheet, in pixels; small ones are drawn at less."""
+"""Longest side of a picture on the sheet, in pixels; smaller pictures get less."""
 
 MEANINGS = (
     "*Bits per weight*: bytes of the quantised tensors in the file × 8 ÷ their weights; *packed*: the same in memory. "
-    "*SQNR*: signal to quantisation noise of the weights, 10 · log10(variance ÷ mean squared error), mean over the "
-    "layers by weights; 6 dB are about one bit. *PSNR* and *SSIM* compare pictures with the original's. More is better."
+    "*SQNR*: signal-to-quantisation-noise ratio of the weights, 10 · log10(variance ÷ mean squared error), mean over "
+    "layers weighted by size; 6 dB are about one bit. *PSNR* and *SSIM* compare pictures with the original's. Higher "
+    "is better."
 )
-"""What the columns of the table of files are."""
+"""Explains the columns of the table of files."""
 
 WORST = 5
-"""How many of each file's worst layers are named."""
+"""Number of layers with the largest error that are listed for each file."""
 
 
 def write_report(
     folder: Path, report: Mapping[str, Any], drawn: Sequence[np.ndarray] = (), *, overwrite: bool = False
 ) -> None:
-    """Write `report.md`, `report.json` and the plots; what is left of an earlier report is removed with `overwrite`.
+    """Write `report.md`, `report.json` and the plots.
 
     Args:
-        folder: made if missing.
-        report: what `measure.measure` returned, with or without `pictures.add_pictures`.
+        folder: created if missing.
+        report: the result of `measure.measure`, with or without that of `pictures.add_pictures`.
         drawn: pictures of the original and of each file.
-        overwrite: whether an earlier report may be replaced.
+        overwrite: whether to replace an earlier report, and remove plots that the new one lacks.
 
     Raises:
-        TargetExistsError: the folder holds a report and `overwrite` is false.
-        NFQError: it cannot be written.
+        TargetExistsError: the folder has a report and `overwrite` is false.
+        NFQError: the folder cannot be written.
         ImportError: matplotlib or Pillow is missing.
     """
     prepare_folder(folder, WRITTEN, overwrite)
@@ -92,15 +93,15 @@ def _sheet(report: Mapping[str, Any], drawn: Sequence[np.ndarray]) -> bytes:
 
 
 def markdown(report: Mapping[str, Any], images: Sequence[str]) -> str:
-    """The report in words and tables, ready for a model card.
+    """The report as Markdown, ready for a model card.
 
     Args:
-        report: as for `write_report`.
-        images: those of PLOT_TITLES that lie beside it as PNG files.
+        report: see `write_report`.
+        images: names from PLOT_TITLES that are PNG files in the report's folder.
     """
     original, files = report["original"], report["files"]
     parts = [
-        f"## How far from the original: {as_text(label(original['name']))}",
+        f"## Error against the original: {as_text(label(original['name']))}",
         f"Measured with `nfq report` of ComfyUI-NFQ {report['version']} against {as_code(original['name'])} "
         f"({size_in_words(original['bytes'])}, SHA-256 `{original['sha256'][:16]}…`).",
         _files_table(report),
@@ -123,7 +124,7 @@ def markdown(report: Mapping[str, Any], images: Sequence[str]) -> str:
 
 
 def _files_table(report: Mapping[str, Any]) -> str:
-    """Size and errors of every file."""
+    """A table of every file's size and errors."""
     header = ["file", "size", "of the original", "bits per weight", "packed bits", "SQNR, dB"]
     header += ["PSNR, dB", "SSIM"] if "pictures" in report else []
     header += ["latent PSNR, dB"] if "protocol" in report else []
@@ -148,14 +149,14 @@ def _image(name: str, images: Sequence[str]) -> list[str]:
 def _roles_table(files: Sequence[Mapping[str, Any]]) -> str:
     roles = {row["role"]: row["layers"] for file in reversed(files) for row in file["roles"]}
     order = list(dict.fromkeys(row["role"] for file in files for row in file["roles"]))
-    found = [{row["role"]: row for row in file["roles"]} for file in files]
+    by_role = [{row["role"]: row for row in file["roles"]} for file in files]
     rows = []
     for role in order:
         cells = [
             f"{ratio_in_words(rows_of[role]['sqnr_db'])} ({rows_of[role]['bits_per_weight']:.2f})"
             if role in rows_of
             else "–"
-            for rows_of in found
+            for rows_of in by_role
         ]
         rows.append([role, str(roles[role]), *cells])
     return markdown_table(["dB (bits per weight)", "layers", *(as_text(label(file["name"])) for file in files)], rows)
@@ -200,9 +201,9 @@ def _about_protocol(report: Mapping[str, Any]) -> str:
             ]
         )
     return (
-        f"As Apple measured palettised SDXL models: {len(facts['prompts'])} prompts, {facts['steps']} step, "
+        f"Measured as Apple did for palettised SDXL models: {len(facts['prompts'])} prompts, {facts['steps']} step, "
         f"{facts['width']} × {facts['height']}, 20 · log10(largest magnitude ÷ root of the mean squared error) of the "
-        "latents, mean over the prompts. The prompts are not Apple's, whose bits count codes alone; here they "
-        "are all bytes of the UNet's tensors, those kept included.\n\n"
+        "latents, mean over the prompts. The prompts differ from Apple's. Apple's bits count codes only; here they "
+        "count all bytes of the UNet's tensors, kept ones included.\n\n"
         + markdown_table(["file", "bits per weight of the whole UNet", "latent PSNR, dB"], bits)
     )

@@ -245,7 +245,12 @@ def test_without_hessians_importance_is_used():
 
 def test_trellis_formats_use_it(saved, model_file, tmp_path):
     calibration = Calibration.load(saved)
-    quantize_file(model_file, tmp_path / "nfq", Settings(Formats.of(format="t2w8_b64")), calibration=calibration)
+    quantize_file(
+        model_file,
+        tmp_path / "nfq",
+        Settings(Formats.of(format="t2w8_b64")),
+        calibration=calibration,
+    )
     weights = load_file(model_file)
     with NFQFile(tmp_path / "nfq") as file:
         hessian = calibration.inputs["q.weight"].second_moment()
@@ -254,9 +259,12 @@ def test_trellis_formats_use_it(saved, model_file, tmp_path):
 
 
 def test_trellis_formats_need_hessians(model_file, tmp_path):
-    settings, calibration = Settings(Formats.of(format="t2w8_b64")), collected(Model())
+    settings, calibration = (
+        Settings(Formats.of(format="t2w8_b64")),
+        collected(Model()),
+    )
     result = quantize_file(model_file, tmp_path / "with", settings, calibration=calibration)
-    told = "the calibration has no Hessians, so that it does not help 3 weights in trellis formats"
+    told = "the calibration has no Hessians, so it has no effect on 3 weights in trellis formats"
     assert [warning for warning in result["warnings"] if told in warning]
     with NFQFile(tmp_path / "with") as file:
         weights = load_file(model_file)
@@ -275,7 +283,7 @@ def test_a_size_met_by_several_files_warns_once(saved, model_file, tmp_path, mon
     settings = Settings(FileSize(11000))
     result = quantize_file(model_file, tmp_path / "nfq", settings, calibration=Calibration.load(saved))
     assert len(tries) > 1
-    told = "sensitivities: the calibration has none; how sensitive such layers are is estimated"
+    told = "the calibration has no sensitivities; they are estimated"
     assert result["warnings"].count(told) == 1
 
 
@@ -297,9 +305,9 @@ def test_what_a_calibration_helps(calibration):
     measured = dataclasses.replace(plain, sensitivities={"a": 1.0})
     answers = [
         [
-            each.helps(Settings(Formats(scalar, trellis))),
-            each.helps(Settings(Formats(trellis, trellis))),
-            each.helps(Settings(BitsPerWeight(3.4))),
+            each.changes_result(Settings(Formats(scalar, trellis))),
+            each.changes_result(Settings(Formats(trellis, trellis))),
+            each.changes_result(Settings(BitsPerWeight(3.4))),
         ]
         for each in (plain, measured, calibration)
     ]
@@ -308,9 +316,14 @@ def test_what_a_calibration_helps(calibration):
 
 def test_sizes_use_sensitivities(calibration, model_file, tmp_path):
     calibration = dataclasses.replace(calibration, sensitivities=SENSITIVITIES)
-    result = quantize_file(model_file, tmp_path / "nfq", Settings(BitsPerWeight(5.5)), calibration=calibration)
-    told = "sensitivities: the calibration has none of 1 weights, 'unused.weight' first; "
-    assert told + "how sensitive such layers are is estimated" in result["warnings"]
+    result = quantize_file(
+        model_file,
+        tmp_path / "nfq",
+        Settings(BitsPerWeight(5.5)),
+        calibration=calibration,
+    )
+    told = "the calibration has no sensitivities for 1 weights, such as 'unused.weight'; they are estimated"
+    assert told in result["warnings"]
     layers = {layer["name"]: layer for layer in file_info(tmp_path / "nfq")["layers"]}
     # Per weight, as the header has them.
     ratio = layers["q.weight"]["sensitivity"] / layers["k.weight"]["sensitivity"]
@@ -362,7 +375,7 @@ def test_nothing_but_faults_is_no_other_model(calibration):
 
 def test_one_prompt_is_told(calibration):
     calibration = Calibration(calibration.inputs, prompts=1)
-    assert "one prompt only" in calibration.for_weights(None, {"q.weight": (50, 40)})[1][0]
+    assert "only one prompt" in calibration.for_weights(None, {"q.weight": (50, 40)})[1][0]
 
 
 def replaced(path, change_tensors=None, change_facts=None):
@@ -431,14 +444,14 @@ BAD_FILES = {
         "correlation.0",
     ),
     "a weight without statistics": (None, lambda f: f["weights"].update({"q.weight": 9}), "are missing"),
-    "a count that is none": (None, lambda f: f["rows"].__setitem__(0, -1), "is none"),
-    "prompts that are no count": (None, lambda f: f.update({"prompts": "many"}), "is none"),
-    "an architecture that is no text": (None, lambda f: f.update({"architecture": 5}), "is none"),
+    "a count that is none": (None, lambda f: f["rows"].__setitem__(0, -1), "is invalid"),
+    "prompts that are no count": (None, lambda f: f.update({"prompts": "many"}), "is invalid"),
+    "an architecture that is no text": (None, lambda f: f.update({"architecture": 5}), "is invalid"),
     "a fact is missing": (None, lambda f: f.pop("rows"), "rows"),
     "a sensitivity of another weight": (None, lambda f: f.update(sensitivities={"p.weight": 1}), "'p.weight', which"),
-    "a negative sensitivity": (None, lambda f: f.update(sensitivities={"q.weight": -1}), "no number from 0 up"),
+    "a negative sensitivity": (None, lambda f: f.update(sensitivities={"q.weight": -1}), "not negative"),
     "a sensitivity that is NaN": (None, lambda f: f.update(sensitivities={"q.weight": torch.nan}), "NaN is no JSON"),
-    "a sensitivity that is true": (None, lambda f: f.update(sensitivities={"q.weight": True}), "no number from 0 up"),
+    "a sensitivity that is true": (None, lambda f: f.update(sensitivities={"q.weight": True}), "not negative"),
     "sensitivities that have no names": (None, lambda f: f.update(sensitivities=[1.0]), "damaged"),
     "weights that are no names": (None, lambda f: f.update({"weights": [1, 2]}), "damaged"),
 }
@@ -453,7 +466,7 @@ def test_damaged_files(saved, tensors, facts, message):
 
 
 def test_files_that_are_no_calibrations(saved, model_file, tmp_path):
-    with pytest.raises(UnsupportedFileError, match="is no calibration"):
+    with pytest.raises(UnsupportedFileError, match="is not a calibration"):
         Calibration.load(model_file)
     replaced(saved, None, lambda facts: facts.update({"version": 2}))
     with pytest.raises(UnsupportedFileError, match=r"version 2.* update"):

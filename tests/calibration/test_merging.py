@@ -104,7 +104,7 @@ def test_a_layer_that_one_lacks_rests_on_the_others() -> None:
     faulty = simple(3.0, 100, faults={"b": "its inputs were all zero"})
     merged, warnings = merge_calibrations([both, faulty])
     assert merged.inputs["b"].importance.tolist() == [1.0] * 7
-    assert warnings == ["calibration 2 lacks 'b' (its inputs were all zero); it rests on the others"]
+    assert warnings == ["calibration 2 lacks 'b' (its inputs were all zero); only the others are used for it"]
 
 
 REFUSED = {
@@ -115,13 +115,13 @@ REFUSED = {
     ),
     "another size": (
         [simple(1.0, 100), Calibration({"a": LayerInputs(torch.ones(5), 100)})],
-        "layer 'a' has other sizes",
+        "layer 'a' has different sizes",
     ),
     "Hessians in one": (
         [simple(1.0, 100), Calibration({"a": LayerInputs(torch.ones(4), 100, torch.eye(4).half())})],
-        "layer 'a' has a Hessian in some",
+        "layer 'a' has a Hessian in only some",
     ),
-    "nothing sound": ([Calibration({}), Calibration({})], "none of the calibrations has a sound layer"),
+    "nothing sound": ([Calibration({}), Calibration({})], "none of the calibrations has usable statistics"),
 }
 
 

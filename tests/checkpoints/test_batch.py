@@ -156,7 +156,8 @@ def test_other_settings_under_the_same_name(models, out):
 
 
 @pytest.mark.parametrize(
-    "settings", [Settings(), Settings(BitsPerWeight(3.4)), Settings(Formats.of(format="t2w8_b64"))]
+    "settings",
+    [Settings(), Settings(BitsPerWeight(3.4)), Settings(Formats.of(format="t2w8_b64"))],
 )
 def test_a_calibration_is_among_the_settings(tmp_path, out, settings):
     save_file(SMALL_MODEL, tmp_path / "a.safetensors")
@@ -180,7 +181,7 @@ def test_a_target_that_is_not_sound(models, out, damage):
     }
     target.write_bytes(data[damage])
     report = convert_folders([models], out)
-    assert "exists already and is no sound file of ours; --force" in reasons(report)["one.safetensors"]
+    assert "exists already and is not a valid NFQ file; --force" in reasons(report)["one.safetensors"]
     assert results(convert_folders([models], out, overwrite=True))["one.safetensors"] == "converted"
     assert target.read_bytes() == whole
 
@@ -267,7 +268,7 @@ def test_two_sources_for_one_name(models, out):
     report = convert_folders([models, other], out)
     assert results(report)["one.safetensors"] == "converted"
     assert results(report)["ONE.safetensors"] == "failed"
-    wanted = f"{models / 'one.safetensors'} already gets the name {out / 'ONE'}{TAGGED}; rename one of them"
+    wanted = f"{models / 'one.safetensors'} has the same target {out / 'ONE'}{TAGGED}; rename one of them"
     assert reasons(report)["ONE.safetensors"] == wanted
 
 
@@ -433,5 +434,5 @@ def test_ctrl_c(capsys, models, out, monkeypatch):
     monkeypatch.setattr(batch, "quantize_file", interrupt)
     code, text, error = run(capsys, "batch", models, "--out", out, "--json")
     assert code == 1
-    assert error == "nfq: interrupted; the same command goes on where it stopped\n"
+    assert error == "nfq: interrupted; run the same command again to continue\n"
     assert json.loads(text)["totals"]["not_tried"] == 2

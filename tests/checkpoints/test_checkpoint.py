@@ -9,7 +9,13 @@ import torch
 from samples import SMALL_MODEL, TINY, random_half
 
 from nfq_core import NFQFile, NFTensor, UnsupportedFileError, load, quantize_state_dict, save
-from nfq_core.checkpoints.whole_checkpoint import checkpoint_names, dense, missing_companions, renamed, unet_names
+from nfq_core.checkpoints.whole_checkpoint import (
+    checkpoint_names,
+    dequantize_state_dict,
+    missing_companions,
+    rename_tensors,
+    unet_names,
+)
 from nfq_core.models.unet_keys import CHECKPOINT_PREFIX, tensor_shapes
 
 COMPANIONS = {"conditioner.x": random_half(8), "first_stage_model.y": random_half(8), "v_pred": torch.zeros(0)}
@@ -67,11 +73,11 @@ def test_dense_takes_packed_weights_out_and_leaves_kept_ones(tmp_path: Path) -> 
     assert isinstance(packed["linear.weight"], NFTensor)
     wanted = {name: value.dequantize() if isinstance(value, NFTensor) else value for name, value in packed.items()}
     kept, bias = packed["norm.bias"], packed["fp32.bias"]
-    found = dense(packed)
+    found = dequantize_state_dict(packed)
     assert packed == {} and list(found) == list(wanted)
     assert all(torch.equal(found[name], wanted[name]) and found[name].dtype == wanted[name].dtype for name in wanted)
     assert found["norm.bias"] is kept and found["fp32.bias"] is bias
 
 
 def test_renamed_keeps_order() -> None:
-    assert list(renamed({"a": torch.zeros(1), "b": torch.ones(1)}, {"a": "z", "b": "y"})) == ["z", "y"]
+    assert list(rename_tensors({"a": torch.zeros(1), "b": torch.ones(1)}, {"a": "z", "b": "y"})) == ["z", "y"]

@@ -71,7 +71,7 @@ def test_what_is_an_extra_beside_a_unet(name):
     (found,) = find_extras(entries(UNET | NEEDED | added))
     assert (found.kind, set(found.keys)) == (kind, set(added))
     assert found.nbytes == sum(entry.nbytes for entry in entries(added).values())
-    assert beginning in (None, found.beginning)
+    assert beginning in (None, found.prefix)
 
 
 def test_nothing_that_a_loader_needs_is_an_extra():
@@ -80,7 +80,7 @@ def test_nothing_that_a_loader_needs_is_an_extra():
     assert find_extras(averages) == [], "the only UNet there is"
     refiner = prefixed(CHECKPOINT_PREFIX, tensor_shapes(SDXL_REFINER, "ldm"))
     (found,) = find_extras(entries(refiner | prefixed("base.", BARE)))
-    assert found.beginning == "base.", "a checkpoint's own UNet goes first"
+    assert found.prefix == "base.", "a checkpoint's own UNet goes first"
 
 
 def test_beside_a_unet_of_another_family_only_known_extras_are():

@@ -118,7 +118,7 @@ def test_files_that_are_quantised(tmp_path):
     save_file(SMALL_MODEL, tmp_path / "model")
     quantize_file(tmp_path / "model", tmp_path / "nfq")
     with Original(tmp_path / "nfq") as opened:
-        assert kind_of(opened).obstacle == "it is one of ours already"
+        assert kind_of(opened).obstacle == "it is an NFQ file already"
     write_article_file(tmp_path / "article", SMALL_MODEL, 16, 32)
     with Original(tmp_path / "article") as opened:
         assert kind_of(opened).obstacle == "`nfq import-article` converts it"
@@ -130,4 +130,4 @@ def test_a_real_file(tmp_path):
         assert kind_of(opened).name == "SDXL-like UNet"
     save_file({"count": torch.tensor(1), "a": random_half(3)}, tmp_path / "b.safetensors")
     with Original(tmp_path / "b.safetensors") as opened:
-        assert kind_of(opened).obstacle == "there is nothing in it to quantise"
+        assert kind_of(opened).obstacle == "it has no weights to quantise"

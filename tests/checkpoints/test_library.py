@@ -9,8 +9,8 @@ import pytest
 from systems import link, words
 
 from nfq_core import Settings
-from nfq_core.checkpoints.library import Found, find_models, target_for
-from nfq_core.checkpoints.targets import tag
+from nfq_core.checkpoints.library import ModelFile, find_models, target_for
+from nfq_core.checkpoints.targets import settings_tag
 from nfq_core.errors import NFQError
 from nfq_core.planning.settings import BitsPerWeight, FileSize, Formats
 
@@ -87,7 +87,7 @@ def test_links(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no such files")
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.safetensors")
-    assert [item.fault for item in find_models([tmp_path], tmp_path / "out")] == ["it is no regular file"]
+    assert [item.fault for item in find_models([tmp_path], tmp_path / "out")] == ["it is not a regular file"]
 
 
 def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
@@ -123,12 +123,12 @@ TARGETS = {
 @pytest.mark.parametrize("source", TARGETS)
 def test_names(source):
     root = Path("lib", "models")
-    assert target_for(Found(root / source, root), "out", Settings()) == Path("out", TARGETS[source])
+    assert target_for(ModelFile(root / source, root), "out", Settings()) == Path("out", TARGETS[source])
 
 
 def test_the_name_of_a_pipeline_whose_unet_folder_is_given():
     source = Path("lib", "pipe", "unet", "diffusion_pytorch_model.safetensors")
-    assert target_for(Found(source, source.parent), "out", Settings()) == Path("out", "pipe-NF16.nfq.safetensors")
+    assert target_for(ModelFile(source, source.parent), "out", Settings()) == Path("out", "pipe-NF16.nfq.safetensors")
 
 
 TAGS = {
@@ -144,4 +144,4 @@ TAGS = {
 
 @pytest.mark.parametrize("name", TAGS)
 def test_tags(name):
-    assert tag(TAGS[name]) == name
+    assert settings_tag(TAGS[name]) == name

@@ -11,36 +11,36 @@ from nfq_core import NFQError, NFQFile
 from nfq_core.checkpoints import memory
 from nfq_core.checkpoints.convert import dequantize_file
 from nfq_core.checkpoints.examine import verify_file
-from nfq_core.checkpoints.memory import MODES, ROOM, choose, free_bytes, is_out_of_memory, needed_bytes
+from nfq_core.checkpoints.memory import MODES, ROOM, choose_memory_mode, free_bytes, is_out_of_memory, needed_bytes
 
 
 def test_auto_leaves_as_much_again_as_dense_weights_take():
     assert ROOM == 2
-    assert choose("auto", 500, 130, 1000)[0] == "resident"
-    assert choose("auto", 500, 130, 999)[0] == "packed"
+    assert choose_memory_mode("auto", 500, 130, 1000)[0] == "resident"
+    assert choose_memory_mode("auto", 500, 130, 999)[0] == "packed"
 
 
 def test_the_reason_has_the_figures():
-    reason = choose("auto", 5_140_000_000, 1_400_000_000, 8_000_000_000)[1]
+    reason = choose_memory_mode("auto", 5_140_000_000, 1_400_000_000, 8_000_000_000)[1]
     assert reason == (
-        "8.00 GB are free, dequantised weights need 5.14 GB and as much again beside them, packed ones 1.40 GB"
+        "8.00 GB are free; dequantised weights need 5.14 GB and the same again for activations, packed weights 1.40 GB"
     )
 
 
 def test_what_is_not_known_is_not_risked():
-    assert choose("auto", 1, 1, None) == ("packed", "how much memory is free is not known")
+    assert choose_memory_mode("auto", 1, 1, None) == ("packed", "the free memory is unknown")
 
 
 @pytest.mark.parametrize("free", [None, 0, 1 << 60])
 @pytest.mark.parametrize("mode", ["packed", "resident"])
 def test_a_mode_that_is_named_is_followed(mode, free):
-    assert choose(mode, 500, 130, free) == (mode, "as asked for")
+    assert choose_memory_mode(mode, 500, 130, free) == (mode, "as requested")
 
 
 def test_an_unknown_mode_is_refused():
     assert MODES == ("packed", "resident", "auto")
     with pytest.raises(ValueError, match="memory must be one of packed, resident, auto, got 'dense'"):
-        choose("dense", 1, 1, 1)
+        choose_memory_mode("dense", 1, 1, 1)
 
 
 def test_what_the_tensors_of_a_file_take(tmp_path):
@@ -79,7 +79,7 @@ def test_what_no_memory_holds_is_refused_before_it_is_read(tmp_path, monkeypatch
     nfq_core.save(nfq_core.quantize_state_dict(SMALL_MODEL), tmp_path / "a")
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
     (tmp_path / "meminfo").write_text("MemAvailable:  1 kB\nSwapFree:  2 kB\n")
-    with pytest.raises(NFQError, match=r"a: there is not enough memory: it needs [\d,]+ bytes, 3,072 can be had"):
+    with pytest.raises(NFQError, match=r"a: there is not enough memory: it needs [\d,]+ bytes, 3,072 are available"):
         read(tmp_path / "a")
     (tmp_path / "meminfo").write_text("MemAvailable:  1 kB\nSwapFree:  99 kB\n")
     read(tmp_path / "a")

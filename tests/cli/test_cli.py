@@ -107,11 +107,11 @@ def test_quantize_with_a_calibration(capsys, folder):
         capsys, "quantize", folder / "model", folder / "a.nfq.safetensors", "--calibration", folder / "calibration"
     )
     assert code == 0
-    assert "one prompt only" in error
+    assert "only one prompt" in error
     assert as_json(capsys, "info", folder / "a.nfq.safetensors")["settings"]["calibration"] == "calibration"
     code, out, error = run(capsys, "quantize", folder / "model", folder / "b", "--calibration", folder / "model")
     assert (code, out) == (1, "")
-    assert "is no calibration" in one_line(error)
+    assert "is not a calibration" in one_line(error)
     assert not (folder / "b.nfq.safetensors").exists()
 
 
@@ -169,7 +169,7 @@ def test_the_whole_story_in_text(capsys, folder):
         (["quantize", folder / "model", folder / "a.nfq.safetensors"], "2 tensors quantised, 1 kept"),
         (["info", folder / "a.nfq.safetensors"], "2 layers, 8,704 weights, 1 nf16_b64, 1 nf32_b64\n"),
         (["info", folder / "a.nfq.safetensors"], "kept          1 tensors, 14 bytes\n"),
-        (["verify", folder / "a.nfq.safetensors"], "all 3 tensors are sound"),
+        (["verify", folder / "a.nfq.safetensors"], "all 3 tensors are intact"),
         (["compare", folder / "model", folder / "a.nfq.safetensors"], "mean over 2 layers, by weights: "),
         (["dequantize", folder / "a.nfq.safetensors", folder / "b.safetensors"], "3 tensors"),
         (["compare", folder / "b.safetensors", folder / "a.nfq.safetensors"], "by weights:   equal"),

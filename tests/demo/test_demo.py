@@ -129,7 +129,7 @@ def test_all_scenes_have_captions_of_their_own():
 def test_more_captions_than_there_are(capsys, tmp_path, prompts):
     code, out, error = command(capsys, "calibrate-demo", tmp_path / "a", "--prompts", prompts)
     assert (code, out) == (1, "") and not any(tmp_path.iterdir())
-    assert f"--prompts must be from 1 to 42,480, all captions there are, got {prompts}" in error
+    assert f"--prompts must be from 1 to 42,480 (all captions), got {prompts}" in error
 
 
 def test_captions_fit_the_vocabulary():

@@ -10,7 +10,7 @@ import torch
 from test_diffusers_doors import close, lora, noise, pack, small_unet
 
 from nfq_core import NFQError
-from nfq_core.diffusers.lora import WORKING
+from nfq_core.diffusers.lora import SUPPORTED_METHODS, adapter_error
 
 peft = pytest.importorskip("peft", reason="adapters are PEFT's")
 
@@ -50,7 +50,7 @@ def has_adapters(unet: torch.nn.Module) -> bool:
 
 
 def test_every_method_is_listed() -> None:
-    assert {name.split()[0] for name in METHODS} == set(WORKING)
+    assert {name.split()[0] for name in METHODS} == set(SUPPORTED_METHODS)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_methods(twins: tuple, method: str, kind: str, door: str) -> None:
             results.append(noise(model))
     except NFQError as error:
         assert "needs dense weights, and these are packed; dequantize the model first" in str(error)
-        assert f"{method.split()[0].upper()} beside '" in str(error) and not results
+        assert f"{method.split()[0].upper()} on '" in str(error) and not results
         assert torch.equal(noise(twins[0]), plain) and not has_adapters(twins[0])
         # What was refused is forgotten: the same name serves again.
         twins[0].add_adapter(lora("to_q", "conv1"))
@@ -89,7 +89,7 @@ def test_a_refused_adapter_leaves_others(twins: tuple) -> None:
     packed = twins[0]
     packed.add_adapter(lora("to_q", "conv_in"), "one")
     before, names = noise(packed), set(packed.state_dict())
-    with pytest.raises(NFQError, match=r"IA3 beside '.*conv1' needs dense weights"):
+    with pytest.raises(NFQError, match=r"IA3 on '.*conv1' needs dense weights"):
         packed.add_adapter(METHODS["ia3 feed-forward"](["conv_out", "conv1"]), "two")
     assert torch.equal(noise(packed), before) and set(packed.state_dict()) == names
     assert packed.active_adapters() == ["one"]
@@ -99,8 +99,8 @@ def test_a_refused_adapter_leaves_others(twins: tuple) -> None:
     ("config", "message"),
     [
         (lambda: lora("to_q", use_dora=True), "DoRA needs dense weights"),
-        (lambda: peft.LoHaConfig(r=2, target_modules=["to_q"]), "LOHA( beside '.*')? needs dense weights"),
-        (lambda: peft.LoKrConfig(r=2, target_modules=["to_q", "conv1"]), "LOKR( beside '.*')? needs dense weights"),
+        (lambda: peft.LoHaConfig(r=2, target_modules=["to_q"]), "LOHA( on '.*')? needs dense weights"),
+        (lambda: peft.LoKrConfig(r=2, target_modules=["to_q", "conv1"]), "LOKR( on '.*')? needs dense weights"),
     ],
 )
 @doors
@@ -128,7 +128,7 @@ def test_files_of_such_adapters(unet: torch.nn.Module, part: str) -> None:
         ("loftq", "needs dense weights, and these are packed"),
         ("mica", "needs dense weights, and these are packed"),
         ("orthogonal", "takes its dtype from the weights, and packed weights are uint8; choose True"),
-        ("some other", "is not known to work beside packed weights; choose True, False, 'gaussian' or 'eva'"),
+        ("some other", "is not known to work with packed weights; choose True, False, 'gaussian' or 'eva'"),
     ],
 )
 @doors
@@ -178,9 +178,9 @@ def test_adapters_are_tried_where_layers_are_offloaded(twins: tuple) -> None:
 def test_peft_is_wrapped_once(twins: tuple) -> None:
     from peft.tuners.lora import LoraModel
 
-    from nfq_core.diffusers import lora, patches
+    from nfq_core.diffusers import patches
 
     noise(twins[0]), list(twins[0].named_modules())
     before = LoraModel._create_and_replace
-    patches.watch_adapters.__wrapped__(lora.refusal)
+    patches.wrap_adapter_creation.__wrapped__(adapter_error)
     assert LoraModel._create_and_replace is before

@@ -114,14 +114,14 @@ def test_classes_that_cannot_be_imported_are_skipped(monkeypatch: pytest.MonkeyP
             raise RuntimeError("Failed to import diffusers.models.controlnets")
 
     monkeypatch.setattr(patches, "diffusers", Broken())
-    patches.let_copy.__wrapped__(diffusers.UNet2DConditionModel)
+    patches.wrap_copying.__wrapped__(diffusers.UNet2DConditionModel)
     monkeypatch.setattr(patches, "diffusers", SimpleNamespace())
-    patches.let_copy.__wrapped__(diffusers.UNet2DConditionModel)
+    patches.wrap_copying.__wrapped__(diffusers.UNet2DConditionModel)
 
 
 def test_methods_are_wrapped_once(unet: torch.nn.Module) -> None:
     before = diffusers.ControlNetModel.from_unet.__func__
-    patches.let_copy.__wrapped__(diffusers.UNet2DConditionModel)
+    patches.wrap_copying.__wrapped__(diffusers.UNet2DConditionModel)
     assert diffusers.ControlNetModel.from_unet.__func__ is before and hasattr(before, "__wrapped__")
     auto = diffusers.quantizers.auto.DiffusersAutoQuantizer
     before = auto.merge_quantization_configs.__func__

@@ -41,7 +41,10 @@ def load(folder: Path, state: dict[str, torch.Tensor], **options: object) -> tor
 @pytest.mark.parametrize(
     ("beside", "message"),
     [
-        (f"{LAYER}.weight_scale", "fp8 or int8 weights have scales .*`nfq quantize` undoes them, load_unet"),
+        (
+            f"{LAYER}.weight_scale",
+            "fp8 or int8 weights have scales .*convert it with `nfq quantize`, then load the result with load_unet",
+        ),
         (f"{LAYER}.scale_weight", "fp8 or int8 weights have scales"),
         (f"{LAYER}.comfy_quant", "fp8 or int8 weights have scales"),
         ("scaled_fp8", "fp8 or int8 weights have scales"),
@@ -73,7 +76,7 @@ def test_configs(folder: Path, state: dict, method: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": method, "load_in_4bit": method == "bitsandbytes"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(NFQError, match=f"quantised already, by {method}; leave quantization_config out, or take"):
+    with pytest.raises(NFQError, match=f"quantised already, by {method}; leave quantization_config out, or use"):
         load(folder, state)
 
 

@@ -191,9 +191,9 @@ def test_new_adapters_can_be_trained(file: Path) -> None:
     ("spoil", "message"),
     [
         ("dora", "DoRA needs dense weights"),
-        ("lora", r"LoRAs are attached, .*unload_lora_weights\(\) takes them away"),
-        ("fused", r"a LoRA is fused into .* for good, .*dequantize\(\) makes a stock model of both"),
-        ("bias", "adapter 'default' is no plain LoRA"),
+        ("lora", r"LoRAs are attached, .*unload_lora_weights\(\) removes them"),
+        ("fused", r"a LoRA is fused into .* permanently, .*dequantize\(\) makes a stock model of both"),
+        ("bias", "adapter 'default' is not a plain LoRA"),
         ("nan", "adapters one hold NaN or Inf"),
         ("qkv", "q, k and v cannot be fused while they are packed"),
     ],

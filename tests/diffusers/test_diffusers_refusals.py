@@ -68,14 +68,14 @@ def newer(container: bytes) -> bytes:
             UnsupportedFileError,
             r"does not fit .*attn2.to_k.weight' is \(64, 48\) in the file, \(64, 56\)",
         ),
-        ("ldm.nfq", "deeper", UnsupportedFileError, r"the file lacks 'down_blocks.1.*, and \d+ tensors more differ"),
+        ("ldm.nfq", "deeper", UnsupportedFileError, r"the file lacks 'down_blocks.1.*, and \d+ more tensors differ"),
         (
             "ldm.nfq",
             "inpainting",
             UnsupportedFileError,
             r"'conv_in.weight' is \(32, 4, 3, 3\) in the file, \(32, 9, 3, 3\)",
         ),
-        ("diffusers.nfq", "wider", UnsupportedFileError, "take the config of the model that was quantised"),
+        ("diffusers.nfq", "wider", UnsupportedFileError, "use the config of the model that was quantised"),
         ("plain.nfq", "tiny", UnsupportedFileError, "plain.nfq.safetensors holds no UNet"),
         ("part.nfq", "tiny", UnsupportedFileError, "cannot be used: its UNet is not of the SDXL family"),
         ("newer.nfq", "tiny", UnsupportedFileError, "has container version 9, this version reads up to 1; update"),
@@ -90,10 +90,10 @@ def newer(container: bytes) -> bytes:
         ("ldm.nfq", "absent", NFQError, "absent/config.json: no such file; name the folder of the UNet's config.json"),
         ("ldm.nfq", "pipeline", NFQError, "pipeline/config.json: no such file; name .*pipeline/unet"),
         ("ldm.nfq", "ldm.nfq.safetensors", NFQError, "ldm.nfq.safetensors/config.json: no such file"),
-        ("ldm.nfq", "other", NFQError, "describes FluxTransformer2DModel, a UNet2DConditionModel's is needed"),
+        ("ldm.nfq", "other", NFQError, "describes FluxTransformer2DModel; name the folder of a UNet2DConditionModel's"),
         ("ldm.nfq", "list", NFQError, "describes no model"),
-        ("ldm.nfq", "broken", NFQError, "broken/config.json is no JSON"),
-        ("ldm.nfq", "impossible", NFQError, "impossible/config.json describes no UNet that diffusers can build: "),
+        ("ldm.nfq", "broken", NFQError, "broken/config.json is not valid JSON"),
+        ("ldm.nfq", "impossible", NFQError, "impossible/config.json: diffusers cannot build a UNet from it: "),
     ],
 )
 def test_files_and_configs(root: Path, file: str, folder: str, error: type, message: str) -> None:
@@ -145,12 +145,12 @@ def test_settings(settings: dict, message: str) -> None:
         (
             {"quantization_config": {"quant_method": "nfq", "lvls": 16}},
             ValueError,
-            "nothing can be quantised by this quantization_config: got an unexpected keyword argument 'lvls'",
+            "this quantization_config cannot quantise a model: got an unexpected keyword argument 'lvls'",
         ),
         ({"quantization_config": NFQConfig(target_bpw=0.1)}, NFQError, "too few"),
         ({"quantization_config": NFQConfig(calibration="absent")}, NFQError, "absent: no such file"),
         ({"torch_dtype": torch.float8_e4m3fn}, NFQError, "torch_dtype must be fp16, bf16, fp32 or fp64"),
-        ({"device_map": {"": "disk"}}, NFQError, "packed weights cannot be left on disk"),
+        ({"device_map": {"": "disk"}}, NFQError, "packed weights cannot be offloaded to disk"),
         ({"low_cpu_mem_usage": False}, ValueError, "`low_cpu_mem_usage` cannot be False"),
     ],
 )
@@ -298,6 +298,8 @@ def test_diffusers_missing_or_too_old(monkeypatch: pytest.MonkeyPatch, stand_in:
 
 def test_accelerate_missing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nfq_core.diffusers.quantizer.is_accelerate_available", lambda: False)
-    with pytest.raises(ImportError, match=r"needs accelerate, load_unet .* it: python -m pip install accelerate, "):
+    with pytest.raises(
+        ImportError, match=r"needs accelerate \(load_unet does not\): python -m pip install accelerate, "
+    ):
         type(stock_unet()).from_pretrained(root / "stock", quantization_config=NFQConfig())
     assert load_unet(root / "ldm.nfq.safetensors", root / "tiny")

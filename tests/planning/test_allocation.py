@@ -29,9 +29,9 @@ from nfq_core.planning.allocation import (
     PRESETS,
     SizeSearch,
     allocate,
+    candidate_formats,
     expected_noise,
-    menu,
-    worthwhile,
+    lower_convex_hull,
 )
 from nfq_core.planning.policy import plan_tensors
 from nfq_core.planning.settings import BitsPerWeight, FileSize, Formats, Settings
@@ -49,26 +49,27 @@ def noise(chosen: dict, sensitivities: dict) -> float:
 
 
 def test_wide_windows_are_for_the_patient() -> None:
-    assert menu("fast") == MENU
-    assert [fmt.id for fmt in menu("best")] == list(EXPECTED_SQNR_DB)
+    assert candidate_formats("fast") == MENU
+    assert [fmt.id for fmt in candidate_formats("best")] == list(EXPECTED_SQNR_DB)
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
 @pytest.mark.parametrize("weights", [4096, 1 << 14, 1 << 17, 1 << 20, 1 << 24])
-def test_what_is_worthwhile_is_convex(effort: str, weights: int) -> None:
+def test_the_hull_is_convex(effort: str, weights: int) -> None:
     """Each further byte gains less than the one before, and no format lies below the line that they form."""
-    found = worthwhile(weights, menu(effort))
+    found = lower_convex_hull(weights, candidate_formats(effort))
     points = [(fmt.packed_bytes(weights), expected_noise(fmt)) for fmt in found]
     gains = [(a[1] - b[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(points)]
     assert gains == sorted(gains, reverse=True) and gains[-1] > 0
     sizes, levels = zip(*points, strict=True)
-    for fmt in menu(effort):
+    for fmt in candidate_formats(effort):
         assert expected_noise(fmt) >= np.interp(fmt.packed_bytes(weights), sizes, levels) * (1 - 1e-12)
 
 
 def test_small_layers_get_narrow_windows() -> None:
     """1,024 levels take 12,288 bits more than 256: 3 for each weight of a small layer, next to none of a large one."""
-    small, large = ([fmt.window for fmt in worthwhile(weights, menu("best"))] for weights in (4096, 1 << 24))
+    formats = candidate_formats("best")
+    small, large = ([fmt.window for fmt in lower_convex_hull(weights, formats)] for weights in (4096, 1 << 24))
     assert 10 not in small
     # The smallest of all stays the first.
     assert large == [8, 10, 10, 10, 10, 0]
@@ -94,7 +95,7 @@ def test_the_sensitive_layer_gets_the_bits() -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_no_other_choice_of_that_size_has_less_noise(seed: int, effort: str) -> None:
     """Against all choices: what going by gains leaves over is less than one step of the largest layer."""
-    formats = menu(effort)
+    formats = candidate_formats(effort)
     draw = random.Random(seed)
     shapes = {f"layer{number}": (64, draw.choice([64, 128, 640, 6400])) for number in range(4)}
     sensitivities = {name: draw.lognormvariate(0, 2) for name in shapes}
@@ -103,7 +104,7 @@ def test_no_other_choice_of_that_size_has_less_noise(seed: int, effort: str) -> 
     found = allocate(shapes, budget, sensitivities, effort=effort)
     assert packed(found, shapes) <= budget
     largest = max(map(prod, shapes.values()))
-    sizes = [fmt.packed_bytes(largest) for fmt in worthwhile(largest, formats)]
+    sizes = [fmt.packed_bytes(largest) for fmt in lower_convex_hull(largest, formats)]
     step = max(larger - smaller for smaller, larger in itertools.pairwise(sizes))
     for choice in itertools.product(formats, repeat=len(shapes)):
         other = {name: (fmt, 0.0) for name, fmt in zip(shapes, choice, strict=True)}
@@ -141,12 +142,12 @@ def test_what_was_not_measured_counts_as_its_role_does() -> None:
 
 
 def test_too_small_a_size_is_told() -> None:
-    with pytest.raises(NFQError, match=r"need at least [\d,]+ bytes, 10 are left for them; ask for more"):
+    with pytest.raises(NFQError, match=r"need at least [\d,]+ bytes, the target leaves 10; choose a larger target"):
         allocate({"a": (64, 64)}, 10)
 
 
 def test_a_size_below_what_is_kept_is_told() -> None:
-    with pytest.raises(NFQError, match=r"what is not quantised takes 1,234 bytes more than the size asked for"):
+    with pytest.raises(NFQError, match=r"the tensors that are kept exceed the target size by 1,234 bytes"):
         allocate({"a": (64, 64)}, -1234)
     assert allocate({}, -1234) == {}
 
@@ -158,7 +159,7 @@ def test_nothing_to_quantise_is_no_reason_to_warn() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_impossible_sensitivities_are_told(value: float) -> None:
-    with pytest.raises(NFQError, match=r"the sensitivity of 'a' is .*; it must be a number from 0 up"):
+    with pytest.raises(NFQError, match=r"the sensitivity of 'a' is .*; it must be finite and not negative"):
         allocate({"a": (64, 64)}, 10**6, {"a": value})
 
 
@@ -197,9 +198,10 @@ def test_the_size_search_ends() -> None:
         search(*[1_100_000] * (MAX_TRIES - 1)).accepts(1_100_000, LAYER)
     best = search(900_000, *[1_100_000] * (MAX_TRIES - 1))
     assert best.packed_bytes == PACKED
-    assert best.accepts(900_000, LAYER) and "nothing nearer" in best.warnings[0]
+    assert best.accepts(900_000, LAYER) and "no size nearer" in best.warnings[0]
     full = SizeSearch(1_000_000)
-    assert full.accepts(900_000, {"a": Plan("F16", (1000, 1000), MENU[-1])}) and "the most there is" in full.warnings[0]
+    assert full.accepts(900_000, {"a": Plan("F16", (1000, 1000), MENU[-1])})
+    assert "the largest format" in full.warnings[0]
 
 
 @pytest.fixture(scope="module")
@@ -280,18 +282,28 @@ def test_limits_that_are_told_can_be_had(small_model: Path, tmp_path: Path) -> N
         quantize_file(small_model, tmp_path / "a", Settings(FileSize(1)))
     smallest, largest = (float(number) for number in re.findall("([0-9.]+) MB", str(caught.value))[1:])
     result = quantize_file(small_model, tmp_path / "large", Settings(FileSize(10**9)))
-    assert "the most there is; this model's file can have about" in result["warnings"][0]
+    assert "the largest format; this model's file can have about" in result["warnings"][0]
     assert 0.95 * largest < result["file_bytes"] / 1e6 < 1.05 * largest
-    result = quantize_file(small_model, tmp_path / "small", Settings(FileSize(int(1.05e6 * smallest))))
+    result = quantize_file(
+        small_model,
+        tmp_path / "small",
+        Settings(FileSize(int(1.05e6 * smallest))),
+    )
     assert result["file_bytes"] <= 1.05e6 * smallest
     least = quantize_file(
-        small_model, tmp_path / "least", Settings(Formats.of(format="t2w8_b64", conv_format="t2w8_b64"))
+        small_model,
+        tmp_path / "least",
+        Settings(Formats.of(format="t2w8_b64", conv_format="t2w8_b64")),
     )
     # Its header says more: how sensitive each layer is.
     near = int(1.02 * least["file_bytes"])
     assert quantize_file(small_model, tmp_path / "near", Settings(FileSize(near)))["file_bytes"] <= near
     with pytest.raises(NFQError, match="no file of at most"):
-        quantize_file(small_model, tmp_path / "less", Settings(FileSize(int(0.97 * least["file_bytes"]))))
+        quantize_file(
+            small_model,
+            tmp_path / "less",
+            Settings(FileSize(int(0.97 * least["file_bytes"]))),
+        )
 
     with pytest.raises(NFQError) as caught:
         quantize_file(small_model, tmp_path / "b", Settings(BitsPerWeight(0.1)))

@@ -117,8 +117,14 @@ def test_quantised(shape, dtype):
 
 def test_formats_go_by_dimensions_too():
     entries = {"linear": entry((64, 64)), "conv": entry((64, 64, 3, 3))}
-    assert formats(entries, Settings(Formats.of(format="t4w8_b64"))) == {"linear": "t4w8_b64", "conv": "nf32_b64"}
-    assert formats(entries, Settings(Formats.of(conv_format="t5w9_b64"))) == {"linear": "nf16_b64", "conv": "t5w9_b64"}
+    assert formats(entries, Settings(Formats.of(format="t4w8_b64"))) == {
+        "linear": "t4w8_b64",
+        "conv": "nf32_b64",
+    }
+    assert formats(entries, Settings(Formats.of(conv_format="t5w9_b64"))) == {
+        "linear": "nf16_b64",
+        "conv": "t5w9_b64",
+    }
 
 
 def test_a_format_is_recorded_instead_of_levels():

@@ -27,7 +27,9 @@ def folder(tmp_path_factory):
     save_file(random_unet(architecture=TINY), folder / "model.safetensors")
     for levels in (32, 12):
         quantize_file(
-            folder / "model.safetensors", folder / f"nf{levels}.nfq.safetensors", Settings(Formats.of(levels))
+            folder / "model.safetensors",
+            folder / f"nf{levels}.nfq.safetensors",
+            Settings(Formats.of(levels)),
         )
     return folder
 

@@ -20,7 +20,7 @@ import nfq_core
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.checkpoints.examine import compare_files, file_info, mean_sqnr_db
 from nfq_core.cli import report_commands as command
-from nfq_core.cli.report_commands import painter
+from nfq_core.cli.report_commands import make_painter
 from nfq_core.demo.model import bundled_weights_path
 from nfq_core.errors import NFQError
 from nfq_core.models.roles import GROUPS, OTHER_CONVOLUTION, OTHER_LINEAR, common_names, role, stage
@@ -45,7 +45,11 @@ def folder(tmp_path_factory):
     save_file(random_unet(architecture=TINY), folder / "ldm.safetensors")
     save_file(random_unet("diffusers", architecture=TINY), folder / "diffusers.safetensors")
     for levels in (32, 12):
-        quantize_file(folder / "ldm.safetensors", folder / f"nf{levels}.nfq.safetensors", Settings(Formats.of(levels)))
+        quantize_file(
+            folder / "ldm.safetensors",
+            folder / f"nf{levels}.nfq.safetensors",
+            Settings(Formats.of(levels)),
+        )
     return folder
 
 
@@ -337,8 +341,12 @@ def test_apples_figures_stand_beside_sdxls(report):
 
 def test_demo_pictures(tmp_path):
     pytest.importorskip("diffusers")
-    quantize_file(bundled_weights_path(), tmp_path / "demo.nfq.safetensors", Settings(Formats.of(7)))
-    artist = painter("demo", pictures.Drawing(("a large red circle on a white background",), steps=1))
+    quantize_file(
+        bundled_weights_path(),
+        tmp_path / "demo.nfq.safetensors",
+        Settings(Formats.of(7)),
+    )
+    artist = make_painter("demo", pictures.Drawing(("a large red circle on a white background",), steps=1))
     artist.load(bundled_weights_path())
     before = artist.pictures()
     artist.load(tmp_path / "demo.nfq.safetensors")
@@ -346,13 +354,13 @@ def test_demo_pictures(tmp_path):
     assert before.shape == after.shape == (1, 32, 32, 3) and (before != after).any()
     assert artist.latents() is None and artist.drawing.guidance == 3.0
     save_file(SMALL_MODEL, tmp_path / "other")
-    with pytest.raises(NFQError, match="other is not of the demo model's shape"):
+    with pytest.raises(NFQError, match="other does not fit the demo model"):
         artist.load(tmp_path / "other")
-    wrong = painter("demo", pictures.Drawing(("a cat",)))
+    wrong = make_painter("demo", pictures.Drawing(("a cat",)))
     with pytest.raises(NFQError, match=r"the demo model cannot draw this: .*unknown word 'cat'"):
         wrong.pictures()
     with pytest.raises(NFQError, match="leave --side and --device out"):
-        painter("demo", pictures.Drawing(side=64))
+        make_painter("demo", pictures.Drawing(side=64))
 
 
 @pytest.fixture(scope="module")
@@ -382,26 +390,26 @@ def test_a_diffusers_folder(capsys, sdxl, tmp_path, monkeypatch):
     assert 10 < one["pictures"]["psnr_db"] < 100 and 0 < one["pictures"]["ssim"] < 1
     assert (tmp_path / "out" / "pictures.png").exists()
 
-    artist = painter(sdxl, pictures.Drawing(("a cat",), steps=1))
+    artist = make_painter(sdxl, pictures.Drawing(("a cat",), steps=1))
     artist.load(tmp_path / "a.nfq.safetensors")
     state = nfq_core.load(tmp_path / "a.nfq.safetensors")
     for name, parameter in artist._pipeline.unet.named_parameters():
         wanted = state[name].dequantize() if isinstance(state[name], nfq_core.NFTensor) else state[name]
         assert torch.equal(parameter, wanted.float()), name
     with pytest.raises(NFQError, match="cannot draw this: "):
-        broken = painter(sdxl, pictures.Drawing((1,), steps=1))
+        broken = make_painter(sdxl, pictures.Drawing((1,), steps=1))
         broken.load(original)
         broken.pictures()
     save_file(SMALL_MODEL, tmp_path / "other")
     with pytest.raises(NFQError, match=r"other does not fit .*: the UNet's 'conv_in.weight' has shape \(32, "):
         artist.load(tmp_path / "other")
     with pytest.raises(NFQError, match="--side must be a multiple of 8, got 65"):
-        painter(sdxl, pictures.Drawing(side=65))
+        make_painter(sdxl, pictures.Drawing(side=65))
 
 
 def test_folders_that_are_no_sdxl_pipelines(capsys, folder, files, tmp_path):
     arguments = [folder / "ldm.safetensors", files[0], "--out", tmp_path / "out", "--pipeline"]
-    assert "is no diffusers folder" in refused(capsys, *arguments, tmp_path / "gone")
+    assert "is not a diffusers folder" in refused(capsys, *arguments, tmp_path / "gone")
     index = tmp_path / "model_index.json"
     for text, told in (
         ("{", "its model_index.json is damaged"),
@@ -433,7 +441,7 @@ def test_prompts_with_and_without_a_byte_order_mark(tmp_path, encoding):
 def test_choices_of_pictures_without_pictures(capsys, folder, files, tmp_path, option):
     arguments = ["report", folder / "ldm.safetensors", files[0], "--out", tmp_path / "out"]
     code, out, error = run(capsys, *arguments, *option)
-    assert (code, out) == (2, "") and f"{option[0]} is of pictures, which need --pipeline" in error
+    assert (code, out) == (2, "") and f"{option[0]} is for pictures, which need --pipeline" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -442,8 +450,8 @@ def test_odd_choices(capsys, folder, files, tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
     arguments = [folder / "ldm.safetensors", files[0], "--out", tmp_path / "out", "--pipeline", "demo"]
     assert "--steps must be at least 1, got 0" in refused(capsys, *arguments, "--steps", 0)
-    assert "--guidance must be a number, got nan" in refused(capsys, *arguments, "--guidance", "nan")
+    assert "--guidance must be a finite number, got nan" in refused(capsys, *arguments, "--guidance", "nan")
     assert "--seed must be from 0 to 4,294,967,295, got -1" in refused(capsys, *arguments, "--seed", -1)
-    assert "holds no prompt" in refused(capsys, *arguments, "--prompts", tmp_path / "empty")
-    assert "is no text in UTF-8" in refused(capsys, *arguments, "--prompts", tmp_path / "binary")
+    assert "has no prompts" in refused(capsys, *arguments, "--prompts", tmp_path / "empty")
+    assert "is not a text in UTF-8" in refused(capsys, *arguments, "--prompts", tmp_path / "binary")
     assert "gone: No such file" in refused(capsys, *arguments, "--prompts", tmp_path / "gone")

@@ -50,7 +50,7 @@ def test_the_page_describes_and_quantises(ask: Callable, tmp_path) -> None:
     assert found["made"].startswith(f"{folder}/dequantised-NF12.nfq.safetensors: 0.00 GB")
     assert "dequantised-NF12.nfq.safetensors" in {title.split(" ")[0] for title in found["titles"]}
     assert found["again"].endswith("exists already; choose another name, or tick Overwrite")
-    assert found["outside"].startswith("Error: '../../outside' is no name for a file in")
+    assert found["outside"].startswith("Error: '../../outside' is not a file name in")
     assert "is quantised already" in found["twice"]
     assert found["stopped"] == ["reading", "stopped; nothing was written"] and found["files"] == []
 
