@@ -19,7 +19,7 @@ import torch
 from ..errors import CorruptFileError, NFQError, UnsupportedFileError
 from ..files.atomic import AtomicFile
 from ..files.container import UNRECORDED, Source, source_name
-from ..files.safefile import DTYPE_NAMES, Entry, SafetensorsFile, aligned_entries, header_bytes, tensor_bytes
+from ..files.safetensors_io import DTYPE_NAMES, Entry, SafetensorsFile, aligned_entries, header_bytes, tensor_bytes
 from ..files.untrusted import fault_of, is_count, is_number, parse_json
 from ..files.writer import Plan
 from ..fitting.feedback import SecondMoment

@@ -18,7 +18,7 @@ from ..files.article import (
     read_article_tensor,
 )
 from ..files.container import IMPORTED, Facts, Source, source_name
-from ..files.safefile import Entry, SafetensorsFile, tensor_bytes
+from ..files.safetensors_io import Entry, SafetensorsFile, tensor_bytes
 from ..files.writer import ContainerWriter, Plan
 from ..models.unet import detect
 from ..packed.codec import encode

@@ -20,7 +20,7 @@ from ..files.article import is_article_file
 from ..files.atomic import AtomicFile, is_same_file
 from ..files.container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source, source_name
 from ..files.original import Original
-from ..files.safefile import (
+from ..files.safetensors_io import (
     DTYPE_NAMES,
     TORCH_DTYPES,
     Entry,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..files.article import is_article_file
 from ..files.container import FACTS_KEY
 from ..files.original import Original
-from ..files.safefile import Entry
+from ..files.safetensors_io import Entry
 from ..models.unet import UNKNOWN, UNetInfo
 from ..models.wholeness import HOST_WIDTHS, context_width, what_is_lost
 from ..planning.policy import DEFAULTS, plan_tensors

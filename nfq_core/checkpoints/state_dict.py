@@ -15,7 +15,7 @@ from ..calibration.statistics import Calibration, measured_sensitivities
 from ..errors import CannotQuantizeError, NFQError
 from ..files.container import UNRECORDED, Facts, NFQFile, Source
 from ..files.prequantized import find_prequantized
-from ..files.safefile import TORCH_DTYPES, Entry, describe, tensor_bytes
+from ..files.safetensors_io import TORCH_DTYPES, Entry, describe, tensor_bytes
 from ..files.writer import ContainerWriter, Plan
 from ..fitting.quantizer import quantize
 from ..models.unet import detect

@@ -17,7 +17,7 @@ from ..calibration.statistics import measured_sensitivities
 from ..checkpoints.state_dict import load_tensors
 from ..errors import CannotQuantizeError, NFQError, UnsupportedFileError, missing_package
 from ..files.container import PREFIX, Facts, NFQFile
-from ..files.safefile import Entry
+from ..files.safetensors_io import Entry
 from ..fitting.quantizer import quantize
 from ..layers.packed_layers import PACKED_KINDS, pack_layers
 from ..packed.tensor import QUANTIZABLE_DTYPES, NFTensor

@@ -24,7 +24,7 @@ from ..models.unet import UNKNOWN, UNetInfo
 from ..packed.codec import decode, frame_count
 from ..packed.formats import BlockFormat, format_by_id
 from ..packed.tensor import QUANTIZABLE_DTYPES, NFTensor
-from .safefile import METADATA_KEY, TORCH_DTYPES, SafetensorsFile, dtype_bytes
+from .safetensors_io import METADATA_KEY, TORCH_DTYPES, SafetensorsFile, dtype_bytes
 from .untrusted import element_count, fault_of, is_count, is_number, parse_json
 
 SUFFIX = ".nfq.safetensors"

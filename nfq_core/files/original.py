@@ -13,7 +13,7 @@ from ..errors import CorruptFileError, NFQError, UnsupportedFileError, reason_of
 from .article import is_article_file
 from .container import FACTS_KEY
 from .prequantized import QUANTIZATION_METADATA, Prequantized, find_prequantized
-from .safefile import MAX_HEADER_BYTES, TORCH_DTYPES, Entry, SafetensorsFile
+from .safetensors_io import MAX_HEADER_BYTES, TORCH_DTYPES, Entry, SafetensorsFile
 from .untrusted import parse_json
 
 _INDEX = re.compile(r"(?P<model>.+)\.safetensors\.index(?P<variant>\.[^.]+)?\.json")

@@ -18,7 +18,7 @@ import torch
 from ..errors import AlreadyQuantizedError, CorruptFileError
 from ..models.unet import detect
 from ..models.unet_keys import CHECKPOINT_PREFIX
-from .safefile import Entry
+from .safetensors_io import Entry
 from .untrusted import fault_of, parse_json
 
 QUANTIZATION_METADATA = "_quantization_metadata"

@@ -25,7 +25,7 @@ from .container import (
     checksum_text,
     header_hash,
 )
-from .safefile import METADATA_KEY, Entry, aligned_entries, dtype_bytes, header_bytes
+from .safetensors_io import METADATA_KEY, Entry, aligned_entries, dtype_bytes, header_bytes
 from .untrusted import parse_json
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import NFQError
 from ..files.prequantized import compute_dtype
-from ..files.safefile import DTYPE_NAMES, Entry
+from ..files.safetensors_io import DTYPE_NAMES, Entry
 from ..files.writer import Plan
 from ..fitting.codebook import effort_by_name
 from ..models.unet import UNetInfo, detect, first_and_last_convolution, is_unet_key

@@ -23,7 +23,7 @@ from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.checkpoints.examine import file_info
 from nfq_core.checkpoints.state_dict import quantize_tensors
 from nfq_core.errors import CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError
-from nfq_core.files.safefile import describe
+from nfq_core.files.safetensors_io import describe
 from nfq_core.models.unet import detect
 from nfq_core.models.unet_keys import SDXL_BASE, SSD_1B, tensor_shapes
 from nfq_core.packed.formats import FORMATS

@@ -23,7 +23,7 @@ from nfq_core.checkpoints.batch import convert_folders
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.errors import DEBUG, NFQError
 from nfq_core.files.atomic import AtomicFile
-from nfq_core.files.safefile import SafetensorsFile
+from nfq_core.files.safetensors_io import SafetensorsFile
 
 TAGGED = "-NF16.nfq.safetensors"
 

@@ -18,7 +18,7 @@ from samples import random_half
 import nfq_core
 from nfq_core.errors import CorruptFileError, NFQError, UnsupportedFileError
 from nfq_core.files.container import HASH_KEY, MAX_CONTAINER_HEADER_BYTES, PREFIX, Facts, NFQFile, Source
-from nfq_core.files.safefile import DTYPE_NAMES, Entry, dtype_bytes, tensor_bytes
+from nfq_core.files.safetensors_io import DTYPE_NAMES, Entry, dtype_bytes, tensor_bytes
 from nfq_core.files.writer import ContainerWriter, Plan
 from nfq_core.fitting.quantizer import quantize
 from nfq_core.models.unet import UNetInfo

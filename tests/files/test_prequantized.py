@@ -18,7 +18,7 @@ from nfq_core.checkpoints.state_dict import load, quantize_state_dict
 from nfq_core.errors import AlreadyQuantizedError, CorruptFileError
 from nfq_core.files.original import Original
 from nfq_core.files.prequantized import find_prequantized, rotation_matrix
-from nfq_core.files.safefile import describe
+from nfq_core.files.safetensors_io import describe
 from nfq_core.models.unet_keys import tensor_shapes
 
 FP8 = torch.float8_e4m3fn

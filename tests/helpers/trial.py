@@ -30,7 +30,7 @@ from nfq_core.checkpoints.examine import compare_files, file_info, info_lines, v
 from nfq_core.checkpoints.kinds import kind_of
 from nfq_core.errors import NFQError
 from nfq_core.files.article import write_article_file
-from nfq_core.files.safefile import DTYPE_NAMES, SafetensorsFile, tensor_bytes
+from nfq_core.files.safetensors_io import DTYPE_NAMES, SafetensorsFile, tensor_bytes
 from nfq_core.models.unet import detect, known_ldm_names, what_is_missing
 from nfq_core.models.unet_keys import tensor_shapes
 from nfq_core.packed.tensor import NFTensor

@@ -17,7 +17,7 @@ from nfq_core import NFQError
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.checkpoints.examine import file_info
 from nfq_core.cli import main
-from nfq_core.files.safefile import Entry
+from nfq_core.files.safetensors_io import Entry
 from nfq_core.files.writer import Plan
 from nfq_core.fitting.codebook import EFFORTS
 from nfq_core.models.roles import expected_sensitivity

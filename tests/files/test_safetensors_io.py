@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from systems import WINDOWS, replaces_open_files
 
 from nfq_core.errors import CorruptFileError, NFQError, UnsupportedFileError, printable
-from nfq_core.files.safefile import (
+from nfq_core.files.safetensors_io import (
     COPY_BYTES,
     TORCH_DTYPES,
     Entry,
@@ -341,7 +341,7 @@ def test_scales_of_eight_bits(tmp_path):
 def test_a_torch_without_wide_unsigned_integers_will_do() -> None:
     """Such as 2.1, which Automatic1111's web UI pins."""
     run = "import torch; del torch.uint16, torch.uint32, torch.uint64\n"
-    run += "import nfq_core.files.safefile as s; print(*s.TORCH_DTYPES)"
+    run += "import nfq_core.files.safetensors_io as s; print(*s.TORCH_DTYPES)"
     root = Path(__file__).resolve().parents[2]
     result = subprocess.run([sys.executable, "-c", run], cwd=root, capture_output=True, text=True, check=True)
     assert {"U8", "F16"} <= {*result.stdout.split()} and "U64" not in result.stdout
