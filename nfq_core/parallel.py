@@ -35,7 +35,7 @@ def no_progress(done: int, total: int, name: str) -> None:
     """The progress callback that shows nothing."""
 
 
-def share(done: int, total: int) -> float:
+def fraction_done(done: int, total: int) -> float:
     """The part of the work that is done, from 0 to 1; 1 where there is nothing to do, such as empty tensors only."""
     return done / total if total else 1.0
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..nfq_core import NFQError, Settings, TargetExistsError
 from ..nfq_core.checkpoints.convert import quantize_file
 from ..nfq_core.checkpoints.extras import DROPPING
-from ..nfq_core.parallel import seconds_left, share
+from ..nfq_core.parallel import fraction_done, seconds_left
 from .loading import SUFFIX
 
 DROP_EXTRAS = "Leave out extras"
@@ -85,7 +85,7 @@ class Making:
             if self._stop.is_set():
                 raise _Stopped
             left = seconds_left(time.monotonic() - started, done, total)
-            line = f"{share(done, total):.0%}{'' if left is None else f', {left:.0f} s left'}: {name}"
+            line = f"{fraction_done(done, total):.0%}{'' if left is None else f', {left:.0f} s left'}: {name}"
 
         def work() -> None:
             try:

@@ -32,8 +32,8 @@ from ..files.safetensors_io import (
 )
 from ..files.writer import ContainerWriter, Plan
 from ..fitting.quantizer import quantize
+from ..models.completeness import missing_tensors_message, unet_warnings
 from ..models.unet import detect
-from ..models.wholeness import unet_warnings, what_is_lost
 from ..packed.codec import encode
 from ..parallel import IN_FLIGHT_BYTES, Progress, no_progress, ordered_map, threads_for
 from ..planning.allocation import SizeSearch
@@ -124,7 +124,7 @@ def quantize_file(
             key, raw = job
             plan, entry = plans[key], original.entries[key]
             stored = tensor_from_bytes(raw, original.stored_dtype(key), entry.shape)
-            weight, reason = original.undo(key, stored), ""
+            weight, reason = original.dequantize(key, stored), ""
             if weight.dtype.itemsize == 1:
                 weight = weight.to(TORCH_DTYPES[plan.dtype])
             if plan.format:
@@ -270,7 +270,7 @@ def _about_unet(original: Original, entries: dict[str, Entry]) -> list[str]:
     """Warnings about the UNet of a model, of which `entries` are converted; CorruptFileError when it is incomplete."""
     shapes = {key: entry.shape for key, entry in entries.items()}
     info = detect(shapes)
-    lost = what_is_lost(info, shapes)
+    lost = missing_tensors_message(info, shapes)
     if lost:
         raise CorruptFileError(f"{original.path} is incomplete: {lost}; fetch the file, or make the merge, again")
     return unet_warnings(info, shapes)

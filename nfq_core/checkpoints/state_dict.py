@@ -19,7 +19,7 @@ from ..files.safetensors_io import TORCH_DTYPES, Entry, describe, tensor_bytes
 from ..files.writer import ContainerWriter, Plan
 from ..fitting.quantizer import quantize
 from ..models.unet import detect
-from ..packed.backends import choose as choose_backend
+from ..packed.backends import backend_for
 from ..packed.codec import encode
 from ..packed.tensor import NFTensor
 from ..packed.torch_decode import CHUNK_WEIGHTS, TEMPORARY_BYTES
@@ -76,10 +76,10 @@ def quantize_state_dict(
 
     def read(key: str) -> torch.Tensor:
         scaled = found.weights.get(key)
-        return scaled.undo(state_dict[key]).to(TORCH_DTYPES[found.dtype]) if scaled else state_dict[key]
+        return scaled.dequantize(state_dict[key]).to(TORCH_DTYPES[found.dtype]) if scaled else state_dict[key]
 
     return quantize_tensors(
-        found.undone(stored),
+        found.dequantized_entries(stored),
         read,
         settings,
         device=device,
@@ -282,7 +282,7 @@ def _load_into(
     """Fill `result` with the tensors wanted, in their order."""
     if resident:
         # Tried once here, not by all threads at once.
-        choose_backend(device)
+        backend_for(device)
     threads = threads_for(device, CHUNK_WEIGHTS * TEMPORARY_BYTES)
 
     def work(key: str) -> NFTensor | torch.Tensor:

@@ -25,7 +25,7 @@ from ..packed.codec import decode, frame_count
 from ..packed.formats import BlockFormat, format_by_id
 from ..packed.tensor import QUANTIZABLE_DTYPES, NFTensor
 from .safetensors_io import METADATA_KEY, TORCH_DTYPES, SafetensorsFile, dtype_bytes
-from .untrusted import element_count, fault_of, is_count, is_number, parse_json
+from .untrusted import element_count, is_count, is_number, parse_error_message, parse_json
 
 SUFFIX = ".nfq.safetensors"
 """What the names of containers end in."""
@@ -284,7 +284,9 @@ class NFQFile(SafetensorsFile):
         except UnsupportedFileError as error:
             raise UnsupportedFileError(f"{self.path}: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptFileError(f"{self.path}: the nfq part of its header is damaged ({fault_of(error)})") from None
+            raise CorruptFileError(
+                f"{self.path}: the nfq part of its header is damaged ({parse_error_message(error)})"
+            ) from None
         told = {PREFIX + key for key in self.quantized} | self.kept.keys()
         taken = min((key for key in self.keys() if key.startswith(PREFIX) or key == METADATA_KEY), default=None)
         if taken is not None:

@@ -59,7 +59,7 @@ class Original:
         except BaseException:
             self.close()
             raise
-        self.entries: dict[str, Entry] = self._quantized.undone(stored)
+        self.entries: dict[str, Entry] = self._quantized.dequantized_entries(stored)
         """Dtype and shape of every tensor without scales; `nbytes` is that of what is stored."""
         self.metadata = {name: text for name, text in metadata.items() if name != QUANTIZATION_METADATA}
 
@@ -87,14 +87,14 @@ class Original:
         """The dtype in which a tensor is stored, as safetensors names it."""
         return self._file_of[key].entries[key].dtype
 
-    def undo(self, key: str, stored: torch.Tensor) -> torch.Tensor:
+    def dequantize(self, key: str, stored: torch.Tensor) -> torch.Tensor:
         """A stored tensor without its scale, in the dtype of `entries`; the tensor itself where it has none."""
         scaled = self._quantized.weights.get(key)
-        return scaled.undo(stored).to(TORCH_DTYPES[self.entries[key].dtype]) if scaled else stored
+        return scaled.dequantize(stored).to(TORCH_DTYPES[self.entries[key].dtype]) if scaled else stored
 
     def tensor(self, key: str) -> torch.Tensor:
-        """One tensor without its scale, see `undo`."""
-        return self.undo(key, self._stored(key))
+        """One tensor without its scale, see `dequantize`."""
+        return self.dequantize(key, self._stored(key))
 
     def refuse_changed(self) -> None:
         """See `SafetensorsFile.refuse_changed`."""

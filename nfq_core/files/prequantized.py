@@ -19,7 +19,7 @@ from ..errors import AlreadyQuantizedError, CorruptFileError
 from ..models.unet import detect
 from ..models.unet_keys import CHECKPOINT_PREFIX
 from .safetensors_io import Entry
-from .untrusted import fault_of, parse_json
+from .untrusted import parse_error_message, parse_json
 
 QUANTIZATION_METADATA = "_quantization_metadata"
 """The metadata entry in which ComfyUI names quantised layers and their formats."""
@@ -74,7 +74,7 @@ class Scaled:
     scale: torch.Tensor
     rotation: int = 0
 
-    def undo(self, weight: torch.Tensor) -> torch.Tensor:
+    def dequantize(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight that is meant, fp32, of the same shape as the stored one."""
         dense = weight.float()
         if self.scale.ndim == 2 and self.scale.shape[1] > 1:
@@ -100,7 +100,7 @@ class Prequantized:
     consumed: frozenset[str] = frozenset()
     dtype: str = "F16"
 
-    def undone(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    def dequantized_entries(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
         """The entries as they are without scales; offsets and `nbytes` stay those of what is stored."""
         return {
             key: Entry(self.dtype, entry.shape, entry.start, entry.end) if key in self.weights else entry
@@ -251,7 +251,7 @@ def _configs(
             if not isinstance(_object(config).get("format", ""), str):
                 raise ValueError("a format is no text")
     except (ValueError, KeyError, RecursionError) as error:
-        fault = fault_of(error)
+        fault = parse_error_message(error)
         raise CorruptFileError(
             f"{where}: what it says of its quantised layers is damaged ({fault}); fetch it again"
         ) from None

@@ -16,8 +16,8 @@ import torch
 
 from ..errors import CorruptFileError, NFQError, UnsupportedFileError, reason_of
 from ..packed.tensor import NFTensor
-from .sniff import HEAD_BYTES, what_instead
-from .untrusted import element_count, fault_of, is_count, parse_json
+from .sniff import HEAD_BYTES, describe_foreign_file
+from .untrusted import element_count, is_count, parse_error_message, parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors limit on a header."""
@@ -215,7 +215,7 @@ class SafetensorsFile:
         self._read_at(memoryview(head), 0)
         length = int.from_bytes(head[:8], "little")
         if len(head) < 9 or length > MAX_HEADER_BYTES or head[8:9] != b"{":
-            words = what_instead(bytes(head), self.path.name, self.file_bytes)
+            words = describe_foreign_file(bytes(head), self.path.name, self.file_bytes)
             reason = f"it is {words}" if words else "it does not start with such a header; name a .safetensors file"
             raise UnsupportedFileError(f"{self.path} is not a safetensors file: {reason}")
         if length > self.max_header_bytes:
@@ -245,7 +245,9 @@ class SafetensorsFile:
         except UnsupportedFileError as error:
             raise UnsupportedFileError(f"{self.path}: {error}") from None
         except (ValueError, RecursionError) as error:
-            raise CorruptFileError(f"{self.path}: its header is damaged ({fault_of(error)}); fetch it again") from None
+            raise CorruptFileError(
+                f"{self.path}: its header is damaged ({parse_error_message(error)}); fetch it again"
+            ) from None
         position = 0
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
             if entry.start != position:

@@ -45,7 +45,7 @@ _INDEX_NAME = re.compile(r"\.index(\.[^.]+)?\.json$")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def what_instead(head: bytes, name: str, file_bytes: int) -> str:
+def describe_foreign_file(head: bytes, name: str, file_bytes: int) -> str:
     """What a file is instead of safetensors, and what to do about it, fit to follow "it is".
 
     Args:

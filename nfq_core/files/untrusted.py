@@ -38,7 +38,7 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def fault_of(error: Exception) -> str:
+def parse_error_message(error: Exception) -> str:
     """What is wrong with facts from a file, in words: Python's own errors would speak of its types and keys.
 
     Args:

@@ -13,7 +13,7 @@ import math
 import torch
 
 from ..packed.formats import BLOCK, BlockFormat
-from .search import mark
+from .search import store_index_in_low_bits
 
 LEAD_BITS = 96
 """So much of the stream before and after a block's start decides its state there; twice that gains 0.02 dB at most."""
@@ -120,7 +120,7 @@ class TrellisCoder:
         for step in reversed(range(stop, len(steps))):
             own = steps[step] - self._by_next.index_select(1, state)
             own = torch.addcmul(self._before(errors[step], state), own, own, out=own)
-            best = mark(own, self._leaving, fmt.codes - 1).amin(dim=0).bitwise_and_(fmt.codes - 1)
+            best = store_index_in_low_bits(own, self._leaving, fmt.codes - 1).amin(dim=0).bitwise_and_(fmt.codes - 1)
             number = torch.add(state, best, alpha=self._states)
             if codes is not None:
                 codes[step] = number & (fmt.codes - 1)

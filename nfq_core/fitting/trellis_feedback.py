@@ -17,7 +17,7 @@ import torch
 
 from ..packed.formats import BLOCK, BlockFormat
 from .feedback import DAMPING, MAX_COLUMNS, SecondMoment, inverse_factor, relative_moment
-from .search import mark
+from .search import store_index_in_low_bits
 from .trellis import CACHED_BYTES, DEVICE_BYTES, lead_steps
 from .trellis_fit import TrellisQuantizer, level_numbers
 
@@ -125,7 +125,7 @@ class FeedbackCoder:
                 levels = (self._levels * roots[step]).view(states, fmt.codes, 1)
                 torch.sub((target * roots[step]).unsqueeze(1), levels, out=by_last)
                 torch.addcmul(costs.unsqueeze(1), by_last, by_last, out=by_last)
-                best = mark(by_next, self._leaving, mask).amin(dim=0)
+                best = store_index_in_low_bits(by_next, self._leaving, mask).amin(dim=0)
                 costs = (best & ~mask).view(torch.float32)
                 best &= mask
                 leaving[step] = best

@@ -97,7 +97,7 @@ def known_ldm_names(info: UNetInfo | None, keys: Iterable[str]) -> dict[str, str
     return ldm_names(info, keys)
 
 
-def what_is_missing(info: UNetInfo, shapes: Mapping[str, Sequence[int]]) -> str:
+def mismatch_message(info: UNetInfo, shapes: Mapping[str, Sequence[int]]) -> str:
     """Says which tensors keep an unrecognised UNet from being a known model that it mostly is; else nothing."""
     found = nearest(info, shapes)
     unfit = (*found.missing, *found.misshapen) if found and found.name != UNKNOWN else ()

@@ -44,13 +44,13 @@ class Backend:
 
 def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> None:
     """Decode a whole packed buffer into `out` with the back-end of both; see `torch_decode.dequantize_into`."""
-    backend = choose(data.device, out.dtype)
+    backend = backend_for(data.device, out.dtype)
     decode = backend.dequantize_into if out.numel() <= MAX_WEIGHTS else torch_decode.dequantize_into
     decode(out, data, fmt)
 
 
 @lru_cache(32)
-def choose(device: torch.device, dtype: torch.dtype = torch.float16) -> Backend:
+def backend_for(device: torch.device, dtype: torch.dtype = torch.float16) -> Backend:
     """The back-end for a device and the dtype of the weights; what keeps a GPU from the fast one is logged once."""
     obstacle = _without_triton(device)
     if not obstacle:
@@ -60,7 +60,7 @@ def choose(device: torch.device, dtype: torch.dtype = torch.float16) -> Backend:
         if not obstacle:
             return Backend("triton", "one launch per weight", triton_decode.dequantize_into)
         if dtype == torch.bfloat16:
-            return Backend("triton", f"bf16 is cast from fp16: {obstacle}", triton_decode.dequantize_by_way_of_fp16)
+            return Backend("triton", f"bf16 is cast from fp16: {obstacle}", triton_decode.dequantize_via_fp16)
     if device.type in TRITON_DEVICES:
         log.warning("weights on %s are decoded in plain torch, which is slower: %s", device, obstacle)
     return Backend("torch", obstacle, torch_decode.dequantize_into)
@@ -133,5 +133,5 @@ def available() -> dict[str, Backend]:
 
 def _for_both(device: torch.device) -> Backend:
     """The back-end for fp16, and in its reason that for bf16 where it is another."""
-    backend, other = choose(device), choose(device, torch.bfloat16)
+    backend, other = backend_for(device), backend_for(device, torch.bfloat16)
     return backend if other.reason == backend.reason else replace(backend, reason=f"{backend.reason}; {other.reason}")

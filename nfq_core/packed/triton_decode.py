@@ -44,7 +44,7 @@ def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> 
         )
 
 
-def dequantize_by_way_of_fp16(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> None:
+def dequantize_via_fp16(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> None:
     """`dequantize_into` in fp16, then cast in the same memory: for bf16 where the kernel cannot write it.
 
     Both dtypes take two bytes; torch reads each element before it writes the same one.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from .unet import UNKNOWN, Likeness, UNetInfo, nearest, what_is_missing
+from .unet import UNKNOWN, Likeness, UNetInfo, mismatch_message, nearest
 from .unet_keys import CHECKPOINT_PREFIX, KNOWN_ARCHITECTURES, Layout, UNetArchitecture
 
 HOST_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2"}
@@ -28,7 +28,7 @@ ADDED = ("label_emb", "add_embedding")
 """Where pooled text and picture size enter a UNet; UNets of other families do without."""
 
 
-def what_is_lost(info: UNetInfo | None, shapes: Mapping[str, Sequence[int]]) -> str:
+def missing_tensors_message(info: UNetInfo | None, shapes: Mapping[str, Sequence[int]]) -> str:
     """Names the first tensor that an incomplete UNet lacks, and how many more; empty for a whole UNet or none.
 
     A UNet without any tensor of some kind is another architecture, not an incomplete one. Where none was recognised, a
@@ -49,7 +49,7 @@ def _unrecognised(shapes: Mapping[str, Sequence[int]]) -> Iterator[UNetInfo]:
 
 
 def _missing_in_words(info: UNetInfo, shapes: Mapping[str, Sequence[int]], limit: int | None = None) -> str:
-    """See `what_is_lost`; `limit`: how many tensors of a known architecture may differ."""
+    """See `missing_tensors_message`; `limit`: how many tensors of a known architecture may differ."""
     found = nearest(info, shapes)
     if limit is not None and (found is None or found.name == UNKNOWN or found.differences > limit):
         return ""
@@ -83,7 +83,7 @@ def unet_warnings(info: UNetInfo | None, shapes: Mapping[str, Sequence[int]]) ->
         others = f" and {len(found.unexpected) - 1:,} more are" if len(found.unexpected) > 1 else " is"
         refusal = "only diffusers' `load_unet` may take the result" if diffusers else "loaders may refuse the result"
         return [f"tensor {found.unexpected[0]!r}{others} none of {whose}; {refusal}"]
-    reason = what_is_missing(info, shapes)
+    reason = mismatch_message(info, shapes)
     why = f": {reason}" if reason else ""
     if diffusers:
         return [

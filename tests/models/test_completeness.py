@@ -10,6 +10,7 @@ from samples import SMALLEST, TINY, random_unet
 
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.errors import CorruptFileError
+from nfq_core.models.completeness import missing_tensors_message, unet_warnings
 from nfq_core.models.unet import detect
 from nfq_core.models.unet_keys import (
     CHECKPOINT_PREFIX,
@@ -20,13 +21,12 @@ from nfq_core.models.unet_keys import (
     diffusers_to_ldm,
     tensor_shapes,
 )
-from nfq_core.models.wholeness import unet_warnings, what_is_lost
 
 LAYOUTS = ("ldm", "prefixed", "diffusers")
 
 
 def lost(shapes: dict) -> str:
-    return what_is_lost(detect(shapes), shapes)
+    return missing_tensors_message(detect(shapes), shapes)
 
 
 def warnings(shapes: dict) -> list[str]:
