@@ -208,7 +208,7 @@ def test_one_broken_file_does_not_stop_the_rest(models, out):
         (OSError(errno.EIO, "bad"), "bad"),
         (
             KeyError("bad"),
-            f"this is a fault of the program (test_batch.py, line N); set the environment variable {DEBUG} to 1",
+            f"this is a bug in the program (test_batch.py, line N); set the environment variable {DEBUG} to 1",
         ),
         (MemoryError("bad"), "not enough memory"),
     ],
