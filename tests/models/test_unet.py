@@ -299,7 +299,7 @@ def test_diffusers_names_of_every_layout(layout, architecture):
 def test_ldm_names_of_an_unknown_architecture_are_refused():
     shapes = tensor_shapes(TINY, "ldm")
     del shapes["out.0.weight"]
-    with pytest.raises(ValueError, match="names of an unknown architecture cannot be renamed to diffusers names"):
+    with pytest.raises(ValueError, match="the LDM names of an unknown architecture cannot be renamed to diffusers"):
         diffusers_names(detect(shapes), shapes)
 
 

@@ -139,7 +139,7 @@ CUDA = torch.device("cuda:0")
         (False, (7, 5), "", "", "triton", "one launch"),
         (False, (6, 1), "", "", "torch", "Triton needs compute capability 7.0, this device has 6.1"),
         (True, (9, 0), "", "", "torch", "Triton is not installed"),
-        (False, (9, 0), "torch", "", "torch", "NFQ_BACKEND=torch asks for it"),
+        (False, (9, 0), "torch", "", "torch", "requested by NFQ_BACKEND=torch"),
         (False, (9, 0), "", "no compiler", "torch", "no compiler"),
     ],
 )
@@ -184,7 +184,7 @@ def stub_gpu(monkeypatch, capability: tuple[int, int], fails: tuple[torch.dtype,
 
     def probe(device: torch.device, dtype: torch.dtype = torch.float16) -> str:
         assert capability >= (8, 0) or dtype != torch.bfloat16, "what cannot work is not tried"
-        return "Triton fails here" if dtype in fails else ""
+        return "Triton fails on this device" if dtype in fails else ""
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -220,7 +220,7 @@ def test_triton_is_tried_before_it_is_taken(works: bool) -> None:
     """In the interpreter; and without it, for then Triton has no driver for a CPU."""
     code = "import torch\nfrom nfq_core.packed import backends\nprint(backends._fails(torch.device('cpu')))"
     told = run_apart(code, TRITON_INTERPRET=str(int(works)))
-    assert (told == "") if works else told.startswith("Triton fails here (")
+    assert (told == "") if works else told.startswith("Triton fails on this device (")
 
 
 def test_cpus_are_served_by_torch_and_nothing_is_logged(asked, caplog) -> None:
