@@ -37,6 +37,7 @@ from ..models.unet import detect
 from ..packed.codec import encode
 from ..parallel import IN_FLIGHT_BYTES, Progress, no_progress, ordered_map, threads_for
 from ..planning.allocation import SizeSearch
+from ..planning.facts import facts_about
 from ..planning.policy import DEFAULTS, Settings, plan_tensors
 from .extras import recorded_extras, split_extras
 from .memory import refuse_beyond_memory
@@ -151,7 +152,7 @@ def quantize_file(
             inputs, uncalibrated = calibration.for_plans(info, plans) if calibration else ({}, [])
             recorded = settings.as_dict() | (calibration.as_dict() if inputs or measured else {}) | dropped
             made_from = Source(source_name(original.path), original.file_bytes, NO_SHA256, metadata)
-            facts = Facts.of(info, recorded, made_from)
+            facts = facts_about(info, recorded, made_from)
             with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
                 for key, frames, raw, reason in ordered_map(
                     work, jobs(), size=lambda job: len(job[1]), threads=threads_for(device)

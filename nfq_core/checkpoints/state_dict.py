@@ -13,7 +13,7 @@ import torch
 
 from ..calibration.statistics import Calibration, measured_sensitivities
 from ..errors import CannotQuantizeError, NFQError
-from ..files.container import UNRECORDED, Facts, NFQFile, Source
+from ..files.container import UNRECORDED, NFQFile, Source
 from ..files.prequantized import find_prequantized
 from ..files.safetensors_io import TORCH_DTYPES, Entry, describe, tensor_bytes
 from ..files.writer import ContainerWriter, Plan
@@ -24,6 +24,7 @@ from ..packed.codec import encode
 from ..packed.tensor import NFTensor
 from ..packed.torch_decode import CHUNK_WEIGHTS, TEMPORARY_BYTES
 from ..parallel import Progress, no_progress, ordered_map, threads_for
+from ..planning.facts import facts_about
 from ..planning.policy import Settings, plan_tensors
 from .examine import sqnr_db
 from .memory import check_device, choose, free_bytes, is_out_of_memory, needed_bytes, refuse_beyond_memory
@@ -186,7 +187,7 @@ def save(
         key: Plan(entry.dtype, entry.shape, value.format if isinstance(value, NFTensor) else None)
         for (key, entry), value in zip(describe(state_dict).items(), state_dict.values(), strict=True)
     }
-    facts = Facts.of(info, settings or {}, source)
+    facts = facts_about(info, settings or {}, source)
     extra = {name: json.dumps(value) for name, value in (("workflow", workflow), ("prompt", prompt)) if value}
 
     def work(key: str) -> tuple[str, list[bytes]]:

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from ..errors import CorruptFileError, NFQError, UnsupportedFileError
-from ..models.unet import UNKNOWN, UNetInfo
 from ..packed.codec import decode, frame_count
 from ..packed.formats import BlockFormat, format_by_id
 from ..packed.tensor import QUANTIZABLE_DTYPES, NFTensor
@@ -79,13 +78,8 @@ class Facts:
 
     settings: dict[str, Any] = field(default_factory=dict)
     layout: str = "plain"
-    architecture: str = UNKNOWN
+    architecture: str = "unknown"
     source: Source = UNRECORDED
-
-    @classmethod
-    def of(cls, info: UNetInfo | None, settings: Mapping[str, Any], source: Source = UNRECORDED) -> Facts:
-        """The facts about a model in which `info` was recognised (None: a plain state dict)."""
-        return cls(dict(settings), info.layout if info else "plain", info.name if info else UNKNOWN, source)
 
 
 @dataclass(frozen=True)

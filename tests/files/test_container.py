@@ -21,7 +21,6 @@ from nfq_core.files.container import HASH_KEY, MAX_CONTAINER_HEADER_BYTES, PREFI
 from nfq_core.files.safetensors_io import DTYPE_NAMES, Entry, dtype_bytes, tensor_bytes
 from nfq_core.files.writer import ContainerWriter, Plan
 from nfq_core.fitting.quantizer import quantize
-from nfq_core.models.unet import UNetInfo
 from nfq_core.models.unet_keys import SDXL_BASE, tensor_shapes
 from nfq_core.packed.codec import decode, encode
 from nfq_core.packed.formats import nf_format
@@ -93,16 +92,9 @@ def test_what_is_written_is_read(small):
         assert file.stored_bytes("a.weight") == file.entries["nfq.a.weight"].nbytes
 
 
-def test_tensors_can_be_read_into_memory_that_is_there(small):
+def test_sizes_of_tensors(small):
     with NFQFile(small) as file:
         keys = file.keys()
-        for key in keys:
-            memory = torch.full((file.packed_bytes(key) + 3,), 99, dtype=torch.uint8)
-            found, wanted = file.load(key, memory), file.load(key)
-            data, other = (one.data if key in file.quantized else one for one in (found, wanted))
-            assert torch.equal(data, other)
-            assert data.data_ptr() == memory.data_ptr()
-            assert memory[-3:].tolist() == [99, 99, 99]
         assert [file.packed_bytes(key) for key in keys] == [14, 592]
         assert [file.dense_bytes(key) for key in keys] == [14, 2048]
 
@@ -220,12 +212,6 @@ def test_a_header_of_four_mebibytes_is_read(small, tmp_path):
 def test_a_reader_refuses_a_header_beyond_four_mebibytes(small, tmp_path):
     path = header_of(small, tmp_path / "a", MAX_CONTAINER_HEADER_BYTES + 1)
     assert "has 4,194,305 bytes, that of one at most 4,194,304" in refusal(path, UnsupportedFileError)
-
-
-def test_facts_about_what_was_recognised():
-    info = UNetInfo("prefixed", "model.diffusion_model.", SDXL_BASE)
-    assert Facts.of(info, {"levels": 7}, FACTS.source) == Facts({"levels": 7}, "prefixed", "SDXL", FACTS.source)
-    assert Facts.of(None, {}) == Facts({}, "plain", "unknown", Source("", 0, "", {}))
 
 
 @pytest.mark.parametrize("name", [PREFIX + "a", "__metadata__"])
@@ -540,7 +526,7 @@ FALSE_FRAMES = {
     "a longer frame": (lambda pieces: [pieces[0], compressed(bytes(10_000)), *pieces[2:]], "declares 10000 bytes"),
     "a bomb": (lambda pieces: [pieces[0], compressed(bytes(1 << 26)), *pieces[2:]], "declares 67108864 bytes"),
     "a shorter frame": (lambda pieces: [pieces[0], compressed(b""), *pieces[2:]], "declares 0 bytes"),
-    "two frames in one": (lambda pieces: [pieces[0] * 2, *pieces[1:]], "frame 0 ends"),
+    "two frames in one": (lambda pieces: [pieces[0] * 2, *pieces[1:]], "frame 0 does not end"),
     "frames in another order": (lambda pieces: [pieces[1], pieces[0], *pieces[2:]], "declares"),
     "levels that are not finite": (head(lambda data: data.__setitem__(slice(0, 2), b"\x00\x7e")), "not finite"),
     "a scale stride of 0": (head(lambda data: data.__setitem__(33, 0)), "scale stride must be"),
