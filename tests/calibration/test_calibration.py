@@ -436,7 +436,7 @@ BAD_FILES = {
     "a fact is missing": (None, lambda f: f.pop("rows"), "rows"),
     "a sensitivity of another weight": (None, lambda f: f.update(sensitivities={"p.weight": 1}), "'p.weight', which"),
     "a negative sensitivity": (None, lambda f: f.update(sensitivities={"q.weight": -1}), "no number from 0 up"),
-    "a sensitivity that is NaN": (None, lambda f: f.update(sensitivities={"q.weight": torch.nan}), "NaN is no JSON"),
+    "a sensitivity that is NaN": (None, lambda f: f.update(sensitivities={"q.weight": torch.nan}), "NaN is not a JSON"),
     "a sensitivity that is true": (None, lambda f: f.update(sensitivities={"q.weight": True}), "no number from 0 up"),
     "sensitivities that have no names": (None, lambda f: f.update(sensitivities=[1.0]), "damaged"),
     "weights that are no names": (None, lambda f: f.update({"weights": [1, 2]}), "damaged"),

@@ -223,13 +223,13 @@ def test_names_that_the_format_needs_itself_are_refused(tmp_path, name):
 
 @pytest.mark.parametrize("settings", [{"x": float("nan")}, {"x": 10**20}, {"x": "\udcff"}, {"x": object()}])
 def test_facts_that_our_reader_would_refuse_are_not_written(tmp_path, settings):
-    with pytest.raises(NFQError, match="a name or setting cannot stand in the header"):
+    with pytest.raises(NFQError, match="a name or setting cannot be written to the header"):
         nfq_core.save({"a": BIAS}, tmp_path / "a", settings=settings)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_that_is_no_unicode_is_refused(tmp_path):
-    with pytest.raises(NFQError, match="a name or setting cannot stand in the header"):
+    with pytest.raises(NFQError, match="a name or setting cannot be written to the header"):
         nfq_core.save({"a\udcff": BIAS}, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
@@ -402,9 +402,9 @@ LIES = {
     "a product beyond 63 bits": (quantized(shape=[1 << 62] * 4), "needs more memory than there can be"),
     "a product that zero hides": (quantized(shape=[1 << 62, 1 << 62, 0]), "needs more memory than there can be"),
     "a zero in the shape": (quantized(shape=[0, 64]), "impossible shape"),
-    "two minuses": (quantized(shape=[-16, -64]), "no count"),
-    "a fraction in the shape": (quantized(shape=[16.0, 64]), "no count"),
-    "text in the shape": (quantized(shape=["16", 64]), "no count"),
+    "two minuses": (quantized(shape=[-16, -64]), "not a count"),
+    "a fraction in the shape": (quantized(shape=[16.0, 64]), "not a count"),
+    "text in the shape": (quantized(shape=["16", 64]), "not a count"),
     "a shape that is a number": (quantized(shape=1024), "damaged"),
     "infinity": (lambda header, facts: json.dumps(facts).replace("[16, 64]", "[1e999, 64]"), "damaged"),
     "another format of the same planes": (quantized(format="nf32_b64"), "needs"),
@@ -413,11 +413,11 @@ LIES = {
     "an unknown dtype": (quantized(dtype="F99"), "impossible shape or dtype"),
     "a dtype that is a list": (quantized(dtype=["F16"]), "damaged"),
     "a wrong checksum": (quantized(crc32="00000000"), "checksum mismatch"),
-    "a checksum that is a number": (quantized(crc32=0), "no text"),
+    "a checksum that is a number": (quantized(crc32=0), "not text"),
     "one frame too few": (frames(lambda lengths: lengths[:-1]), "needs"),
     "one frame too many": (frames(lambda lengths: [*lengths, 1]), "needs"),
     "an empty frame": (frames(lambda lengths: [0, *lengths[1:-1], lengths[-1] + lengths[0]]), "needs"),
-    "a negative frame": (frames(lambda lengths: [-1, *lengths[1:-1], lengths[-1] + lengths[0] + 1]), "no count"),
+    "a negative frame": (frames(lambda lengths: [-1, *lengths[1:-1], lengths[-1] + lengths[0] + 1]), "not a count"),
     "frames that exceed the tensor": (frames(lambda lengths: [*lengths[:-1], lengths[-1] + 1]), "needs"),
     "frames cut elsewhere": (frames(lambda lengths: [lengths[0] - 1, lengths[1] + 1, *lengths[2:]]), "'a.weight'"),
     "no frames": (quantized(frames=None), "damaged"),
@@ -432,7 +432,7 @@ LIES = {
     "no settings": (lacking("settings"), "damaged"),
     "no source": (lacking("source"), "damaged"),
     "no version": (lacking("container_version"), "damaged"),
-    "version 0": (facts(container_version=0), "container version 0 is none"),
+    "version 0": (facts(container_version=0), "container version 0 does not exist"),
     "a negative version": (facts(container_version=-1), "damaged"),
     "a version that is true": (facts(container_version=True), "damaged"),
     "a version that is text": (facts(container_version="1"), "damaged"),
@@ -453,11 +453,11 @@ LIES = {
         lambda header, facts: facts["kept"].update({"nfq.a.weight": facts["quantized"]["a.weight"]["crc32"]}),
         "no tensor may be called 'nfq.a.weight'",
     ),
-    "a sensitivity that is text": (quantized(sensitivity="nan"), "is no number"),
-    "a sensitivity that is true": (quantized(sensitivity=True), "is no number"),
-    "a writer that is a list": (facts(writer=[]), "is no text"),
-    "a kept checksum that is a number": (lambda header, facts: facts["kept"].update({"a.bias": 0}), "is no text"),
-    "settings that are pairs": (facts(settings=[["levels", 16]]), "is no object"),
+    "a sensitivity that is text": (quantized(sensitivity="nan"), "is not a number"),
+    "a sensitivity that is true": (quantized(sensitivity=True), "is not a number"),
+    "a writer that is a list": (facts(writer=[]), "is not text"),
+    "a kept checksum that is a number": (lambda header, facts: facts["kept"].update({"a.bias": 0}), "is not text"),
+    "settings that are pairs": (facts(settings=[["levels", 16]]), "is not an object"),
     "a shape of 65 sizes": (quantized(shape=[1] * 65), "65 dimensions"),
     "a source with text for bytes": (source(bytes="2062"), "damaged"),
     "a source with a number for a hash": (source(sha256=5), "damaged"),
