@@ -62,7 +62,7 @@ def prepare_folder(folder: Path, names: Iterable[str], overwrite: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise NFQError(f"{folder} cannot be made a folder: {reason_of(error)}") from None
+        raise NFQError(f"the folder {folder} cannot be created: {reason_of(error)}") from None
     if not os.access(folder, os.W_OK):
         raise NFQError(f"{folder} cannot be written; name another folder")
     existing = next((folder / name for name in names if (folder / name).exists()), None)
