@@ -250,7 +250,7 @@ class NFQFile(SafetensorsFile):
     def _parse_container(self) -> None:
         if FACTS_KEY not in self.metadata:
             raise UnsupportedFileError(
-                f"{self.path} is not an .nfq.safetensors file; convert it with `nfq quantize` or `nfq import-article`"
+                f"{self.path} is not an .nfq.safetensors file; `nfq quantize` or `nfq import-article` converts it"
             )
         try:
             header = parse_json(self.metadata[FACTS_KEY])
