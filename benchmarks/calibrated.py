@@ -15,7 +15,7 @@ from nfq_core import quantize
 from nfq_core.calibration.statistics import Calibration
 from nfq_core.demo.calibrate import collect_demo
 from nfq_core.demo.model import load_weights
-from nfq_core.files.safefile import describe
+from nfq_core.files.safetensors_io import describe
 from nfq_core.models.unet import detect
 from nfq_core.packed.formats import LEVELS
 from nfq_core.planning.policy import plan_tensors

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 
 from nfq_core import NFTensor
-from nfq_core.files.safefile import Entry
+from nfq_core.files.safetensors_io import Entry
 from nfq_core.models.unet_keys import SDXL_BASE, UNetArchitecture, tensor_shapes
 from nfq_core.packed.formats import BLOCK, SCALE_STEPS_PER_OCTAVE, BlockFormat, Scales
 from nfq_core.packed.packing import pack_codes

@@ -34,7 +34,7 @@ PROGRAM_WARPS = (1, 2, 4, 8)
 
 def correctness(part: Part) -> None:
     """Every format, size and dtype: both back-ends on the device give the bits of the CPU; quantising on both."""
-    backend = backends.choose(part.device)
+    backend = backends.backend_for(part.device)
     part.note(backend=backend.name, backend_reason=backend.reason)
     decoders: dict[str, Callable] = {"torch": torch_decode.dequantize_into}
     if not part.on_gpu:
@@ -205,7 +205,7 @@ def _rivals(
 
 def tuning(part: Part) -> None:
     """The kernel's launch settings: what all layers take with others than those in use."""
-    if not part.on_gpu or backends.choose(part.device).name != "triton":
+    if not part.on_gpu or backends.backend_for(part.device).name != "triton":
         part.skip("tuning", "needs Triton on a GPU")
         return
     from nfq_core.packed import triton_decode

@@ -13,7 +13,7 @@ from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.demo.model import bundled_weights_path, load_weights
 from nfq_core.errors import NFQError
 from nfq_core.files.container import NFQFile
-from nfq_core.files.safefile import describe
+from nfq_core.files.safetensors_io import describe
 from nfq_core.models.unet import detect
 from nfq_core.packed.formats import LEVELS, TRELLIS_IDS
 from nfq_core.parallel import ordered_map

@@ -12,7 +12,7 @@ import torch
 from nfq_core.checkpoints.examine import sqnr_db
 from nfq_core.demo.model import bundled_weights_path
 from nfq_core.errors import NFQError
-from nfq_core.files.safefile import SafetensorsFile
+from nfq_core.files.safetensors_io import SafetensorsFile
 from nfq_core.parallel import ordered_map
 from nfq_core.planning.allocation import allocate
 from nfq_core.planning.policy import plan_tensors

@@ -17,7 +17,7 @@ from nfq_core import NFTensor, quantize
 from nfq_core.calibration.statistics import Calibration
 from nfq_core.demo.calibrate import collect_demo
 from nfq_core.demo.model import load_weights
-from nfq_core.files.safefile import describe
+from nfq_core.files.safetensors_io import describe
 from nfq_core.planning.allocation import PRESETS
 from nfq_core.planning.policy import plan_tensors
 from nfq_core.planning.settings import BitsPerWeight, Settings

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from nfq_core.files.atomic import AtomicFile
-from nfq_core.files.safefile import aligned_entries, header_bytes, tensor_bytes
+from nfq_core.files.safetensors_io import aligned_entries, header_bytes, tensor_bytes
 from nfq_core.models.unet_keys import SDXL_BASE, Layout, tensor_shapes
 
 SCALE = 0.03

@@ -22,7 +22,7 @@ from time import process_time
 import torch
 
 from nfq_core import quantize
-from nfq_core.files.safefile import Entry
+from nfq_core.files.safetensors_io import Entry
 from nfq_core.fitting.codebook import EFFORTS
 from nfq_core.fitting.trellis import TrellisCoder
 from nfq_core.models.unet_keys import SDXL_BASE, tensor_shapes

@@ -1,4 +1,4 @@
-"""The errors that bad input raises; each message is one line that names the file or tensor and says what to do."""
+"""Errors raised for bad input. Each message is one line that names the file or tensor and says what to do."""
 
 from __future__ import annotations
 
@@ -6,30 +6,27 @@ import os
 import unicodedata
 
 MAX_MESSAGE = 2000
-"""Characters of an error's message: what a file says may be quoted in it, and be megabytes long."""
-
+"""Longest message in characters: a message may quote a file, whose text may be megabytes long."""
 
 DEBUG = "NFQ_DEBUG"
-"""The environment variable with which commands show where a fault of the program's own arose."""
+"""Environment variable that makes commands print the traceback of an internal error."""
 
 
 def internal_fault(error: Exception) -> str:
-    """What a user is told of an error that no input should be able to cause."""
+    """Message for an error that no input should be able to cause: a bug."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     where = f" ({os.path.basename(trace.tb_frame.f_code.co_filename)}, line {trace.tb_lineno})" if trace else ""
-    return (
-        f"this is a fault of the program{where}; set the environment variable {DEBUG} to 1 to see more, and report it"
-    )
+    return f"this is a bug in the program{where}; set the environment variable {DEBUG} to 1 to see more, and report it"
 
 
 def printable(text: str, limit: int = MAX_MESSAGE) -> str:
-    """A text out of a file, fit for a terminal: one line, nothing that moves a cursor or turns writing round.
+    """Make text from a file safe to print: one line, control and bidirectional characters escaped.
 
     Args:
         text: any text.
-        limit: characters of it that are shown; of a longer one, the middle is left out.
+        limit: maximum length in characters; the middle of a longer text is left out.
     """
     if len(text) > limit:
         text = f"{text[: limit * 3 // 4]} … {text[len(text) - limit // 4 :]}"
@@ -43,47 +40,47 @@ def _is_harmless(letter: str) -> bool:
 
 
 def missing_package(needed: str, *requirements: str) -> ImportError:
-    """The error for packages that are not installed, or too old.
+    """The error for packages that are missing or too old.
 
     Args:
-        needed: says what needs which packages.
-        requirements: what pip has to install, as a shell takes them.
+        needed: start of the message: which feature needs which packages.
+        requirements: pip requirements, quoted for a shell.
     """
     command = f"python -m pip install {' '.join(requirements)}"
     return ImportError(f"{needed}: {command}, with the Python that runs this")
 
 
 def reason_of(error: OSError) -> str:
-    """Why the operating system refused something, in its own words, without Python's error number and name."""
+    """The operating system's own error text, without Python's error number and file name."""
     return error.strerror or str(error) or "the system does not say why"
 
 
 class NFQError(Exception):
-    """Base of every error that a user can cause; its text is fit to be shown as it is."""
+    """Base of every error that a user can cause; its text can be shown unchanged."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
 
 class CorruptFileError(NFQError):
-    """A file is damaged, cut short, or its header contradicts its contents."""
+    """A file is damaged or truncated, or its header contradicts its contents."""
 
 
 class UnsupportedFileError(NFQError):
-    """A file is sound, but not one that this version reads (foreign, or written by a newer version)."""
+    """A file is intact, but this version cannot read it: another format, or written by a newer version."""
 
 
 class AlreadyQuantizedError(UnsupportedFileError):
-    """A source's weights are quantised already, in a form that cannot be undone here."""
+    """The source's weights are already quantised, in a form that this package cannot dequantise."""
 
 
 class TargetExistsError(NFQError):
-    """The target of a write exists and overwriting it was not asked for."""
+    """The target of a write exists, and overwriting it was not requested."""
 
 
 class DiskFullError(NFQError):
-    """A file could not be written because the disk, or the user's share of it, is full."""
+    """A file could not be written because the disk or the user's quota is full."""
 
 
 class CannotQuantizeError(NFQError, ValueError):
-    """A tensor holds nothing that a block format can represent (NaN, Inf, integers, too few or too large weights)."""
+    """A block format cannot represent a tensor: it is empty, has integers, NaN or Inf, or is out of range."""

@@ -1,4 +1,4 @@
-"""A bounded pipeline over threads: work starts in order, results come back in order, little is in flight at once."""
+"""A bounded thread pipeline: items start in order, results return in order, and the bytes in flight are limited."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import TypeVar
 import torch
 
 IN_FLIGHT_BYTES = 256 << 20
-"""Bytes of tensors that a pipeline works on at once."""
+"""Bytes of tensors in flight in one pipeline."""
 
 DEVICE_BYTES = 5 << 29
-"""What the temporaries of all threads of a pipeline may take on a device other than the CPU, 2.5 GiB."""
+"""Memory limit for the temporaries of all threads on a device other than the CPU: 2.5 GiB."""
 
 QUANTIZING_BYTES = 5 << 27
-"""What the temporaries of one of them take while it quantises, at most, 640 MiB.
+"""Most memory that the temporaries of one quantising thread take: 640 MiB.
 
-Those of a trellis format's search are the largest: `trellis.DEVICE_BYTES`, and each of the blocks that
-`quantizer.DEVICE_CHUNK_BLOCKS` says under each of six scales, in fp32.
+A trellis search needs the most: `trellis.DEVICE_BYTES`, plus `quantizer.DEVICE_CHUNK_BLOCKS` blocks in fp32 under each
+of six scales.
 """
 
 Progress = Callable[[int, int, str], None]
-"""Called with the bytes done, the bytes in all, and the name of the tensor that was finished."""
+"""Called with the bytes done, the total bytes, and the name of the finished tensor."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,18 +35,18 @@ def no_progress(done: int, total: int, name: str) -> None:
     """The progress callback that shows nothing."""
 
 
-def share(done: int, total: int) -> float:
-    """The part of the work that is done, from 0 to 1; 1 where there is nothing to do, such as empty tensors only."""
+def fraction_done(done: int, total: int) -> float:
+    """Fraction of the work that is done, 0 to 1; 1 if there is no work, such as only empty tensors."""
     return done / total if total else 1.0
 
 
 def seconds_left(elapsed: float, done: int, total: int) -> float | None:
-    """Estimate the seconds until `done` reaches `total`; None while nothing is done, such as after empty tensors.
+    """Estimate the seconds until `done` reaches `total`; None while `done` is 0.
 
     Args:
-        elapsed: seconds that the work done so far took.
-        done: see `Progress`.
-        total: see `Progress`.
+        elapsed: seconds spent so far.
+        done: as for `Progress`.
+        total: as for `Progress`.
     """
     if done >= total:
         return 0.0
@@ -54,16 +54,16 @@ def seconds_left(elapsed: float, done: int, total: int) -> float | None:
 
 
 def default_threads() -> int:
-    """One thread for each processor that this process may use."""
+    """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_for(device: torch.device | str | None, worker_bytes: int = QUANTIZING_BYTES) -> int:
-    """How many threads may work on a device, so that their temporaries take DEVICE_BYTES there at most.
+    """How many threads may work on a device while their temporaries stay within DEVICE_BYTES.
 
     Args:
-        device: the device; None: the CPU.
-        worker_bytes: what the temporaries of one thread take.
+        device: the device; None means the CPU, which has no limit.
+        worker_bytes: bytes of temporaries per thread.
     """
     if device is None or torch.device(device).type == "cpu":
         return default_threads()
@@ -71,9 +71,9 @@ def threads_for(device: torch.device | str | None, worker_bytes: int = QUANTIZIN
 
 
 class _SingleThreadedTorch:
-    """Has each torch call stay on its own thread: the pipelines' threads already use every processor.
+    """Context that makes torch single-threaded, because the pipeline's threads already use every processor.
 
-    torch's setting is the process's; it is restored when the last of several pipelines at once ends.
+    torch's thread count is global to the process; the last pipeline to end restores it.
     """
 
     def __init__(self) -> None:
@@ -109,10 +109,10 @@ def ordered_map(
     """Apply `work` to items on several threads and yield the results in order.
 
     Args:
-        work: called on a thread of the pool; torch runs single-threaded there.
-        items: drawn on the calling thread, only as fast as results leave.
-        size: weight of an item, such as its bytes.
-        max_in_flight: a new item is drawn only while the items in flight weigh less than this in sum.
+        work: called on a pool thread, where torch is single-threaded.
+        items: consumed on the calling thread, only as fast as results are taken.
+        size: size of an item, such as its bytes.
+        max_in_flight: a new item is taken only while the total size in flight is below this.
         threads: number of threads; by default one per processor.
     """
     with _single_threaded_torch:
@@ -122,19 +122,19 @@ def ordered_map(
         future = None
         try:
             for item in items:
-                weight = size(item)
-                pending.append((pool.submit(work, item), weight))
-                in_flight += weight
+                item_size = size(item)
+                pending.append((pool.submit(work, item), item_size))
+                in_flight += item_size
                 del item
                 while pending and (in_flight >= max_in_flight or pending[0][0].done()):
-                    future, weight = pending.popleft()
-                    in_flight -= weight
+                    future, item_size = pending.popleft()
+                    in_flight -= item_size
                     yield future.result()
             while pending:
                 future, _ = pending.popleft()
                 yield future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            # An error's traceback keeps this frame, which then keeps no results, nor by its future the error itself.
+            # A traceback keeps this frame alive: drop the results, and the future that holds the error itself.
             pending.clear()
             future = None

@@ -1,11 +1,11 @@
-"""Sizes as people read and write them."""
+"""File sizes as people read and write them."""
 
 from __future__ import annotations
 
 import re
 
 UNITS = "KB, MB, GB, TB are powers of 1,000, also written K, M, G, T; KiB, MiB, GiB, TiB are powers of 1,024"
-"""What units mean, in words; `parse_size` follows it."""
+"""The units that `parse_size` accepts, in words."""
 
 _SIZE = re.compile(r"(?P<whole>[0-9]*)(?P<fraction>[.,][0-9]+)?\s*(?P<unit>[A-Za-z]*)")
 
@@ -15,25 +15,25 @@ _UNIT = re.compile(r"([kmgt]?)(i?)b|([kmgt])")
 
 
 def parse_size(text: str) -> int:
-    """A number of bytes, written with a unit: `1.2GB`, `1,2 GB`, `1200 MB`, `1100MiB`, `2G`, `1200000000B`.
+    """Parse a size with a unit into bytes: `1.2GB`, `1,2 GB`, `1200 MB`, `1100MiB`, `2G`, `1200000000B`.
 
     Raises:
-        ValueError: it is none, lacks its unit, or may be read in two ways; the text says what to write instead.
+        ValueError: not a size, no unit, or ambiguous; the text says what to write instead.
     """
-    found = _SIZE.fullmatch(text.strip())
-    number = found and found["whole"] + (found["fraction"] or "").replace(",", ".")
+    match = _SIZE.fullmatch(text.strip())
+    number = match and match["whole"] + (match["fraction"] or "").replace(",", ".")
     if not number or number == "." or len(number) > 30:
-        raise ValueError(f"{text!r} is no size; write one such as 1.2GB or 1200MiB")
-    if not found["unit"]:
+        raise ValueError(f"{text!r} is not a size; write one such as 1.2GB or 1200MiB")
+    if not match["unit"]:
         raise ValueError(f"{text!r} has no unit; write {text.strip()}GB, {text.strip()}MB or {text.strip()}B (bytes)")
-    unit = _UNIT.fullmatch(found["unit"].lower())
+    unit = _UNIT.fullmatch(match["unit"].lower())
     if unit is None or (unit[2] and not unit[1]):
-        raise ValueError(f"{text!r} has the unit {found['unit']!r}, which is none: {UNITS}")
-    if re.fullmatch("[1-9][0-9]{0,2},[0-9]{3}", found["whole"] + (found["fraction"] or "")):
-        # A comma parts thousands in some languages, and decimals in others.
-        whole, rest = found["whole"], found["fraction"][1:]
-        shown = found["unit"]
-        raise ValueError(f"{text!r} may mean two sizes; write {whole}{rest}{shown} or {whole}.{rest}{shown}")
+        raise ValueError(f"{text!r} has the unknown unit {match['unit']!r}: {UNITS}")
+    if re.fullmatch("[1-9][0-9]{0,2},[0-9]{3}", match["whole"] + (match["fraction"] or "")):
+        # A comma separates thousands in some languages, and decimals in others.
+        whole, rest = match["whole"], match["fraction"][1:]
+        shown = match["unit"]
+        raise ValueError(f"{text!r} is ambiguous; write {whole}{rest}{shown} or {whole}.{rest}{shown}")
     nbytes = float(number) * (1024 if unit[2] else 1000) ** _POWERS[unit[1] or unit[3] or ""]
     if not 1 <= nbytes < 1 << 63:
         raise ValueError(f"{text!r} is {'too large' if nbytes > 1 else 'less than a byte'}; write a size such as 1.2GB")
@@ -41,7 +41,7 @@ def parse_size(text: str) -> int:
 
 
 def size_in_words(nbytes: int) -> str:
-    """Bytes in GB or MB of thousands, to about three digits."""
+    """A size in decimal GB or MB, to about three digits."""
     if nbytes >= 1e9:
         return f"{nbytes / 1e9:.2f} GB"
     return f"{nbytes / 1e6:.{0 if nbytes >= 1e8 else 1 if nbytes >= 1e7 else 2}f} MB"

@@ -1,3 +1,3 @@
-"""The version of the package; a file's container version and format ids are numbered on their own."""
+"""The package version; a file's container version and format ids are numbered separately."""
 
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ from ..nfq_core import NFQError, Settings, TargetExistsError
 from ..nfq_core.checkpoints.convert import quantize_file
 from ..nfq_core.checkpoints.extras import DROP_HINT
 from ..nfq_core.checkpoints.targets import complete_name, container_name
-from ..nfq_core.parallel import seconds_left, share
+from ..nfq_core.parallel import fraction_done, seconds_left
 from ..nfq_core.planning.settings import Formats
 from .loading import SUFFIX
 
@@ -89,7 +89,7 @@ class Converter:
             if self._stop.is_set():
                 raise _Stopped
             left = seconds_left(time.monotonic() - started, done, total)
-            line = f"{share(done, total):.0%}{'' if left is None else f', {left:.0f} s left'}: {name}"
+            line = f"{fraction_done(done, total):.0%}{'' if left is None else f', {left:.0f} s left'}: {name}"
 
         def work() -> None:
             try:

@@ -19,7 +19,7 @@ from ..nfq_core.calibration.statistics import measured_sensitivities, recorded_s
 from ..nfq_core.checkpoints.memory import check_device
 from ..nfq_core.checkpoints.state_dict import StateDict, quantize_tensors
 from ..nfq_core.files.container import BAKED
-from ..nfq_core.files.safefile import DTYPE_NAMES, Entry
+from ..nfq_core.files.safetensors_io import DTYPE_NAMES, Entry
 from ..nfq_core.fitting.quantizer import FIT_DTYPE
 from ..nfq_core.planning.policy import plan_tensors
 from .host import BYPASS_LORA, COLLECTOR, PROVENANCE, UNET, LayerProgress, Provenance, json_decibels

@@ -22,10 +22,10 @@ from nfq_core.parallel import (
     IN_FLIGHT_BYTES,
     QUANTIZING_BYTES,
     default_threads,
+    fraction_done,
     no_progress,
     ordered_map,
     seconds_left,
-    share,
     threads_for,
 )
 
@@ -217,7 +217,7 @@ def test_torch_does_not_spawn_threads_of_its_own_in_the_pool():
 )
 def test_share_and_time_left_by_hand(done, total, part, left):
     """After ten seconds; empty tensors leave `done` at zero, and a file of them alone `total` too."""
-    assert share(done, total) == part and seconds_left(10.0, done, total) == left
+    assert fraction_done(done, total) == part and seconds_left(10.0, done, total) == left
 
 
 @pytest.fixture

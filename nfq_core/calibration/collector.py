@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..errors import NFQError
-from ..files.safefile import DTYPE_NAMES, describe
+from ..files.safetensors_io import DTYPE_NAMES, describe
 from ..fitting.feedback import SecondMoment, low_rank
 from ..models.unet import UNKNOWN, detect, known_ldm_names
 from ..planning.policy import plan_tensors

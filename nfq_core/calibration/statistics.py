@@ -19,8 +19,8 @@ import torch
 from ..errors import CorruptFileError, NFQError, UnsupportedFileError
 from ..files.atomic import AtomicFile
 from ..files.container import UNRECORDED, Source, source_name
-from ..files.safefile import DTYPE_NAMES, Entry, SafetensorsFile, aligned_entries, header_bytes, tensor_bytes
-from ..files.untrusted import fault_of, is_count, is_number, parse_json
+from ..files.safetensors_io import DTYPE_NAMES, Entry, SafetensorsFile, aligned_entries, header_bytes, tensor_bytes
+from ..files.untrusted import is_count, is_number, parse_error_message, parse_json
 from ..files.writer import Plan
 from ..fitting.feedback import SecondMoment
 from ..models.unet import UNKNOWN, UNetInfo, detect, known_ldm_names
@@ -267,7 +267,7 @@ class Calibration:
                 _check_facts(facts, file.entries)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise CorruptFileError(
-                    f"{file.path}: its facts are damaged ({fault_of(error)}); fetch it again"
+                    f"{file.path}: its facts are damaged ({parse_error_message(error)}); fetch it again"
                 ) from None
             loaded = [
                 LayerInputs(

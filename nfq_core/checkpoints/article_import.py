@@ -17,8 +17,8 @@ from ..files.article import (
     quantized_shapes,
     read_article_tensor,
 )
-from ..files.container import IMPORTED, Facts, Source, source_name
-from ..files.safefile import Entry, SafetensorsFile, tensor_bytes
+from ..files.container import IMPORTED, Source, source_name
+from ..files.safetensors_io import Entry, SafetensorsFile, tensor_bytes
 from ..files.writer import ContainerWriter, Plan
 from ..models.unet import detect
 from ..packed.codec import encode
@@ -26,6 +26,7 @@ from ..packed.formats import BLOCK, LEVELS, article_format
 from ..packed.packing import pack_codes
 from ..packed.tensor import NFTensor
 from ..parallel import Progress, no_progress, ordered_map
+from ..planning.facts import facts_about
 from .convert import conversion_result, refuse_container, refuse_same
 from .metadata import split_metadata
 from .targets import refuse_name
@@ -68,7 +69,7 @@ def import_article(
             info = detect({key: plan.shape for key, plan in plans.items()})
             metadata, extra, warnings = split_metadata(file.metadata)
             recorded = Source(source_name(source), file.file_bytes, "", metadata)
-            facts = Facts.of(info, {IMPORTED: "article"}, recorded)
+            facts = facts_about(info, {IMPORTED: "article"}, recorded)
 
             def work(key: str) -> tuple[str, list[bytes] | torch.Tensor, str]:
                 if quantized[key] is None:

@@ -17,7 +17,7 @@ from ..files.article import is_article_file
 from ..files.atomic import AtomicFile, is_same_file
 from ..files.container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source, source_name
 from ..files.original import Original
-from ..files.safefile import (
+from ..files.safetensors_io import (
     DTYPE_NAMES,
     TORCH_DTYPES,
     Entry,
@@ -30,11 +30,12 @@ from ..files.safefile import (
 from ..files.source_hash import SourceHash
 from ..files.writer import ContainerWriter, Plan
 from ..fitting.quantizer import quantize
+from ..models.completeness import missing_tensors_message, unet_warnings
 from ..models.unet import UNetInfo, detect
-from ..models.wholeness import unet_warnings, what_is_lost
 from ..packed.codec import encode
 from ..parallel import Progress, no_progress, ordered_map, threads_for
 from ..planning.allocation import SizeSearch
+from ..planning.facts import facts_about
 from ..planning.policy import plan_tensors
 from ..planning.settings import DEFAULTS, FileSize, Settings
 from .extras import recorded_extras, split_extras
@@ -99,7 +100,7 @@ def quantize_file(
         while True:
             info, plans = conversion.plan(size.packed_bytes)
             recorded = conversion.recorded_settings() | recorded_extras(drop_extras, original.entries)
-            facts = Facts.of(info, recorded, made_from)
+            facts = facts_about(info, recorded, made_from)
             with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
                 conversion.write(writer)
                 if not size.accepts(writer.file_bytes, plans):
@@ -203,7 +204,7 @@ class _Conversion:
         key, raw = job
         plan, entry = self._plans[key], self._original.entries[key]
         stored = tensor_from_bytes(raw, self._original.stored_dtype(key), entry.shape)
-        weight, reason = self._original.undo(key, stored), ""
+        weight, reason = self._original.dequantize(key, stored), ""
         if weight.dtype.itemsize == 1:
             weight = weight.to(TORCH_DTYPES[plan.dtype])
         if plan.format:
@@ -320,7 +321,7 @@ def _about_unet(original: Original, entries: dict[str, Entry]) -> list[str]:
     """Warnings about the UNet of a model, of which `entries` are converted; CorruptFileError when it is incomplete."""
     shapes = {key: entry.shape for key, entry in entries.items()}
     info = detect(shapes)
-    lost = what_is_lost(info, shapes)
+    lost = missing_tensors_message(info, shapes)
     if lost:
         raise CorruptFileError(f"{original.path} is incomplete: {lost}; fetch the file, or make the merge, again")
     return unet_warnings(info, shapes)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..files.safefile import Entry
+from ..files.safetensors_io import Entry
 from ..models.unet import UNetInfo, detect, is_unet_key, other_unets
 from ..models.unet_keys import CHECKPOINT_PREFIX
 from ..sizes import size_in_words

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from ..files.article import is_article_file
 from ..files.container import FACTS_KEY
 from ..files.original import Original
-from ..files.safefile import Entry
+from ..files.safetensors_io import Entry
+from ..models.completeness import HOST_WIDTHS, context_width, missing_tensors_message
 from ..models.unet import UNKNOWN, UNetInfo
-from ..models.wholeness import HOST_WIDTHS, context_width, what_is_lost
 from ..planning.policy import plan_tensors
 from ..planning.settings import DEFAULTS
 from .whole_checkpoint import COMPANIONS
@@ -58,7 +58,7 @@ def kind_of(file: Original) -> Kind:
     if is_article_file(file.entries):
         return Kind("the article's file", obstacle="`nfq import-article` converts it")
     info, plans = plan_tensors(file.entries, DEFAULTS)
-    lost = what_is_lost(info, {key: entry.shape for key, entry in file.entries.items()})
+    lost = missing_tensors_message(info, {key: entry.shape for key, entry in file.entries.items()})
     if lost:
         return Kind(f"incomplete UNet ({lost})", obstacle="fetch it, or make the merge, again")
     name = _kind_name(file.entries, info)

@@ -13,17 +13,18 @@ import torch
 
 from ..calibration.statistics import Calibration, measured_sensitivities
 from ..errors import CannotQuantizeError, NFQError
-from ..files.container import UNRECORDED, Facts, NFQFile, Source
+from ..files.container import UNRECORDED, NFQFile, Source
 from ..files.prequantized import find_prequantized
-from ..files.safefile import TORCH_DTYPES, Entry, describe, tensor_bytes
+from ..files.safetensors_io import TORCH_DTYPES, Entry, describe, tensor_bytes
 from ..files.writer import ContainerWriter, Plan
 from ..fitting.quantizer import quantize
 from ..models.unet import detect
-from ..packed.backends import choose as choose_backend
+from ..packed.backends import backend_for
 from ..packed.codec import encode
 from ..packed.tensor import NFTensor
 from ..packed.torch_decode import CHUNK_WEIGHTS, TEMPORARY_BYTES
 from ..parallel import Progress, no_progress, ordered_map, threads_for
+from ..planning.facts import facts_about
 from ..planning.policy import plan_tensors
 from ..planning.settings import Formats, Settings
 from .examine import sqnr_db
@@ -75,10 +76,10 @@ def quantize_state_dict(
 
     def read(key: str) -> torch.Tensor:
         scaled = found.weights.get(key)
-        return scaled.undo(state_dict[key]).to(TORCH_DTYPES[found.dtype]) if scaled else state_dict[key]
+        return scaled.dequantize(state_dict[key]).to(TORCH_DTYPES[found.dtype]) if scaled else state_dict[key]
 
     return quantize_tensors(
-        found.undone(stored),
+        found.dequantized_entries(stored),
         read,
         settings,
         device=device,
@@ -185,7 +186,7 @@ def save(
         key: Plan(entry.dtype, entry.shape, value.format if isinstance(value, NFTensor) else None)
         for (key, entry), value in zip(describe(state_dict).items(), state_dict.values(), strict=True)
     }
-    facts = Facts.of(info, settings or {}, source)
+    facts = facts_about(info, settings or {}, source)
     extra = {name: json.dumps(value) for name, value in (("workflow", workflow), ("prompt", prompt)) if value}
 
     def work(key: str) -> tuple[str, list[bytes]]:
@@ -282,7 +283,7 @@ def _load_into(
     """Fill `result` with the wanted tensors, in order."""
     if resident:
         # Tried once here, not by all threads at once.
-        choose_backend(device)
+        backend_for(device)
     threads = threads_for(device, CHUNK_WEIGHTS * TEMPORARY_BYTES)
 
     def work(key: str) -> NFTensor | torch.Tensor:

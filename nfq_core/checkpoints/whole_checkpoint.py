@@ -9,7 +9,7 @@ import torch
 
 from ..errors import UnsupportedFileError
 from ..files.container import NFQFile
-from ..models.unet import UNetInfo, detect, diffusers_names, ldm_names, what_is_missing
+from ..models.unet import UNetInfo, detect, diffusers_names, ldm_names, mismatch_message
 from ..models.unet_keys import CHECKPOINT_PREFIX
 from ..packed.tensor import NFTensor
 from ..packed.torch_decode import CHUNK_WEIGHTS, TEMPORARY_BYTES
@@ -34,7 +34,7 @@ def unet_names(file: NFQFile) -> dict[str, str]:
     """
     info, shapes = _recognised(file)
     if info.architecture is None:
-        missing = what_is_missing(info, shapes)
+        missing = mismatch_message(info, shapes)
         if missing or info.layout == "diffusers":
             raise _unusable(file, missing)
     return ldm_names(info, shapes)
@@ -48,7 +48,7 @@ def diffusers_unet_names(file: NFQFile) -> dict[str, str]:
     """
     info, shapes = _recognised(file)
     if info.architecture is None and info.layout != "diffusers":
-        raise _unusable(file, what_is_missing(info, shapes))
+        raise _unusable(file, mismatch_message(info, shapes))
     return diffusers_names(info, shapes)
 
 

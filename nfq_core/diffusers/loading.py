@@ -15,7 +15,7 @@ from torch import nn
 from ..checkpoints.state_dict import load_tensors
 from ..errors import NFQError
 from ..files.container import NFQFile
-from ..files.safefile import TORCH_DTYPES
+from ..files.safetensors_io import TORCH_DTYPES
 from ..layers.packed_layers import assign_state, packed_layers
 from ..packed.tensor import QUANTIZABLE_DTYPES, NFTensor
 from ..parallel import Progress, no_progress

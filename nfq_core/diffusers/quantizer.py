@@ -17,10 +17,11 @@ from ..calibration.statistics import measured_sensitivities
 from ..checkpoints.state_dict import load_tensors
 from ..errors import CannotQuantizeError, NFQError, UnsupportedFileError, missing_package
 from ..files.container import PREFIX, Facts, NFQFile
-from ..files.safefile import Entry
+from ..files.safetensors_io import Entry
 from ..fitting.quantizer import quantize
 from ..layers.packed_layers import PACKED_KINDS, pack_layers
 from ..packed.tensor import QUANTIZABLE_DTYPES, NFTensor
+from ..planning.facts import facts_about
 from ..planning.policy import plan_tensors
 from .foreign import EIGHT_BIT_FLOATS, refuse_foreign, refuse_integers
 from .model import check_fits, make_packed, make_stock, names_in_model
@@ -182,7 +183,7 @@ class NFQQuantizer(DiffusersQuantizer):
             log.warning("%s", warning)
         self._formats = {name: plan.format.id for name, plan in plans.items()}
         self._statistics = {name: statistics.arguments() for name, statistics in inputs.items()}
-        self.facts = Facts.of(info, settings.as_dict() | (calibration.as_dict() if inputs or measured else {}))
+        self.facts = facts_about(info, settings.as_dict() | (calibration.as_dict() if inputs or measured else {}))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

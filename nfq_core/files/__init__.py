@@ -1,1 +1,1 @@
-"""Bytes on disk: safetensors files and containers, read as untrusted input and written whole or not at all."""
+"""Files: safetensors and `.nfq.safetensors`, read as untrusted input and written atomically."""

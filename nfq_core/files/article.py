@@ -1,11 +1,10 @@
-"""The format of the article this project starts from, as a reference to compare with and to import from.
+"""The file format of the article on which this project builds, to import and to compare with.
 
-One byte per weight under bz2, one uint8 scale per block, one fp32 maximum per superblock. The rounding
-is the article's own to the bit, its bug included: a block's scale is rounded, maybe down, to uint8, so
-that in a block far below its superblock's maximum a weight can lie beyond the last threshold. Such a
-weight gets no code. The file then holds the weight divided by its scale, rounded and cut to a byte;
-where the uint8 is not 0, that byte is 1 or 2, is read as "code" 207 or 208, and comes back as 207 or
-208 times the scale.
+One byte per weight, compressed with bz2; one uint8 scale per block; one fp32 maximum per superblock. Rounding equals
+the article's to the bit, including its bug. A block's scale is rounded, possibly down, to uint8. In a block far below
+its superblock's maximum, a weight can therefore exceed the last threshold, and then gets no code. The file instead
+holds the weight divided by its scale, rounded and truncated to a byte. If the uint8 scale is not 0, the byte is 1 or 2.
+A reader takes it for "code" 207 or 208 and decodes it to 207 or 208 times the scale.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ SHIFT = 50
 """Added to a code to make the byte that is compressed."""
 
 MAX_LEVELS = 128 - SHIFT
-"""The article's writer takes the bytes for ASCII text."""
+"""The article's writer handles the bytes as ASCII text."""
 
 PARTS = {
     "orig_shape": torch.int64,
@@ -38,18 +37,18 @@ PARTS = {
     "c2": torch.float32,
     "M": torch.uint8,
 }
-"""What the file holds of a quantised tensor, all 1-D, beside a placeholder under the tensor's own name."""
+"""Tensors that hold the parts of a quantised tensor, all 1-D; its own name holds a placeholder."""
 
 INFIX = ".quantization."
-"""Between a tensor's name and its part's."""
+"""Separates the names of a tensor and of its part."""
 
 SUPERBLOCK_WEIGHTS = SUPERBLOCK * BLOCK
 
 SPREAD = 0.96
-"""Part of erfinv's domain that the codebook covers."""
+"""Fraction of erfinv's domain that the codebook covers."""
 
 SENTINEL = 1.3
-"""Stands for the level after the last one; a weight beyond the middle between the two gets no code."""
+"""Stands for a level after the last one; a weight beyond the midpoint of the two gets no code."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,11 @@ class ArticleTensor:
     shape: tuple[int, ...]
     levels: int
     c1: torch.Tensor
-    """Scale of each block in 255ths of its superblock's maximum: uint8, for whole superblocks."""
+    """Scale of each block in 1/255 of its superblock's maximum; uint8, padded to whole superblocks."""
     c2: torch.Tensor
-    """Largest magnitude of each superblock: float32."""
+    """Largest magnitude of each superblock; float32."""
     codes: torch.Tensor
-    """Index into the codebook for each weight: uint8; from `levels` on it is no index, see the module."""
+    """Codebook index of each weight; uint8. Values from `levels` on are not indices, see the module."""
 
     @property
     def weights(self) -> int:
@@ -72,37 +71,37 @@ class ArticleTensor:
 
     @property
     def param(self) -> torch.Tensor:
-        """The five numbers that the file gives beside the shape: int32."""
+        """The five parameters that the file stores with the shape: int32."""
         numbers = [self.weights, self.levels, SHIFT, BLOCK, SUPERBLOCK_WEIGHTS]
         return torch.tensor(numbers, dtype=torch.int32)
 
     def block_scales(self) -> torch.Tensor:
-        """The scale of each block that holds weights: fp32, each operation rounded to fp32 in this order."""
+        """Scale of each block, without padding; fp32, each operation rounded to fp32 in this order."""
         maxima = self.c2.repeat_interleave(SUPERBLOCK)
         scales = maxima * self.c1.float().clamp(min=ARTICLE_MIN_SCALE) / ARTICLE_SCALE_STEPS
         return scales[: -(-self.weights // BLOCK)]
 
     def corrupt_weights(self) -> int:
-        """How many weights the bug has spoilt: those without a code that are not read as 0."""
+        """Number of weights that the bug has corrupted: those without a code that do not decode to 0."""
         return int(((self.codes >= self.levels) & (article_dequantize(self).flatten() != 0)).sum())
 
     def assignable_codes(self) -> torch.Tensor:
-        """The codes, with the last level's in place of those that are no index: uint8.
+        """The codes, with values that are not indices replaced by the last level's index; uint8.
 
-        They decode to the same bits if `corrupt_weights()` is 0, as such a scale makes any positive level 0.
+        They decode to the same bits if `corrupt_weights()` is 0: the scale of such a block turns any level into 0.
         """
         return self.codes.clamp(max=self.levels - 1)
 
 
 @lru_cache(maxsize=MAX_LEVELS)
 def article_codebook(levels: int) -> torch.Tensor:
-    """The article's levels, ascending, the last one 1: float32 of shape (levels,).
+    """The article's levels, ascending up to 1; float32 of shape (levels,).
 
-    They are the middles between neighbouring quantiles of a normal distribution, by torch's own erfinv.
+    They are the midpoints of neighbouring quantiles of a normal distribution, computed with torch's erfinv.
     """
     if not 2 <= levels <= MAX_LEVELS:
         raise ValueError(f"the article's codebooks have 2 to {MAX_LEVELS} levels, got {levels}")
-    # torch.linspace rounds otherwise than the article's numpy.
+    # torch.linspace rounds differently from numpy, which the article uses.
     quantiles = torch.erfinv(torch.from_numpy(np.linspace(-1, 1, levels + 1)).float() * SPREAD)
     middles = (quantiles[:-1] + quantiles[1:]) / 2
     return middles / middles.max()
@@ -131,7 +130,7 @@ def article_quantize(weight: torch.Tensor, levels: int) -> ArticleTensor:
     codebook = article_codebook(levels)
     thresholds = (codebook + torch.cat((codebook[1:], torch.tensor([SENTINEL])))) / 2
     codes = torch.bucketize(ratios, thresholds, out_int32=True)
-    # Beyond the range of integers this cast is the machine's own; such blocks are read as 0 all the same.
+    # Out of the integer range this cast depends on the machine, but such blocks decode to 0 in any case.
     without_code = torch.round(ratios).to(torch.uint8) - SHIFT
     codes = torch.where(codes < levels, codes.to(torch.uint8), without_code)
     return ArticleTensor(tuple(weight.shape), levels, c1.flatten(), c2, codes.flatten()[: len(flat)].clone())
@@ -140,7 +139,7 @@ def article_quantize(weight: torch.Tensor, levels: int) -> ArticleTensor:
 def article_dequantize(tensor: ArticleTensor) -> torch.Tensor:
     """The weights that the article's loader returns: fp16(fp32(fp16(level) * scale)), in the tensor's shape.
 
-    A code that is no index stands for itself: its own number times the scale.
+    A code that is not an index serves as its own level.
     """
     values = torch.arange(256, dtype=torch.float16)
     values[: tensor.levels] = article_codebook(tensor.levels)
@@ -150,7 +149,7 @@ def article_dequantize(tensor: ArticleTensor) -> torch.Tensor:
 
 
 def article_disk_bytes(tensor: ArticleTensor) -> int:
-    """Bytes of the tensor in the article's file: compressed codes, block scales and superblock maxima."""
+    """Bytes that the tensor takes in the article's file: compressed codes, block scales and superblock maxima."""
     return len(_compressed_codes(tensor)) + tensor.c1.nbytes + tensor.c2.nbytes
 
 
@@ -159,14 +158,14 @@ def _compressed_codes(tensor: ArticleTensor) -> bytes:
 
 
 def is_article_file(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are those of a file that the article's code wrote."""
+    """Whether these tensor names are from a file that the article's code wrote."""
     return any(_quantized_name(name) for name in names)
 
 
 def write_article_file(
     path: str | Path, state_dict: Mapping[str, torch.Tensor], linear_levels: int, conv_levels: int
 ) -> None:
-    """Write `state_dict` as the article's code does, with 4-D tensors and 2-D ones not named "emb" quantised.
+    """Write `state_dict` as the article's code does: 4-D tensors and 2-D ones without "emb" in the name are quantised.
 
     Raises:
         CannotQuantizeError: a weight cannot be quantised, or its codes cannot be written (the bug).
@@ -188,7 +187,7 @@ def _file_tensors(name: str, tensor: ArticleTensor) -> dict[str, torch.Tensor]:
     beyond_ascii = int((tensor.codes + SHIFT >= 128).sum())
     if beyond_ascii:
         raise CannotQuantizeError(
-            f"the article's writer stops at bytes that are no ASCII, and {beyond_ascii:,} weights have such"
+            f"the article's writer stops at bytes that are not ASCII, and {beyond_ascii:,} weights have such bytes"
         )
     compressed = np.frombuffer(_compressed_codes(tensor), dtype=np.uint8).copy()
     stored = {
@@ -204,11 +203,11 @@ def _file_tensors(name: str, tensor: ArticleTensor) -> dict[str, torch.Tensor]:
 def iter_article_tensors(
     names: Iterable[str], get: Callable[[str], torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor | ArticleTensor]]:
-    """Every tensor of an article file by its own name, kept ones as they are.
+    """Read an article file: the name of every tensor, with the tensor, if it is quantised as ArticleTensor.
 
     Args:
         names: names of all tensors in the file.
-        get: returns the tensor of a name; called once for each, when its turn comes.
+        get: reads the tensor of a name; called once for each, lazily.
 
     Raises:
         CorruptFileError: parts of a quantised tensor are missing, or as for `read_article_tensor`.
@@ -221,9 +220,9 @@ def iter_article_tensors(
 def quantized_shapes(
     names: Iterable[str], get: Callable[[str], torch.Tensor]
 ) -> Iterator[tuple[str, tuple[tuple[int, ...], int] | None]]:
-    """The shape and number of levels of every quantised tensor of an article file; None for a kept one.
+    """The shape and number of levels of every quantised tensor of an article file; None for a kept tensor.
 
-    Only the few bytes that hold them are read.
+    Reads only the small tensors that hold them.
 
     Raises:
         CorruptFileError, UnsupportedFileError: as for `read_article_tensor`.
@@ -239,7 +238,7 @@ def _check_kind(name: str, part: str, stored: torch.Tensor) -> None:
 
 
 def _entries(names: Iterable[str]) -> list[tuple[str, bool]]:
-    """The file's tensors by their own names, and whether each is quantised."""
+    """The names of the file's tensors, without parts, and whether each is quantised."""
     present = dict.fromkeys(names)
     quantised = dict.fromkeys(filter(None, map(_quantized_name, present)))
     for name in quantised:
@@ -250,19 +249,23 @@ def _entries(names: Iterable[str]) -> list[tuple[str, bool]]:
 
 
 def read_article_tensor(get: Callable[[str], torch.Tensor], name: str) -> ArticleTensor:
-    """The quantised tensor `name` of an article file whose tensors `get` returns by name.
+    """Read one quantised tensor of an article file.
 
-    Nothing is allocated that the lengths of the stored tensors do not bear out. Ask the result's
-    `corrupt_weights()` whether the article's bug has struck.
+    Lengths are checked before anything is allocated. The result's `corrupt_weights()` counts weights that the article's
+    bug has corrupted.
+
+    Args:
+        get: reads a stored tensor by name.
+        name: the tensor's name.
 
     Raises:
         CorruptFileError: the parts contradict each other or are damaged.
-        UnsupportedFileError: the parts are of a kind that the article's code does not write.
+        UnsupportedFileError: the parts have parameters that the article's code does not write.
     """
     placeholder, orig_shape, param, c1, c2, compressed = map(get, (name, *_part_names(name)))
     if placeholder.numel() != 1:
         raise CorruptFileError(
-            f"tensor {name!r} is stored twice: quantised and, for a placeholder, as {_describe(placeholder)}"
+            f"tensor {name!r} is stored twice: quantised, and as {_describe(placeholder)} instead of a placeholder"
         )
     for part, stored in (("c1", c1), ("c2", c2), ("M", compressed)):
         _check_kind(name, part, stored)
@@ -308,13 +311,13 @@ def _shape_and_levels(name: str, orig_shape: torch.Tensor, param: torch.Tensor) 
 def _decompress(name: str, compressed: torch.Tensor, weights: int) -> torch.Tensor:
     decompressor = bz2.BZ2Decompressor()
     try:
-        # One byte more than wanted shows an excess without expanding it.
+        # One byte more than needed detects excess data without decompressing all of it.
         data = decompressor.decompress(compressed.numpy().tobytes(), max_length=weights + 1)
     except OSError as error:
         raise CorruptFileError(f"tensor {name!r} has damaged codes: {error}") from error
     if len(data) != weights:
-        found = f"more than {weights:,}" if len(data) > weights else f"{len(data):,}"
-        raise CorruptFileError(f"tensor {name!r} needs {weights:,} codes, found {found}")
+        count = f"more than {weights:,}" if len(data) > weights else f"{len(data):,}"
+        raise CorruptFileError(f"tensor {name!r} needs {weights:,} codes, found {count}")
     if not decompressor.eof or decompressor.unused_data:
         state = "followed by other data" if decompressor.eof else "cut short"
         raise CorruptFileError(f"tensor {name!r} has codes whose bz2 stream is {state}")
@@ -326,7 +329,7 @@ def _part_names(name: str) -> list[str]:
 
 
 def _quantized_name(name: str) -> str | None:
-    """The tensor to which the part of this name belongs; None if it is not a part."""
+    """Name of the tensor to which the part of this name belongs; None if it is not a part."""
     base, infix, part = name.rpartition(INFIX)
     return base if infix and part in PARTS else None
 

@@ -1,8 +1,8 @@
-"""Files that appear whole or not at all, also when their writer is killed.
+"""Atomic writes: a file appears complete or not at all, even if its writer is killed.
 
-A temporary file is held by its writer: under POSIX by a lock, which ends with the process however that ends; under
-Windows by being open, for there an open file cannot be removed. One that nobody holds was left behind by a writer that
-was killed, and the next write to its target removes it.
+A writer holds its temporary file: on POSIX by a lock, which ends with the process; on Windows by keeping it open,
+because an open file cannot be removed there. A temporary file that nobody holds is the leftover of a killed writer; the
+next write to the same target removes it.
 """
 
 from __future__ import annotations
@@ -27,55 +27,55 @@ except ImportError:
     fcntl = None
 
 SETTLED_SECONDS = 60
-"""Under Windows a temporary file younger than this is left: its writer has to close it before it can rename it."""
+"""On Windows, younger temporary files are not removed: a writer must close its file before it can rename it."""
 
 RETRY_SECONDS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
-"""Pauses between tries to rename or remove a file: a virus scanner or indexer may hold a new file for a moment."""
+"""Pauses before retrying to rename or remove a file that a virus scanner or indexer may hold."""
 
 BUSY = (errno.EACCES, errno.EPERM, errno.EBUSY)
-"""What a file that another program holds is refused with; Windows' sharing and lock violations are EACCES."""
+"""Errors for a file that another program holds; Windows' sharing and lock violations are EACCES."""
 
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What file systems that cannot flush a file on request answer, such as some in user space and on networks."""
+"""Errors of file systems that do not support flushing a file, such as some network and user-space ones."""
 
 MAX_PLAIN_BYTES = 100
-"""Of a target's name. A longer one is replaced by its hash in the temporary file's name, which has a limit, too."""
+"""Longest target name that appears in the temporary file's name; a longer one is replaced by its hash."""
 
 TEMPORARY_ENDING = r"\.[0-9a-f]{8}\.tmp"
-"""A pattern of what follows a dot and the target's name, or its hash, in a temporary file's."""
+"""Pattern of a temporary file's name after a dot and the target's name or hash."""
 
 
 def write_whole(path: str | os.PathLike, data: bytes, overwrite: bool = False) -> None:
-    """Write a file that appears whole or not at all; see `AtomicFile`."""
+    """Write a file atomically, see `AtomicFile`."""
     with AtomicFile(path, overwrite) as file:
         file.write_at(0, data)
         file.commit()
 
 
 def prepare_folder(folder: Path, names: Iterable[str], overwrite: bool) -> None:
-    """Make a folder, if it is missing, that files of these names are about to be written to.
+    """Create a folder if it is missing, and check that files of these names can be written to it.
 
     Raises:
-        TargetExistsError: one of them is there already and `overwrite` is false.
-        NFQError: the folder cannot be made or written.
+        TargetExistsError: one of them exists and `overwrite` is false.
+        NFQError: the folder cannot be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise NFQError(f"{folder} cannot be made a folder: {reason_of(error)}") from None
+        raise NFQError(f"the folder {folder} cannot be created: {reason_of(error)}") from None
     if not os.access(folder, os.W_OK):
         raise NFQError(f"{folder} cannot be written; name another folder")
-    found = next((folder / name for name in names if (folder / name).exists()), None)
-    if found is not None and not overwrite:
-        raise TargetExistsError(f"{found} exists already; --force overwrites it")
+    existing = next((folder / name for name in names if (folder / name).exists()), None)
+    if existing is not None and not overwrite:
+        raise TargetExistsError(f"{existing} exists already; --force overwrites it")
 
 
 class AtomicFile:
     """A file that appears under its name only when it is complete.
 
-    Everything goes to a temporary file beside the target; `commit` flushes it to disk and renames it. Leaving the
-    `with` block without a commit removes it, and whatever stood under the name stays. A complete file that cannot be
-    renamed, after some seconds of trying, is kept; the error names it.
+    Data go to a temporary file in the same folder; `commit` flushes it to disk and renames it. Leaving the `with` block
+    without a commit removes it and leaves an existing file unchanged. If the complete file cannot be renamed within
+    some seconds, it is kept, and the error names it.
 
     Raises:
         TargetExistsError: the target exists and `overwrite` is false.
@@ -86,14 +86,14 @@ class AtomicFile:
     def __init__(self, path: str | os.PathLike, overwrite: bool = False) -> None:
         self.path = Path(path)
         self._overwrite = overwrite
-        # A link stays a link: what it points to is replaced.
+        # Replace what a link points to, not the link.
         self._target = Path(os.path.realpath(self.path))
         with named_errors(self.path):
             self._refuse_existing()
             remove_leftovers(self._target)
-            self._file, temporary = _held_file(self._target)
+            self._file, temporary = _open_held_file(self._target)
         self._temporary: Path | None = temporary
-        """None: it is kept."""
+        """None once the finished file is kept."""
 
     def __enter__(self) -> AtomicFile:
         return self
@@ -106,9 +106,9 @@ class AtomicFile:
         self._file.close()
         if self._temporary is None:
             return
-        # One that another program holds for longer is left; the next write to the same target removes it.
+        # If another program holds it for longer, the next write to the same target removes it.
         with suppress(OSError):
-            _patiently(lambda: self._temporary.unlink(missing_ok=True))
+            _retry_while_busy(lambda: self._temporary.unlink(missing_ok=True))
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Write bytes at an offset; gaps are filled with zeros."""
@@ -119,23 +119,23 @@ class AtomicFile:
                 rest = rest[self._file.write(rest) :]
 
     def commit(self) -> None:
-        """Make the file durable and visible under its name."""
+        """Flush the file to disk and rename it to its target."""
         with named_errors(self.path):
             _flush(self._file)
             if fcntl is None:
-                # Windows renames no open file; elsewhere it is held until it has its name.
+                # Windows cannot rename an open file; elsewhere the file stays held until it is renamed.
                 self._file.close()
             self._refuse_existing()
         try:
-            _patiently(lambda: os.replace(self._temporary, self._target))
+            _retry_while_busy(lambda: os.replace(self._temporary, self._target))
         except OSError as error:
             kept = self._keep()
-            raise _kind(error)(
-                f"{self.path} could not be given its name: {reason_of(error)}; the finished file is {kept}, "
-                "close what uses the old one and rename it before you write to this name again"
+            raise _error_type(error)(
+                f"{self.path}: the finished file could not be renamed: {reason_of(error)}; it is kept as {kept}, "
+                "close what uses the old file and rename it before you write to this name again"
             ) from None
         self._file.close()
-        # The file is there now; not every system can make a folder's change durable on request.
+        # The file is in place; not every system can flush a folder.
         with suppress(OSError, AttributeError):
             folder = os.open(self._target.parent, os.O_DIRECTORY)
             try:
@@ -144,10 +144,10 @@ class AtomicFile:
                 os.close(folder)
 
     def _keep(self) -> Path:
-        """Give the finished temporary file a name that no later write removes, if that can be; returns where it is."""
+        """Try to rename the finished temporary file so that no later write removes it; returns its path."""
         finished = self._temporary.with_name(self._temporary.name.removeprefix(".").removesuffix(".tmp") + ".finished")
         with suppress(OSError):
-            _patiently(lambda: os.replace(self._temporary, finished))
+            _retry_while_busy(lambda: os.replace(self._temporary, finished))
             self._temporary = finished
         kept, self._temporary = self._temporary, None
         self._file.close()
@@ -163,34 +163,35 @@ class AtomicFile:
 
 
 def file_identity(path: str | os.PathLike) -> object:
-    """What two names of one file or folder have in common; OSError where there is none.
+    """A value that is equal for all paths to one file or folder: its inode, or its real path where there are no inodes.
 
-    It is what the system numbers it by or, on disks that number nothing, such as some on networks, where links lead.
+    Raises:
+        OSError: it does not exist.
     """
     status = os.stat(path)
     return (status.st_dev, status.st_ino) if status.st_ino else os.path.normcase(os.path.realpath(path))
 
 
 def is_same_file(path: str | os.PathLike, other: str | os.PathLike) -> bool:
-    """Whether two names lead to one file or folder; OSError where one of them leads nowhere."""
+    """Whether two paths lead to the same file or folder; OSError if one does not exist."""
     return file_identity(path) == file_identity(other)
 
 
 @contextmanager
 def named_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Has an OSError that is raised inside say which file could not be written, as NFQError or DiskFullError."""
+    """Context that turns an OSError into an NFQError or DiskFullError that names the file."""
     try:
         yield
     except OSError as error:
-        raise _kind(error)(f"{path} could not be written: {reason_of(error)}; nothing was changed") from None
+        raise _error_type(error)(f"{path} could not be written: {reason_of(error)}; nothing was changed") from None
 
 
-def _kind(error: OSError) -> type[NFQError]:
+def _error_type(error: OSError) -> type[NFQError]:
     return DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else NFQError
 
 
-def _patiently(call: Callable[[], object]) -> None:
-    """Call something that another program's hold on a file may make fail, again after each of RETRY_SECONDS."""
+def _retry_while_busy(call: Callable[[], object]) -> None:
+    """Call a file operation, and retry after each of RETRY_SECONDS while another program holds the file."""
     for seconds in RETRY_SECONDS:
         try:
             call()
@@ -214,41 +215,41 @@ def remove_leftovers(path: str | os.PathLike) -> bool:
     """Remove the temporary files of `path` whose writers were killed.
 
     Returns:
-        Whether another writer is at work on `path` now.
+        Whether another writer is working on `path` now.
     """
     target = Path(os.path.realpath(path))
     ours = re.compile(re.escape(f".{_stem(target.name)}") + TEMPORARY_ENDING)
-    at_work = False
-    # Who may not list the folder, or not touch such a file, leaves them to somebody who may.
+    has_writer = False
+    # Without permission to list the folder or remove a file, leave it.
     with suppress(OSError):
         for name in os.listdir(target.parent):
             if ours.fullmatch(name):
                 with suppress(OSError):
-                    at_work |= not _removed(target.with_name(name))
-    return at_work
+                    has_writer |= not _remove_unless_held(target.with_name(name))
+    return has_writer
 
 
 def _stem(name: str) -> str:
-    """What stands for a target's name in the names of its temporary files."""
+    """The part of temporary files' names that identifies the target."""
     raw = os.fsencode(name)
     return name if len(raw) <= MAX_PLAIN_BYTES else hashlib.sha256(raw).hexdigest()[:32]
 
 
-def _removed(temporary: Path) -> bool:
-    """Remove a temporary file unless it is held; returns False when it is. OSError when neither can be told."""
+def _remove_unless_held(temporary: Path) -> bool:
+    """Remove a temporary file; returns False if its writer holds it. OSError if this cannot be determined."""
     status = os.lstat(temporary)
     if not stat.S_ISREG(status.st_mode):
         return True
     if fcntl is None:
         try:
-            # Windows renames no open file, not even to its own name.
+            # Windows cannot rename an open file, not even to its own name.
             os.rename(temporary, temporary)
         except PermissionError:
             return False
         if time.time() - status.st_mtime > SETTLED_SECONDS:
             temporary.unlink()
         return True
-    # Network file systems lock only what is open for writing.
+    # Network file systems can lock only a file that is open for writing.
     with open(temporary, "rb+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -258,8 +259,8 @@ def _removed(temporary: Path) -> bool:
     return True
 
 
-def _held_file(target: Path) -> tuple[FileIO, Path]:
-    """A new temporary file for `target`, open for writing and held."""
+def _open_held_file(target: Path) -> tuple[FileIO, Path]:
+    """Create a temporary file for `target`, open for writing and held."""
     while True:
         temporary = target.with_name(f".{_stem(target.name)}.{secrets.token_hex(4)}.tmp")
         file = open(temporary, "xb", buffering=0)  # noqa: SIM115
@@ -268,13 +269,13 @@ def _held_file(target: Path) -> tuple[FileIO, Path]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            # Another writer has taken the new file for a leftover and is about to remove it.
+            # Another writer regards the new file as a leftover and is about to remove it.
             file.close()
             continue
         except OSError:
-            # A file system without locks: nobody else can lock the file there either, and so it is never removed.
+            # On a file system without locks, no other writer can lock the file either, so none removes it.
             return file, temporary
-        # Another writer may have taken the new file for a leftover before it was locked.
+        # Another writer may have removed the new file before it was locked.
         if temporary.exists():
             return file, temporary
         file.close()

@@ -1,8 +1,8 @@
-"""The `.nfq.safetensors` container: what its header says and how a file is read; `writer` writes one.
+"""The `.nfq.safetensors` container: its header, and reading a file; see `writer` for writing.
 
-`docs/FORMAT.md` specifies it. A quantised tensor `key` is the U8 tensor `nfq.key` of zstd frames; a kept tensor stands
-under its own name. The metadata entry `nfq` is JSON, and `nfq_header_sha256` is a hash over the raw header with its own
-digits zeroed.
+Specified in `docs/FORMAT.md`. A quantised tensor `key` is stored as the U8 tensor `nfq.key`, which holds zstd frames; a
+kept tensor has its own name. The metadata entry `nfq` is JSON; `nfq_header_sha256` is a hash of the raw header in which
+its own digits are replaced by zeros.
 """
 
 from __future__ import annotations
@@ -20,23 +20,22 @@ from typing import Any
 import torch
 
 from ..errors import CorruptFileError, NFQError, UnsupportedFileError
-from ..models.unet import UNKNOWN, UNetInfo
 from ..packed.codec import decode, frame_count
 from ..packed.formats import BlockFormat, format_by_id
 from ..packed.tensor import QUANTIZABLE_DTYPES, NFTensor
-from .safefile import METADATA_KEY, TORCH_DTYPES, SafetensorsFile, dtype_bytes
-from .untrusted import element_count, fault_of, is_count, is_number, parse_json
+from .safetensors_io import METADATA_KEY, TORCH_DTYPES, SafetensorsFile, dtype_bytes
+from .untrusted import element_count, is_count, is_number, parse_error_message, parse_json
 
 SUFFIX = ".nfq.safetensors"
-"""What the names of containers end in."""
+"""File name ending of containers."""
 
 CONTAINER_VERSION = 1
 
 MAX_CONTAINER_HEADER_BYTES = 4 << 20
-"""The ComfyUI page reads no more of a file dropped on it."""
+"""Header limit in bytes: ComfyUI's page reads no more of a file dropped on it."""
 
 PREFIX = "nfq."
-"""What the names of quantised tensors start with: stock loaders then do not mistake them for weights."""
+"""Prefix of quantised tensors' names, so that stock loaders do not mistake them for weights."""
 
 _local = threading.local()
 
@@ -44,12 +43,12 @@ FACTS_KEY = "nfq"
 HASH_KEY = "nfq_header_sha256"
 
 NO_SHA256 = "0" * 64
-"""Stands where a SHA-256 will be known later."""
+"""Placeholder for a SHA-256 that is not known yet."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """The file a container was made from."""
+    """The file from which a container was made."""
 
     name: str = ""
     bytes: int = 0
@@ -58,39 +57,33 @@ class Source:
 
 
 def source_name(path: str | os.PathLike) -> str:
-    """The name of a source file, fit for the header whatever its bytes are."""
+    """The name of a source file as valid UTF-8 for the header."""
     return Path(path).name.encode("utf-8", "replace").decode("utf-8")
 
 
 UNRECORDED = Source()
-"""Stands for a source that is not known, such as a model in memory."""
-
+"""An unknown source, such as a model in memory."""
 
 BAKED = "baked"
-"""The setting that lists what was applied to the weights before: LoRAs with their strengths, models merged in."""
+"""Setting that lists what was applied to the weights before quantising: LoRAs with strengths, merged models."""
 
 IMPORTED = "imported"
-"""The setting of files that were not quantised here, but converted from another format."""
+"""Setting of files that were converted from another quantised format."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a container's header says about the whole of it."""
+    """What a container's header records about the model as a whole; see `docs/FORMAT.md`."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     layout: str = "plain"
-    architecture: str = UNKNOWN
+    architecture: str = "unknown"
     source: Source = UNRECORDED
-
-    @classmethod
-    def of(cls, info: UNetInfo | None, settings: Mapping[str, Any], source: Source = UNRECORDED) -> Facts:
-        """The facts about a model in which `info` was recognised (None: a plain state dict)."""
-        return cls(dict(settings), info.layout if info else "plain", info.name if info else UNKNOWN, source)
 
 
 @dataclass(frozen=True)
 class QuantizedEntry:
-    """A quantised tensor in the header: its format, shape and former dtype, the lengths of its frames, its checksum."""
+    """A quantised tensor's header entry: format, shape, original dtype, length of each frame in bytes, checksum."""
 
     format: BlockFormat
     shape: tuple[int, ...]
@@ -112,14 +105,14 @@ class QuantizedEntry:
 
 
 def checksum_text(crc32: int) -> str:
-    """A CRC-32 as the header spells it."""
+    """A CRC-32 as the header writes it."""
     return f"{crc32:08x}"
 
 
 def header_hash(raw_header: bytes, recorded: str) -> str:
-    """SHA-256 in hexadecimal over a raw header whose recorded hash, `recorded`, is replaced by as many zeros.
+    """SHA-256 in hexadecimal of a raw header in which the recorded hash is replaced by zeros.
 
-    The header must name the hash exactly once; otherwise the result is empty.
+    Empty if the header does not contain `recorded` exactly once as its hash.
     """
     field_text = f'"{HASH_KEY}":"{recorded}"'.encode()
     if len(recorded) != 64 or not recorded.isascii() or raw_header.count(field_text) != 1:
@@ -130,25 +123,25 @@ def header_hash(raw_header: bytes, recorded: str) -> str:
 
 def _count(value: object) -> int:
     if not is_count(value):
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is not a count")
     return value
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{value!r} is no text")
+        raise ValueError(f"{value!r} is not text")
     return value
 
 
 def _number(value: object) -> float:
     if not is_number(value):
-        raise ValueError(f"{value!r} is no number")
+        raise ValueError(f"{value!r} is not a number")
     return float(value)
 
 
 def _object(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{value!r} is no object")
+        raise ValueError(f"{value!r} is not an object")
     return value
 
 
@@ -158,17 +151,18 @@ def _source(fields: Mapping[str, Any]) -> Source:
 
 
 def _scratch(nbytes: int) -> memoryview:
-    """Memory for a tensor's frames, one piece a thread: fresh memory would cost more than reading into it."""
+    """Memory for a tensor's frames, reused by each thread, because allocating costs more than reading."""
     if len(getattr(_local, "scratch", b"")) < nbytes:
         _local.scratch = bytearray(nbytes)
     return memoryview(_local.scratch)[:nbytes]
 
 
 class NFQFile(SafetensorsFile):
-    """An `.nfq.safetensors` file opened for reading, everything its header says checked; tensors are read one by one.
+    """An `.nfq.safetensors` file opened for reading, its header checked; tensors are read one at a time.
 
     Raises:
-        NFQError, CorruptFileError, UnsupportedFileError: as SafetensorsFile, and for what is no container or newer.
+        NFQError, CorruptFileError: as for SafetensorsFile.
+        UnsupportedFileError: the file is not a container, or was written by a newer version.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -183,11 +177,11 @@ class NFQFile(SafetensorsFile):
 
     @property
     def header_sha256(self) -> str:
-        """The hash recorded in the header; the header holds every tensor's checksum, so it tells files apart."""
+        """The hash of the header, which identifies the file: the header holds every tensor's checksum."""
         return self.metadata[HASH_KEY]
 
     def keys(self) -> list[str]:
-        """Original names of all tensors, the kept ones first."""
+        """Original names of all tensors, kept ones first."""
         return [*self.kept, *self.quantized]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -204,12 +198,12 @@ class NFQFile(SafetensorsFile):
         return self.quantized[key].packed_bytes if key in self.quantized else self.entries[key].nbytes
 
     def dense_bytes(self, key: str) -> int:
-        """Bytes that a tensor takes in the dtype it had before it was quantised."""
+        """Bytes of a tensor in the dtype that it had before it was quantised."""
         entry = self.quantized.get(key)
         return entry.weights * dtype_bytes(entry.dtype) if entry else self.entries[key].nbytes
 
     def load(self, key: str) -> NFTensor | torch.Tensor:
-        """One tensor by its original name, its checksum verified.
+        """Read one tensor by its original name and verify its checksum.
 
         Raises:
             CorruptFileError: its bytes are damaged.
@@ -219,28 +213,28 @@ class NFQFile(SafetensorsFile):
         return self._as_tensor(key, self.load_kept(key))
 
     def load_kept(self, key: str) -> memoryview:
-        """The bytes of one kept tensor, see `load`."""
+        """The bytes of one kept tensor, checksum verified."""
         view = memoryview(bytearray(self.entries[key].nbytes))
         self.read_into(key, view)
-        self._check_sum(key, zlib.crc32(view), self.kept[key])
+        self._verify_checksum(key, zlib.crc32(view), self.kept[key])
         return view
 
     def verify(self, key: str) -> None:
-        """Read one tensor and check all that can be checked; CorruptFileError when it is damaged."""
+        """Read one tensor and check it completely; CorruptFileError if it is damaged."""
         if key in self.quantized:
             self._load_quantized(key, codes=True)
             return
         checksum = 0
         for piece in self.read_chunks(key):
             checksum = zlib.crc32(piece, checksum)
-        self._check_sum(key, checksum, self.kept[key])
+        self._verify_checksum(key, checksum, self.kept[key])
 
     def _load_quantized(self, key: str, codes: bool = False) -> NFTensor:
         entry = self.quantized[key]
         sections = entry.format.sections(entry.weights)
         stored = _scratch(self.stored_bytes(key))
         self.read_into(PREFIX + key, stored)
-        self._check_sum(key, zlib.crc32(stored), entry.crc32)
+        self._verify_checksum(key, zlib.crc32(stored), entry.crc32)
         try:
             data = decode(stored, list(entry.frames), sections)
             tensor = NFTensor(data, entry.format, entry.shape, TORCH_DTYPES[entry.dtype])
@@ -249,14 +243,14 @@ class NFQFile(SafetensorsFile):
             raise type(error)(f"{self.path}: tensor {key!r}: {error}") from None
         return tensor
 
-    def _check_sum(self, key: str, found: int, wanted: str) -> None:
-        if checksum_text(found) != wanted:
+    def _verify_checksum(self, key: str, actual: int, recorded: str) -> None:
+        if checksum_text(actual) != recorded:
             raise CorruptFileError(f"{self.path}: tensor {key!r} is damaged (checksum mismatch); fetch the file again")
 
     def _parse_container(self) -> None:
         if FACTS_KEY not in self.metadata:
             raise UnsupportedFileError(
-                f"{self.path} is not an .nfq.safetensors file; `nfq quantize` or `nfq import-article` makes one of it"
+                f"{self.path} is not an .nfq.safetensors file; `nfq quantize` or `nfq import-article` converts it"
             )
         try:
             header = parse_json(self.metadata[FACTS_KEY])
@@ -264,7 +258,9 @@ class NFQFile(SafetensorsFile):
         except (ValueError, KeyError, TypeError, RecursionError):
             raise CorruptFileError(f"{self.path}: the nfq part of its header is damaged; fetch it again") from None
         if self.container_version < 1:
-            raise CorruptFileError(f"{self.path}: container version {self.container_version} is none; fetch it again")
+            raise CorruptFileError(
+                f"{self.path}: container version {self.container_version} does not exist; fetch it again"
+            )
         if self.container_version > CONTAINER_VERSION:
             raise UnsupportedFileError(
                 f"{self.path} has container version {self.container_version}, this version reads up to "
@@ -284,14 +280,16 @@ class NFQFile(SafetensorsFile):
         except UnsupportedFileError as error:
             raise UnsupportedFileError(f"{self.path}: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptFileError(f"{self.path}: the nfq part of its header is damaged ({fault_of(error)})") from None
-        told = {PREFIX + key for key in self.quantized} | self.kept.keys()
-        taken = min((key for key in self.keys() if key.startswith(PREFIX) or key == METADATA_KEY), default=None)
-        if taken is not None:
-            raise CorruptFileError(f"{self.path}: its header breaks the format: no tensor may be called {taken!r}")
-        odd = min((told ^ self.entries.keys()) | (self.quantized.keys() & self.kept.keys()), default=None)
-        if odd is not None:
-            raise CorruptFileError(f"{self.path}: its header disagrees with itself about tensor {odd!r}")
+            raise CorruptFileError(
+                f"{self.path}: the nfq part of its header is damaged ({parse_error_message(error)})"
+            ) from None
+        reserved = min((key for key in self.keys() if key.startswith(PREFIX) or key == METADATA_KEY), default=None)
+        if reserved is not None:
+            raise CorruptFileError(f"{self.path}: its header breaks the format: no tensor may be called {reserved!r}")
+        listed = {PREFIX + key for key in self.quantized} | self.kept.keys()
+        inconsistent = min((listed ^ self.entries.keys()) | (self.quantized.keys() & self.kept.keys()), default=None)
+        if inconsistent is not None:
+            raise CorruptFileError(f"{self.path}: its header disagrees with itself about tensor {inconsistent!r}")
 
     def _check_header_hash(self) -> None:
         recorded = self.metadata.get(HASH_KEY, "")
@@ -307,7 +305,7 @@ class NFQFile(SafetensorsFile):
             _text(item["crc32"]),
             None if item.get("sensitivity") is None else _number(item["sensitivity"]),
         )
-        # Refuses what no tensor can be, before anything is multiplied.
+        # Refuse impossible shapes before anything is computed from them.
         element_count(entry.shape)
         stored = self.entries[PREFIX + key]
         if stored.dtype != "U8" or len(stored.shape) != 1:

@@ -1,4 +1,4 @@
-"""A model to quantise or to compare with: a safetensors file or a sharded model, the scales of its weights undone."""
+"""Source models, to quantise or to compare with: a safetensors file or a sharded model; scaled weights dequantised."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from ..errors import CorruptFileError, NFQError, UnsupportedFileError, reason_of
 from .article import is_article_file
 from .container import FACTS_KEY
 from .prequantized import QUANTIZATION_METADATA, Prequantized, find_prequantized
-from .safefile import MAX_HEADER_BYTES, TORCH_DTYPES, Entry, SafetensorsFile
+from .safetensors_io import MAX_HEADER_BYTES, TORCH_DTYPES, Entry, SafetensorsFile
 from .untrusted import parse_json
 
 _INDEX = re.compile(r"(?P<model>.+)\.safetensors\.index(?P<variant>\.[^.]+)?\.json")
-"""The name of a sharded model's index; diffusers puts a variant, such as `fp16`, behind `index`."""
+"""Name of a sharded model's index; diffusers adds a variant, such as `fp16`, after `index`."""
 
 _PART = re.compile(r"(?P<model>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
-"""The name of a part of a sharded model."""
+"""Name of a part of a sharded model."""
 
 
 class Original:
-    """A model opened for reading, the scales of weights that were quantised before undone.
+    """A source model opened for reading; fp8 and int8 weights with scales are dequantised.
 
     Args:
         path: a safetensors file, the index of a sharded model, or the folder that holds the index.
 
     Raises:
         NFQError: a file is missing or unreadable, or `path` is one part of a sharded model.
-        UnsupportedFileError: a file is no safetensors file.
-        AlreadyQuantizedError: weights are quantised in a form that is not undone, see `prequantized`.
+        UnsupportedFileError: a file is not a safetensors file.
+        AlreadyQuantizedError: weights are quantised in an unsupported form, see `prequantized`.
         CorruptFileError: a file is damaged, or the index and the parts contradict each other.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(os.path.abspath(path)) if os.path.isdir(path) else Path(path)
         self.files: list[SafetensorsFile] = []
-        """The files, in the order of their names."""
+        """The files, sorted by name."""
         self.metadata: dict[str, str] = {}
-        """That of the first file, but for what tells of scales."""
+        """Metadata of the first file, without the description of scales."""
         try:
             for part in _parts(self.path):
                 self.files.append(SafetensorsFile(part))
@@ -59,8 +59,8 @@ class Original:
         except BaseException:
             self.close()
             raise
-        self.entries: dict[str, Entry] = self._quantized.undone(stored)
-        """Dtype and shape of every tensor without scales; `nbytes` is that of what is stored."""
+        self.entries: dict[str, Entry] = self._quantized.dequantized_entries(stored)
+        """Dtype and shape of every tensor after dequantising; offsets and `nbytes` are those of the stored tensor."""
         self.metadata = {name: text for name, text in metadata.items() if name != QUANTIZATION_METADATA}
 
     def __enter__(self) -> Original:
@@ -70,31 +70,31 @@ class Original:
         self.close()
 
     def close(self) -> None:
-        """Close the files; reading fails from then on."""
+        """Close the files; reading fails afterwards."""
         for file in self.files:
             file.close()
 
     @property
     def file_bytes(self) -> int:
-        """Size of the files together."""
+        """Total size of the files."""
         return sum(file.file_bytes for file in self.files)
 
     def is_scaled(self, key: str) -> bool:
-        """Whether a tensor is stored with a scale, so that its bytes are not those of `entries`."""
+        """Whether a tensor is stored with a scale, so that its bytes do not match `entries`."""
         return key in self._quantized.weights
 
     def stored_dtype(self, key: str) -> str:
-        """The dtype in which a tensor is stored, as safetensors names it."""
+        """The safetensors dtype in which a tensor is stored."""
         return self._file_of[key].entries[key].dtype
 
-    def undo(self, key: str, stored: torch.Tensor) -> torch.Tensor:
-        """A stored tensor without its scale, in the dtype of `entries`; the tensor itself where it has none."""
+    def dequantize(self, key: str, stored: torch.Tensor) -> torch.Tensor:
+        """A stored tensor multiplied by its scale, in the dtype of `entries`; unchanged if it has no scale."""
         scaled = self._quantized.weights.get(key)
-        return scaled.undo(stored).to(TORCH_DTYPES[self.entries[key].dtype]) if scaled else stored
+        return scaled.dequantize(stored).to(TORCH_DTYPES[self.entries[key].dtype]) if scaled else stored
 
     def tensor(self, key: str) -> torch.Tensor:
-        """One tensor without its scale, see `undo`."""
-        return self.undo(key, self._stored(key))
+        """Read one tensor, dequantised."""
+        return self.dequantize(key, self._stored(key))
 
     def refuse_changed(self) -> None:
         """See `SafetensorsFile.refuse_changed`."""
@@ -102,7 +102,7 @@ class Original:
             file.refuse_changed()
 
     def sha256(self) -> str:
-        """SHA-256 in hexadecimal of the file, of a sharded model that of its parts one behind the other."""
+        """SHA-256 in hexadecimal of the file, or of a sharded model's concatenated parts."""
         if len(self.files) == 1:
             return self.files[0].sha256()
         digest = hashlib.sha256()
@@ -116,27 +116,27 @@ class Original:
 
 
 def sharded_model(path: str | os.PathLike) -> tuple[str, int, int] | None:
-    """The model, number and count of parts that a part's file name tells; None for other names, and for a sole part."""
-    found = _PART.fullmatch(Path(path).name)
-    if found is None or int(found["count"]) < 2:
+    """Model name, part number and number of parts from a part's file name; None for other names and for 1 of 1."""
+    match = _PART.fullmatch(Path(path).name)
+    if match is None or int(match["count"]) < 2:
         return None
-    return found["model"], int(found["number"]), int(found["count"])
+    return match["model"], int(match["number"]), int(match["count"])
 
 
 def indexed_model(path: str | os.PathLike) -> str | None:
-    """The model's name, its variant included, that the name of an index tells; None for other names."""
-    found = _INDEX.fullmatch(Path(path).name)
-    return found and found["model"] + (found["variant"] or "")
+    """Model name with variant from the file name of an index; None for other names."""
+    match = _INDEX.fullmatch(Path(path).name)
+    return match and match["model"] + (match["variant"] or "")
 
 
 def part_refusal(path: Path) -> str:
-    """What a part of a sharded model is, and what to name instead of it."""
+    """End of the error for a part of a sharded model: which part, and which file to name instead."""
     model, number, count = sharded_model(path)
     base, dot, variant = model.rpartition(".")
     names = [f"{model}.safetensors.index.json", *([f"{base}.safetensors.index.{variant}.json"] if dot else ())]
-    found = next((name for name in names if path.with_name(name).exists()), None)
-    whole = f"name {found} instead" if found else f"its index {' or '.join(names)} is missing; fetch it too"
-    return f"part {number} of {count} of a sharded model; {whole}"
+    index = next((name for name in names if path.with_name(name).exists()), None)
+    advice = f"name {index} instead" if index else f"its index {' or '.join(names)} is missing; fetch it too"
+    return f"part {number} of {count} of a sharded model; {advice}"
 
 
 def _parts(path: Path) -> list[Path]:
@@ -166,15 +166,15 @@ def _index_in(folder: Path) -> Path:
 
 
 def _parts_of(index: Path) -> list[Path]:
-    """The parts that an index names, all of them there."""
+    """The parts that an index names; NFQError if one is missing."""
     try:
         if index.stat().st_size > MAX_HEADER_BYTES:
             raise ValueError("it is too long")
         names = parse_json(index.read_text("utf-8"))["weight_map"].values()
-        # Files elsewhere are none of its business.
+        # A damaged or malicious index must not name files elsewhere.
         parts = sorted({str(name) for name in names})
         if not parts or any(Path(name).name != name or name in ("", ".", "..") for name in parts):
-            raise ValueError("it names no files beside it")
+            raise ValueError("it names files in another folder, or none")
         absent = [name for name in parts if not (index.parent / name).exists()]
     except FileNotFoundError:
         raise NFQError(f"{index}: no such file") from None

@@ -1,7 +1,7 @@
-"""Weights that a source holds quantised already: fp8 and int8 with scales are undone, other forms refused by name.
+"""Sources with quantised weights: fp8 and int8 with scales are dequantised, other forms refused by name.
 
-ComfyUI reads these spellings: a scale `L.weight_scale` or `L.scale_weight` beside `L.weight`; a marker `scaled_fp8`;
-JSON in a tensor `L.comfy_quant` or in the metadata entry `_quantization_metadata`. Source: its `QUANTIZATION.md`,
+ComfyUI reads these forms: a scale `L.weight_scale` or `L.scale_weight` of `L.weight`; a marker `scaled_fp8`; JSON in a
+tensor `L.comfy_quant` or in the metadata entry `_quantization_metadata`. Source: its `QUANTIZATION.md`,
 `convert_old_quants` in `comfy/utils.py`, `_load_quantized_module` in `comfy/ops.py`, and comfy-kitchen's layouts.
 """
 
@@ -18,8 +18,8 @@ import torch
 from ..errors import AlreadyQuantizedError, CorruptFileError
 from ..models.unet import detect
 from ..models.unet_keys import CHECKPOINT_PREFIX
-from .safefile import Entry
-from .untrusted import fault_of, parse_json
+from .safetensors_io import Entry
+from .untrusted import parse_error_message, parse_json
 
 QUANTIZATION_METADATA = "_quantization_metadata"
 """The metadata entry in which ComfyUI names quantised layers and their formats."""
@@ -28,13 +28,13 @@ MX_BLOCK = 32
 """Weights of one row that share a scale in mxfp8."""
 
 ROTATION_GROUP = 256
-"""Input channels that ConvRot rotates together where a file does not say."""
+"""Input channels that ConvRot rotates together, by default."""
 
 MIN_PACKED_BYTES = 1024
-"""Smaller integer tensors called `weight` are no packed layers."""
+"""Smaller integer tensors called `weight` are not packed layers."""
 
 MAX_DESCRIPTION_BYTES = 1 << 16
-"""A longer tensor `comfy_quant` describes no layer."""
+"""Longest accepted `comfy_quant` tensor."""
 
 _MARKER = "scaled_fp8"
 _SCALES = (".weight_scale", ".scale_weight")
@@ -58,50 +58,50 @@ _OTHER_FORMS = {
     "fp8 in blocks": r"\.weight_scale_inv$",
     "a format with scaled inputs": r"\.pre_quant_scale$",
 }
-"""Programs and formats whose weights are not undone, by names of the tensors beside them; the first found counts."""
+"""Unsupported programs and formats, with patterns of their tensor names; the first match counts."""
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """How one weight is undone.
+    """The scale of one quantised weight, and how to dequantise it.
 
     Args:
         scale: fp32; shape () for the whole tensor, (rows, 1, …) for each row, or (rows, blocks) for each MX_BLOCK
             weights of a row.
-        rotation: input channels that were rotated together (ConvRot); 0: none.
+        rotation: number of input channels rotated together (ConvRot); 0: none.
     """
 
     scale: torch.Tensor
     rotation: int = 0
 
-    def undo(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight that is meant, fp32, of the same shape as the stored one."""
+    def dequantize(self, weight: torch.Tensor) -> torch.Tensor:
+        """The dequantised weight, fp32, in the shape of the stored one."""
         dense = weight.float()
         if self.scale.ndim == 2 and self.scale.shape[1] > 1:
             return (dense.unflatten(1, (-1, MX_BLOCK)) * self.scale.unsqueeze(-1)).flatten(1)
         dense = dense * self.scale
         if not self.rotation:
             return dense
-        # The rotation is orthogonal and symmetric: it is its own inverse.
+        # The rotation is orthogonal and symmetric, thus its own inverse.
         return (dense.unflatten(1, (-1, self.rotation)) @ rotation_matrix(self.rotation)).flatten(1)
 
 
 @dataclass(frozen=True)
 class Prequantized:
-    """What of a source is quantised already.
+    """The quantised weights of a source.
 
     Args:
-        weights: how each scaled weight is undone, by its name.
-        consumed: names of the tensors that only describe other tensors, such as scales.
-        dtype: as safetensors names it: of the weights when they are undone, scaled or not; a host computes in it.
+        weights: scale of each scaled weight, by its name.
+        consumed: names of tensors that only describe other tensors, such as scales.
+        dtype: safetensors dtype of the weights after dequantising, which is the one that a host computes in.
     """
 
     weights: Mapping[str, Scaled] = field(default_factory=dict)
     consumed: frozenset[str] = frozenset()
     dtype: str = "F16"
 
-    def undone(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-        """The entries as they are without scales; offsets and `nbytes` stay those of what is stored."""
+    def dequantized_entries(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Header entries after dequantising; offsets and `nbytes` stay those of the stored tensors."""
         return {
             key: Entry(self.dtype, entry.shape, entry.start, entry.end) if key in self.weights else entry
             for key, entry in entries.items()
@@ -112,16 +112,16 @@ class Prequantized:
 def find_prequantized(
     entries: Mapping[str, Entry], descriptions: Iterable[str], read: Callable[[str], torch.Tensor], where: str
 ) -> Prequantized:
-    """Find what of a source is quantised already.
+    """Find the quantised weights of a source.
 
     Args:
         entries: every tensor of the source by its name.
-        descriptions: what its files have in their metadata as QUANTIZATION_METADATA.
-        read: one stored tensor by its name; called for scales and descriptions only.
-        where: the source as messages name it.
+        descriptions: the QUANTIZATION_METADATA of its files.
+        read: reads a stored tensor by its name; called for scales and descriptions only.
+        where: name of the source in messages.
 
     Raises:
-        AlreadyQuantizedError: weights are quantised in a form that is not undone, or a scale does not fit its weight.
+        AlreadyQuantizedError: weights are quantised in an unsupported form, or a scale does not fit its weight.
         CorruptFileError: a description is damaged, or a scale is missing.
     """
     _refuse_other_forms(entries, where)
@@ -151,10 +151,9 @@ def find_prequantized(
 
 
 def compute_dtype(entries: Mapping[str, Entry]) -> str:
-    """The dtype, as safetensors names it, that a host shows for a model's 8-bit weights.
+    """The safetensors dtype in which a host computes with a model's 8-bit weights.
 
-    UNets, of SDXL's family and others, compute in fp16. For other models, the more frequent of the two 16-bit dtypes in
-    the file tells.
+    F16 for UNets, of SDXL's family and others. For other models, the more frequent 16-bit dtype in the file.
     """
     if detect({key: entry.shape for key, entry in entries.items()}) is not None:
         return "F16"
@@ -163,7 +162,7 @@ def compute_dtype(entries: Mapping[str, Entry]) -> str:
 
 
 def rotation_matrix(size: int) -> torch.Tensor:
-    """ConvRot's rotation: the regular Hadamard matrix of `size`, a power of four, divided by its square root."""
+    """ConvRot's rotation: the regular Hadamard matrix of `size`, a power of four, divided by ``sqrt(size)``."""
     four = torch.ones(4, 4) - 2 * torch.eye(4).flip(0)
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
@@ -172,7 +171,7 @@ def rotation_matrix(size: int) -> torch.Tensor:
 
 
 def _layer(key: str) -> str:
-    """The weight that a scale or description beside it belongs to."""
+    """The weight to which a scale or description belongs."""
     return f"{key.rpartition('.')[0]}.weight"
 
 
@@ -185,21 +184,21 @@ def _refusal(where: str, key: str, how: str) -> AlreadyQuantizedError:
 
 
 def other_form(names: Iterable[str]) -> tuple[str, str] | None:
-    """The program or format that made weights which are not undone here, and the name that tells; None: there are none.
+    """An unsupported program or format that quantised the weights, and the tensor name that identifies it; else None.
 
     Args:
-        names: of all tensors of a source.
+        names: names of all tensors of a source.
     """
     names = list(names)
-    for form, trait in _OTHER_FORMS.items():
-        found = next((name for name in names if re.search(trait, name)), None)
-        if found is not None:
-            return form, found
+    for form, pattern in _OTHER_FORMS.items():
+        match = next((name for name in names if re.search(pattern, name)), None)
+        if match is not None:
+            return form, match
     return None
 
 
 def scale_name(names: Iterable[str]) -> str | None:
-    """The first name of a scale, marker or description of weights that are undone here; None: there is none."""
+    """The first name of a scale, marker or description of supported quantised weights; else None."""
     endings = (*_SCALES, *_ACTIVATION_SCALES, _CONFIG)
     return next((name for name in names if name.endswith(endings) or _is_marker(name)), None)
 
@@ -209,11 +208,11 @@ def _is_marker(name: str) -> bool:
 
 
 def _refuse_other_forms(entries: Mapping[str, Entry], where: str) -> None:
-    # ComfyUI's own 4-bit formats are named by their descriptions, more exactly.
+    # The descriptions of ComfyUI's own 4-bit formats name them more exactly.
     described = {key.removesuffix(_CONFIG) for key in entries if key.endswith(_CONFIG)}
-    found = other_form(key for key in entries if key.rpartition(".")[0] not in described)
-    if found:
-        raise _refusal(where, found[1], f"by {found[0]}")
+    form = other_form(key for key in entries if key.rpartition(".")[0] not in described)
+    if form:
+        raise _refusal(where, form[1], f"by {form[0]}")
     for key, entry in entries.items():
         scale = entries.get(key.removesuffix(".weight") + ".scale")
         if key.endswith(".weight") and entry.dtype in (*_EIGHT_BIT, "U8") and scale is not None:
@@ -223,19 +222,19 @@ def _refuse_other_forms(entries: Mapping[str, Entry], where: str) -> None:
 def _refuse_packed(
     entries: Mapping[str, Entry], weights: Mapping[str, Scaled], consumed: Iterable[str], where: str
 ) -> None:
-    """Integers where a layer's weight should be are packed weights of some program."""
+    """Refuse integers in place of a layer's weight: packed weights of some program."""
     for key, entry in entries.items():
         if key in weights or key in consumed or not key.endswith(".weight") or entry.dtype not in ("U8", "I8"):
             continue
         if prod(entry.shape) >= MIN_PACKED_BYTES:
-            what = "GGUF or another program" if entry.dtype == "U8" else "a program that is not known here"
-            raise _refusal(where, key, f"by {what} ({entry.dtype} without a scale)")
+            program = "GGUF or another program" if entry.dtype == "U8" else "an unknown program"
+            raise _refusal(where, key, f"by {program} ({entry.dtype} without a scale)")
 
 
 def _configs(
     entries: Mapping[str, Entry], descriptions: Iterable[str], read: Callable[[str], torch.Tensor], where: str
 ) -> dict[str, dict[str, Any]]:
-    """What the source says of each quantised weight, by the weight's name."""
+    """The source's description of each quantised weight, by the weight's name."""
     configs: dict[str, Any] = {}
     try:
         for text in descriptions:
@@ -245,22 +244,22 @@ def _configs(
         for key, entry in entries.items():
             if key.endswith(_CONFIG) and _layer(key) in entries:
                 if entry.dtype not in ("U8", "I8") or prod(entry.shape) > MAX_DESCRIPTION_BYTES:
-                    raise ValueError(f"tensor {key!r} is no description")
+                    raise ValueError(f"tensor {key!r} is not a description")
                 configs[_layer(key)] = parse_json(bytes(read(key).view(torch.uint8).flatten().tolist()).decode())
         for config in configs.values():
             if not isinstance(_object(config).get("format", ""), str):
-                raise ValueError("a format is no text")
+                raise ValueError("a format is not text")
     except (ValueError, KeyError, RecursionError) as error:
-        fault = fault_of(error)
+        reason = parse_error_message(error)
         raise CorruptFileError(
-            f"{where}: what it says of its quantised layers is damaged ({fault}); fetch it again"
+            f"{where}: its description of quantised layers is damaged ({reason}); fetch it again"
         ) from None
     return configs
 
 
 def _object(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError("a description is no JSON object")
+        raise ValueError("a description is not a JSON object")
     return value
 
 
@@ -272,7 +271,7 @@ def _scale(
     read: Callable[[str], torch.Tensor],
     where: str,
 ) -> torch.Tensor:
-    """The scale of a weight as `Scaled` takes it."""
+    """Read the scale of a weight, in the shape for `Scaled`."""
     entry, shape = entries[key], entries[weight].shape
     stored = f"{entry.dtype} {list(entry.shape)}"
     misfit = AlreadyQuantizedError(
@@ -298,9 +297,9 @@ def _scale(
 
 
 def _unswizzled(codes: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Block scales (rows, columns), fp32, from E8M0 codes in cuBLAS' layout of tiles of 128 rows and 4 columns.
+    """Block scales, fp32 of shape (rows, columns), from E8M0 codes in cuBLAS' tiles of 128 rows and 4 columns.
 
-    Within a tile, the scale of row r and column c is byte 16 (r mod 32) + 4 (r div 32) + c (cuBLAS: "1D block scaling
+    In a tile, byte 16 (r mod 32) + 4 (r div 32) + c is the scale of row r and column c (cuBLAS: "1D block scaling
     factors layout").
     """
     tiles = codes.reshape(-(-rows // 128), -(-columns // 4), 32, 4, 4)
@@ -316,7 +315,7 @@ def _rotation(entry: Entry, weight: str, config: Mapping[str, Any], where: str) 
     if config.get("format") != "int8_tensorwise" or not values.get("convrot"):
         return 0
     size = values.get("convrot_groupsize", ROTATION_GROUP)
-    # Above, no layer has so many input channels.
+    # 4**7 exceeds the input channels of any layer.
     is_power_of_four = isinstance(size, int) and size in (4**n for n in range(1, 8))
     if not is_power_of_four or len(entry.shape) != 2 or entry.shape[1] % size:
         raise AlreadyQuantizedError(

@@ -1,4 +1,4 @@
-"""What a file is that is no model in safetensors, told by its first bytes, and what to do about it."""
+"""Recognise files that are not safetensors by their first bytes, and say what to do about them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import PurePath
 
 HEAD_BYTES = 4096
-"""So much of a file's beginning tells what it is."""
+"""Bytes at the start of a file that are needed to recognise it."""
 
 _DOWNLOAD = "download or copy the model again"
 
@@ -18,7 +18,7 @@ _GGUF = "a GGUF file, which is quantised already; take the original model in saf
 _ARCHIVE = "; unpack it and name the .safetensors file in it"
 
 BY_ENDING = {**dict.fromkeys((".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"), PICKLE), ".gguf": _GGUF}
-"""What model files of other kinds are, by the endings of their names."""
+"""Model files of other kinds, by file name ending."""
 
 _ZIP = b"PK\x03\x04"
 
@@ -33,39 +33,39 @@ _MAGIC = (
     (b"\x89PNG\r\n\x1a\n", "a PNG picture; name the model's .safetensors file"),
     (b"\xff\xd8\xff", "a JPEG picture; name the model's .safetensors file"),
 )
-"""Beginnings of files, with what such a file is."""
+"""First bytes of a file, and what it is."""
 
 _HTML = re.compile(rb"\s*(<!--.*?-->\s*)?<(!doctype\s+html|html|head|body|\?xml)\b", re.IGNORECASE | re.DOTALL)
 
 _PICKLE_START = re.compile(rb"\x80[\x02-\x05]")
-"""The opcode that every pickle since protocol 2 begins with, and the protocol."""
+"""First bytes of every pickle since protocol 2: an opcode and the protocol."""
 
 _INDEX_NAME = re.compile(r"\.index(\.[^.]+)?\.json$")
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def what_instead(head: bytes, name: str, file_bytes: int) -> str:
-    """What a file is instead of safetensors, and what to do about it, fit to follow "it is".
+def describe_foreign_file(head: bytes, name: str, file_bytes: int) -> str:
+    """Describe a file that is not safetensors, and what to do about it.
 
     Args:
-        head: its first HEAD_BYTES.
+        head: its first HEAD_BYTES bytes.
         name: its name.
         file_bytes: its size.
 
     Returns:
-        A few words; empty where nothing is known.
+        Text to follow "it is"; empty if the file is not recognised.
     """
     if not file_bytes:
         return f"empty; {_DOWNLOAD}"
     if not any(head):
-        return f"zeros where its header should be, as an unfinished download leaves it; {_DOWNLOAD}"
+        return f"zeros where its header should be, as after an unfinished download; {_DOWNLOAD}"
     text = head.removeprefix(_BYTE_ORDER_MARK)
-    found = next((words for magic, words in _MAGIC if text.startswith(magic)), "")
-    if found:
-        return found
+    description = next((words for magic, words in _MAGIC if text.startswith(magic)), "")
+    if description:
+        return description
     if _HTML.match(text):
-        return f"a web page, such as one that asks to log in; {_DOWNLOAD}, by its own link"
+        return f"a web page, such as one that asks to log in; {_DOWNLOAD}, by its direct link"
     if text.lstrip()[:1] in (b"{", b"["):
         return _json(text, name)
     if head.startswith(_ZIP):
@@ -78,7 +78,7 @@ def what_instead(head: bytes, name: str, file_bytes: int) -> str:
 
 
 def _holds_pickle(head: bytes, name: str) -> bool:
-    """Whether a zip file is one of PyTorch's: its first entry is the pickle, or one of its small companions."""
+    """Whether a zip file is PyTorch's: its first entry is the pickle or one of the small files next to it."""
     return b"/data.pkl" in head or b"/byteorder" in head or PurePath(name).suffix.lower() in BY_ENDING
 
 

@@ -1,4 +1,4 @@
-"""Values out of files that strangers wrote: JSON and sizes, refused where they could not be honest."""
+"""Parsing of untrusted values: JSON and tensor sizes from files, with strict limits."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from math import prod
 from typing import Any
 
 MAX_DIMENSIONS = 64
-"""Of a tensor; torch's operations and numpy's arrays have no more."""
+"""Most dimensions of a tensor in torch's operations and in numpy."""
 
 MAX_DEPTH = 64
-"""Objects and lists that may stand in one another in JSON: what walks through them later recurses."""
+"""Nesting limit of JSON objects and lists, because later code recurses through them."""
 
 MAX_DIGITS = 20
-"""Of an integer in JSON, its sign included: those of 64 bits have no more."""
+"""Longest JSON integer, with sign: enough for 64 bits."""
 
 
 def parse_json(text: str) -> Any:
-    """JSON that holds only what can be written again, and nothing that takes long to look at.
+    """Parse JSON that can be written again unchanged: no duplicate names, NaN, Inf, huge integers or deep nesting.
 
     Raises:
-        ValueError or RecursionError: anything else.
+        ValueError, RecursionError: it is not such JSON.
     """
     value = json.loads(
         text,
@@ -33,42 +33,42 @@ def parse_json(text: str) -> Any:
     )
     _check_depth(value)
     if "\\u" in text:
-        # Half of a surrogate pair is a legal escape, but no text.
+        # Half a surrogate pair is a legal escape, but cannot be encoded.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
 
-def fault_of(error: Exception) -> str:
-    """What is wrong with facts from a file, in words: Python's own errors would speak of its types and keys.
+def parse_error_message(error: Exception) -> str:
+    """Message for an error in parsing values from a file, without Python's own terms.
 
     Args:
-        error: what reading them raised; the text of a ValueError is taken for words, unless it is a decoder's.
+        error: raised by the parsing; the text of a ValueError is used as it is, unless it comes from a decoder.
     """
     if isinstance(error, KeyError):
         return f"{error.args[0]!r} is missing"
     if isinstance(error, UnicodeError):
-        return "it is no text in UTF-8"
+        return "it is not UTF-8 text"
     if isinstance(error, json.JSONDecodeError):
-        return f"it is no JSON from character {error.pos:,} on"
+        return f"it is not valid JSON from character {error.pos:,} on"
     if isinstance(error, RecursionError):
         return "it is nested too deep"
-    return str(error) if isinstance(error, ValueError) else "a value is of another kind than it must be"
+    return str(error) if isinstance(error, ValueError) else "a value has the wrong type"
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise ValueError(f"{digits} is beyond all floats")
+        raise ValueError(f"{digits} is out of the range of fp64")
     return value
 
 
 def _short_integer(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
-        raise ValueError(f"an integer of {len(digits):,} digits is beyond all sizes")
+        raise ValueError(f"an integer has {len(digits):,} digits, at most {MAX_DIGITS} are allowed")
     return int(digits)
 
 
@@ -82,27 +82,27 @@ def _check_depth(value: object) -> None:
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands twice")
-    return found
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return fields
 
 
 def is_count(value: object) -> bool:
-    """Whether a value from JSON is a size: an integer (no bool) from 0 up, below 2**63."""
+    """Whether a value from JSON is a size: an integer, not a bool, from 0 to 2**63 - 1."""
     return type(value) is int and 0 <= value < 1 << 63
 
 
 def is_number(value: object) -> bool:
-    """Whether a value from JSON is a number (no bool); it is finite as a float."""
+    """Whether a value from JSON is a number, not a bool; `parse_json` ensures that it is finite."""
     return type(value) in (int, float)
 
 
 def element_count(shape: Sequence[int]) -> int:
     """Number of elements of a shape from a file; ValueError for one that no tensor can have."""
     if len(shape) > MAX_DIMENSIONS:
-        raise ValueError(f"a shape of {len(shape):,} dimensions is none that a tensor can have")
-    # Zeros do not excuse the rest: strides are products of all the others.
+        raise ValueError(f"a shape of {len(shape):,} dimensions exceeds the {MAX_DIMENSIONS} that a tensor can have")
+    # Zeros count as 1, because strides are products of the other sizes.
     if prod(max(1, size) for size in shape) >= 1 << 63:
         raise ValueError(f"a tensor of shape {list(shape)} needs more memory than there can be")
     return prod(shape)

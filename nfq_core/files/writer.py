@@ -1,4 +1,4 @@
-"""Writing an `.nfq.safetensors` file tensor by tensor, without knowing the compressed sizes beforehand."""
+"""Writing an `.nfq.safetensors` file tensor by tensor, before compressed sizes are known."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from .container import (
     checksum_text,
     header_hash,
 )
-from .safefile import METADATA_KEY, Entry, aligned_entries, dtype_bytes, header_bytes
+from .safetensors_io import METADATA_KEY, Entry, aligned_entries, dtype_bytes, header_bytes
 from .untrusted import parse_json
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One tensor that is going to be written.
+    """A tensor to be written.
 
     Args:
-        dtype: as safetensors names it.
-        shape: its shape.
-        format: None: it is kept.
-        sensitivity: why it got the format, where formats were chosen by size; see `allocation.allocate`.
+        dtype: safetensors dtype before quantising.
+        shape: shape of the tensor.
+        format: the block format; None: the tensor is kept as it is.
+        sensitivity: the layer's sensitivity by which the format was chosen, see `allocation.allocate`; else None.
     """
 
     dtype: str
@@ -52,21 +52,21 @@ class Plan:
 
 
 class ContainerWriter:
-    """Writes one container; use as a context manager and call `finish`, else no file appears.
+    """Writes one container. Use it as a context manager and call `finish`; otherwise no file appears.
 
-    The header comes first in the file, but lists sizes known last. So space for the longest possible header is reserved
-    (spaces fill what is left of it), kept tensors, whose sizes are known, follow, then the quantised ones as they come.
+    The header precedes the data, but its sizes are known last. Space for the longest possible header is therefore
+    reserved, and padded with spaces. Kept tensors, whose sizes are known, follow, then quantised ones in any order.
 
     Args:
         path: the file to write.
         plans: every tensor by its original name.
-        facts: what the header says about the whole.
+        facts: what the header records about the model as a whole.
         extra: further metadata, such as `workflow` and `prompt`.
         overwrite: whether an existing file may be replaced.
 
     Raises:
-        NFQError: a name is taken by the format, a name or fact is none that JSON in UTF-8 can hold, the header would
-            exceed 4 MiB, or the file cannot be written.
+        NFQError: a tensor has a reserved name, a name or fact cannot be written as UTF-8 JSON, the header would exceed
+            4 MiB, or the file cannot be written.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class ContainerWriter:
         extra: Mapping[str, str] | None = None,
         overwrite: bool = False,
     ) -> None:
-        taken = next((key for key in plans if key.startswith(PREFIX)), None)
-        if taken is not None:
-            raise NFQError(f"tensor {taken!r} has a name that starts with {PREFIX!r}, which marks quantised tensors")
+        reserved = next((key for key in plans if key.startswith(PREFIX)), None)
+        if reserved is not None:
+            raise NFQError(f"tensor {reserved!r} has a name that starts with {PREFIX!r}, which marks quantised tensors")
         if METADATA_KEY in plans:
             raise NFQError(f"a tensor is named {METADATA_KEY!r}, which is the name of safetensors' own metadata")
         self._plans = plans
@@ -89,16 +89,16 @@ class ContainerWriter:
         self._quantized: dict[str, dict] = {}
         self._kept: dict[str, str] = {}
         try:
-            # What our reader would refuse must not be written.
+            # Do not write what the reader would refuse.
             parse_json(self._facts_text({}, {}))
             self._reserved = self._longest_header()
         except (TypeError, ValueError, RecursionError) as error:
-            raise NFQError(f"{path}: a name or setting cannot stand in the header: {error}") from None
+            raise NFQError(f"{path}: a name or setting cannot be written to the header: {error}") from None
         if self._reserved > MAX_CONTAINER_HEADER_BYTES:
-            way_out = "leave out the workflow" if self._extra else "there are too many tensors"
+            advice = "leave out the workflow" if self._extra else "there are too many tensors"
             raise NFQError(
                 f"{path}: the header may need {self._reserved:,} bytes of the {MAX_CONTAINER_HEADER_BYTES:,} allowed; "
-                f"{way_out}"
+                f"{advice}"
             )
         self._entries = aligned_entries(
             {key: (plan.dtype, plan.shape) for key, plan in plans.items() if not plan.format}
@@ -115,7 +115,7 @@ class ContainerWriter:
     def write_kept(self, key: str, pieces: Iterable[bytes | memoryview]) -> None:
         """Write a tensor as it is, given as consecutive pieces of its bytes.
 
-        A tensor that was planned to be quantised may be kept instead; it then stands behind what was written before.
+        A tensor that was planned to be quantised may be kept instead; it is then appended to the data written so far.
         """
         if key not in self._entries:
             plan = self._plans[key]
@@ -138,19 +138,19 @@ class ContainerWriter:
 
     @property
     def quantized_keys(self) -> list[str]:
-        """Original names of the tensors written quantised so far."""
+        """Original names of the quantised tensors written so far."""
         return list(self._quantized)
 
     @property
     def file_bytes(self) -> int:
-        """Size of the file with what is written so far."""
+        """Size of the file with all data written so far."""
         return self._reserved + self._end
 
     def finish(self, facts: Facts | None = None) -> int:
-        """Write the header, make the file durable and visible.
+        """Write the header, flush the file and rename it to its target.
 
         Args:
-            facts: in place of those given at first, its texts no longer than theirs.
+            facts: replacement for the facts given before; its text must not be longer.
 
         Returns:
             Size of the file in bytes.
@@ -181,7 +181,7 @@ class ContainerWriter:
         return json.dumps(facts, separators=(",", ":"), ensure_ascii=False)
 
     def _longest_header(self) -> int:
-        """Bytes of the header if every number in it took as many digits as it possibly can."""
+        """Bytes of the header if every number in it had as many digits as possible."""
         bound = {
             key: [max_frame_bytes(end - start) for start, end in frame_spans(plan.format.sections(prod(plan.shape)))]
             for key, plan in self._plans.items()

@@ -1,1 +1,1 @@
-"""Levels, scales and codes for one weight: how a dense weight becomes a packed one."""
+"""Quantisation of one weight: fitting levels, and choosing scales and codes."""

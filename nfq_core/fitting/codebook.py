@@ -1,4 +1,4 @@
-"""Fitting the levels of one tensor: Lloyd's algorithm on a sample of its blocks, under searched scales."""
+"""Fitting the levels of one tensor: Lloyd's algorithm on a sample of its blocks, with searched scales."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from ..packed.formats import BLOCK, BlockFormat
 from .search import BlockQuantizer, ScaleGrid, largest_magnitudes
 
 STORED_BITS = {32: 4.93, 24: 4.50, 16: 3.915, 12: 3.49, 7: 2.78}
-"""Bits per code on disk, at each number of levels, that the codes of Gaussian weights do not exceed.
+"""Limit of bits per code on disk, by number of levels: what the codes of Gaussian weights take.
 
-Weights with lighter tails use all levels about equally often, which no entropy coder can shorten. 256 levels are for
-layers whose size matters least, and have no limit.
+Weights with lighter tails use all levels almost equally often, which no entropy coder can shorten. 256 levels have no
+limit: they are for layers whose size matters least.
 """
 
 RATE_ROUNDS = 10
-"""Rounds of Lloyd's algorithm for each price tried."""
+"""Rounds of Lloyd's algorithm per price."""
 
 PRICE_STEPS = 5
-"""Bisections of the price per bit."""
+"""Bisection steps for the price per bit."""
 
-
-LEAST_ERROR = 1e-12
-"""Errors below this, in the units of `Codebook.error`, are rounding."""
+MIN_ERROR = 1e-12
+"""Lower bound of `Codebook.error`; anything smaller is rounding noise."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,9 @@ class Effort:
     """How much work fitting may take.
 
     Args:
-        sample_blocks: blocks sampled from a tensor.
+        sample_blocks: number of blocks sampled from a tensor.
         rounds: rounds of Lloyd's algorithm.
-        limit_size: whether codes are held to STORED_BITS, by entropy-constrained fitting.
+        limit_size: whether codes must stay within STORED_BITS, by entropy-constrained fitting.
     """
 
     sample_blocks: int
@@ -48,7 +47,7 @@ EFFORTS = {"fast": Effort(2048, 8, False), "best": Effort(16384, 40, True)}
 
 
 def effort_by_name(name: str) -> Effort:
-    """The effort named `name`; ValueError for none of EFFORTS."""
+    """Look up one of EFFORTS; ValueError for any other name."""
     if name not in EFFORTS:
         raise ValueError(f"effort must be one of {', '.join(EFFORTS)}, got {name!r}")
     return EFFORTS[name]
@@ -59,10 +58,10 @@ class Codebook:
     """Levels fitted to a tensor.
 
     Args:
-        levels: ascending, exact in fp16, fp32 of shape (n,), the largest magnitude being 1.
+        levels: ascending, fp32 of shape (n,), exact in fp16, with largest magnitude 1.
         prices: see BlockQuantizer, fp32 of shape (n,).
-        uses: how often each level was used in the sample, int64 of shape (n,).
-        error: mean squared error in the sample, in units of the blocks' largest magnitudes.
+        uses: uses of each level in the sample, int64 of shape (n,).
+        error: mean squared error in the sample, relative to the squares of the blocks' largest magnitudes.
     """
 
     levels: torch.Tensor
@@ -84,11 +83,10 @@ def fit_codebook(
     Args:
         blocks: the sample, fp32 of shape (blocks, 64), finite.
         grid: the scales that may be used.
-        fmt: the format, with so many levels.
+        fmt: a scalar format, which gives the number of levels.
         effort: how much work this may take.
         weights: number of weights of the whole tensor.
-        importance: what each weight's squared error counts, fp32 of shape (blocks, 64), about 1 in the mean; by default
-            all alike.
+        importance: factor of each weight's squared error, fp32 of shape (blocks, 64), about 1 on average; None: all 1.
     """
     largest = largest_magnitudes(blocks)
     used = largest > 0
@@ -101,12 +99,12 @@ def fit_codebook(
     if not effort.limit_size or fmt.levels not in STORED_BITS:
         return book
 
-    # Counted as in whole frames: what a small tensor's table of codes takes is the same for any levels.
-    whole = max(weights, FRAME_BYTES * fmt.coarse_digits)
+    # As if frames were full: the entropy coder's table, which dominates small tensors, costs the same for any levels.
+    counted_weights = max(weights, FRAME_BYTES * fmt.coarse_digits)
 
     def fits(candidate: Codebook) -> bool:
         uses = candidate.uses.sort(descending=True).values
-        return expected_code_bits(uses, fmt, whole) <= STORED_BITS[fmt.levels]
+        return expected_code_bits(uses, fmt, counted_weights) <= STORED_BITS[fmt.levels]
 
     return book if fits(book) else _cheapest(blocks, largest, grid, book, fits, importance)
 
@@ -119,21 +117,21 @@ def _cheapest(
     fits: Callable[[Codebook], bool],
     importance: torch.Tensor | None,
 ) -> Codebook:
-    """The codebook of least price per bit that fits: entropy-constrained quantisation (Chou et al., 1989)."""
+    """The codebook with the lowest price per bit that fits: entropy-constrained quantisation (Chou et al., 1989)."""
     low, high = 0.0, 0.25 * book.error
     while True:
-        found = _lloyd(blocks, largest, grid, book.levels, high, RATE_ROUNDS, importance)
-        if fits(found) or high > 8 * book.error:
+        best = _lloyd(blocks, largest, grid, book.levels, high, RATE_ROUNDS, importance)
+        if fits(best) or high > 8 * book.error:
             break
         low, high = high, 2 * high
     for _ in range(PRICE_STEPS):
         price = (low + high) / 2
         candidate = _lloyd(blocks, largest, grid, book.levels, price, RATE_ROUNDS, importance)
         if fits(candidate):
-            found, high = candidate, price
+            best, high = candidate, price
         else:
             low = price
-    return found
+    return best
 
 
 def _lloyd(
@@ -147,34 +145,34 @@ def _lloyd(
 ) -> Codebook:
     """Alternate between choosing scales and codes, and moving each level to the mean of its weights.
 
-    `price` is what one bit costs, in the units of `Codebook.error`. Without a price the best round counts, with one the
-    last: the objective then changes with the levels' frequencies.
+    `price` is the cost of one bit, in the unit of `Codebook.error`. Without a price, the best round is returned. With a
+    price, the last: the objective then changes between rounds, with the frequencies of the levels.
     """
     count = len(levels)
     prices = torch.zeros_like(levels)
-    counting = blocks if importance is None else blocks * importance
-    energy = float((counting.double() * blocks).sum())
+    weighted = blocks if importance is None else blocks * importance
+    energy = float((weighted.double() * blocks).sum())
     unit = float(largest.double().square().sum()) * BLOCK
     best: Codebook | None = None
     for _ in range(rounds):
         quantizer = BlockQuantizer(levels, grid, blocks.device, prices)
         scales = quantizer.scales(quantizer.scale_codes(blocks, largest, importance))
         codes = quantizer.codes(blocks, scales).view(-1)
-        # A level's error is Σ (x - level · s)² = Σ x² - 2 · level · Σ x·s + level² · Σ s² over its weights x, each term
-        # times its weight's importance.
+        # The error of a level over its weights x is Σ (x - level · s)² = Σ x² - 2 · level · Σ x·s + level² · Σ s², each
+        # term multiplied by the weight's importance.
         uses = torch.bincount(codes, minlength=count).cpu()
-        products = (counting * scales[:, None]).view(-1).double()
+        products = (weighted * scales[:, None]).view(-1).double()
         squares = scales.square()[:, None].expand_as(blocks)
         squares = (squares if importance is None else squares * importance).reshape(-1).double()
         sums = torch.bincount(codes, products, minlength=count).cpu()
         totals = torch.bincount(codes, squares, minlength=count).cpu()
         exact = levels.double()
         error = energy - 2 * (exact @ sums) + exact.square() @ totals
-        book = Codebook(levels, prices, uses, max(float(error) / unit, LEAST_ERROR))
+        book = Codebook(levels, prices, uses, max(float(error) / unit, MIN_ERROR))
         if best is None or price or book.error < best.error:
-            settled = best is not None and not price and book.error > best.error * 0.9998
+            has_converged = best is not None and not price and book.error > best.error * 0.9998
             best = book
-            if settled:
+            if has_converged:
                 break
         levels = _normalised(torch.where(totals > 0, sums / totals, exact))
         prices = -price * ((book.uses.float() + 1.0) / (book.uses.sum() + count)).log2()
@@ -182,13 +180,13 @@ def _lloyd(
 
 
 def _normalised(levels: torch.Tensor) -> torch.Tensor:
-    """Levels scaled to a largest magnitude of 1, rounded to fp16, ascending."""
+    """Levels scaled to largest magnitude 1, rounded to fp16, ascending."""
     levels = levels / levels.abs().amax().clamp_min(1e-30)
     return levels.half().float().sort().values
 
 
 def _starting_levels(blocks: torch.Tensor, count: int) -> torch.Tensor:
-    """Levels whose density is the cube root of the weights' own (Panter and Dite's rule), from a histogram."""
+    """Initial levels: their density is the cube root of the weights' density (Panter and Dite), from a histogram."""
     if not len(blocks):
         return torch.linspace(-1, 1, count, dtype=torch.float32, device="cpu").half().float()
     extremes = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True))

@@ -1,4 +1,4 @@
-"""Quantising one weight: survey it, fit levels, choose scales and codes, pack."""
+"""Quantising one weight: find the largest magnitudes, fit levels, choose scales and codes, pack."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from .trellis_feedback import TURNS, code_with_feedback
 from .trellis_fit import TRELLIS_EFFORTS, TrellisQuantizer, fit_trellis
 
 CHUNK_BLOCKS = 12 * 1024
-"""Blocks quantised at once on a CPU: temporaries of 3 MB, and a multiple of every format's blocks_per_group."""
+"""Blocks quantised at once on a CPU: temporaries of 3 MB each, and a multiple of every format's blocks_per_group."""
 
 DEVICE_CHUNK_BLOCKS = 12 * CHUNK_BLOCKS
-"""The same on other devices, where fewer launches count for more: temporaries of 38 MB, six at once in a thread."""
+"""The same on other devices, where launches are expensive: temporaries of 38 MB each, six at once per thread."""
 
 FIT_DTYPE = torch.float64
-"""What levels are fitted in; a device that lacks it cannot quantise."""
+"""Dtype in which levels are fitted; a device without it cannot quantise."""
 
 FINE_SCALES_FROM = 16
-"""Codebooks of fewer levels gain under 0.1 dB from 16 scales per octave, which cost 0.016 bits; they get 8."""
+"""Codebooks with fewer levels get 8 scales per octave: 16 would cost 0.016 bits and gain less than 0.1 dB."""
 
 MIN_LARGEST = 2.0**-12
-"""Below this largest magnitude, the smallest scale (2**-14) is too coarse for a weight."""
+"""Smallest accepted largest magnitude of a weight; below it the smallest scale, 2**-14, is too coarse."""
 
 MAX_LOST_BLOCKS = 1e-2
-"""Share of the blocks from LEAST_BLOCK up that may decode to zeros, for want of a scale as small."""
+"""Largest accepted share of blocks of at least MIN_BLOCK that decode to zeros because no scale is small enough."""
 
-LEAST_BLOCK = 2.0**-22
-"""Blocks whose largest magnitude is below this may be zeros: it is four of fp16's steps, in which weights come back."""
+MIN_BLOCK = 2.0**-22
+"""Blocks with a smaller largest magnitude may decode to zeros: it is four times the smallest step of fp16."""
 
 MIN_IMPORTANCE = 1e-3
-"""The least that an input channel counts, as a share of the mean: weights there are still rounded with some care."""
+"""Lower bound of an input channel's importance, relative to the mean, so that no channel is ignored."""
 
 Parts = Iterable[tuple[torch.Tensor, torch.Tensor]]
-"""A weight, part after part: scale codes, uint8 of shape (blocks,), and codes, uint8 of shape (blocks, 64).
+"""A quantised weight in parts: scale codes, uint8 of shape (blocks,), and codes, uint8 of shape (blocks, 64).
 
-Each but the last has as many blocks as `chunk_blocks` says.
+Every part but the last has `chunk_blocks` blocks.
 """
 
 
@@ -61,27 +61,27 @@ def quantize(
     """Quantise one weight to a block format.
 
     Args:
-        weight: fp16, bf16, fp32 or fp64, any shape, any strides.
+        weight: fp16, bf16, fp32 or fp64, any shape and strides.
         levels: size of the codebook: 32, 24, 16, 12 or 7.
-        format: one of `formats.WRITABLE_IDS`, such as "t4w8_b64"; by default the NF format of `levels` levels.
-        effort: "fast" or "best": how long levels are fitted, and for trellis formats how many scales are tried.
-        device: where to work; by default where `weight` is. The result stays there. Its bytes are the same every
-            time on a CPU, and close to those of another device: that adds up errors and fitted levels in an order of
-            its own, which turns a few choices between almost equal scales or levels.
-        importance: E[x²] of each input channel, floating of shape (weight.shape[1],): levels and scales are chosen for
-            the least error where inputs are strong. Without effect beside `hessian`, which does better alone, and on
-            trellis formats.
-        hessian: E[x xᵀ] of the inputs, floating of shape (columns, columns) for a weight seen as (rows, columns), or a
-            `SecondMoment`: codes are chosen with error feedback, see `feedback` and `trellis_feedback`.
+        format: one of `formats.WRITABLE_IDS`, such as "t4w8_b64"; default: the NF format with `levels` levels.
+        effort: "fast" or "best": time for fitting levels and, in trellis formats, number of scales tried.
+        device: where to compute, and where the result stays; default: the device of `weight`. On a CPU the bytes are
+            reproducible. Other devices sum in another order, so a few choices between almost equal scales or levels
+            differ.
+        importance: E[x²] of each input channel, floating, shape (weight.shape[1],). Levels and scales then minimise the
+            error where inputs are strong. Ignored with `hessian`, which gives better results alone, and in trellis
+            formats.
+        hessian: E[x xᵀ] of the inputs, floating, shape (columns, columns) for a weight viewed as (rows, columns), or a
+            `SecondMoment`. Codes are then chosen with error feedback, see `feedback` and `trellis_feedback`.
 
     Returns:
-        The packed weight; zero blocks come back as exact zeros.
+        The packed weight, on `device`; zero blocks decode to exact zeros.
 
     Raises:
-        CannotQuantizeError: the weight is empty, not floating, holds NaN or Inf, is too large or small for fp16, or has
-            many blocks too far below its largest magnitude for any scale of the format.
-        ValueError: `levels`, `format` or `effort` is none of those listed, or `importance` or `hessian` does not fit
-            the weight or holds NaN, Inf or (on the diagonal) negative numbers.
+        CannotQuantizeError: the weight is empty, not floating, holds NaN or Inf, is out of fp16's range, or has too
+            many blocks far below its largest magnitude.
+        ValueError: `levels`, `format` or `effort` is not one of those listed, or `importance` or `hessian` does not
+            match the weight or holds NaN, Inf or (on the diagonal) negative numbers.
     """
     fmt = nf_format(levels) if format is None else writable_format(format)
     work = effort_by_name(effort)
@@ -107,8 +107,8 @@ def quantize(
             parts = (quantizer.encode(*chunk) for _, *chunk in _chunks(flat, largest))
         else:
             matrix = flat.view(-1, len(moment.diagonal)).float()
-            found = code_with_feedback(matrix, moment, quantizer, fitted, grid.table, fmt, TURNS[effort])
-            parts = zip(*(tensor.split(chunk_blocks(flat.device)) for tensor in found), strict=True)
+            codes = code_with_feedback(matrix, moment, quantizer, fitted, grid.table, fmt, TURNS[effort])
+            parts = zip(*(tensor.split(chunk_blocks(flat.device)) for tensor in codes), strict=True)
     else:
         columns = None
         if importance is not None and moment is None:
@@ -123,49 +123,49 @@ def quantize(
 
 
 def _refuse_lost_blocks(packed: NFTensor, largest: torch.Tensor, smallest: float) -> None:
-    """CannotQuantizeError where more than MAX_LOST_BLOCKS of the blocks from LEAST_BLOCK up decode to zeros.
+    """CannotQuantizeError if more than MAX_LOST_BLOCKS of the blocks of at least MIN_BLOCK decode to zeros.
 
     Args:
         packed: the quantised weight.
-        largest: the largest magnitude of each of its blocks before that.
-        smallest: the largest magnitude that a block has under the smallest scale; none above it is lost.
+        largest: largest magnitude of each block before quantising, fp32 of shape (blocks,).
+        smallest: the smallest scale as a magnitude of the weight; no block above it is lost.
     """
-    wanted = largest >= LEAST_BLOCK
-    count = int(wanted.sum())
-    if int((wanted & (largest < smallest)).sum()) <= MAX_LOST_BLOCKS * count:
+    counted = largest >= MIN_BLOCK
+    count = int(counted.sum())
+    if int((counted & (largest < smallest)).sum()) <= MAX_LOST_BLOCKS * count:
         return
-    found = torch.empty(packed.numel(), dtype=torch.float16, device=packed.device)
-    packed.dequantize(out=found.view(packed.shape))
-    decoded = torch.cat([largest_magnitudes(blocks) for _, blocks, _ in _chunks(found, largest)])
-    lost = int((wanted & (decoded == 0)).sum())
+    dense = torch.empty(packed.numel(), dtype=torch.float16, device=packed.device)
+    packed.dequantize(out=dense.view(packed.shape))
+    decoded = torch.cat([largest_magnitudes(blocks) for _, blocks, _ in _chunks(dense, largest)])
+    lost = int((counted & (decoded == 0)).sum())
     if lost > MAX_LOST_BLOCKS * count:
         raise CannotQuantizeError(
-            f"{lost / count:.1%} of its blocks that hold weights would decode to zeros, so far are they below its "
+            f"{lost / count:.1%} of its blocks that hold weights would decode to zeros: they are too far below its "
             f"largest magnitude, {largest.amax().item():.3g}"
         )
 
 
 def chunk_blocks(device: torch.device) -> int:
-    """How many blocks are quantised at once on a device."""
+    """Number of blocks quantised at once on a device."""
     return CHUNK_BLOCKS if device.type == "cpu" else DEVICE_CHUNK_BLOCKS
 
 
 def _column_importance(importance: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """The importance of each column of the flattened weight, fp32, 1 in the mean; none counts next to nothing."""
+    """Importance of each column of the flattened weight, fp32, 1 on average, at least MIN_IMPORTANCE."""
     relative = importance.double() / importance.double().mean().clamp_min(1e-300)
     return relative.clamp_min(MIN_IMPORTANCE).float().repeat_interleave(prod(shape[2:]))
 
 
-def _block_importance(columns: torch.Tensor | None, numbers: torch.Tensor) -> torch.Tensor | None:
-    """The importance of every weight of the blocks of these numbers, fp32 of shape (blocks, 64); None without any."""
+def _block_importance(columns: torch.Tensor | None, block_indices: torch.Tensor) -> torch.Tensor | None:
+    """Importance of every weight of some blocks, fp32 of shape (blocks, 64); None if `columns` is None."""
     if columns is None:
         return None
-    positions = numbers[:, None] * BLOCK + torch.arange(BLOCK, device=columns.device)
+    positions = block_indices[:, None] * BLOCK + torch.arange(BLOCK, device=columns.device)
     return columns[positions % len(columns)]
 
 
 def _blocks(flat: torch.Tensor, first: int, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Blocks `first` … of a flat weight in `dtype`, shape (up to `count`, 64), the last one filled up with zeros."""
+    """Up to `count` blocks of a flat weight from block `first`, in `dtype`, shape (blocks, 64), padded with zeros."""
     part = flat[first * BLOCK : (first + count) * BLOCK].to(dtype)
     missing = -part.numel() % BLOCK
     if missing:
@@ -174,14 +174,14 @@ def _blocks(flat: torch.Tensor, first: int, count: int, dtype: torch.dtype = tor
 
 
 def _chunks(flat: torch.Tensor, largest: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """For each chunk of a flat weight the number of its first block, its blocks, fp32, and their largest magnitudes."""
+    """For each chunk of a flat weight: index of its first block, its blocks in fp32, their largest magnitudes."""
     chunk = chunk_blocks(flat.device)
     for first in range(0, len(largest), chunk):
         yield first, _blocks(flat, first, chunk), largest[first : first + chunk]
 
 
 def _largest_magnitudes(flat: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude of each block, fp32 of shape (blocks,); CannotQuantizeError where fp16 does not do."""
+    """Largest magnitude of each block, fp32 of shape (blocks,); CannotQuantizeError if fp16 cannot hold the weight."""
     dtype = flat.dtype if flat.element_size() == 2 else torch.float32
     chunk = chunk_blocks(flat.device)
     largest = torch.cat(
@@ -199,17 +199,17 @@ def _largest_magnitudes(flat: torch.Tensor) -> torch.Tensor:
 def _sample(
     flat: torch.Tensor, count: int, columns: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Up to `count` blocks spread evenly over a flat weight, and their importance where there is one.
+    """Up to `count` blocks spread evenly over a flat weight, and their importance, None if `columns` is None.
 
     Both are fp32 of shape (blocks, 64).
     """
     total = -(-flat.numel() // BLOCK)
     if total <= count:
-        numbers = torch.arange(total, device=flat.device)
-        return _blocks(flat, 0, total), _block_importance(columns, numbers)
+        indices = torch.arange(total, device=flat.device)
+        return _blocks(flat, 0, total), _block_importance(columns, indices)
     whole = flat[: flat.numel() // BLOCK * BLOCK].view(-1, BLOCK)
-    numbers = torch.linspace(0, len(whole) - 1, count, dtype=torch.float64, device=flat.device).long()
-    return whole.index_select(0, numbers).float(), _block_importance(columns, numbers)
+    indices = torch.linspace(0, len(whole) - 1, count, dtype=torch.float64, device=flat.device).long()
+    return whole.index_select(0, indices).float(), _block_importance(columns, indices)
 
 
 def _scalar(
@@ -220,36 +220,36 @@ def _scalar(
     columns: torch.Tensor | None = None,
     moment: SecondMoment | None = None,
 ) -> tuple[torch.Tensor, Parts]:
-    """The levels of a codebook in the order of their codes, and a flat weight in these.
+    """Quantise a flat weight in a scalar format: the levels in the order of their codes, and the parts.
 
-    Levels are numbered from the most used to the least: levels that share a coarse digit are then about equally
-    frequent, so that the fine bits, which entropy coding cannot shorten, carry no information that it could.
+    The most used level gets code 0. Levels that share a coarse digit are then about equally frequent, so the fine bits,
+    which entropy coding does not shorten, would hardly shrink anyway.
 
     Args:
         flat: the weight.
-        largest: the largest magnitude of each block.
+        largest: largest magnitude of each block.
         grid: the scales that may be used.
         book: the levels.
-        columns: the importance of each column.
-        moment: that of the inputs, for error feedback.
+        columns: importance of each column.
+        moment: second moment of the inputs; None: no error feedback.
     """
     order = book.uses.argsort(descending=True, stable=True)
-    number_of_level = order.argsort().to(torch.uint8)
-    quantizer = BlockQuantizer(book.levels, grid, flat.device, book.prices, number_of_level)
+    code_of_level = order.argsort().to(torch.uint8)
+    quantizer = BlockQuantizer(book.levels, grid, flat.device, book.prices, code_of_level)
     if moment is None:
         parts = _rounded(flat, largest, quantizer, columns)
     else:
-        parts = _rounded_with_feedback(flat, largest, quantizer, number_of_level, moment)
+        parts = _rounded_with_feedback(flat, largest, quantizer, code_of_level, moment)
     return book.levels[order], parts
 
 
 def _rounded(
     flat: torch.Tensor, largest: torch.Tensor, quantizer: BlockQuantizer, columns: torch.Tensor | None
 ) -> Parts:
-    """A flat weight, every weight rounded to the nearest level."""
+    """The parts of a flat weight, each weight rounded to the nearest level."""
     for first, blocks, tops in _chunks(flat, largest):
-        numbers = torch.arange(first, first + len(blocks), device=flat.device)
-        scale_codes = quantizer.scale_codes(blocks, tops, _block_importance(columns, numbers))
+        indices = torch.arange(first, first + len(blocks), device=flat.device)
+        scale_codes = quantizer.scale_codes(blocks, tops, _block_importance(columns, indices))
         yield scale_codes, quantizer.codes(blocks, quantizer.scales(scale_codes))
 
 
@@ -257,18 +257,19 @@ def _rounded_with_feedback(
     flat: torch.Tensor,
     largest: torch.Tensor,
     quantizer: BlockQuantizer,
-    number_of_level: torch.Tensor,
+    code_of_level: torch.Tensor,
     moment: SecondMoment,
 ) -> Parts:
-    """A flat weight, rounded by `round_columns` as a whole."""
+    """The parts of a flat weight, rounded as a whole by `round_columns`."""
     scale_codes = torch.cat([quantizer.scale_codes(blocks, tops) for _, blocks, tops in _chunks(flat, largest)])
     weight = flat.view(-1, len(moment.diagonal)).float()
     scales = quantizer.scales(scale_codes).repeat_interleave(BLOCK)[: flat.numel()].view(weight.shape)
-    levels, boundaries, numbers = (
-        tensor.to(flat.device) for tensor in (quantizer.levels, quantizer.boundaries, number_of_level)
+    levels, boundaries, code_of_level = (
+        tensor.to(flat.device) for tensor in (quantizer.levels, quantizer.boundaries, code_of_level)
     )
     indices = round_columns(weight, scales, levels, boundaries, moment).reshape(-1)
-    codes = torch.nn.functional.pad(numbers.index_select(0, indices.int()), (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+    codes = code_of_level.index_select(0, indices.int())
+    codes = torch.nn.functional.pad(codes, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     chunk = chunk_blocks(flat.device)
     return zip(scale_codes.split(chunk), codes.split(chunk), strict=True)
 
@@ -276,15 +277,15 @@ def _rounded_with_feedback(
 def _encode(
     parts: Parts, weights: int, fmt: BlockFormat, grid: ScaleGrid, levels: torch.Tensor, device: torch.device
 ) -> torch.Tensor:
-    """The packed buffer of a weight.
+    """Build the packed buffer of a weight.
 
     Args:
-        parts: its scales and codes.
-        weights: the number of its weights.
+        parts: scale codes and codes.
+        weights: number of weights.
         fmt: the format.
         grid: the scales that were used.
-        levels: stand in the head as they are.
-        device: where the parts are, and the buffer is made.
+        levels: in the order of their numbers; stored in the head as fp16.
+        device: device of the parts and of the buffer.
     """
     sections = fmt.sections(weights)
     data = torch.zeros(sections.end, dtype=torch.uint8, device=device)

@@ -1,9 +1,9 @@
 """Choosing a scale and codes for every block, given the levels.
 
-Every block may take any scale within an octave of its largest magnitude, with either sign (a signed codebook may be
-asymmetric, cf. BOF4-S, arXiv 2505.06653). All candidates, up to 64, are rated at once: a block's weights are put on a
-fine grid, and the candidate errors of a weight are one row of a table over that grid, so that rating a block is a sum
-of 64 table rows, which torch's embedding_bag does at a few nanoseconds per weight.
+Candidates are all scales within an octave of a block's largest magnitude, with both signs, because a signed codebook
+may be asymmetric (cf. BOF4-S, arXiv 2505.06653). All candidates, up to 64, are rated at once: weights are rounded to a
+fine grid, and a table holds the error of each grid cell under each candidate. Rating a block is then a sum of 64 table
+rows, which torch's embedding_bag computes in a few nanoseconds per weight.
 """
 
 from __future__ import annotations
@@ -27,45 +27,45 @@ from ..packed.formats import (
 )
 
 SEARCH_BINS = 512
-"""Grid cells per block range when candidate scales are rated."""
+"""Grid cells for rating candidate scales, over the range of a block."""
 
 ASSIGN_BINS = 4096
-"""Grid cells over ±ASSIGN_RANGE when weights are mapped to codes: under 1/60 of the narrowest level spacing each."""
+"""Grid cells for mapping weights to codes, over ±ASSIGN_RANGE; narrower than 1/60 of the smallest level spacing."""
 
 ASSIGN_RANGE = 1.125
-"""Weights beyond this multiple of the scale get the outermost level in any case."""
+"""Multiple of the scale beyond which weights always get the outermost level."""
 
 OCTAVES_ABOVE = 15 / 16
-"""How far above a block's largest magnitude scales are searched, in octaves; as far, plus a step, below it."""
+"""Search range above a block's largest magnitude in octaves; below it, the range is one step longer."""
 
 MAX_UNSPANNED_BLOCKS = 1e-3
-"""Share of the blocks that may lie below the smallest scale of a grid, for a finer one ..."""
+"""Largest share of blocks below a grid's smallest scale with which a finer grid is still chosen ..."""
 
 MAX_UNSPANNED_ENERGY = 1e-5
-"""... and the share of the energy that those blocks may have, by their largest magnitudes."""
+"""... and the largest share of the energy in those blocks, by their largest magnitudes."""
 
 FP16_ZERO = 2.0**-25
-"""Numbers up to this are zero in fp16, which weights are decoded to: for blocks of them no scale is needed."""
+"""Largest number that rounds to zero in fp16; blocks up to this magnitude need no scale."""
 
 MAX_LIFT = 8
-"""Powers of two that weights are multiplied by, at most: smallest scales of 2**-22 name all that fp16 can hold.
+"""Largest exponent of the power of two that multiplies weights: a smallest scale of 2**-22 covers all of fp16.
 
-Levels are divided by it. Their last bit, 2**-24, is then still 1/65,536 of the largest of them.
+Levels are divided by the same power. Their last bit, 2**-24, is then still 1/65,536 of the largest level.
 """
 
 ZERO_BELOW = 1 / 8
-"""A block whose largest magnitude is below this part of the smallest scale is zero: few levels would be nearer."""
+"""A block becomes zero if its largest magnitude is below this multiple of the smallest scale: few levels are nearer."""
 
 
 @dataclass(frozen=True)
 class ScaleGrid:
-    """The scales one tensor may use.
+    """The scales that one tensor may use.
 
     Args:
-        exponent: the first argument of `scale_table`.
-        stride: the second.
-        table: what it returns, fp16 of shape (256,).
-        magnitudes: the positive scales that may be used, ascending, fp32 of shape (up to 127,).
+        exponent: see `scale_table`.
+        stride: see `scale_table`.
+        table: result of `scale_table`, fp16 of shape (256,).
+        magnitudes: the allowed positive scales, ascending, fp32 of shape (up to 127,).
     """
 
     exponent: int
@@ -75,19 +75,19 @@ class ScaleGrid:
 
     @classmethod
     def for_blocks(cls, largest: torch.Tensor, finest_stride: int = 1, ceiling: float = math.inf) -> ScaleGrid:
-        """The finest grid that spans the blocks, but for a few with next to no energy.
+        """The finest grid that spans the blocks, except a few with almost no energy.
 
         Args:
-            largest: the largest magnitude of each block, fp32 of shape (blocks,), finite.
-            finest_stride: the smallest of SCALE_STRIDES to consider.
-            ceiling: scales above this are not used.
+            largest: largest magnitude of each block, fp32 of shape (blocks,), finite.
+            finest_stride: smallest of SCALE_STRIDES to consider.
+            ceiling: largest allowed scale.
         """
         used = largest[largest > 0].double()
         top = torch.frexp(used.amax() * 2**OCTAVES_ABOVE).exponent.item() if used.numel() else 0
         for stride in SCALE_STRIDES[SCALE_STRIDES.index(finest_stride) :]:
             octaves = (SCALE_MAGNITUDES - 1) * stride // SCALE_STEPS_PER_OCTAVE
             exponent = min(max(top - 1 - octaves, FP16_MIN_EXPONENT), FP16_MAX_EXPONENT - octaves)
-            # A coarser grid reaches no further down than the normal fp16 numbers do.
+            # No grid reaches below the normal fp16 numbers.
             if _spans(exponent, used) or exponent == FP16_MIN_EXPONENT:
                 break
         table = scale_table(exponent, stride)
@@ -96,26 +96,26 @@ class ScaleGrid:
 
 
 def _spans(exponent: int, largest: torch.Tensor) -> bool:
-    """Whether blocks, all above zero, are no smaller than 2**exponent, but for a few with next to no energy."""
+    """Whether all non-zero blocks are at least 2**exponent, except a few with almost no energy."""
     below = largest[largest < 2.0**exponent].double()
     few = len(below) <= MAX_UNSPANNED_BLOCKS * len(largest)
     return bool(few and below.square().sum() <= MAX_UNSPANNED_ENERGY * largest.double().square().sum())
 
 
 def grid_and_factor(largest: torch.Tensor, finest_stride: int = 1) -> tuple[ScaleGrid, float]:
-    """A grid of scales for a weight times a factor, a power of two; its levels are to be divided by the factor.
+    """Choose a scale grid and a power of two that multiplies the weight; its levels must be divided by that factor.
 
-    Scales are normal fp16 numbers, 2**-14 and up, and weights may be smaller or larger. The factor is 1 where these
-    scales span the blocks.
+    Scales are normal fp16 numbers from 2**-14 up, but weights may be smaller or larger. The factor is 1 if a grid spans
+    the blocks as they are.
 
     Args:
-        largest: the largest magnitude of each block, fp32 of shape (blocks,), none beyond fp16.
+        largest: largest magnitude of each block, fp32 of shape (blocks,), within fp16's range.
         finest_stride: see `ScaleGrid.for_blocks`.
     """
     largest = largest.masked_fill(largest <= FP16_ZERO, 0)
     grid = ScaleGrid.for_blocks(largest, finest_stride)
     if largest.amax() > grid.magnitudes[-1]:
-        # fp16 numbers beyond the largest scale: half the weights, twice the levels, and no product beyond fp16.
+        # Weights above the largest scale: halve them and double the levels; the ceiling keeps products within fp16.
         return ScaleGrid.for_blocks(largest / 2, finest_stride, torch.finfo(torch.float16).max / 2), 0.5
     used = largest[largest > 0]
     lift = 0
@@ -132,50 +132,52 @@ def largest_magnitudes(blocks: torch.Tensor) -> torch.Tensor:
         blocks: fp32, or a dtype of 16 bits, of shape (blocks, 64).
     """
     if blocks.element_size() == 2:
-        # Without their signs, floats are in the order of their bits, which fewer bytes have to be moved for.
+        # Floats without their sign sort like their bits; int16 moves fewer bytes than fp32.
         return blocks.view(torch.int16).bitwise_and(0x7FFF).amax(dim=1).view(blocks.dtype).float()
     return blocks.abs().amax(dim=1)
 
 
 @cached_tensor
 def _steps_of_mantissa(device: torch.device) -> torch.Tensor:
-    """Which scale of an octave, of SCALE_STEPS_PER_OCTAVE, lies at or below a mantissa of ten bits; int32, (1024,)."""
+    """For every mantissa of ten bits, the index of an octave's largest scale that is not above it; int32, (1024,)."""
     mantissas = torch.tensor(SCALE_MANTISSAS, device="cpu")
     steps = torch.bucketize(torch.arange(1024, device="cpu"), mantissas, right=True) - 1
     return steps.int().to(device)
 
 
 def _centres(bins: int, limit: float) -> torch.Tensor:
-    """The centres of so many grid cells over ±limit, fp32 of shape (bins,) on the CPU."""
+    """Centres of `bins` grid cells over ±limit, fp32 of shape (bins,) on the CPU."""
     return (torch.arange(bins, dtype=torch.float32, device="cpu") + 0.5) * (2 * limit / bins) - limit
 
 
-def mark(errors: torch.Tensor, numbers: torch.Tensor, mask: int) -> torch.Tensor:
-    """Errors in whose last bits stands a number of theirs, in place: int32 of the same shape.
+def store_index_in_low_bits(errors: torch.Tensor, indices: torch.Tensor, mask: int) -> torch.Tensor:
+    """Overwrite the low bits of each error with its index, in place, so that `amin` also yields the index.
 
-    Errors are not negative and so in the order of their bits: the least of them then names itself, several times faster
-    than argmin would.
+    Non-negative floats sort like their bits read as integers. This is several times faster than `argmin`.
 
     Args:
         errors: fp32, none negative.
-        numbers: int32 that `errors` can be broadcast with.
-        mask: the bits that numbers may have.
+        indices: int32, broadcastable to `errors`.
+        mask: the bits that an index may occupy.
+
+    Returns:
+        int32 of the shape of `errors`, sharing its memory.
     """
-    return errors.view(torch.int32).bitwise_and_(~mask).bitwise_or_(numbers)
+    return errors.view(torch.int32).bitwise_and_(~mask).bitwise_or_(indices)
 
 
 class BlockQuantizer:
-    """Chooses scale codes and codes for blocks, given levels and a grid of scales, on one device.
+    """Chooses scale codes and codes for blocks, given levels and a scale grid, on one device.
 
-    Once it is made, nothing here waits for a device other than the CPU.
+    Methods do not synchronise with devices other than the CPU.
 
     Args:
-        levels: ascending levels, fp32 of shape (n,) on the CPU, the largest magnitude being 1.
+        levels: ascending, fp32 of shape (n,) on the CPU, with largest magnitude 1.
         grid: the scales that may be used.
-        device: where the blocks are.
-        prices: added to the squared error, in units of a block's largest magnitude squared, wherever a level is used;
-            fp32 of shape (n,), none negative. By default the error alone counts.
-        numbers: the code of each level, uint8 of shape (n,); by default its index.
+        device: device of the blocks.
+        prices: added to the squared error of a weight that uses the level, in units of the block's largest magnitude
+            squared; fp32 of shape (n,), none negative; default: all 0.
+        code_of_level: the code of each level, uint8 of shape (n,); by default its index.
     """
 
     def __init__(
@@ -184,7 +186,7 @@ class BlockQuantizer:
         grid: ScaleGrid,
         device: torch.device,
         prices: torch.Tensor | None = None,
-        numbers: torch.Tensor | None = None,
+        code_of_level: torch.Tensor | None = None,
     ) -> None:
         self.levels = levels
         self.grid = grid
@@ -195,42 +197,42 @@ class BlockQuantizer:
         self._magnitudes = grid.magnitudes.to(device)
         self._table = grid.table.float().to(device)
         self._errors = self._candidate_errors().to(device)
-        # Index of a block's greatest scale no larger than itself, plus this, is the scale code of each candidate.
+        # The scale code of a candidate is `_base` (index of the largest magnitude not above the block's) plus this.
         self._code_steps = torch.cat([self._offsets + 1, self._offsets + 129]).int().to(device)
-        self._numbers = torch.arange(len(self._code_steps), dtype=torch.int32, device=device)
-        self._number_mask = (1 << (len(self._numbers) - 1).bit_length()) - 1
+        self._candidate_ids = torch.arange(len(self._code_steps), dtype=torch.int32, device=device)
+        self._id_mask = (1 << (len(self._candidate_ids) - 1).bit_length()) - 1
         self._off_grid = self._off_grid_errors().to(device)
         codes = torch.bucketize(_centres(ASSIGN_BINS, ASSIGN_RANGE), self.boundaries)
-        self._code_of_bin = (codes.to(torch.uint8) if numbers is None else numbers[codes]).to(device)
+        self._code_of_bin = (codes.to(torch.uint8) if code_of_level is None else code_of_level[codes]).to(device)
 
     @property
     def boundaries(self) -> torch.Tensor:
-        """Between which values each level is the cheapest, ascending, fp32 of shape (n - 1,)."""
+        """Decision boundaries between neighbouring levels, prices included; ascending, fp32 of shape (n - 1,)."""
         gaps = (self.levels[1:] - self.levels[:-1]).clamp_min(1e-6)
         middles = (self.levels[1:] + self.levels[:-1]) / 2
         return (middles + (self.prices[1:] - self.prices[:-1]) / (2 * gaps)).cummax(0).values
 
     def _candidate_errors(self) -> torch.Tensor:
-        """Error and price of a weight at each grid cell under each candidate scale, fp32 (SEARCH_BINS, candidates)."""
+        """Squared error plus price at each grid cell under each candidate scale, fp32 (SEARCH_BINS, candidates)."""
         centres = _centres(SEARCH_BINS, self._range)
         ratios = 2.0 ** (self._offsets.double() * self.grid.stride / SCALE_STEPS_PER_OCTAVE)
         scaled = (centres.double()[:, None] / ratios).float()
         codes = torch.bucketize(scaled, self.boundaries)
         errors = (scaled - self.levels[codes]).square() * ratios.square().float() + self.prices[codes]
-        # The grid is symmetric: under a negative scale a weight errs as its negative does under the positive one.
+        # The grid is symmetric: a weight has the same error under a negative scale as its negative under the positive.
         return torch.cat([errors, errors.flip(0)], dim=1)
 
     def _off_grid_errors(self) -> torch.Tensor:
-        """Infinite where a candidate's scale is not in the grid, else 0: fp32 of shape (magnitudes, candidates)."""
+        """Infinity where a candidate's scale is not in the grid, else 0; fp32 of shape (magnitudes, candidates)."""
         count = len(self.grid.magnitudes)
         index = torch.arange(count, device="cpu")[:, None] + self._offsets.repeat(2)
         errors = torch.zeros(index.shape, dtype=torch.float32, device="cpu")
         return errors.masked_fill_((index < 0) | (index >= count), math.inf)
 
     def _base(self, largest: torch.Tensor) -> torch.Tensor:
-        """Index of the greatest magnitude of the grid no larger than a block's own, else 0; int32 of shape (blocks,).
+        """Index of the grid's largest magnitude not above each block's own, else 0; int32 of shape (blocks,).
 
-        Scales are fp16 numbers: an fp32 number is at least as large if its first ten mantissa bits say so.
+        Scales are fp16, so exponent and first ten mantissa bits of an fp32 number suffice for the comparison.
         """
         bits = largest.view(torch.int32)
         steps = _steps_of_mantissa(bits.device).index_select(0, (bits >> 13) & 1023)
@@ -240,13 +242,12 @@ class BlockQuantizer:
     def scale_codes(
         self, blocks: torch.Tensor, largest: torch.Tensor, importance: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The scale code of least squared error, prices included, for each block.
+        """The scale code with the smallest squared error, prices included, for each block.
 
         Args:
             blocks: fp32 of shape (blocks, 64).
             largest: their largest magnitudes, fp32 of shape (blocks,).
-            importance: what each weight's squared error counts, fp32 of shape (blocks, 64), none negative; by default
-                all alike.
+            importance: factor of each weight's squared error, fp32 of shape (blocks, 64), none negative; default: 1.
 
         Returns:
             uint8 of shape (blocks,): 0 for a zero block, else 1 … 127 with bit 7 for a negative scale.
@@ -257,16 +258,17 @@ class BlockQuantizer:
         errors = embedding_bag(cells, self._errors, mode="sum", per_sample_weights=importance)
         if blocks.device.type != "cpu" or self._off_grid.index_select(0, torch.stack(base.aminmax())).any():
             errors.add_(self._off_grid.index_select(0, base))
-        best = mark(errors, self._numbers, self._number_mask).amin(dim=1).bitwise_and_(self._number_mask)
+        errors = store_index_in_low_bits(errors, self._candidate_ids, self._id_mask)
+        best = errors.amin(dim=1).bitwise_and_(self._id_mask)
         codes = self._code_steps.index_select(0, best).add_(base).to(torch.uint8)
         return codes.masked_fill_(largest < ZERO_BELOW * self.grid.magnitudes[0], 0)
 
     def scales(self, scale_codes: torch.Tensor) -> torch.Tensor:
-        """The scales that scale codes name, fp32 of shape (blocks,)."""
+        """The scales of scale codes, fp32 of shape (blocks,)."""
         return self._table.index_select(0, scale_codes.int())
 
     def codes(self, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """The code of the nearest level (prices considered) for every weight, uint8 of shape (blocks, 64)."""
+        """The code of the nearest level, prices included, for every weight; uint8 of shape (blocks, 64)."""
         inverse = torch.where(scales == 0, 0.0, ASSIGN_BINS / (2 * ASSIGN_RANGE) / scales)
         cells = (blocks * inverse[:, None]).add_(ASSIGN_BINS / 2).clamp_(0, ASSIGN_BINS - 1).to(torch.int32)
         return self._code_of_bin.index_select(0, cells.view(-1)).view(-1, BLOCK)

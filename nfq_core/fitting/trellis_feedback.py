@@ -1,10 +1,10 @@
-"""Codes for a trellis format with error feedback: block after block, then each block again in view of all others.
+"""Codes for a trellis format with error feedback: a first pass over the blocks, then each block is searched again.
 
-As in GPTQ, what a weight loses is made up for by the weights of its row still to come. Between blocks that is a matrix
-product (block LDLQ, QTIP, arXiv 2406.11235); within a block every survivor of the Viterbi search has lost something
-else, and is given targets of its own (per-survivor processing, Raheli, Polydoros and Tzou 1995). The trellis fixes the
-order in which that happens. So each block is then searched again, starting elsewhere on its circle, while the others
-stand; what lowers the error of the layer's output is taken.
+As in GPTQ, later weights of a row compensate the errors of earlier ones. Between blocks, this is a matrix product
+(block LDLQ, QTIP, arXiv 2406.11235). Within a block, every survivor of the Viterbi search has different errors and gets
+its own targets (per-survivor processing, Raheli, Polydoros and Tzou 1995). The trellis fixes the order of weights, so
+each block is then searched again from another start on its circle, with all other blocks fixed. The new codes are kept
+if they lower the error of the layer's output.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ import torch
 
 from ..packed.formats import BLOCK, BlockFormat
 from .feedback import DAMPING, MAX_COLUMNS, SecondMoment, inverse_factor, relative_moment
-from .search import mark
+from .search import store_index_in_low_bits
 from .trellis import CACHED_BYTES, DEVICE_BYTES, lead_steps
 from .trellis_fit import TrellisQuantizer, level_numbers
 
 GROUP = 8
-"""Steps between two times when a survivor's whole history is put in order; in between, only the last ones are."""
+"""Steps after which each survivor's whole history is reordered; in between, only the steps since then are."""
 
 TURNS = {"fast": (16,), "best": (16, 32, 48, 0)}
-"""By effort, how often blocks are searched again, and by how many places each is turned on its circle for it."""
+"""By effort, the rotation of a block on its circle, in weights, for each further search."""
 
 
 class FeedbackCoder:
-    """Chooses the codes of blocks whose weights feed one another, on one device.
+    """Chooses the codes of blocks under error feedback, on one device.
 
     Args:
-        levels: in the order of their numbers, fp32 of shape (fmt.levels,).
+        levels: by level number, fp32 of shape (fmt.levels,).
         fmt: a trellis format.
-        device: where the blocks are.
+        device: device of the blocks.
     """
 
     def __init__(self, levels: torch.Tensor, fmt: BlockFormat, device: torch.device) -> None:
@@ -52,17 +52,16 @@ class FeedbackCoder:
     def encode(
         self, values: torch.Tensor, importance: torch.Tensor, gains: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The codes of least squared error, by importance, under feedback, nearly.
+        """Choose codes with nearly the smallest sum of weighted squared errors under feedback.
 
         Args:
             values: weights divided by their blocks' scales, fp32 of shape (blocks, 64).
-            importance: what a squared error counts at each place of a block, fp32 of shape (64,), above 0.
-            gains: what is taken off the later value j for an error of 1 at i, fp32 of shape (64, 64), above the
-                diagonal.
+            importance: factor of the squared error at each position of a block, fp32 of shape (64,), positive.
+            gains: entry (i, j) is subtracted from value j for an error of 1 at position i < j; fp32 of shape (64, 64),
+                strictly upper triangular.
 
         Returns:
-            The codes, uint8 of shape (blocks, 64), and the errors, fp32 of the same shape: of each value, less what was
-            taken off it, to its level.
+            The codes, uint8 of shape (blocks, 64), and the errors after subtraction (value - level), fp32, same shape.
         """
         roots = importance.sqrt()
         parts = [self._encode(part.t().contiguous(), roots, gains) for part in values.split(self._chunk)]
@@ -72,19 +71,19 @@ class FeedbackCoder:
     def _encode(
         self, steps: torch.Tensor, roots: torch.Tensor, gains: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`encode` for one chunk, values and results by steps; `roots` are those of the importance.
+        """`encode` for one chunk, transposed; `roots` are the square roots of the importance.
 
-        A search around the start without feedback finds the state there, as in `TrellisCoder`.
+        A search around the start, without feedback, finds the state there, as in `TrellisCoder`.
         """
         lead = self._lead
         around = torch.cat([steps[-lead:], steps[:lead]])
         free = torch.zeros(self._states, steps.shape[1], dtype=torch.float32, device=steps.device)
         costs, leaving, _ = self._forward(around, torch.cat([roots[-lead:], roots[:lead]]), None, free)
-        start = self._back(leaving[lead:], costs.argmin(dim=0))
+        start = self._backtrack(leaving[lead:], costs.argmin(dim=0))
         only_start = torch.full_like(free, math.inf).scatter_(0, start.unsqueeze(0), 0.0)
         _, leaving, history = self._forward(steps, roots, gains, only_start)
         codes = torch.empty(steps.shape, dtype=torch.uint8, device=steps.device)
-        self._back(leaving, start, codes)
+        self._backtrack(leaving, start, codes)
         return codes, history.gather(1, start.expand(BLOCK, 1, -1)).squeeze(1)
 
     def _forward(
@@ -95,12 +94,12 @@ class FeedbackCoder:
         Args:
             steps: the values, fp32 of shape (steps, blocks).
             roots: square roots of the importance, fp32 of shape (steps,).
-            gains: see `encode`; None: there is no feedback, and the histories are not put in order.
-            costs: those before the first step, fp32 of shape (states, blocks).
+            gains: see `encode`; None: no feedback, and no valid history.
+            costs: costs before the first step, fp32 of shape (states, blocks).
 
         Returns:
-            The costs after the last step; of the survivor in each state after each step, the bits that left the window,
-            uint8 of shape (steps, states, blocks); and the errors on its way, fp32 of the same shape.
+            The costs after the last step; the code that left the window, for the survivor in each state after each
+            step, uint8 of shape (steps, states, blocks); the errors on each final survivor's path, fp32, same shape.
         """
         fmt, states, (count, blocks) = self._format, self._states, steps.shape
         leaving = torch.empty(count, states, blocks, dtype=torch.uint8, device=steps.device)
@@ -125,25 +124,25 @@ class FeedbackCoder:
                 levels = (self._levels * roots[step]).view(states, fmt.codes, 1)
                 torch.sub((target * roots[step]).unsqueeze(1), levels, out=by_last)
                 torch.addcmul(costs.unsqueeze(1), by_last, by_last, out=by_last)
-                best = mark(by_next, self._leaving, mask).amin(dim=0)
+                best = store_index_in_low_bits(by_next, self._leaving, mask).amin(dim=0)
                 costs = (best & ~mask).view(torch.float32)
                 best &= mask
                 leaving[step] = best
                 if gains is None:
                     continue
                 numbers = best * states + self._next
-                ways = ((numbers >> fmt.code_bits) * blocks + columns).view(-1)
+                predecessors = ((numbers >> fmt.code_bits) * blocks + columns).view(-1)
                 reached = self._levels.index_select(0, numbers.view(-1))
                 if i:
-                    recent[:i] = recent[:i].view(i, -1).index_select(1, ways).view(i, states, blocks)
-                recent[i] = (target.reshape(-1).index_select(0, ways) - reached).view(states, blocks)
-                origin = ways if origin is None else origin.index_select(0, ways)
+                    recent[:i] = recent[:i].view(i, -1).index_select(1, predecessors).view(i, states, blocks)
+                recent[i] = (target.reshape(-1).index_select(0, predecessors) - reached).view(states, blocks)
+                origin = predecessors if origin is None else origin.index_select(0, predecessors)
             if gains is not None and first:
                 history[:first] = history[:first].view(first, -1).index_select(1, origin).view(first, states, blocks)
         return costs, leaving, history
 
-    def _back(self, leaving: torch.Tensor, state: torch.Tensor, codes: torch.Tensor | None = None) -> torch.Tensor:
-        """The state before the first step of the survivor in a last state; its codes are written to `codes`."""
+    def _backtrack(self, leaving: torch.Tensor, state: torch.Tensor, codes: torch.Tensor | None = None) -> torch.Tensor:
+        """The state before the first step on the path to a final state; writes the path's codes to `codes`."""
         for step in reversed(range(len(leaving))):
             number = leaving[step].gather(0, state.unsqueeze(0)).squeeze(0).long() * self._states + state
             if codes is not None:
@@ -154,14 +153,14 @@ class FeedbackCoder:
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Weights of a row that feed one another.
+    """Consecutive weights of a row that exchange feedback.
 
     Args:
-        start: the first one's place in a line.
-        stop: the place after the last one.
-        moment: second moment of their inputs, in any unit, damped, fp32.
+        start: position of the first one in its line.
+        stop: position after the last one.
+        moment: damped second moment of their inputs in an arbitrary unit, fp32.
         gains: see `FeedbackCoder.encode`.
-        importance: likewise.
+        importance: see `FeedbackCoder.encode`.
     """
 
     start: int
@@ -172,7 +171,7 @@ class _Stretch:
 
 
 def _feedback(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gains and importance by a second moment, see `FeedbackCoder.encode`."""
+    """Gains and importance for `FeedbackCoder.encode`, from a second moment."""
     factor = inverse_factor(moment)
     diagonal = factor.diagonal().clone()
     return (factor / diagonal[:, None]).triu_(1), diagonal.square().reciprocal()
@@ -187,67 +186,69 @@ def code_with_feedback(
     fmt: BlockFormat,
     turns: tuple[int, ...],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and codes of a weight's blocks, chosen for the least error of its layer's output.
+    """Choose scales and codes that minimise the error of the layer's output.
 
-    Rows are taken together in *lines*, as many in each as make whole blocks.
+    A *line* is the smallest number of consecutive rows that consists of whole blocks.
 
     Args:
         weight: fp32 of shape (rows, columns).
-        moment: that of the inputs.
-        quantizer: chooses a block's scale, by the values that feedback has left it.
-        levels: its levels.
-        table: the scale of each scale code, floating of shape (256,).
-        fmt: its format.
-        turns: by how many places a block is turned, each time that it is searched again.
+        moment: second moment of the inputs.
+        quantizer: chooses the scale of a block after feedback.
+        levels: by level number, fp32 of shape (fmt.levels,).
+        table: the scale of each scale code, floating, shape (256,).
+        fmt: a trellis format.
+        turns: see TURNS.
 
     Returns:
         The scale codes, uint8 of shape (blocks,), and the codes, uint8 of shape (blocks, 64).
     """
     rows, columns = weight.shape
-    together = BLOCK // math.gcd(columns, BLOCK)
-    lines = torch.nn.functional.pad(weight, (0, 0, 0, -rows % together)).reshape(-1, together * columns)
+    rows_per_line = BLOCK // math.gcd(columns, BLOCK)
+    lines = torch.nn.functional.pad(weight, (0, 0, 0, -rows % rows_per_line)).reshape(-1, rows_per_line * columns)
     coder = FeedbackCoder(levels, fmt, weight.device)
     table = table.to(weight.device).float()
     scale_codes, codes = [], []
-    for stretches in _stretches(columns, together, moment, weight.device):
+    for stretches in _stretches(columns, rows_per_line, moment, weight.device):
         part = lines[:, stretches[0].start : stretches[-1].stop]
-        found = _Lines(part, stretches, coder, table, fmt, levels)
-        found.first_pass(quantizer)
+        search = _Lines(part, stretches, coder, table, fmt, levels)
+        search.first_pass(quantizer)
         for turn in turns:
-            found.search_again(turn)
-        scale_codes.append(found.scale_codes)
-        codes.append(found.codes)
+            search.search_again(turn)
+        scale_codes.append(search.scale_codes)
+        codes.append(search.codes)
     blocks = -(-weight.numel() // BLOCK)
     return torch.cat(scale_codes, dim=1).view(-1)[:blocks], torch.cat(codes, dim=1).view(-1, BLOCK)[:blocks]
 
 
-def _stretches(columns: int, together: int, moment: SecondMoment, device: torch.device) -> Iterator[list[_Stretch]]:
-    """The stretches of a line, those at a time that share no block with later ones."""
-    waiting = []
-    kept: dict[int, tuple[torch.Tensor, ...]] = {}
-    for row in range(together):
+def _stretches(
+    columns: int, rows_per_line: int, moment: SecondMoment, device: torch.device
+) -> Iterator[list[_Stretch]]:
+    """The stretches of a line, in groups that share no block with later groups."""
+    group = []
+    cache: dict[int, tuple[torch.Tensor, ...]] = {}
+    for row in range(rows_per_line):
         for first in range(0, columns, MAX_COLUMNS):
             last = min(first + MAX_COLUMNS, columns)
-            if first not in kept:
+            if first not in cache:
                 matrix = relative_moment(moment, first, last, device)
                 gains, importance = _feedback(matrix)
                 matrix.diagonal().add_(DAMPING * matrix.diagonal().mean())
-                kept[first] = matrix, gains, importance
-            waiting.append(_Stretch(row * columns + first, row * columns + last, *kept[first]))
-            if together == 1:
-                # No other row follows that would need them.
-                kept.clear()
-            if not waiting[-1].stop % BLOCK:
-                yield waiting
-                waiting = []
+                cache[first] = matrix, gains, importance
+            group.append(_Stretch(row * columns + first, row * columns + last, *cache[first]))
+            if rows_per_line == 1:
+                # No further row needs them.
+                cache.clear()
+            if not group[-1].stop % BLOCK:
+                yield group
+                group = []
 
 
 class _Lines:
-    """Lines of blocks while their codes are chosen; places are counted from the first stretch's start.
+    """The search state of some blocks in all lines; positions count from the first stretch's start.
 
     Args:
-        values: fp32 of shape (lines, places).
-        stretches: of which a line consists.
+        values: the weights, fp32 of shape (lines, positions).
+        stretches: a group of stretches that covers these positions.
     """
 
     def __init__(
@@ -272,12 +273,12 @@ class _Lines:
         self._errors = torch.empty_like(values)
 
     def first_pass(self, quantizer: TrellisQuantizer) -> None:
-        """Choose scale and codes of one block after the other."""
-        left = self._values.clone()
+        """Choose scale and codes of one block after another."""
+        targets = self._values.clone()
         for block in range(self.codes.shape[1]):
             place = slice(block * BLOCK, (block + 1) * BLOCK)
-            values = left[:, place].contiguous()
-            gains, importance = left.new_zeros(BLOCK, BLOCK), left.new_empty(BLOCK)
+            values = targets[:, place].contiguous()
+            gains, importance = targets.new_zeros(BLOCK, BLOCK), targets.new_empty(BLOCK)
             for stretch, inside, own in self._pieces(block):
                 gains[inside, inside] = stretch.gains[own, own]
                 importance[inside] = stretch.importance[own]
@@ -285,13 +286,13 @@ class _Lines:
             scales = self._scales(block)
             codes, errors = self._coder.encode(_divided(values, scales), importance, gains)
             errors = torch.where(scales == 0, values, errors * scales)
-            self._take(block, codes, torch.ones_like(scales[:, 0], dtype=torch.bool))
+            self._accept(block, codes, torch.ones_like(scales[:, 0], dtype=torch.bool))
             for stretch, inside, own in self._pieces(block):
                 behind = slice(place.start + inside.stop, stretch.stop - self._offset)
-                left[:, behind] -= errors[:, inside] @ stretch.gains[own, own.stop :]
+                targets[:, behind] -= errors[:, inside] @ stretch.gains[own, own.stop :]
 
     def search_again(self, turn: int) -> None:
-        """Choose the codes of each block again, all others being as they are, and take those that do better."""
+        """Choose each block's codes again, rotated by `turn`, and keep them where the output's error decreases."""
         order = torch.arange(BLOCK, device=self._values.device).roll(-turn)
         for block in range(self.codes.shape[1]):
             place = slice(block * BLOCK, (block + 1) * BLOCK)
@@ -305,16 +306,16 @@ class _Lines:
             pull = pull - before @ moment
             turned = moment[order][:, order]
             gains, importance = _feedback(turned)
-            # The error that the others' would want of this block, were it free; where there is none, nothing is taken.
+            # The real-valued error of this block that best compensates the others; if unsolvable, NaN makes `gain` NaN.
             wanted = torch.linalg.solve_ex(moment, pull.T).result.T
             values = _divided(self._values[:, place] + wanted, scales)
             codes = self._coder.encode(values[:, order], importance, gains)[0].roll(turn, dims=1)
             after = self._values[:, place] - self._decoded(codes, scales)
             gain = ((before @ moment + 2 * pull) * before - (after @ moment + 2 * pull) * after).sum(dim=1)
-            self._take(block, codes, gain > 0)
+            self._accept(block, codes, gain > 0)
 
     def _pieces(self, block: int) -> Iterator[tuple[_Stretch, slice, slice]]:
-        """The stretches that a block shares places with, and where these are in the block and in the stretch."""
+        """Each stretch that overlaps a block, and the overlap as slices of the block and of the stretch."""
         first = block * BLOCK + self._offset
         for stretch in self._stretches:
             start, stop = max(first, stretch.start), min(first + BLOCK, stretch.stop)
@@ -333,8 +334,8 @@ class _Lines:
         numbers = level_numbers(codes, self._format)
         return self._levels.index_select(0, numbers).view(codes.shape) * scales
 
-    def _take(self, block: int, codes: torch.Tensor, better: torch.Tensor) -> None:
-        """Let a block have these codes in the lines where they are better."""
+    def _accept(self, block: int, codes: torch.Tensor, better: torch.Tensor) -> None:
+        """Set a block's codes in the lines where `better` is true."""
         place = slice(block * BLOCK, (block + 1) * BLOCK)
         errors = self._values[:, place] - self._decoded(codes, self._scales(block))
         self._errors[:, place] = torch.where(better[:, None], errors, self._errors[:, place])
@@ -342,5 +343,5 @@ class _Lines:
 
 
 def _divided(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Values in terms of their scales; 0 where the scale is."""
+    """``values / scales``; 0 where the scale is 0."""
     return values * torch.where(scales == 0, 0.0, 1 / scales)

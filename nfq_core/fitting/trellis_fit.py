@@ -1,4 +1,4 @@
-"""Fitting a trellis format to one tensor: its levels, and what scale a block gets."""
+"""Fitting a trellis format to one tensor: levels, and the usual scale of a block."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .search import ZERO_BELOW, ScaleGrid, largest_magnitudes
 from .trellis import TrellisCoder
 
 STARTING_LEVELS = Path(__file__).with_name("trellis_levels.safetensors")
-"""For each trellis format, levels fitted to Gaussian blocks, and the `ratio` (see Trellis) that goes with them."""
+"""Levels and `ratio` (see Trellis) fitted to Gaussian blocks, for each trellis format."""
 
 RATIO_STEPS = (-3, 0, 3, 6)
-"""Sixteenths of an octave by which other ratios are tried than that for Gaussian blocks; heavy tails want more."""
+"""Ratios to try, in sixteenths of an octave from the Gaussian one; heavy tails need larger ratios."""
 
 RATIO_BLOCKS = 256
-"""Blocks of the sample that ratios are tried on."""
+"""Blocks of the sample on which ratios are tried."""
 
-LEAST_REACH = 0.95
-"""No usual scale is below this part of its block's largest magnitude: it keeps outliers, and costs others nothing."""
+MIN_RELATIVE_SCALE = 0.95
+"""Lower bound of a usual scale relative to the block's largest magnitude: keeps outliers in range."""
 
 PRIOR_USES = 16
-"""A level is as hard to move as if so many weights had its starting value: few samples must not be fitted too well."""
+"""Weight of each starting level, in samples of its value: prevents overfitting where samples are few."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class TrellisEffort:
     """How much work fitting and searching may take.
 
     Args:
-        sample_blocks: blocks sampled from a tensor.
+        sample_blocks: number of blocks sampled from a tensor.
         rounds: rounds of Lloyd's algorithm.
-        scale_steps: sixteenths of an octave from a block's usual scale to those tried for it, each with both signs.
+        scale_steps: scales to try, in sixteenths of an octave from a block's usual scale, each with both signs.
     """
 
     sample_blocks: int
@@ -53,9 +53,9 @@ class Trellis:
     """Levels fitted to a tensor.
 
     Args:
-        levels: in the order of their numbers, exact in fp16, fp32 of shape (n,), the largest magnitude being 1.
-        ratio: a block's usual scale in terms of the fourth root of its weights' mean fourth power, which lies between
-            the root mean square and the largest magnitude, and serves Gaussian and heavy-tailed blocks alike.
+        levels: by level number, fp32 of shape (n,), exact in fp16, with largest magnitude 1.
+        ratio: a block's usual scale divided by the fourth root of its weights' mean fourth power. That root is between
+            the root mean square and the largest magnitude, and suits Gaussian and heavy-tailed blocks.
     """
 
     levels: torch.Tensor
@@ -66,10 +66,10 @@ class TrellisQuantizer:
     """Chooses scale codes and codes for blocks.
 
     Args:
-        trellis: what was fitted.
-        fmt: its format.
+        trellis: the fitted levels and ratio.
+        fmt: a trellis format.
         grid: the scales that may be used.
-        device: where the blocks are.
+        device: device of the blocks.
         scale_steps: see TrellisEffort.
     """
 
@@ -83,9 +83,14 @@ class TrellisQuantizer:
         self._steps = tuple(dict.fromkeys(round(step / grid.stride) for step in scale_steps))
 
     def encode(self, blocks: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scale codes, uint8 of shape (blocks,), 0 for a zero block, and codes, uint8 of shape (blocks, 64).
+        """Code every block with each scale to try, and keep the one with the smallest squared error.
 
-        Every block is coded with each scale that is tried for it; the least squared error counts.
+        Args:
+            blocks: fp32 of shape (blocks, 64).
+            largest: their largest magnitudes, fp32 of shape (blocks,).
+
+        Returns:
+            The scale codes, uint8 of shape (blocks,), 0 for a zero block, and the codes, uint8 of shape (blocks, 64).
         """
         usual = usual_scales(blocks, self._ratio)
         octaves = usual.clamp_min(self._magnitudes[0]).log2() - self._grid.exponent
@@ -93,25 +98,25 @@ class TrellisQuantizer:
         indices = torch.stack([middle + step for step in self._steps]).clamp_(0, len(self._magnitudes) - 1)
         scales = self._magnitudes[indices]
         signed = torch.stack([scales, -scales]).flatten(0, 1)
-        names = torch.stack([indices + 1, indices + 129]).flatten(0, 1).to(torch.uint8)
-        # All of them at once: small tensors are a matter of calls.
+        scale_codes = torch.stack([indices + 1, indices + 129]).flatten(0, 1).to(torch.uint8)
+        # All in one call: for small tensors, call overhead dominates.
         codes, errors = self._coder.encode((blocks / signed[:, :, None]).view(-1, BLOCK))
         best = (errors.view(signed.shape) * signed.square()).argmin(dim=0, keepdim=True)
-        best_scales = names.gather(0, best).squeeze(0)
+        best_scales = scale_codes.gather(0, best).squeeze(0)
         best_codes = codes.view(*signed.shape, BLOCK).gather(0, best[:, :, None].expand(-1, -1, BLOCK)).squeeze(0)
         return best_scales.masked_fill_(largest < ZERO_BELOW * self._magnitudes[0], 0), best_codes
 
 
 def usual_scales(blocks: torch.Tensor, ratio: float) -> torch.Tensor:
-    """The scale of each block that is tried first, fp32 of shape (blocks,); see `Trellis.ratio`."""
+    """The usual scale of each block, fp32 of shape (blocks,); see `Trellis.ratio`."""
     largest = largest_magnitudes(blocks).clamp_min(1e-30)
     relative = (blocks / largest[:, None]).square_().square_().mean(dim=1).pow_(0.25)
-    return relative.mul_(ratio).clamp_min_(LEAST_REACH).mul_(largest)
+    return relative.mul_(ratio).clamp_min_(MIN_RELATIVE_SCALE).mul_(largest)
 
 
 @lru_cache(1)
 def starting_trellises() -> dict[str, Trellis]:
-    """By format id, what Gaussian blocks want."""
+    """Levels and ratio for Gaussian blocks, by format id."""
     stored = load_file(STARTING_LEVELS)
     return {id: Trellis(stored[id].float(), stored[f"{id}.ratio"].item()) for id in TRELLIS_IDS}
 
@@ -139,10 +144,10 @@ def fit_trellis(blocks: torch.Tensor, fmt: BlockFormat, effort: TrellisEffort) -
 def lloyd(
     blocks: torch.Tensor, start: Trellis, fmt: BlockFormat, rounds: int, prior_uses: float
 ) -> tuple[Trellis, float]:
-    """Alternate between choosing codes and moving each level to the mean of its weights; the best round counts.
+    """Alternate between choosing codes and moving each level to the mean of its weights.
 
     Returns:
-        The levels, and the sum of their squared errors.
+        The best round's levels and ratio, and their sum of squared errors.
     """
     trellis, best, least = start, start, math.inf
     for number in range(rounds + 1):
@@ -163,11 +168,11 @@ def lloyd(
 def _coded(
     blocks: torch.Tensor, trellis: Trellis, fmt: BlockFormat
 ) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Code blocks with their usual scales, any scale being allowed.
+    """Code blocks with their usual scales, unrounded.
 
     Returns:
-        The sum of squared errors; the numbers of the weights' levels, flat; the weights divided by their scales, fp64
-        of shape (blocks, 64); and what their squared errors count, the scales squared, fp64 of shape (blocks, 1).
+        The sum of squared errors; the level number of every weight, 1-D; the weights divided by their scales, fp64 of
+        shape (blocks, 64); the factors of their squared errors (the scales squared), fp64 of shape (blocks, 1).
     """
     scales = usual_scales(blocks, trellis.ratio)[:, None]
     values = blocks / scales
@@ -177,7 +182,7 @@ def _coded(
 
 
 def level_numbers(codes: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
-    """The number of every weight's level, int32, flat, from codes of shape (blocks, 64)."""
+    """The level number of every weight, int32, 1-D, from codes of shape (blocks, 64)."""
     stream = codes.int()
     numbers = stream.clone()
     for back in range(1, -(-fmt.window // fmt.code_bits)):

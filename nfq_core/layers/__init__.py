@@ -1,4 +1,4 @@
-"""Linear and Conv2d layers with packed weights for any PyTorch model, and low-rank changes (LoRA) on top of them."""
+"""Linear and Conv2d layers with packed weights and LoRA, for any PyTorch model."""
 
 from .low_rank import LowRank
 from .packed_layers import (

@@ -1,4 +1,4 @@
-"""Low-rank changes of a weight (LoRA), any number of them added in one pass."""
+"""Low-rank changes of a weight (LoRA), any number of them combined into one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class LowRank:
     """The sum of low-rank changes of one weight: ``up @ down``.
 
     Args:
-        up: shape (rows, rank); the coefficients are in it.
-        down: shape (rank, columns), of the same dtype and on the same device.
+        up: shape (rows, rank), coefficients included.
+        down: shape (rank, columns), same dtype and device.
     """
 
     up: torch.Tensor
@@ -28,16 +28,16 @@ class LowRank:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> LowRank:
-        """Put several changes together, so that all of them are added at the price of one.
+        """Combine several changes into one, so that adding them costs one matrix product.
 
-        A factor and its partner are brought to about the same magnitude, by a power of two: small numbers would lose
-        digits in fp16.
+        The factors of each change are scaled by powers of two to similar magnitudes, because small numbers lose digits
+        in fp16.
 
         Args:
-            parts: up of shape (rows, rank, …), down of shape (rank, …), and what their product is multiplied by.
-                Further dimensions, as convolutions have them, are flattened.
-            device: where the factors are to lie; they are prepared there.
-            dtype: of the factors, that of the weights they will be added to.
+            parts: for each change: up of shape (rows, rank, …), down of shape (rank, …), and the coefficient of their
+                product. Further dimensions, as in convolutions, are flattened.
+            device: device of the result, on which it is also computed.
+            dtype: dtype of the result: that of the weights to which it will be added.
         """
         ups, downs = [], []
         for up, down, coefficient in parts:
@@ -49,12 +49,12 @@ class LowRank:
         return cls(torch.cat(ups, dim=1), torch.cat(downs, dim=0))
 
     def add_to(self, weight: torch.Tensor) -> torch.Tensor:
-        """Add the change to a contiguous weight of (rows · columns) elements in place, in one operation; returns it."""
+        """Add the change in place to a contiguous weight of rows · columns elements; returns the weight."""
         weight.view(self.up.shape[0], -1).addmm_(self.up, self.down)
         return weight
 
 
 def _magnitude(factor: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude, and 1 for an all-zero factor."""
+    """The largest magnitude; 1 for an all-zero factor."""
     largest = factor.abs().amax()
     return torch.where(largest > 0, largest, 1.0)

@@ -1,8 +1,8 @@
-"""Linear and Conv2d layers of any PyTorch model with their weights packed, dequantised whenever the layer runs.
+"""Linear and Conv2d layers with packed weights, which are dequantised on each forward call.
 
-A layer's packed buffer is its parameter `weight`, of uint8: moving, copying and saving a model take it along, and casts
-to another dtype leave it as it is. It has as many dimensions as the stock layer's weight, by which PEFT tells layers
-apart; all but the last are of size 1.
+The packed buffer is the layer's parameter `weight`, uint8, so that moving, copying and saving a model include it. Casts
+to another dtype do not change it. It has as many dimensions as the stock layer's weight, by which PEFT distinguishes
+layers; all but the last have size 1.
 """
 
 from __future__ import annotations
@@ -21,23 +21,27 @@ from ..packed.op import dequantize, dequantize_for_one_use
 from ..packed.tensor import NFTensor
 from .low_rank import LowRank
 
-CANNOT_TRAIN = "packed weights cannot be trained; train a LoRA beside them, or dequantize the model first"
+CANNOT_TRAIN = "packed weights cannot be trained; train a LoRA instead, or dequantize the model first"
 CANNOT_SCRIPT = (
     "torch.jit cannot record packed layers; use torch.export or torch.compile, or dequantize the model first"
 )
 
 
 def needs_dense(what: str) -> NFQError:
-    """The error for `what` reads weights that are packed."""
+    """The error for a feature that needs dense weights.
+
+    Args:
+        what: the feature, as the subject of the message.
+    """
     return NFQError(
         f"{what} needs dense weights, and these are packed; dequantize the model first, or use a plain LoRA"
     )
 
 
 class _LayerState(dict):
-    """A packed layer's entry in a state dict's metadata: a layer of another kind cannot load the weight beside it.
+    """A packed layer's entry in a state dict's metadata, which stops other kinds of layers from loading its weight.
 
-    `torch.nn.Module._load_from_state_dict` asks the entry whether to assign before it reads a tensor.
+    `torch.nn.Module._load_from_state_dict` reads `assign_to_params_buffers` from the entry before any tensor.
     """
 
     def __init__(self, name: str, entry: Mapping[str, Any]) -> None:
@@ -53,19 +57,19 @@ class _LayerState(dict):
         return super().get(key, default)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        # torch.load(weights_only=True) takes no classes but its own.
+        # torch.load(weights_only=True) accepts only known classes.
         return OrderedDict, (), None, None, iter(self.items())
 
 
 class PackedLayer:
-    """What both kinds of layers share: a packed weight, and low-rank changes that are added to what is dequantised.
+    """Base of both kinds of layers: a packed weight, and low-rank changes that are added after dequantising.
 
-    The changes are part of no state dict.
+    State dicts do not include the changes.
     """
 
-    def _hold(self, tensor: NFTensor, layer: nn.Linear | nn.Conv2d) -> None:
+    def _set_packed_weight(self, tensor: NFTensor, layer: nn.Linear | nn.Conv2d) -> None:
         self.compute_dtype = tensor.dtype if layer.weight.is_meta else layer.weight.dtype
-        """What the layer computes in, as far as it is known; PEFT gives its factors this dtype."""
+        """The dtype in which the layer computes, as far as known; PEFT creates its factors in it."""
         self.format_id = tensor.format.id
         self.weight_shape = tuple(tensor.shape)
         self.weight_dtype = tensor.dtype
@@ -74,7 +78,7 @@ class PackedLayer:
         self.bias = layer.bias
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        """See torch: casts change what the layer computes in, and leave the packed weight's bytes as they are."""
+        """As in torch, but casts change only `compute_dtype`, not the packed weight's bytes."""
 
         def apply(tensor: torch.Tensor) -> torch.Tensor:
             result = fn(tensor)
@@ -86,10 +90,10 @@ class PackedLayer:
         return super()._apply(apply, recurse)
 
     def requires_grad_(self, requires_grad: bool = True) -> nn.Module:
-        """See torch.
+        """As in torch, but packed weights cannot be trained.
 
         Raises:
-            NFQError: the packed weight would be trained.
+            NFQError: `requires_grad` is true.
         """
         if requires_grad:
             raise NFQError(CANNOT_TRAIN)
@@ -97,11 +101,11 @@ class PackedLayer:
 
     @property
     def W_q(self) -> nn.Parameter:
-        """The packed weight, by the name at which PEFT recognises that it has to call `dequantize` (as for HQQ)."""
+        """The packed weight, under the name (from HQQ) by which PEFT recognises that it must call `dequantize`."""
         return self.weight
 
     def dequantize(self) -> torch.Tensor:
-        """NFQError: PEFT calls it for adapters that read the dense weight; `dense_weight` makes one."""
+        """Always raises NFQError: PEFT calls it for adapters that need dense weights; see `dense_weight`."""
         raise needs_dense(f"what calls {type(self).__name__}.dequantize(), such as DoRA,")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -129,7 +133,7 @@ class PackedLayer:
 
     @property
     def low_rank(self) -> LowRank | None:
-        """What is added to the weight, in the dtype and on the device of the layer's input; None: nothing."""
+        """The change that is added to the weight, in the dtype and on the device of the layer's input; None: none."""
         up = getattr(self, "up", None)
         return None if up is None else LowRank(up, self.down)
 
@@ -141,7 +145,7 @@ class PackedLayer:
                 f"a low-rank change of {change.up.shape[0]} × {change.down.shape[1]} does not fit a weight of shape "
                 f"{self.weight_shape}, which is {rows} × {columns}"
             )
-        # Buffers without a tensor would be there for accelerate to move.
+        # Buffers set to None would still exist, and accelerate would try to move them.
         for name in ("up", "down"):
             if change is not None:
                 self.register_buffer(name, getattr(change, name), persistent=False)
@@ -149,53 +153,53 @@ class PackedLayer:
                 delattr(self, name)
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight in `dtype` with its low-rank changes, new."""
-        return self._changed(dequantize(self.buffer, self.format_id, self.weight_shape, dtype))
+        """The dequantised weight in `dtype`, low-rank changes included, as a new tensor."""
+        return self._with_low_rank(dequantize(self.buffer, self.format_id, self.weight_shape, dtype))
 
-    def _weight_now(self, dtype: torch.dtype) -> torch.Tensor:
-        """`dense_weight`, which need not last beyond this layer's forward."""
+    def _forward_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """`dense_weight` in memory that later forward calls may reuse."""
         change = self.low_rank
         if change is not None and change.up.dtype != dtype and _is_autocast(change.up.device.type):
-            # The sum is cast as a stock layer's weight would be.
+            # autocast then casts the sum, as it casts a stock layer's weight.
             dtype = change.up.dtype
-        return self._changed(self._dequantized(dtype))
+        return self._with_low_rank(self._dequantized(dtype))
 
     def _dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         if torch.jit.is_tracing():
             raise NFQError(CANNOT_SCRIPT)
         return dequantize_for_one_use(self.buffer, self.format_id, self.weight_shape, dtype)
 
-    def _changed(self, weight: torch.Tensor) -> torch.Tensor:
+    def _with_low_rank(self, weight: torch.Tensor) -> torch.Tensor:
         change = self._low_rank_for(weight)
         return weight if change is None else change.add_to(weight)
 
     def _low_rank_for(self, tensor: torch.Tensor) -> LowRank | None:
-        """`low_rank`; NFQError where it cannot be computed with `tensor`."""
+        """`low_rank`; NFQError if its dtype or device does not match `tensor`."""
         change = self.low_rank
         if change is None or (change.up.dtype == tensor.dtype and change.up.device == tensor.device):
             return change
         if change.up.device != tensor.device or not _is_autocast(tensor.device.type):
             raise NFQError(
                 f"the low-rank change is {change.up.dtype} on {change.up.device}, the layer computes in "
-                f"{tensor.dtype} on {tensor.device}; make it anew for these"
+                f"{tensor.dtype} on {tensor.device}; create it again for these"
             )
         return change
 
     def extra_repr(self) -> str:
-        """The stock layer's, and the format."""
+        """The stock layer's text, and the format."""
         return f"{super().extra_repr()}, format={self.format_id}"
 
 
 class PackedLinear(PackedLayer, nn.Linear):
-    """`torch.nn.Linear` with a packed weight, in the place of `layer`, whose bias it takes over."""
+    """`torch.nn.Linear` with a packed weight; replaces `layer` and shares its bias."""
 
     def __init__(self, layer: nn.Linear, tensor: NFTensor) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
-        self._hold(tensor, layer)
+        self._set_packed_weight(tensor, layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The product with the weight dequantised to the dtype of `x`."""
-        return nn.functional.linear(x, self._weight_now(x.dtype), self.bias)
+        """Apply the layer, with the weight dequantised to the dtype of `x`."""
+        return nn.functional.linear(x, self._forward_weight(x.dtype), self.bias)
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """The stock layer with the weight in `dtype`, changes included."""
@@ -204,12 +208,12 @@ class PackedLinear(PackedLayer, nn.Linear):
 
 
 class PackedConv2d(PackedLayer, nn.Conv2d):
-    """`torch.nn.Conv2d` with a packed weight, in the place of `layer`, whose bias it takes over."""
+    """`torch.nn.Conv2d` with a packed weight; replaces `layer` and shares its bias."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> nn.Conv2d:
-        """A packed layer; a stock one where a stock layer's numbers are given.
+        """Return a stock layer if called with a stock layer's arguments.
 
-        PEFT makes a LoRA's two factors by calling the class of the convolution that they stand beside.
+        PEFT creates the two factors of a LoRA by calling the class of the convolution to which it adds them.
         """
         if args and isinstance(args[0], int):
             return nn.Conv2d(*args, **kwargs)
@@ -217,11 +221,11 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
 
     def __init__(self, layer: nn.Conv2d, tensor: NFTensor) -> None:
         super().__init__(**_settings(layer))
-        self._hold(tensor, layer)
+        self._set_packed_weight(tensor, layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The convolution with the weight dequantised to the dtype of `x`."""
-        return self._conv_forward(x, self._weight_now(x.dtype), self.bias)
+        """Apply the convolution, with the weight dequantised to the dtype of `x`."""
+        return self._conv_forward(x, self._forward_weight(x.dtype), self.bias)
 
     def dense(self, dtype: torch.dtype) -> nn.Conv2d:
         """The stock layer with the weight in `dtype`, changes included."""
@@ -229,7 +233,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
 
 
 PACKED_KINDS = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
-"""Which layer takes the place of which."""
+"""The packed layer that replaces each stock layer."""
 
 
 def _is_autocast(device_type: str) -> bool:
@@ -256,19 +260,19 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
 
 
 def pack_layers(model: nn.Module, tensors: Mapping[str, NFTensor]) -> None:
-    """Put packed layers in the place of a model's Linear and Conv2d layers.
+    """Replace Linear and Conv2d layers of a model by packed layers.
 
-    Biases stay the parameters they are; hooks on the old layers are lost. The model may be on torch's meta device.
+    Biases are kept; hooks on the replaced layers are lost. The model may be on torch's meta device.
 
     Args:
-        model: is changed; when an error is raised it is as it was.
-        tensors: packed weights by the names they have in the model's state dict; their buffers are shared.
+        model: changed in place, unless an error is raised.
+        tensors: packed weights by their names in the model's state dict; their buffers are shared.
 
     Raises:
-        NFQError: the model lacks a layer of that name, or it has another shape or is of another kind.
+        NFQError: a layer is missing, or has another shape or type.
     """
     modules = dict(model.named_modules())
-    made = {}
+    replacements = {}
     for name, tensor in tensors.items():
         path = name.removesuffix(".weight")
         layer = modules.get(path)
@@ -284,29 +288,28 @@ def pack_layers(model: nn.Module, tensors: Mapping[str, NFTensor]) -> None:
                 f"the packed weight {name!r} has shape {tuple(tensor.shape)}, the model's layer wants "
                 f"{tuple(layer.weight.shape)}"
             )
-        made[path] = kind(layer, tensor).train(layer.training)
-    for path, layer in made.items():
-        _put(model, path, layer)
+        replacements[path] = kind(layer, tensor).train(layer.training)
+    for path, layer in replacements.items():
+        _replace(model, path, layer)
 
 
 def assign_state(model: nn.Module, state: Mapping[str, NFTensor | torch.Tensor]) -> None:
-    """Give a model all its tensors: packed weights in packed layers, see `pack_layers`, the rest as they are.
+    """Set all tensors of a model: packed weights as packed layers, see `pack_layers`, others as parameters and buffers.
 
-    The tensors are shared, not copied, in the dtypes and on the devices they have; the model may be on torch's meta
-    device.
+    Tensors are shared, not copied or converted. The model may be on torch's meta device.
 
     Args:
-        model: is changed; when an error is raised it is as it was.
-        state: by the names of the model's state dict.
+        model: changed in place, unless an error is raised.
+        state: every tensor by its name in the model's state dict.
 
     Raises:
-        NFQError: a tensor is missing, too much or of another shape, or a packed one has no Linear or Conv2d layer.
+        NFQError: a tensor is missing, unexpected or of another shape, or a packed one has no Linear or Conv2d layer.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name in {**shapes, **found}:
-        if found.get(name) != shapes.get(name):
-            has, wants = (each.get(name, "nothing") for each in (found, shapes))
+    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in {**shapes, **given}:
+        if given.get(name) != shapes.get(name):
+            has, wants = (each.get(name, "nothing") for each in (given, shapes))
             raise NFQError(f"tensor {name!r}: the model wants {wants}, the state has {has}")
     pack_layers(model, {name: tensor for name, tensor in state.items() if isinstance(tensor, NFTensor)})
     kept = {name: tensor for name, tensor in state.items() if not isinstance(tensor, NFTensor)}
@@ -314,16 +317,16 @@ def assign_state(model: nn.Module, state: Mapping[str, NFTensor | torch.Tensor])
 
 
 def dense_layers(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
-    """Put stock layers in the place of a model's packed ones, each weight dequantised once, its changes merged.
+    """Replace a model's packed layers by stock layers, with their low-rank changes merged.
 
     Args:
-        model: is changed.
-        dtype: of the weights.
+        model: changed in place.
+        dtype: dtype of the dequantised weights.
     """
     for path, layer in packed_layers(model).items():
-        _put(model, path, layer.dense(dtype))
+        _replace(model, path, layer.dense(dtype))
 
 
-def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
+def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, layer)

@@ -1,1 +1,1 @@
-"""Names and shapes of the models that the program knows, and the parts that their layers play; no I/O."""
+"""Tensor names and shapes of the known models, and the roles of their layers; no I/O."""

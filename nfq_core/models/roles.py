@@ -1,6 +1,6 @@
-"""The part that a layer plays in a UNet, how much of its noise the picture shows, and where in the UNet it is.
+"""The role of a layer in a UNet, its sensitivity to quantisation noise, and its stage: all derived from its name.
 
-All of it is read off the layer's name, in any layout.
+Names may be in any layout.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from .unet_keys import ldm_to_diffusers
 
 @dataclass(frozen=True)
 class Role:
-    """A part that layers play."""
+    """What a kind of layer does in a UNet."""
 
     name: str
     group: str
-    """Those of a group have one colour in the plots."""
+    """Roles of one group share a colour in the plots."""
     pattern: str
-    """What the names of such layers hold, as a regular expression."""
+    """Regular expression to search for in a layer's name."""
     sensitivity: float
-    """Noise in the model's output for a unit of noise in one weight, relative; see `expected_sensitivity`."""
+    """Noise in the model's output per unit of noise in one weight, in an arbitrary unit."""
 
 
 QUERY_KEY, VALUE_OUT, FEED_FORWARD = "attention q, k", "attention v, out", "feed-forward"
@@ -51,8 +51,8 @@ ROLES = (
     Role("downsampling", RESAMPLING, r"\b(0\.op|downsamplers)\b", 16.0),
     Role("upsampling", RESAMPLING, r"\b([12]\.conv|upsamplers)\b", 16.0),
 )
-"""Sensitivities were measured on the demo model, those of a role together. Keys of cross-attention are raised above
-what was found there, because published work finds them sensitive in SDXL (MixDQ, arXiv 2405.17873).
+"""Sensitivities were measured per role on the demo model. Keys of cross-attention are set higher than measured there,
+because published work finds them sensitive in SDXL (MixDQ, arXiv 2405.17873).
 """
 
 OTHER_LINEAR = Role("other linear", OTHER, "", 1.0)
@@ -60,23 +60,24 @@ OTHER_CONVOLUTION = Role("other convolution", OTHER, "", 16.0)
 
 
 def role(name: str, shape: Sequence[int]) -> Role:
-    """The part that a layer plays: one of ROLES, or OTHER_LINEAR or OTHER_CONVOLUTION."""
-    found = next((each for each in ROLES if re.search(each.pattern, name)), None)
-    return found or (OTHER_LINEAR if len(shape) <= 2 else OTHER_CONVOLUTION)
+    """The role of a layer: one of ROLES, OTHER_LINEAR or OTHER_CONVOLUTION."""
+    match = next((each for each in ROLES if re.search(each.pattern, name)), None)
+    return match or (OTHER_LINEAR if len(shape) <= 2 else OTHER_CONVOLUTION)
 
 
 def expected_sensitivity(name: str, shape: Sequence[int]) -> float:
-    """What is known of a layer's sensitivity without a measurement, by its name in any layout, in any unit."""
+    """Estimate a whole layer's sensitivity from its name and shape, without a measurement, in an arbitrary unit."""
     return role(name, shape).sensitivity * prod(shape)
 
 
 def common_names(info: UNetInfo | None, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Names by which tensors of the same model are the same in every layout, in forward order where it is known.
+    """Map each tensor name to a name that is the same in every layout, in forward order if that is known.
 
-    They are diffusers' for the UNet of a known structure, otherwise LDM's, and a file's own for all that is no UNet.
+    These are diffusers' names for a UNet of SDXL's structure, LDM's names for other UNets, and the file's own names for
+    tensors outside the UNet.
 
     Args:
-        info: what `detect` found.
+        info: result of `detect`.
         shapes: shape of each tensor by name.
     """
     if info is None:
@@ -91,9 +92,9 @@ def common_names(info: UNetInfo | None, shapes: Mapping[str, Sequence[int]]) -> 
 
 
 def stage(name: str) -> str:
-    """Where in the UNet a layer of `common_names` is: "down 1", "middle", "up 0", or nothing."""
-    found = re.match(r"(down|up)_blocks\.(\d+)\.|(mid)_block\.", name)
-    if found:
-        return "middle" if found[3] else f"{found[1]} {found[2]}"
-    found = re.match(r"(in|out)put_blocks\.(\d+)\.|(middle)_block\.", name)
-    return ("middle" if found[3] else f"{found[1]} {found[2]}") if found else ""
+    """Where in the UNet a layer named as in `common_names` is: "down 1", "middle", "up 0", "in 4"; else empty."""
+    match = re.match(r"(down|up)_blocks\.(\d+)\.|(mid)_block\.", name)
+    if match:
+        return "middle" if match[3] else f"{match[1]} {match[2]}"
+    match = re.match(r"(in|out)put_blocks\.(\d+)\.|(middle)_block\.", name)
+    return ("middle" if match[3] else f"{match[1]} {match[2]}") if match else ""

@@ -1,4 +1,4 @@
-"""Recognise an SDXL-family UNet among a file's tensor names and shapes, and tell its keys from the rest."""
+"""Recognise a UNet by a file's tensor names and shapes, and separate its keys from other tensors."""
 
 from __future__ import annotations
 
@@ -19,33 +19,39 @@ from .unet_keys import (
 )
 
 UNKNOWN = "unknown"
-"""The name of a UNet that is none of `KNOWN_ARCHITECTURES`."""
+"""Name of a UNet that is not in `KNOWN_ARCHITECTURES`."""
 
 
 @dataclass(frozen=True)
 class UNetInfo:
-    """What `detect` found."""
+    """A UNet recognised by `detect`."""
 
     layout: Layout
     prefix: str
-    """What precedes every UNet key: nothing, `CHECKPOINT_PREFIX`, or another that ends in a dot."""
+    """Prefix of every UNet key: empty, `CHECKPOINT_PREFIX`, or another one that ends in a dot."""
     architecture: UNetArchitecture | None
-    """Describes exactly this file's tensors, under the name `UNKNOWN` if no known model has them.
+    """The architecture with exactly this file's tensors, named `UNKNOWN` if no known model has them.
 
-    None where SDXL's structure cannot describe them.
+    None if they do not follow SDXL's structure.
     """
 
     @property
     def name(self) -> str:
-        """The family member's name, such as "SDXL" or "Segmind Vega", or `UNKNOWN`."""
+        """The architecture's name, such as "SDXL" or "Segmind Vega", or `UNKNOWN`."""
         return self.architecture.name if self.architecture else UNKNOWN
 
 
 def detect(shapes: Mapping[str, Sequence[int]]) -> UNetInfo | None:
-    """Recognise the UNet among a file's tensors, given as shapes by name; None where there is none.
+    """Find the UNet in a file.
 
-    Other tensors may lie beside it: the CLIP and VAE of a whole checkpoint, markers such as `v_pred`. A UNet
-    has a first and a last convolution and a time embedding under one prefix; a VAE or a ControlNet lacks one.
+    A UNet has a first convolution, a last convolution and a time embedding under one prefix; a VAE or ControlNet lacks
+    one of them. Other tensors, such as those of a CLIP or the marker `v_pred`, are ignored.
+
+    Args:
+        shapes: shape of each tensor by name.
+
+    Returns:
+        The UNet; None if there is none.
     """
     for names in (_LDM, _DIFFUSERS):
         prefix = _find_prefix(shapes, names)
@@ -62,61 +68,61 @@ def detect(shapes: Mapping[str, Sequence[int]]) -> UNetInfo | None:
 
 
 def is_unet_key(info: UNetInfo, key: str) -> bool:
-    """Whether `key`, of the file that `info` describes, belongs to the UNet, not to CLIP, VAE or a marker."""
+    """Whether `key`, from the file that `info` describes, belongs to the UNet."""
     return key.startswith(info.prefix) and _root(key[len(info.prefix) :]) in _names(info).roots
 
 
 def first_and_last_convolution(info: UNetInfo) -> frozenset[str]:
-    """The keys of the weights by which latents enter the UNet and leave it."""
+    """Keys of the input and output convolutions' weights."""
     names = _names(info)
     return frozenset((info.prefix + names.first_convolution, info.prefix + names.last_convolution))
 
 
 def ldm_names(info: UNetInfo, keys: Iterable[str]) -> dict[str, str]:
-    """The name in LDM's layout, without prefix, of each of `keys` that belongs to the UNet.
+    """Map each UNet key among `keys` to its LDM name, without prefix.
 
     Raises:
-        ValueError: the keys are in diffusers' layout and the architecture is unknown, so that they cannot be renamed.
+        ValueError: the keys are in diffusers' layout and cannot be renamed, because the architecture is unknown.
     """
     return _in_layout(info, keys, "LDM")
 
 
 def diffusers_names(info: UNetInfo, keys: Iterable[str]) -> dict[str, str]:
-    """The name in diffusers' layout, without prefix, of each of `keys` that belongs to the UNet.
+    """Map each UNet key among `keys` to its diffusers name, without prefix.
 
     Raises:
-        ValueError: the keys are in LDM's layout and the architecture is unknown, so that they cannot be renamed.
+        ValueError: the keys are in LDM's layout and cannot be renamed, because the architecture is unknown.
     """
     return _in_layout(info, keys, "diffusers")
 
 
 def known_ldm_names(info: UNetInfo | None, keys: Iterable[str]) -> dict[str, str]:
-    """`ldm_names`; nothing where there is no UNet (`info` is None) or its keys cannot be renamed."""
+    """`ldm_names`, but empty if there is no UNet (`info` is None) or its keys cannot be renamed."""
     if info is None or (info.layout == "diffusers" and info.architecture is None):
         return {}
     return ldm_names(info, keys)
 
 
-def what_is_missing(info: UNetInfo, shapes: Mapping[str, Sequence[int]]) -> str:
-    """Says which tensors keep an unrecognised UNet from being a known model that it mostly is; else nothing."""
-    found = nearest(info, shapes)
-    unfit = (*found.missing, *found.misshapen) if found and found.name != UNKNOWN else ()
-    if not unfit:
+def mismatch_message(info: UNetInfo, shapes: Mapping[str, Sequence[int]]) -> str:
+    """Name the tensors in which an unrecognised UNet differs from the most similar known model, else nothing."""
+    difference = nearest(info, shapes)
+    wrong = (*difference.missing, *difference.misshapen) if difference and difference.name != UNKNOWN else ()
+    if not wrong:
         return ""
-    lacks = "is missing" if found.missing else "has another shape"
-    more = f", and {len(unfit) - 1:,} more" if len(unfit) > 1 else ""
-    return f"tensor {unfit[0]!r} of {found.name}'s UNet {lacks}{more}"
+    fault = "is missing" if difference.missing else "has another shape"
+    more = f", and {len(wrong) - 1:,} more" if len(wrong) > 1 else ""
+    return f"tensor {wrong[0]!r} of {difference.name}'s UNet {fault}{more}"
 
 
 @dataclass(frozen=True)
-class Likeness:
-    """How a file's UNet differs from the architecture that it is most like; keys are those of the file.
+class Difference:
+    """How a file's UNet differs from the most similar architecture, in the file's layout.
 
     Args:
-        name: the architecture's; `UNKNOWN` for one that is read off the UNet's own names.
-        missing: keys that the architecture has and the file lacks, in forward order.
-        misshapen: keys of another shape.
-        unexpected: keys that the architecture does not have.
+        name: the architecture's name; `UNKNOWN` for one inferred from the UNet's own names.
+        missing: keys that only the architecture has, in forward order.
+        misshapen: keys whose shapes differ.
+        unexpected: keys that only the file has.
     """
 
     name: str
@@ -125,22 +131,22 @@ class Likeness:
     unexpected: tuple[str, ...]
 
     @property
-    def differences(self) -> int:
-        """How many keys differ."""
+    def count(self) -> int:
+        """Number of keys that differ."""
         return len(self.missing) + len(self.misshapen) + len(self.unexpected)
 
 
-def nearest(info: UNetInfo, shapes: Mapping[str, Sequence[int]]) -> Likeness | None:
-    """The architecture that a UNet is most like: a known one, or that which its own names describe.
+def nearest(info: UNetInfo, shapes: Mapping[str, Sequence[int]]) -> Difference | None:
+    """Compare a UNet with the most similar architecture: a known one, or the one inferred from its own names.
 
     Returns:
-        The differences; None where no architecture has at least twice as many tensors as there are differences.
+        The difference; None if it concerns more than half of every architecture's tensors.
     """
     unet = {key: tuple(shape) for key, shape in shapes.items() if is_unet_key(info, key)}
     names = _names(info)
     layout: Layout = "diffusers" if info.layout == "diffusers" else "ldm"
     candidates = list(KNOWN_ARCHITECTURES)
-    own = _read({key[len(info.prefix) :]: shape for key, shape in unet.items()}, names)
+    own = _infer_from_names({key[len(info.prefix) :]: shape for key, shape in unet.items()}, names)
     if own is not None:
         candidates.append(own)
     best = None
@@ -151,22 +157,22 @@ def nearest(info: UNetInfo, shapes: Mapping[str, Sequence[int]]) -> Likeness | N
             wanted[guidance] = unet[guidance]
         added = info.prefix + _root(names.added_embedding) + "."
         if architecture.added_width == 0 and not any(key.startswith(added) for key in unet):
-            # Models of other families add nothing to the time embedding.
+            # Models of other families have no added embedding.
             wanted = {key: shape for key, shape in wanted.items() if not key.startswith(added)}
-        found = Likeness(
+        difference = Difference(
             architecture.name,
             tuple(key for key in wanted if key not in unet),
             tuple(key for key, shape in wanted.items() if key in unet and unet[key] != shape),
             tuple(key for key in unet if key not in wanted),
         )
-        fits = 2 * found.differences <= len(wanted)
-        if fits and (best is None or found.differences < best.differences):
-            best = found
+        is_similar = 2 * difference.count <= len(wanted)
+        if is_similar and (best is None or difference.count < best.count):
+            best = difference
     return best
 
 
 def other_unets(info: UNetInfo, shapes: Mapping[str, Sequence[int]]) -> list[UNetInfo]:
-    """The UNets beside the one that `info` describes, such as averages, teachers or a refiner, unexamined."""
+    """Further UNets in the file besides `info`, such as averages, teachers or a refiner; their architecture is None."""
     return [
         UNetInfo(names.layout, prefix, None)
         for names in (_LDM, _DIFFUSERS)
@@ -176,7 +182,7 @@ def other_unets(info: UNetInfo, shapes: Mapping[str, Sequence[int]]) -> list[UNe
 
 
 class _Names(NamedTuple):
-    """The names by which a layout's UNet is recognised and its architecture read."""
+    """Names that identify a UNet in one layout and give its architecture's widths."""
 
     layout: Layout
     first_convolution: str
@@ -194,7 +200,7 @@ def _in_layout(info: UNetInfo, keys: Iterable[str], wanted: str) -> dict[str, st
     if own == wanted:
         return stripped
     if info.architecture is None:
-        raise ValueError(f"the {own} names of an unknown architecture have no {wanted} names")
+        raise ValueError(f"the {own} names of an unknown architecture cannot be renamed to {wanted} names")
     renamed = (diffusers_to_ldm if wanted == "LDM" else ldm_to_diffusers)(info.architecture)
     return {key: renamed[name] for key, name in stripped.items()}
 
@@ -235,7 +241,7 @@ def _find_prefix(shapes: Mapping[str, Sequence[int]], names: _Names) -> str | No
 
 
 def _prefixes(shapes: Mapping[str, Sequence[int]], names: _Names) -> Iterator[str]:
-    """What precedes the keys of each UNet in one layout, the checkpoint's own first."""
+    """The key prefix of each UNet in one layout, `CHECKPOINT_PREFIX` first."""
     needed = ((names.first_convolution, 4), (names.last_convolution, 4), (names.time_embedding, 2))
     candidates = {key.removesuffix(names.first_convolution) for key in shapes if key.endswith(names.first_convolution)}
     for prefix in sorted(candidates, key=lambda prefix: (prefix != CHECKPOINT_PREFIX, len(prefix), prefix)):
@@ -246,8 +252,8 @@ def _prefixes(shapes: Mapping[str, Sequence[int]], names: _Names) -> Iterator[st
 
 
 def _infer(unet: Mapping[str, Shape], names: _Names) -> UNetArchitecture | None:
-    """The architecture whose tensors are exactly `unet`: read off the names, then checked on every shape."""
-    inferred = _read(unet, names)
+    """The architecture with exactly the tensors `unet`: inferred from names, then checked against every shape."""
+    inferred = _infer_from_names(unet, names)
     if inferred is None or tensor_shapes(inferred, names.layout) != unet:
         return None
     plain = replace(inferred, guidance_width=0)
@@ -255,8 +261,8 @@ def _infer(unet: Mapping[str, Shape], names: _Names) -> UNetArchitecture | None:
     return replace(inferred, name=name)
 
 
-def _read(unet: Mapping[str, Shape], names: _Names) -> UNetArchitecture | None:
-    """The architecture that a UNet's names describe, called `UNKNOWN`; nothing is checked."""
+def _infer_from_names(unet: Mapping[str, Shape], names: _Names) -> UNetArchitecture | None:
+    """The architecture that a UNet's tensor names describe, named `UNKNOWN`; shapes are not checked."""
     modules = {key[:i] for key in unet for i, letter in enumerate(key) if letter == "."}
 
     def size(key: str, axis: int) -> int:
@@ -290,14 +296,14 @@ def _read(unet: Mapping[str, Shape], names: _Names) -> UNetArchitecture | None:
 
 
 class _Block(NamedTuple):
-    """A residual block in a file: the names of its first convolution and of the attention that may follow."""
+    """Names of a residual block's first convolution and of the attention that may follow it."""
 
     convolution: str
     attention: str
 
 
 _Blocks = tuple[list[list[_Block]], _Block | None, list[list[_Block]]]
-"""The blocks of every level on the way down, the middle's first one, those on the way up."""
+"""The blocks of each level of the down path, the middle's first block, the blocks of each level of the up path."""
 
 
 def _diffusers_blocks(modules: Set[str]) -> _Blocks:
@@ -322,18 +328,18 @@ def _ldm_blocks(modules: Set[str]) -> _Blocks:
         return f"{part}.0.in_layers" in modules or f"{part}.0.out_layers" in modules
 
     def levels(side: str, start: int) -> list[list[_Block]]:
-        """One list of blocks per level; every resampling begins a new level."""
-        found: list[list[_Block]] = [[]]
+        """One list of blocks per level; every resampling layer starts a new level."""
+        blocks: list[list[_Block]] = [[]]
         n = start
         while True:
             part = f"{side}.{n}"
             resamples = any(f"{part}.{name}" in modules for name in ("0.op", "1.conv", "2.conv"))
             if not (is_block(part) or resamples):
-                return found
+                return blocks
             if is_block(part):
-                found[-1].append(block(part))
+                blocks[-1].append(block(part))
             if resamples:
-                found.append([])
+                blocks.append([])
             n += 1
 
     middle = block("middle_block") if is_block("middle_block") else None

@@ -1,8 +1,8 @@
 """UNets of the SDXL family: the names and shapes of their tensors, in every key layout.
 
-No tensor is listed. A `UNetArchitecture` holds the few numbers in which the family's members differ, and one
-walk through the network, in forward order, names every tensor in both layouts: LDM's (`input_blocks.…`; whole
-checkpoints put `CHECKPOINT_PREFIX` before it) and diffusers' (`down_blocks.…`). Shapes and renaming follow.
+A `UNetArchitecture` holds the few numbers in which members of the family differ. `unet_tensors` derives every tensor
+from them, in forward order, with its shape and its name in both layouts: LDM (`input_blocks.…`, in whole checkpoints
+after `CHECKPOINT_PREFIX`) and diffusers (`down_blocks.…`).
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ Shape = tuple[int, ...]
 Layout = Literal["ldm", "prefixed", "diffusers"]
 
 CHECKPOINT_PREFIX = "model.diffusion_model."
-"""What precedes the LDM names in a whole checkpoint."""
+"""Prefix of the LDM names in a whole checkpoint."""
 
 
 @dataclass(frozen=True)
 class UNetArchitecture:
-    """The numbers that set one SDXL-style UNet apart from another.
+    """The numbers in which SDXL-style UNets differ.
 
-    A depth is the count of transformer layers behind a residual block; 0 means that it has no attention.
+    A depth is the number of transformer layers after a residual block; 0 means no attention.
     """
 
     name: str
     channels: tuple[int, ...]
-    """One width per resolution, the finest first."""
+    """Width at each resolution, finest first."""
     down_depths: tuple[tuple[int, ...], ...]
-    """For each resolution on the way down, the finest first, one depth per residual block."""
+    """Down path: the depth of each residual block at each resolution, finest first."""
     middle_depth: int | None
-    """Depth between the middle's two residual blocks; 0: one lone residual block; None: no middle at all."""
+    """Depth between the two residual blocks of the middle; 0: a single residual block; None: no middle block."""
     up_depths: tuple[tuple[int, ...], ...]
-    """The same on the way up, the coarsest resolution first."""
+    """Up path: the same, coarsest resolution first."""
     context_width: int = 2048
     """Width of the text tokens that cross-attention reads."""
     added_width: int = 2816
@@ -42,7 +42,7 @@ class UNetArchitecture:
     in_channels: int = 4
     out_channels: int = 4
     guidance_width: int = 0
-    """Width of the guidance scale's embedding, which LCM UNets add to the time embedding; 0: it has none."""
+    """Width of the guidance-scale embedding that LCM UNets add to the time embedding; 0: none."""
 
 
 SDXL_BASE = UNetArchitecture(
@@ -105,7 +105,7 @@ KNOWN_ARCHITECTURES = (
 
 
 class UNetTensor(NamedTuple):
-    """One tensor of a UNet under both of its names; its shape is the same in every layout."""
+    """One UNet tensor: its name in both layouts and its shape, which is the same in both."""
 
     ldm: str
     diffusers: str
@@ -119,7 +119,7 @@ def unet_tensors(architecture: UNetArchitecture) -> tuple[UNetTensor, ...]:
 
 
 def tensor_shapes(architecture: UNetArchitecture, layout: Layout) -> dict[str, Shape]:
-    """The name and shape of every tensor of `architecture` as `layout` writes them, in forward order."""
+    """Shape of every tensor of `architecture` by its name in `layout`, in forward order."""
     tensors = unet_tensors(architecture)
     if layout == "diffusers":
         return {tensor.diffusers: tensor.shape for tensor in tensors}
@@ -131,12 +131,12 @@ def tensor_shapes(architecture: UNetArchitecture, layout: Layout) -> dict[str, S
 
 
 def diffusers_to_ldm(architecture: UNetArchitecture) -> dict[str, str]:
-    """The LDM name of every diffusers name: a bijection over all tensors."""
+    """Map every diffusers name to its LDM name, one to one."""
     return {tensor.diffusers: tensor.ldm for tensor in unet_tensors(architecture)}
 
 
 def ldm_to_diffusers(architecture: UNetArchitecture) -> dict[str, str]:
-    """The diffusers name of every LDM name: a bijection over all tensors."""
+    """Map every LDM name to its diffusers name, one to one."""
     return {tensor.ldm: tensor.diffusers for tensor in unet_tensors(architecture)}
 
 
@@ -186,7 +186,7 @@ def _walk(architecture: UNetArchitecture) -> Iterator[UNetTensor]:
             width = outer
             n += 1
         if level < len(channels) - 1:
-            # LDM puts the upsampling into the level's last block, behind its attention if there is one.
+            # LDM appends the upsampler to the level's last block, after its attention if it has any.
             upsampler = f"output_blocks.{n - 1}.{2 if depths[-1] else 1}.conv"
             yield from _layer(upsampler, f"up_blocks.{level}.upsamplers.0.conv", (width, width, 3, 3))
 
@@ -211,7 +211,7 @@ def _residual(ldm: str, diffusers: str, inner: int, outer: int, time_width: int)
 
 
 def _transformer(ldm: str, diffusers: str, width: int, depth: int, context: int) -> Iterator[UNetTensor]:
-    """The tensors of a spatial transformer, named alike inside in both layouts; none at depth 0."""
+    """Tensors of a spatial transformer, whose inner names are equal in both layouts; none at depth 0."""
     if depth == 0:
         return
 
@@ -229,7 +229,7 @@ def _transformer(ldm: str, diffusers: str, width: int, depth: int, context: int)
             yield from layer(f"{inside}.{name}.to_v", (width, source), bias=False)
             yield from layer(f"{inside}.{name}.to_out.0", (width, width))
         yield from layer(f"{inside}.norm3", (width,))
-        # The gated feed-forward makes its 4 * width features and their gates in one projection.
+        # The gated feed-forward computes its 4 * width features and their gates in one projection.
         yield from layer(f"{inside}.ff.net.0.proj", (8 * width, width))
         yield from layer(f"{inside}.ff.net.2", (width, 4 * width))
     yield from layer("proj_out", (width, width))

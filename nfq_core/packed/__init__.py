@@ -1,1 +1,1 @@
-"""One packed weight: its block formats, its buffer, and the exact decode on each device."""
+"""Packed weights: block formats, the packed buffer, and its exact decode on every device."""

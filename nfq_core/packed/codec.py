@@ -1,7 +1,7 @@
-"""Lossless coding of packed buffers: independent zstd frames, none of which crosses a section of the buffer.
+"""Lossless coding of packed buffers as independent zstd frames, none of which crosses a section border.
 
-Frames of one kind of content compress best, and independent ones can be decoded on several threads. Only literals are
-entropy-coded in effect: level 1's fast strategy, matches of at least 7 bytes, which zeroed or repeated stretches have.
+Frames with one kind of content compress best, and independent frames decode on several threads. zstd's fast strategy
+with matches of at least 7 bytes finds matches only in zeroed or repeated data; it entropy-codes all else as literals.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ FRAME_BYTES = 256 * 1024
 """Decoded bytes per frame, except the last of a section."""
 
 CODE_TABLE_BITS = 1024
-"""What zstd takes to describe the code of one frame's bytes, about."""
+"""Approximate size in bits of the entropy coder's table in one zstd frame."""
 
 PAIRING_LOSS = 1.004
-"""Bits that zstd's Huffman code takes for a byte of two to four digits, in terms of its entropy."""
+"""Length of zstd's Huffman code relative to the entropy, for bytes of two to four digits."""
 
 _PARAMETERS = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_FAST,
@@ -36,7 +36,7 @@ _local = threading.local()
 
 
 def frame_spans(sections: Sections) -> list[tuple[int, int]]:
-    """The parts of a packed buffer that become one frame each, as (start, end) in bytes."""
+    """The (start, end) bytes of a packed buffer that each frame holds."""
     return [
         (first, min(first + FRAME_BYTES, end))
         for start, end in sections.spans()
@@ -45,19 +45,19 @@ def frame_spans(sections: Sections) -> list[tuple[int, int]]:
 
 
 def frame_count(sections: Sections) -> int:
-    """How many frames a packed buffer has, for sections of any size, without listing them."""
+    """The number of frames of a packed buffer, computed without listing them."""
     return sum(-(-(end - start) // FRAME_BYTES) for start, end in sections.spans())
 
 
 def expected_code_bits(uses: torch.Tensor, fmt: BlockFormat, weights: int) -> float:
-    """About how many bits per weight the two planes of a tensor take as frames.
+    """Estimate the bits per weight that a tensor's two planes take as frames.
 
-    zstd leaves a frame as it is where its entropy coding gains under 1/64, or where the commonest byte has a share
-    under 1/128: codes that are used too evenly do not shrink at all.
+    zstd stores a frame uncompressed if entropy coding gains less than 1/64, or if the most frequent byte has a share
+    below 1/128. Codes that are used almost equally often therefore do not shrink.
 
     Args:
-        uses: how often each code is used, the commonest first, shape (fmt.levels,).
-        fmt: the format.
+        uses: how often each code occurs, most frequent first, shape (fmt.levels,).
+        fmt: a scalar format.
         weights: number of weights of the whole tensor.
     """
     shares = torch.nn.functional.pad(uses.double() / uses.sum(), (0, -fmt.levels % (1 << fmt.fine_bits)))
@@ -71,7 +71,7 @@ def expected_code_bits(uses: torch.Tensor, fmt: BlockFormat, weights: int) -> fl
 
 
 def max_frame_bytes(decoded_bytes: int) -> int:
-    """The most bytes a frame of `decoded_bytes` can take (zstd's own bound, and its frame header)."""
+    """Upper bound of the size of a frame that decodes to `decoded_bytes` (zstd's bound plus its frame header)."""
     return decoded_bytes + (decoded_bytes >> 8) + 128
 
 
@@ -84,7 +84,7 @@ def encode(data: torch.Tensor, sections: Sections) -> list[bytes]:
 
 
 def _frame_end(frame: memoryview, has_checksum: bool) -> int:
-    """Where a zstd frame ends by the sizes of its blocks (RFC 8878, section 3.1.1.2); past the end if it is cut."""
+    """Length of a zstd frame by its block headers (RFC 8878, section 3.1.1.2); too large for a truncated frame."""
     position = zstandard.frame_header_size(frame)
     last = False
     while not last and position < len(frame):
@@ -98,16 +98,16 @@ def decode(stored: memoryview, lengths: list[int], sections: Sections) -> torch.
     """Decompress frames into a packed buffer.
 
     Args:
-        stored: the frames, one after the other.
-        lengths: the length of each frame; as many as `frame_spans(sections)`, their sum the length of `stored`.
-        sections: where the sections of the decoded buffer lie.
+        stored: the concatenated frames.
+        lengths: bytes of each frame; one for each of `frame_spans(sections)`, with the length of `stored` as sum.
+        sections: offsets of the sections in the decoded buffer.
 
     Returns:
         The packed buffer, 1-D uint8 on the CPU.
 
     Raises:
-        CorruptFileError: a frame is not valid zstd or does not hold what it should.
-        NFQError: there is not enough memory.
+        CorruptFileError: a frame is not valid zstd or has the wrong length.
+        NFQError: not enough memory.
     """
     if not hasattr(_local, "decompressor"):
         _local.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 18)
@@ -123,11 +123,9 @@ def decode(stored: memoryview, lengths: list[int], sections: Sections) -> torch.
         try:
             declared = zstandard.get_frame_parameters(frame)
             if declared.content_size != end - start:
-                raise CorruptFileError(
-                    f"frame {number} declares {declared.content_size} bytes where {end - start} belong"
-                )
+                raise CorruptFileError(f"frame {number} declares {declared.content_size} bytes, expected {end - start}")
             if _frame_end(frame, declared.has_checksum) != length:
-                raise CorruptFileError(f"frame {number} ends elsewhere than after its {length} bytes")
+                raise CorruptFileError(f"frame {number} does not end after its {length} bytes")
             with _local.decompressor.stream_reader(frame) as reader:
                 if reader.readinto(view[start:end]) != end - start or reader.read(1):
                     raise CorruptFileError(f"frame {number} does not hold the {end - start} bytes it declares")

@@ -1,6 +1,6 @@
-"""The decode as one opaque operation of torch, so that torch.compile keeps one graph.
+"""The decode as one opaque torch operation, so that torch.compile does not break the graph.
 
-The module cannot be reloaded: torch takes an operation once.
+This module cannot be reloaded, because torch registers an operation only once.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .tensor import NFTensor
 _local = threading.local()
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-"""Not what stands in for tensors, such as fakes."""
+"""Types of real tensors, as opposed to fakes and other subclasses."""
 
 NAMESPACE = f"nfq_{hashlib.sha256(__name__.encode()).hexdigest()[:12]}"
-"""Where torch knows the operation: each copy of this package in a process, installed or in a plugin, has its own."""
+"""Namespace of the operation in torch: unique to each copy of this package in a process, installed or in a plugin."""
 
 
 def _dequantize(data: torch.Tensor, format_id: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -39,16 +39,16 @@ _library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::dequantize", _dequantize_fake, lib=_library)
 
 dequantize = getattr(torch.ops, NAMESPACE).dequantize.default
-"""``dequantize(data, format_id, shape, dtype) -> Tensor``: a packed buffer's weights, see `NFTensor.dequantize`."""
+"""``dequantize(data, format_id, shape, dtype) -> Tensor``: decode a packed buffer, see `NFTensor.dequantize`."""
 
 
 def dequantize_for_one_use(
     data: torch.Tensor, format_id: str, shape: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor:
-    """`dequantize` for a caller that is done with the result before its thread's next call, such as a layer's forward.
+    """`dequantize` into memory that the thread's next call overwrites, for a layer's forward.
 
-    On a CPU, where fresh memory costs more than the decode, all results of a thread then lie in the same memory. Where
-    autograd might keep the result, or a graph is being made, it is always a new tensor.
+    Only on the CPU, where allocating costs more than decoding. The result is a new tensor where autograd might keep it,
+    or a graph is being traced.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or data.device.type != "cpu":
         return dequantize(data, format_id, shape, dtype)
@@ -59,9 +59,9 @@ def dequantize_for_one_use(
 
 
 def _memory(nbytes: int) -> torch.Tensor:
-    """The first bytes of this thread's memory, uint8; it grows to the largest that was asked for."""
+    """The first bytes of this thread's reused memory, uint8; it grows to the largest request."""
     if getattr(_local, "memory", None) is None or _local.memory.numel() < nbytes:
-        # What inference mode makes could not be used outside of it.
+        # A tensor created in inference mode could not be used outside it.
         with torch.inference_mode(False):
             _local.memory = None
             _local.memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")

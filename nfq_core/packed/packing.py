@@ -1,8 +1,8 @@
 """Packing of codes into the coarse and fine planes of a packed buffer, and back.
 
-A plane of d digits per byte holds one 64-byte group for every d consecutive blocks: byte j of group g holds the digits
-of weight j of blocks g·d … g·d + d − 1, the first block in the least significant digit. Blocks past the end count as
-digit 0.
+A plane with d digits per byte has one group of 64 bytes for every d consecutive blocks. Byte j of group g holds the
+digits of weight j of the blocks g·d … g·d + d − 1, the first block in the least significant digit. Blocks past the end
+have digit 0.
 """
 
 import torch
@@ -14,7 +14,7 @@ def pack_codes(codes: torch.Tensor, fmt: BlockFormat) -> tuple[torch.Tensor, tor
     """Pack codes, uint8 of shape (blocks, 64) and below `fmt.codes`, into the two planes.
 
     Returns:
-        The coarse and the fine plane, 1-D uint8; the fine plane is empty where the format has none.
+        The coarse and the fine plane, 1-D uint8; the fine plane is empty if the format has none.
     """
     if not fmt.fine_bits:
         return _pack_plane(codes, fmt.coarse_radix, fmt.coarse_digits), codes.new_empty(0)

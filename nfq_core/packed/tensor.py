@@ -1,4 +1,4 @@
-"""NFTensor: one quantised weight as one packed buffer."""
+"""NFTensor: one quantised weight in one packed buffer."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .packing import unpack_codes
 from .torch_decode import head_levels, scale_parameters
 
 QUANTIZABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Dtypes that a quantised weight can have had, and can be dequantised to."""
+"""Dtypes of weights that can be quantised, and to which they can be dequantised."""
 
 
 class NFTensor:
-    """A quantised weight: its packed buffer, format and shape, and the dtype it had.
+    """A quantised weight: packed buffer, format, shape and original dtype.
 
     Args:
-        data: the packed buffer, 1-D uint8, exactly `fmt.packed_bytes(weights)` long, on any device.
+        data: the packed buffer, 1-D uint8, `fmt.packed_bytes(weights)` long, on any device.
         fmt: its format.
-        shape: shape of the weight; the row-major flattened weight is cut into blocks of 64.
+        shape: shape of the weight; blocks are cut from the row-major flattened weight.
         dtype: dtype of the weight before it was quantised.
 
     Raises:
-        CorruptFileError: the buffer's dtype or length contradicts format and shape, it is not contiguous, or it does
-            not begin at a multiple of four bytes of its storage.
+        CorruptFileError: the buffer's dtype or length contradicts format and shape, it is not contiguous, or its
+            storage offset is not a multiple of four bytes.
     """
 
     def __init__(self, data: torch.Tensor, fmt: BlockFormat, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -44,27 +44,27 @@ class NFTensor:
             )
         if not data.is_contiguous() or data.storage_offset() % 4:
             raise CorruptFileError(
-                "a packed buffer is contiguous and begins at a multiple of four bytes of its storage; clone it"
+                "a packed buffer must be contiguous, with a storage offset that is a multiple of four bytes; clone it"
             )
 
     @property
     def nbytes(self) -> int:
-        """Length of the packed buffer in bytes, all overheads included."""
+        """Bytes of the packed buffer, all overheads included."""
         return self.data.numel()
 
     @property
     def bits_per_weight(self) -> float:
-        """Packed bits per weight, all overheads included."""
+        """Bits of the packed buffer per weight, all overheads included."""
         return self.nbytes * 8 / self.numel()
 
     @property
     def device(self) -> torch.device:
-        """Where the packed buffer is."""
+        """Device of the packed buffer."""
         return self.data.device
 
     @property
     def levels(self) -> torch.Tensor:
-        """The levels of this weight in the order of the numbers that name them, fp16 of shape (format.levels,)."""
+        """The levels of this weight by level number, fp16 of shape (format.levels,)."""
         return head_levels(self.data, self.format)
 
     def numel(self) -> int:
@@ -76,15 +76,15 @@ class NFTensor:
         return NFTensor(self.data.to(device, non_blocking=non_blocking), self.format, self.shape, self.dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float16, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The weights ``fp16(level * scale)``, cast to `dtype`.
+        """Decode the weights: ``fp16(level * scale)``, cast to `dtype`.
 
         Args:
             dtype: one of QUANTIZABLE_DTYPES; ignored when `out` is given.
-            out: where to write them; contiguous, of this shape, on this device. Nothing but temporaries is then
-                allocated, see `kernels.dequantize_into`.
+            out: contiguous tensor to write to, with the weight's shape and device. Only temporaries are then allocated,
+                see `torch_decode.dequantize_into`.
 
         Raises:
-            ValueError: `out` has another shape or device, or is not contiguous, or a dtype is another.
+            ValueError: `out` has the wrong shape or device or is not contiguous, or the dtype is not supported.
         """
         result_dtype = dtype if out is None else out.dtype
         if result_dtype not in QUANTIZABLE_DTYPES:
@@ -100,10 +100,10 @@ class NFTensor:
         return out
 
     def validate(self, codes: bool = True) -> None:
-        """Check the buffer's contents: scale parameters in bounds and, with `codes`, no byte that no writer makes.
+        """Check the buffer's contents: levels and scales finite and in bounds and, if `codes`, every code valid.
 
         Raises:
-            CorruptFileError: something is out of bounds.
+            CorruptFileError: a value is invalid.
         """
         sections = self.format.sections(self.numel())
         if self.format.scales is Scales.LOGARITHMIC:
@@ -118,11 +118,11 @@ class NFTensor:
             return
         coarse = self.data[sections.coarse : sections.fine]
         if int(coarse.amax()) >= self.format.coarse_radix**self.format.coarse_digits:
-            raise CorruptFileError("its coarse plane holds a byte that is no set of digits")
+            raise CorruptFileError("its coarse plane holds an invalid byte")
         blocks = -(-self.numel() // BLOCK)
         fine = self.data[sections.fine : sections.superblock_scales]
         if int(unpack_codes(coarse, fine, blocks, self.format).amax()) >= self.format.codes:
-            raise CorruptFileError("it holds a code that names no level")
+            raise CorruptFileError("it holds a code without a level")
 
     def __repr__(self) -> str:
         return f"NFTensor({self.format.id}, shape={tuple(self.shape)}, {self.bits_per_weight:.3f} bits per weight)"

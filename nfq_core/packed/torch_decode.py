@@ -1,10 +1,9 @@
-"""The decode, defined exactly: ``fp16(fp32(level) * fp32(scale))``.
+"""The exact decode, ``fp16(fp32(level) * fp32(scale))``, in plain torch on any device.
 
-With fp16 scales the product is exact in fp32, so there is one rounding. This module decodes in plain torch, on any
-device; other back-ends must return the same bits.
+With fp16 scales the product is exact in fp32, so only one rounding occurs. Other back-ends must return the same bits.
 
-A chunk goes through three steps: codes, four at a time in the bytes of int32 words; numbers that stand for two
-neighbouring weights, through a table of pairs of levels; one multiplication by the scales of the blocks.
+A chunk is decoded in three steps: unpack the codes, four at a time in int32 words; look up the levels of two
+neighbouring weights at once in a table of pairs; multiply by the block scales.
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ from .formats import (
 )
 
 THREAD_WEIGHTS = 1 << 19
-"""Weights that a thread of a CPU decodes at once: enough to hide the cost of calls, few enough for its caches."""
+"""Weights per chunk and CPU thread: enough to hide call overhead, few enough for the caches."""
 
 CHUNK_WEIGHTS = 1 << 22
-"""The most that are decoded at once, on any device."""
+"""Most weights per chunk, on any device."""
 
 TEMPORARY_BYTES = 10
-"""What the temporaries take for each of them, at most."""
+"""Most bytes of temporaries per weight of a chunk."""
 
 
 def head_levels(data: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
-    """The levels in a packed buffer's head in the order of what names them, fp16 of shape (fmt.levels,)."""
+    """The levels in a packed buffer's head by level number, fp16 of shape (fmt.levels,)."""
     return data[: 2 * fmt.levels].view(torch.float16)
 
 
 def scale_parameters(data: torch.Tensor, fmt: BlockFormat) -> tuple[int, int]:
-    """Exponent and stride in the head of a packed buffer of an NF format, unchecked; see `scale_table`."""
+    """Scale exponent and stride in a packed buffer's head, unchecked; see `scale_table`. Not for article formats."""
     exponent, stride = data[2 * fmt.levels : 2 * fmt.levels + 2].view(torch.int8).tolist()
     return exponent, stride
 
@@ -48,8 +47,8 @@ def block_scales(data: torch.Tensor, fmt: BlockFormat, weights: int) -> torch.Te
     """The scale of each block of a packed buffer, shape (blocks,): fp16, or fp32 for the article's formats.
 
     Raises:
-        ValueError: the head's scale parameters are out of bounds. Only a CPU's are looked at: another device would have
-            to be waited for.
+        ValueError: the scale parameters are out of bounds. Checked on the CPU only, because it would synchronise other
+            devices.
     """
     sections = fmt.sections(weights)
     codes = data[sections.block_scales : sections.end]
@@ -61,17 +60,17 @@ def block_scales(data: torch.Tensor, fmt: BlockFormat, weights: int) -> torch.Te
         return table.index_select(0, codes.int())
     largest = data[sections.superblock_scales : sections.block_scales].view(torch.float32)
     per_block = largest.repeat_interleave(SUPERBLOCK)[: len(codes)]
-    # Some devices multiply by the reciprocal of a number, which rounds otherwise; by a tensor they divide.
+    # A tensor, because some devices divide by a number as multiplication by its reciprocal, which rounds differently.
     steps = torch.full((), ARTICLE_SCALE_STEPS, dtype=torch.float32, device=data.device)
     return per_block * codes.float().clamp(min=ARTICLE_MIN_SCALE) / steps
 
 
 def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> None:
-    """Decode a whole packed buffer into `out`, with at most CHUNK_WEIGHTS · TEMPORARY_BYTES of temporaries.
+    """Decode a packed buffer into `out`, with at most CHUNK_WEIGHTS · TEMPORARY_BYTES bytes of temporaries.
 
     Args:
-        out: contiguous, of one of `tensor.QUANTIZABLE_DTYPES` (the fp16 value is cast), on the device of `data`; its
-            number of elements is the number of weights.
+        out: contiguous, one element per weight, one of `tensor.QUANTIZABLE_DTYPES` (the fp16 value is cast), on the
+            device of `data`.
         data: the packed buffer, 1-D uint8.
         fmt: its format.
     """
@@ -82,7 +81,7 @@ def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> 
     coarse = _words(data[sections.coarse : sections.fine])
     fine = _words(data[sections.fine : sections.superblock_scales])
     levels = head_levels(data, fmt)
-    pairs = levels.index_select(0, _pair_names(fmt, data.device)).view(torch.int32)
+    pairs = levels.index_select(0, _level_pairs(fmt, data.device)).view(torch.int32)
     group = fmt.blocks_per_group
     wanted = THREAD_WEIGHTS * torch.get_num_threads() if data.device.type == "cpu" else CHUNK_WEIGHTS
     chunk = max(1, min(wanted, CHUNK_WEIGHTS) // BLOCK // group) * group
@@ -105,24 +104,24 @@ def _words(plane: torch.Tensor) -> torch.Tensor:
 
 
 @cached_tensor
-def _pair_names(fmt: BlockFormat, device: torch.device) -> torch.Tensor:
-    """For every number that `_Buffers` makes of two neighbouring weights, the levels of both: int32, flat.
+def _level_pairs(fmt: BlockFormat, device: torch.device) -> torch.Tensor:
+    """For every index that `_Buffers` forms from two neighbouring weights, both level numbers: int32, 1-D.
 
-    Bytes that no writer makes name some level too: a damaged buffer decodes to wrong weights, never beyond the table.
+    Invalid bytes select some level too: a damaged buffer decodes to wrong weights, but reads nothing out of bounds.
     """
     if fmt.window:
-        number = torch.arange(fmt.levels << fmt.code_bits, dtype=torch.int32, device="cpu")
-        return torch.stack([number >> fmt.code_bits, number & (fmt.levels - 1)], dim=1).view(-1).to(device)
+        index = torch.arange(fmt.levels << fmt.code_bits, dtype=torch.int32, device="cpu")
+        return torch.stack([index >> fmt.code_bits, index & (fmt.levels - 1)], dim=1).view(-1).to(device)
     span = _coarse_span(fmt)
     largest = (span << fmt.fine_bits) - 1
-    number = torch.arange((largest << 8) + largest + 1, dtype=torch.int32, device="cpu")
-    byte = torch.stack([number & 255, number >> 8], dim=1)
+    index = torch.arange((largest << 8) + largest + 1, dtype=torch.int32, device="cpu")
+    byte = torch.stack([index & 255, index >> 8], dim=1)
     code = (byte % span << fmt.fine_bits) | (byte // span)
     return code.clamp_(max=fmt.levels - 1).view(-1).to(device)
 
 
 def _coarse_span(fmt: BlockFormat) -> int:
-    """One more than the largest coarse digit that `_Buffers` can read from any byte: a power of two."""
+    """Power of two above the largest coarse digit that `_Buffers` can unpack from any byte."""
     return 1 << (fmt.coarse_radix - 1).bit_length()
 
 
@@ -132,7 +131,7 @@ def _shifts(step: int, count: int, device: torch.device) -> torch.Tensor:
 
 
 class _Buffers:
-    """Temporaries of a call, used again for every chunk."""
+    """Temporaries of one call, reused for every chunk."""
 
     def __init__(self, blocks: int, fmt: BlockFormat, device: torch.device) -> None:
         self._format = fmt
@@ -146,7 +145,7 @@ class _Buffers:
     def decode(
         self, coarse: torch.Tensor, fine: torch.Tensor, pairs: torch.Tensor, first: int, blocks: int
     ) -> torch.Tensor:
-        """Levels of `blocks` blocks from block `first`, the first of a group; fp16 of shape (blocks, 64)."""
+        """Levels of `blocks` blocks from block `first`, which begins a group; fp16 of shape (blocks, 64)."""
         fmt = self._format
         _split(coarse, fmt.coarse_radix, fmt.coarse_digits, first, blocks, self._codes)
         if fmt.fine_bits:
@@ -154,13 +153,13 @@ class _Buffers:
         index = self._index[: blocks * BLOCK // 2]
         index.copy_(self._stream_pairs(blocks) if fmt.window else self._code_pairs(blocks))
         if fmt.codes == 256:
-            # Two whole bytes: the upper half of their pairs are negative in 16 bits.
+            # The index needs all 16 bits, and sign extension made its upper half negative.
             index.bitwise_and_(0xFFFF)
         values = torch.index_select(pairs, 0, index, out=self._pairs[: blocks * BLOCK // 2])
         return values.view(torch.float16).view(blocks, BLOCK)
 
     def _code_pairs(self, blocks: int) -> torch.Tensor:
-        """Two code bytes as one number, int16, flat.
+        """The index of every two neighbouring weights, for scalar formats: their two code bytes, int16, 1-D.
 
         A code byte is ``coarse + span * fine``: one operation, where shifting would take two.
         """
@@ -170,18 +169,18 @@ class _Buffers:
         return codes.view(torch.int16).view(-1)
 
     def _stream_pairs(self, blocks: int) -> torch.Tensor:
-        """The part of the stream that names two neighbours' levels, ``window + code_bits`` bits: int16, flat."""
+        """The same for trellis formats: the stream's last ``window + code_bits`` bits, int16, 1-D."""
         fmt = self._format
         codes, spare = (buffer[:blocks].view(torch.int16).view(-1) for buffer in (self._codes, self._fine))
         if fmt.fine_bits:
             torch.add(spare, codes, alpha=1 << fmt.fine_bits, out=codes)
-        # An int16 holds the code of the first of two weights in its low byte, that of the second in its high one.
+        # An int16 holds the codes of two neighbouring weights, the first in its low byte.
         two = 2 * fmt.code_bits
         own = torch.bitwise_right_shift(codes, 8, out=spare).add_(codes, alpha=1 << fmt.code_bits)
         own.bitwise_and_((1 << two) - 1)
         before = -(-(fmt.window - fmt.code_bits) // two)
         pairs = codes
-        # Across the borders of blocks, which is faster than row by row; what begins a block is put right below.
+        # Ignores block borders, which is faster than row by row; the first columns of each block are corrected below.
         torch.add(own[1:], own[:-1], alpha=1 << two, out=pairs[1:])
         for back in range(2, before + 1):
             pairs[back:].add_(own[:-back], alpha=1 << two * back)
@@ -194,15 +193,15 @@ class _Buffers:
 
 
 def _split(plane: torch.Tensor, radix: int, digits: int, first: int, blocks: int, out: torch.Tensor) -> None:
-    """Split the bytes of a plane's groups, four in each int32 word, into digits, a row of `out` for each block.
+    """Unpack a plane's digits, four bytes at a time in int32 words, into one row of `out` per block.
 
     Args:
         plane: int32 of shape (groups, 16).
         radix: 6, or a power of two.
-        digits: digits in a byte.
-        first: a block that begins a group.
-        blocks: how many.
-        out: int32 of shape (at least the blocks of whole groups, 16).
+        digits: digits per byte.
+        first: first block, which begins a group.
+        blocks: number of blocks.
+        out: int32 of shape (blocks rounded up to whole groups, or more, 16).
     """
     groups = -(-blocks // digits)
     words = plane[first // digits : first // digits + groups].unsqueeze(1)
@@ -215,12 +214,12 @@ def _split(plane: torch.Tensor, radix: int, digits: int, first: int, blocks: int
         torch.bitwise_right_shift(words, _shifts(bits, digits, plane.device), out=rows)
         rows.bitwise_and_((radix - 1) * 0x01010101)
         return
-    # Even and odd bytes apart, so that each has sixteen bits to be multiplied in.
+    # Even and odd bytes apart, so that each has sixteen bits for the multiplication.
     rest = torch.bitwise_right_shift(words, _shifts(8, 2, plane.device)).bitwise_and_(0x00FF00FF)
     for place in range(digits):
         digit, rest = rest, rest
         if place < digits - 1:
-            # A sixth, rounded down: 171 / 1024 is exact enough below 256.
+            # Division by 6, rounded down: exact below 256.
             rest = (digit * 171).bitwise_right_shift_(10).bitwise_and_(0x003F003F)
             digit = digit.sub_(rest, alpha=6)
         torch.add(digit[:, 0], digit[:, 1], alpha=256, out=rows[:, place])

@@ -1,9 +1,9 @@
-"""The decode as one Triton kernel per weight: what `kernels` computes, the same bits.
+"""The decode as one Triton kernel launch per weight, with the same bits as `torch_decode`.
 
-Importing this module needs Triton. With ``TRITON_INTERPRET=1`` set before that, the kernel runs on a CPU, slowly.
+Importing this module needs Triton. With ``TRITON_INTERPRET=1`` set before the import, the kernel runs on a CPU, slowly.
 """
 
-# No annotations from __future__: the interpreter of Triton 3.0 knows constants by what their annotations are.
+# No `from __future__ import annotations`: Triton 3.0's interpreter recognises constants by their annotations.
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
@@ -14,15 +14,15 @@ import triton.language as tl
 from .formats import ARTICLE_MIN_SCALE, ARTICLE_SCALE_STEPS, BLOCK, SUPERBLOCK, BlockFormat, Scales, scale_mantissas
 
 BLOCKS_PER_PROGRAM = 32
-"""Blocks that one program decodes, about; a power of two of coarse groups."""
+"""Approximate number of blocks per program, rounded to a power of two of coarse groups."""
 
 WARPS = 4
 
 
 def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> None:
-    """`kernels.dequantize_into` in one launch, without waiting for the device.
+    """`torch_decode.dequantize_into` in one launch, without synchronising.
 
-    Scale parameters out of bounds are not noticed: `NFTensor.validate` looks for them when a file is read.
+    Scale parameters are not checked here; `NFTensor.validate` checks them when a file is read.
     """
     weights = out.numel()
     sections = fmt.sections(weights)
@@ -44,10 +44,10 @@ def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> 
         )
 
 
-def dequantize_by_way_of_fp16(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> None:
-    """`dequantize_into` in fp16, then cast in the same memory: for bf16 where the kernel cannot write it.
+def dequantize_via_fp16(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> None:
+    """`dequantize_into` for bf16 on devices where the kernel cannot write it: decode to fp16, then cast in place.
 
-    Both dtypes take two bytes; torch reads each element before it writes the same one.
+    In place is safe: both dtypes have two bytes, and torch reads each element before it overwrites it.
     """
     halves = out.view(torch.float16)
     dequantize_into(halves, data, fmt)
@@ -55,13 +55,13 @@ def dequantize_by_way_of_fp16(out: torch.Tensor, data: torch.Tensor, fmt: BlockF
 
 
 def groups_per_program(fmt: BlockFormat) -> int:
-    """Groups of the coarse plane that one program decodes: a power of two."""
+    """Groups of the coarse plane per program, a power of two."""
     return BLOCKS_PER_PROGRAM // (2 if fmt.coarse_digits < 4 else 4)
 
 
 @lru_cache(32)
 def constants(fmt: BlockFormat) -> dict[str, int | float | bool]:
-    """What the kernel is compiled for; shared, not to be written to."""
+    """Compile-time constants of the kernel; cached, do not modify."""
     return {
         "LEVELS": fmt.levels,
         "RADIX": fmt.coarse_radix,
@@ -78,7 +78,7 @@ def constants(fmt: BlockFormat) -> dict[str, int | float | bool]:
 
 
 def _current(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the data."""
+    """Context that makes the data's device current, because Triton launches on the current device."""
     if device.type == "cpu" or device.index == (devices := getattr(torch, device.type)).current_device():
         return nullcontext()
     return devices.device(device)
@@ -131,17 +131,17 @@ def _decode(
         if FINE_BITS > 0 and WINDOW == 0:
             number = _with_fine(data, fine, number, block, column, inside, FINE_BITS, BLOCK)
         level = tl.load(halves + tl.minimum(number, LEVELS - 1)).to(tl.float32)
-        named = tl.load(data + block_scales + block, mask=inside, other=0)
+        scale_code = tl.load(data + block_scales + block, mask=inside, other=0)
         if ARTICLE:
             maxima = (data + superblock_scales).to(tl.pointer_type(tl.float32))
             largest = tl.load(maxima + block // SUPERBLOCK, mask=inside, other=0)
-            scale = tl.div_rn(largest * tl.maximum(named.to(tl.float32), ARTICLE_MIN), ARTICLE_STEPS)
+            scale = tl.div_rn(largest * tl.maximum(scale_code.to(tl.float32), ARTICLE_MIN), ARTICLE_STEPS)
         else:
-            magnitude = (named & 127).to(tl.int32)
+            magnitude = (scale_code & 127).to(tl.int32)
             step = (magnitude - 1) * stride
             fraction = tl.load(mantissas + (step & 15))
             bits = ((exponent + 15 + (step >> 4)) << 10) + fraction
-            bits = tl.where(magnitude == 0, 0, bits | ((named & 128).to(tl.int32) << 8))
+            bits = tl.where(magnitude == 0, 0, bits | ((scale_code & 128).to(tl.int32) << 8))
             scale = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         value = (level * scale).to(tl.float16)
         position = block * BLOCK + column
@@ -150,7 +150,7 @@ def _decode(
 
 @triton.jit
 def _with_fine(data, fine, coarse_digit, block, column, inside, FINE_BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Codes from their coarse digits and the fine plane."""
+    """Codes from coarse digits and the fine plane."""
     per_byte: tl.constexpr = 8 // FINE_BITS
     byte = tl.load(data + fine + block // per_byte * BLOCK + column, mask=inside, other=0).to(tl.int32)
     return (coarse_digit << FINE_BITS) | ((byte >> (block % per_byte * FINE_BITS)) & ((1 << FINE_BITS) - 1))
@@ -171,7 +171,7 @@ def _stream(
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The last WINDOW bits of the blocks' streams up to each weight; the radix is 4 or 16."""
+    """Level numbers: the last WINDOW bits of each block's stream up to each weight. RADIX is 4 or 16."""
     digit_bits: tl.constexpr = 2 if RADIX == 4 else 4
     code_bits: tl.constexpr = digit_bits + FINE_BITS
     number = tl.zeros_like(group + column)

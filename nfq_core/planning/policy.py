@@ -8,7 +8,7 @@ from math import prod
 
 from ..errors import NFQError
 from ..files.prequantized import compute_dtype
-from ..files.safefile import DTYPE_NAMES, Entry
+from ..files.safetensors_io import DTYPE_NAMES, Entry
 from ..files.writer import Plan
 from ..models.unet import UNetInfo, detect, first_and_last_convolution, is_unet_key
 from ..packed.tensor import QUANTIZABLE_DTYPES

@@ -14,7 +14,7 @@ from ..checkpoints.memory import check_device
 from ..errors import NFQError, missing_package
 from ..files.container import NFQFile
 from ..files.original import Original
-from ..files.untrusted import fault_of
+from ..files.untrusted import parse_error_message
 from ..models.unet import detect, diffusers_names
 from ..packed.tensor import NFTensor
 from . import protocol
@@ -152,7 +152,7 @@ def _load_pipeline(folder: Path, device: torch.device) -> StableDiffusionXLPipel
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         if isinstance(error, KeyError | TypeError | AttributeError):
-            reason = fault_of(error)
+            reason = parse_error_message(error)
         else:
             reason = next(iter(str(error).strip().splitlines()), "no reason is given")
         raise NFQError(f"{folder} cannot be loaded as an SDXL pipeline: {reason}") from None

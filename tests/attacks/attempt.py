@@ -31,7 +31,7 @@ from nfq_core.checkpoints.convert import dequantize_file, quantize_file
 from nfq_core.checkpoints.examine import compare_files, file_info, verify_file
 from nfq_core.checkpoints.whole_checkpoint import checkpoint_names
 from nfq_core.cli import commands as cli
-from nfq_core.files.safefile import SafetensorsFile
+from nfq_core.files.safetensors_io import SafetensorsFile
 from nfq_core.models.unet import detect
 
 SECONDS = 30

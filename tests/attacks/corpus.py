@@ -1,6 +1,6 @@
 """Files that attack their reader, each made by a few lines: `make_all` writes them into a folder.
 
-What only damages a container or a header is in `tests/files/test_container.py`, `test_safefile.py` and
+What only damages a container or a header is in `tests/files/test_container.py`, `test_safetensors_io.py` and
 `tests/packed/test_codec.py`, one file per refusal. Here is what aims at the reader's machine: its
 time, memory, terminal and files.
 """
@@ -24,7 +24,7 @@ import nfq_core
 from nfq_core.calibration.statistics import CALIBRATION_KEY, Calibration, LayerInputs
 from nfq_core.files.article import write_article_file
 from nfq_core.files.container import FACTS_KEY
-from nfq_core.files.safefile import METADATA_KEY
+from nfq_core.files.safetensors_io import METADATA_KEY
 from nfq_core.models.unet_keys import CHECKPOINT_PREFIX, tensor_shapes
 
 MEBIBYTE = 1 << 20

@@ -149,7 +149,7 @@ def test_what_only_a_gpu_does(
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     triton = backends.Backend("triton", "a stand-in", torch_decode.dequantize_into)
-    monkeypatch.setattr(backends, "choose", lambda *_: triton)
+    monkeypatch.setattr(backends, "backend_for", lambda *_: triton)
     part = GpuPart(CPU, True, float("inf"), tmp_path / "part.json")
     work(part)
     assert not part.failures and part.results.keys() == results

@@ -23,7 +23,7 @@ from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.checkpoints.examine import file_info
 from nfq_core.checkpoints.state_dict import quantize_tensors
 from nfq_core.errors import CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError
-from nfq_core.files.safefile import describe
+from nfq_core.files.safetensors_io import describe
 from nfq_core.models.unet import detect
 from nfq_core.models.unet_keys import SDXL_BASE, SSD_1B, tensor_shapes
 from nfq_core.packed.formats import FORMATS
@@ -450,7 +450,7 @@ BAD_FILES = {
     "a fact is missing": (None, lambda f: f.pop("rows"), "rows"),
     "a sensitivity of another weight": (None, lambda f: f.update(sensitivities={"p.weight": 1}), "'p.weight', which"),
     "a negative sensitivity": (None, lambda f: f.update(sensitivities={"q.weight": -1}), "not negative"),
-    "a sensitivity that is NaN": (None, lambda f: f.update(sensitivities={"q.weight": torch.nan}), "NaN is no JSON"),
+    "a sensitivity that is NaN": (None, lambda f: f.update(sensitivities={"q.weight": torch.nan}), "NaN is not a JSON"),
     "a sensitivity that is true": (None, lambda f: f.update(sensitivities={"q.weight": True}), "not negative"),
     "sensitivities that have no names": (None, lambda f: f.update(sensitivities=[1.0]), "damaged"),
     "weights that are no names": (None, lambda f: f.update({"weights": [1, 2]}), "damaged"),

@@ -26,7 +26,7 @@ from nfq_core.files.article import (
     iter_article_tensors,
     write_article_file,
 )
-from nfq_core.files.safefile import tensor_bytes
+from nfq_core.files.safetensors_io import tensor_bytes
 from nfq_core.packed.formats import LEVELS
 
 

@@ -23,7 +23,7 @@ from nfq_core.checkpoints.batch import convert_folders
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.errors import DEBUG, NFQError
 from nfq_core.files.atomic import AtomicFile
-from nfq_core.files.safefile import SafetensorsFile
+from nfq_core.files.safetensors_io import SafetensorsFile
 from nfq_core.planning.settings import BitsPerWeight, Formats
 
 TAGGED = "-NF16.nfq.safetensors"
@@ -212,7 +212,7 @@ def test_one_broken_file_does_not_stop_the_rest(models, out):
         (OSError(errno.EIO, "bad"), "bad"),
         (
             KeyError("bad"),
-            f"this is a fault of the program (test_batch.py, line N); set the environment variable {DEBUG} to 1",
+            f"this is a bug in the program (test_batch.py, line N); set the environment variable {DEBUG} to 1",
         ),
         (MemoryError("bad"), "not enough memory"),
     ],
@@ -385,7 +385,7 @@ def test_a_source_that_is_replaced_while_it_is_read(models, out):
 def test_the_command(capsys, models, out):
     code, text, error = run(capsys, "batch", models, "--out", out, "--levels", 24, "--any")
     assert code == 0
-    assert all("the sizes of no model that ComfyUI" in line for line in error.splitlines())
+    assert all("ComfyUI and the web UIs load no model of its sizes" in line for line in error.splitlines())
     lines = text.splitlines()
     assert len(lines) == 4
     assert lines[1].startswith(f"converted   {models / 'one.safetensors'}")

@@ -21,7 +21,7 @@ from nfq_core.checkpoints.metadata import MAX_METADATA_BYTES, MAX_METADATA_WARNI
 from nfq_core.errors import CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError, printable
 from nfq_core.files.article import write_article_file
 from nfq_core.files.container import FACTS_KEY, Source
-from nfq_core.files.safefile import tensor_bytes
+from nfq_core.files.safetensors_io import tensor_bytes
 from nfq_core.models.unet_keys import CHECKPOINT_PREFIX
 from nfq_core.planning.settings import Formats
 

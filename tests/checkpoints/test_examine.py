@@ -132,7 +132,7 @@ def test_verify_finds_a_code_that_names_no_level(tmp_path):
     nfq_core.save({"a.weight": weight}, tmp_path / "a")
     result = verify_file(tmp_path / "a")
     assert not result["ok"]
-    assert "tensor 'a.weight': it holds a code that names no level" in result["errors"][0]
+    assert "tensor 'a.weight': it holds a code without a level" in result["errors"][0]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from nfq_core.checkpoints.convert import dequantize_file, quantize_file
 from nfq_core.checkpoints.extras import find_extras, split_extras
 from nfq_core.checkpoints.whole_checkpoint import MARKERS, checkpoint_names
 from nfq_core.errors import UnsupportedFileError
-from nfq_core.files.safefile import aligned_entries
+from nfq_core.files.safetensors_io import aligned_entries
 from nfq_core.models.unet_keys import CHECKPOINT_PREFIX, SDXL_BASE, SDXL_REFINER, tensor_shapes
 
 UNET = tensor_shapes(SDXL_BASE, "prefixed")

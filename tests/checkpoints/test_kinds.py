@@ -14,7 +14,7 @@ from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.checkpoints.kinds import kind_of
 from nfq_core.files.article import write_article_file
 from nfq_core.files.original import Original
-from nfq_core.files.safefile import aligned_entries
+from nfq_core.files.safetensors_io import aligned_entries
 from nfq_core.models.unet_keys import CHECKPOINT_PREFIX, KNOWN_ARCHITECTURES, tensor_shapes
 
 

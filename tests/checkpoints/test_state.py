@@ -23,7 +23,7 @@ from nfq_core.checkpoints.memory import MODES
 from nfq_core.checkpoints.state_dict import quantize_tensors
 from nfq_core.errors import NFQError, TargetExistsError
 from nfq_core.files.container import Source
-from nfq_core.files.safefile import describe, tensor_bytes
+from nfq_core.files.safetensors_io import describe, tensor_bytes
 from nfq_core.planning.settings import DEFAULTS
 
 

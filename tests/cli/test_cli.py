@@ -252,9 +252,9 @@ def test_warnings_are_marked_as_such(folder):
     [
         (
             KeyError("x"),
-            f"this is a fault of the program (test_cli.py, line N); set the environment variable {DEBUG} to 1",
+            f"this is a bug in the program (test_cli.py, line N); set the environment variable {DEBUG} to 1",
         ),
-        (RuntimeError("sizes of torch.Size([3])"), "this is a fault of the program"),
+        (RuntimeError("sizes of torch.Size([3])"), "this is a bug in the program"),
         (RuntimeError("CUDA out of memory. Tried to"), "out of memory; no unfinished file is left"),
         (MemoryError(), "out of memory; no unfinished file is left"),
         (FileNotFoundError(2, "No such file or directory", "a"), "a: No such file or directory"),

@@ -32,7 +32,7 @@ from nfq_core.demo.shapes import (
     random_scene,
     tokenise,
 )
-from nfq_core.files.safefile import describe as describe_tensors
+from nfq_core.files.safetensors_io import describe as describe_tensors
 from nfq_core.packed.formats import LEVELS
 from nfq_core.planning.policy import plan_tensors
 from nfq_core.planning.settings import DEFAULTS

@@ -20,7 +20,7 @@ from nfq_core import Calibration, NFTensor, load, save
 from nfq_core.calibration.statistics import LayerInputs
 from nfq_core.checkpoints.convert import dequantize_file, quantize_file
 from nfq_core.files.container import NFQFile
-from nfq_core.files.safefile import Entry, SafetensorsFile
+from nfq_core.files.safetensors_io import Entry, SafetensorsFile
 from nfq_core.layers import packed_layers
 from nfq_core.models.unet_keys import CHECKPOINT_PREFIX, diffusers_to_ldm
 from nfq_core.packed.formats import format_by_id

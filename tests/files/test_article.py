@@ -266,7 +266,7 @@ def test_the_writer_stops_where_the_articles_does(tmp_path):
     weight = torch.zeros(256, 64)
     weight[0, 0] = 1.0
     weight[1, 0] = 200 * 1e-12 / 255
-    with pytest.raises(CannotQuantizeError, match=r"tensor 'layer': .* no ASCII, and 1 weights have such"):
+    with pytest.raises(CannotQuantizeError, match=r"tensor 'layer': .* not ASCII, and 1 weights have such bytes"):
         write_article_file(tmp_path / "wide.safetensors", {"layer": weight}, 16, 32)
     assert not (tmp_path / "wide.safetensors").exists()
 
@@ -314,7 +314,7 @@ MALFORMED = {
     "placeholder": (
         "",
         lambda _: torch.zeros(8, 8),
-        "'layer' is stored twice: .*, as torch.float32 of shape \\(8, 8\\)",
+        "'layer' is stored twice: quantised, and as torch.float32 of shape \\(8, 8\\)",
     ),
     "shape's dtype": (
         "orig_shape",

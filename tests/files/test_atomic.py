@@ -226,8 +226,8 @@ def test_a_finished_file_is_never_thrown_away(tmp_path, monkeypatch, number, err
     kept = next(path for path in tmp_path.iterdir() if path.name != "a")
     assert kept.read_bytes() == b"new"
     assert (tmp_path / "a").read_bytes() == b"old"
-    told = str(caught.value)
-    assert f"{tmp_path / 'a'} could not be given its name: {os.strerror(number)}; the finished file is {kept}" in told
+    reason = f"the finished file could not be renamed: {os.strerror(number)}; it is kept as {kept}"
+    assert f"{tmp_path / 'a'}: {reason}" in str(caught.value)
     if held == "target":
         # The next write removes what killed writers left, but not this.
         leave(kept.with_name(LEFTOVER))

@@ -18,7 +18,7 @@ from nfq_core.checkpoints.state_dict import load, quantize_state_dict
 from nfq_core.errors import AlreadyQuantizedError, CorruptFileError
 from nfq_core.files.original import Original
 from nfq_core.files.prequantized import find_prequantized, rotation_matrix
-from nfq_core.files.safefile import describe
+from nfq_core.files.safetensors_io import describe
 from nfq_core.models.unet_keys import tensor_shapes
 
 FP8 = torch.float8_e4m3fn
@@ -255,21 +255,21 @@ def text(*characters: int) -> dict[str, torch.Tensor]:
 
 
 DAMAGED = {
-    "no JSON": (text(*b"hello"), {}, "(it is no JSON from character 0 on)"),
-    "no text": (text(255, 254), {}, "(it is no text in UTF-8)"),
-    "a list": (text(*b"[]"), {}, "(a description is no JSON object)"),
-    "a format that is no text": (FP8_WEIGHT | {"a.comfy_quant": conf(format=8)}, {}, "(a format is no text)"),
-    "a description of floats": (FP8_WEIGHT | {"a.comfy_quant": torch.ones(2)}, {}, "is no description)"),
+    "no JSON": (text(*b"hello"), {}, "(it is not valid JSON from character 0 on)"),
+    "no text": (text(255, 254), {}, "(it is not UTF-8 text)"),
+    "a list": (text(*b"[]"), {}, "(a description is not a JSON object)"),
+    "a format that is no text": (FP8_WEIGHT | {"a.comfy_quant": conf(format=8)}, {}, "(a format is not text)"),
+    "a description of floats": (FP8_WEIGHT | {"a.comfy_quant": torch.ones(2)}, {}, "is not a description)"),
     "int8 without its scale": (
         {"a.weight": VALUES.to(torch.int8), "a.comfy_quant": conf(format="int8_tensorwise")},
         {},
         "is int8_tensorwise without a scale",
     ),
-    "metadata that is no JSON": (FP8_WEIGHT, "]", "(it is no JSON from character 0 on)"),
-    "metadata that is a list": (FP8_WEIGHT, "[]", "(a description is no JSON object)"),
+    "metadata that is no JSON": (FP8_WEIGHT, "]", "(it is not valid JSON from character 0 on)"),
+    "metadata that is a list": (FP8_WEIGHT, "[]", "(a description is not a JSON object)"),
     "metadata without layers": (FP8_WEIGHT, "{}", "('layers' is missing)"),
-    "layers that are null": (FP8_WEIGHT, '{"layers":null}', "(a description is no JSON object)"),
-    "a layer that is text": (FP8_WEIGHT, '{"layers":{"a":"fp8"}}', "(a description is no JSON object)"),
+    "layers that are null": (FP8_WEIGHT, '{"layers":null}', "(a description is not a JSON object)"),
+    "a layer that is text": (FP8_WEIGHT, '{"layers":{"a":"fp8"}}', "(a description is not a JSON object)"),
 }
 
 

@@ -16,7 +16,7 @@ from samples import SMALL_MODEL
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.errors import UnsupportedFileError
 from nfq_core.files.container import NFQFile
-from nfq_core.files.safefile import SafetensorsFile
+from nfq_core.files.safetensors_io import SafetensorsFile
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 6938078334\n"
 INDEX = json.dumps({"metadata": {"total_size": 1}, "weight_map": {"a": "m-00001-of-00002.safetensors"}}).encode()

@@ -193,7 +193,7 @@ def test_statistics_that_do_not_fit_are_refused(arguments, message):
 
 
 def test_a_vector_has_no_input_channels():
-    with pytest.raises(ValueError, match="two and more dimensions"):
+    with pytest.raises(ValueError, match="two or more dimensions"):
         quantize(random_weight(2000), importance=torch.ones(2000))
 
 

@@ -12,7 +12,7 @@ import torch
 from samples import TINY, random_weight, unet_config
 
 from nfq_core import NFTensor, quantize
-from nfq_core.files.safefile import Entry
+from nfq_core.files.safetensors_io import Entry
 from nfq_core.models.unet_keys import Layout, UNetArchitecture, tensor_shapes
 from nfq_core.planning.policy import plan_tensors
 from nfq_core.planning.settings import Settings

@@ -11,7 +11,7 @@ from typing import Any
 import zstandard
 
 from nfq_core.files.container import FACTS_KEY, HASH_KEY, NO_SHA256, PREFIX, header_hash
-from nfq_core.files.safefile import METADATA_KEY
+from nfq_core.files.safetensors_io import METADATA_KEY
 
 
 def split(data: bytes) -> tuple[dict, bytes]:

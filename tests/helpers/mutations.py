@@ -16,7 +16,7 @@ import zstandard
 from forging import Draft, compressed, plain, signed, split
 
 from nfq_core.files.container import FACTS_KEY, HASH_KEY, NO_SHA256
-from nfq_core.files.safefile import METADATA_KEY
+from nfq_core.files.safetensors_io import METADATA_KEY
 from nfq_core.packed.formats import FORMATS
 
 VALUES: tuple[Any, ...] = (

@@ -30,8 +30,8 @@ from nfq_core.checkpoints.examine import compare_files, file_info, info_lines, v
 from nfq_core.checkpoints.kinds import kind_of
 from nfq_core.errors import NFQError
 from nfq_core.files.article import write_article_file
-from nfq_core.files.safefile import DTYPE_NAMES, SafetensorsFile, tensor_bytes
-from nfq_core.models.unet import detect, known_ldm_names, what_is_missing
+from nfq_core.files.safetensors_io import DTYPE_NAMES, SafetensorsFile, tensor_bytes
+from nfq_core.models.unet import detect, known_ldm_names, mismatch_message
 from nfq_core.models.unet_keys import tensor_shapes
 from nfq_core.packed.tensor import NFTensor
 
@@ -178,7 +178,7 @@ def try_names(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Look for a UNet among names and shapes."""
     info, _ = guarded(lambda: detect(shapes))
     if info is not None:
-        guarded(lambda: what_is_missing(info, shapes))
+        guarded(lambda: mismatch_message(info, shapes))
         names, _ = guarded(lambda: known_ldm_names(info, shapes))
         if len(set(names.values())) != len(names):
             raise Fault("two tensors get the same name")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from nfq_core import NFTensor, quantize
-from nfq_core.files.safefile import describe
+from nfq_core.files.safetensors_io import describe
 from nfq_core.models.unet_keys import UNetArchitecture, tensor_shapes
 from nfq_core.planning.policy import plan_tensors
 from nfq_core.planning.settings import DEFAULTS, Settings

@@ -16,7 +16,7 @@ from nfq_core.models.unet import (
     first_and_last_convolution,
     is_unet_key,
     ldm_names,
-    what_is_missing,
+    mismatch_message,
 )
 from nfq_core.models.unet_keys import (
     CHECKPOINT_PREFIX,
@@ -299,7 +299,7 @@ def test_diffusers_names_of_every_layout(layout, architecture):
 def test_ldm_names_of_an_unknown_architecture_are_refused():
     shapes = tensor_shapes(TINY, "ldm")
     del shapes["out.0.weight"]
-    with pytest.raises(ValueError, match="the LDM names of an unknown architecture have no diffusers names"):
+    with pytest.raises(ValueError, match="the LDM names of an unknown architecture cannot be renamed to diffusers"):
         diffusers_names(detect(shapes), shapes)
 
 
@@ -316,13 +316,13 @@ def test_what_is_missing_names_the_tensor(layout):
     lost = [key for key in shapes if "attn2.to_v" in key][:2]
     for key in lost:
         del shapes[key]
-    told = what_is_missing(detect(shapes), shapes)
+    told = mismatch_message(detect(shapes), shapes)
     assert told == f"tensor {lost[0]!r} of Segmind Vega's UNet is missing, and 1 more"
     shapes = tensor_shapes(SEGMIND_VEGA, layout)
     shapes[lost[0]] = (1, 2)
-    assert what_is_missing(detect(shapes), shapes) == f"tensor {lost[0]!r} of Segmind Vega's UNet has another shape"
+    assert mismatch_message(detect(shapes), shapes) == f"tensor {lost[0]!r} of Segmind Vega's UNet has another shape"
 
 
 def test_nothing_is_missing_from_another_kind_of_model():
     shapes = tensor_shapes(TINY, "ldm")
-    assert what_is_missing(detect(shapes), shapes) == ""
+    assert mismatch_message(detect(shapes), shapes) == ""

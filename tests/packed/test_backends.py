@@ -22,7 +22,7 @@ INTERPRETED = """
 import sys
 import torch
 from nfq_core.packed import triton_decode
-from nfq_core.formats import format_by_id
+from nfq_core.packed.formats import format_by_id
 from reference import FORMAT_IDS, decode
 from samples import random_buffer
 
@@ -42,7 +42,7 @@ for format_id in FORMAT_IDS:
         # By way of fp16 torch rounds to bf16.
         out = torch.full((weights,), torch.nan, dtype=torch.bfloat16)
         place = out.data_ptr()
-        triton_decode.dequantize_by_way_of_fp16(out, data, fmt)
+        triton_decode.dequantize_via_fp16(out, data, fmt)
         assert torch.equal(out.view(torch.int16), wanted.to(torch.bfloat16).view(torch.int16)), (format_id, weights)
         assert out.data_ptr() == place
         checked += 1
@@ -54,7 +54,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from nfq_core.packed import triton_decode
-from nfq_core.formats import FORMATS
+from nfq_core.packed.formats import FORMATS
 
 POINTERS = {"data": "*u8", "mantissas": "*i32"}
 NUMBERS = ("weights", "groups", "coarse", "fine", "superblock_scales", "block_scales")
@@ -122,7 +122,7 @@ def test_a_damaged_buffer_decodes_to_something(format_id: str) -> None:
 
 @pytest.fixture
 def asked():
-    caches = (backends.choose, backends._without_triton)
+    caches = (backends.backend_for, backends._without_triton)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -139,7 +139,7 @@ CUDA = torch.device("cuda:0")
         (False, (7, 5), "", "", "triton", "one launch"),
         (False, (6, 1), "", "", "torch", "Triton needs compute capability 7.0, this device has 6.1"),
         (True, (9, 0), "", "", "torch", "Triton is not installed"),
-        (False, (9, 0), "torch", "", "torch", "NFQ_BACKEND=torch asks for it"),
+        (False, (9, 0), "torch", "", "torch", "requested by NFQ_BACKEND=torch"),
         (False, (9, 0), "", "no compiler", "torch", "no compiler"),
     ],
 )
@@ -149,28 +149,28 @@ def test_what_is_taken_on_a_gpu(asked, monkeypatch, caplog, missing, capability,
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(backends, "_fails", lambda *_: fails)
     monkeypatch.setenv("NFQ_BACKEND", asks)
-    backend = backends.choose(CUDA)
+    backend = backends.backend_for(CUDA)
     assert backend.name == name and reason in backend.reason
-    backends.choose(CUDA)
+    backends.backend_for(CUDA)
     assert [reason in record.message for record in caplog.records] == [True] * (name == "torch")
 
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "fails", "wanted"),
     [
-        ((7, 5), torch.bfloat16, (), "dequantize_by_way_of_fp16"),
-        ((7, 0), torch.bfloat16, (), "dequantize_by_way_of_fp16"),
+        ((7, 5), torch.bfloat16, (), "dequantize_via_fp16"),
+        ((7, 0), torch.bfloat16, (), "dequantize_via_fp16"),
         ((7, 5), torch.float16, (), "dequantize_into"),
         ((7, 5), torch.float32, (), "dequantize_into"),
         ((8, 0), torch.bfloat16, (), "dequantize_into"),
         # What fails although it should work is found before the call, too.
-        ((9, 0), torch.bfloat16, (torch.bfloat16,), "dequantize_by_way_of_fp16"),
+        ((9, 0), torch.bfloat16, (torch.bfloat16,), "dequantize_via_fp16"),
         ((9, 0), torch.float64, (torch.float64,), "torch"),
     ],
 )
 def test_what_is_taken_for_a_dtype(asked, monkeypatch, capability, dtype, fails, wanted) -> None:
     triton_decode = stub_gpu(monkeypatch, capability, fails)
-    backend = backends.choose(CUDA, dtype)
+    backend = backends.backend_for(CUDA, dtype)
     if wanted == "torch":
         assert backend.name == "torch" and backend.dequantize_into is torch_decode.dequantize_into
     else:
@@ -184,7 +184,7 @@ def stub_gpu(monkeypatch, capability: tuple[int, int], fails: tuple[torch.dtype,
 
     def probe(device: torch.device, dtype: torch.dtype = torch.float16) -> str:
         assert capability >= (8, 0) or dtype != torch.bfloat16, "what cannot work is not tried"
-        return "Triton fails here" if dtype in fails else ""
+        return "Triton fails on this device" if dtype in fails else ""
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -206,11 +206,11 @@ def test_the_command_tells_how_bf16_is_made(asked, monkeypatch, capsys, capabili
 def test_the_output_s_dtype_is_what_is_asked_for(monkeypatch) -> None:
     asked = []
 
-    def choose(device: torch.device, dtype: torch.dtype) -> backends.Backend:
+    def backend_for(device: torch.device, dtype: torch.dtype) -> backends.Backend:
         asked.append((device.type, dtype))
         return backends.Backend("torch", "", torch_decode.dequantize_into)
 
-    monkeypatch.setattr(backends, "choose", choose)
+    monkeypatch.setattr(backends, "backend_for", backend_for)
     quantize(torch.randn(64, 64)).dequantize(torch.bfloat16)
     assert asked == [("cpu", torch.bfloat16)]
 
@@ -218,13 +218,13 @@ def test_the_output_s_dtype_is_what_is_asked_for(monkeypatch) -> None:
 @pytest.mark.parametrize("works", [True, False])
 def test_triton_is_tried_before_it_is_taken(works: bool) -> None:
     """In the interpreter; and without it, for then Triton has no driver for a CPU."""
-    code = "import torch\nfrom nfq_core import backends\nprint(backends._fails(torch.device('cpu')))"
+    code = "import torch\nfrom nfq_core.packed import backends\nprint(backends._fails(torch.device('cpu')))"
     told = run_apart(code, TRITON_INTERPRET=str(int(works)))
-    assert (told == "") if works else told.startswith("Triton fails here (")
+    assert (told == "") if works else told.startswith("Triton fails on this device (")
 
 
 def test_cpus_are_served_by_torch_and_nothing_is_logged(asked, caplog) -> None:
-    assert backends.choose(torch.device("cpu")).name == "torch" and not caplog.records
+    assert backends.backend_for(torch.device("cpu")).name == "torch" and not caplog.records
 
 
 def test_what_is_too_large_for_the_kernel_goes_to_torch(monkeypatch) -> None:
@@ -233,7 +233,7 @@ def test_what_is_too_large_for_the_kernel_goes_to_torch(monkeypatch) -> None:
     def never(*_: object) -> None:
         taken.append("triton")
 
-    monkeypatch.setattr(backends, "choose", lambda *_: backends.Backend("triton", "", never))
+    monkeypatch.setattr(backends, "backend_for", lambda *_: backends.Backend("triton", "", never))
     tensor = quantize(torch.randn(64, 64))
     tensor.dequantize()
     assert taken == ["triton"]

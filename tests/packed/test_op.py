@@ -119,7 +119,7 @@ def test_two_copies_of_the_package_in_one_process(tmp_path: Path) -> None:
     link(tmp_path / "plugin" / "nfq_core", ROOT / "nfq_core")
     code = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]\n"
-        "import nfq_core.packed.op as first, plugin.nfq_core.op as second\n"
+        "import nfq_core.packed.op as first, plugin.nfq_core.packed.op as second\n"
         "print(first.NAMESPACE != second.NAMESPACE)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -17,7 +17,7 @@ from nfq_core import NFQError
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.checkpoints.examine import file_info
 from nfq_core.cli import main
-from nfq_core.files.safefile import Entry
+from nfq_core.files.safetensors_io import Entry
 from nfq_core.files.writer import Plan
 from nfq_core.fitting.codebook import EFFORTS
 from nfq_core.models.roles import expected_sensitivity
@@ -251,7 +251,7 @@ def test_packed_bits_asked_for_on_the_command_line(small_model: Path, tmp_path: 
     ("flags", "code", "told"),
     [
         (["--target-size", "10KB"], 1, "0.01 MB are too few; this model's file can have about 0.0"),
-        (["--target-size", "soon"], 2, "'soon' is no size; write one such as 1.2GB or 1200MiB"),
+        (["--target-size", "soon"], 2, "'soon' is not a size; write one such as 1.2GB or 1200MiB"),
         (["--target-size", "3"], 2, "'3' has no unit; write 3GB, 3MB or 3B (bytes)"),
         (["--target-bpw", "1.9"], 1, "1.9 packed bits per weight are too few; this model's can have 2."),
         (["--target-bpw", "16"], 1, "16 packed bits per weight are too many; this model's can have 2."),

@@ -7,7 +7,7 @@ from math import prod
 
 import pytest
 
-from nfq_core.files.safefile import Entry
+from nfq_core.files.safetensors_io import Entry
 from nfq_core.models.unet_keys import CHECKPOINT_PREFIX, SDXL_BASE, tensor_shapes
 from nfq_core.planning.policy import MIN_WEIGHTS, plan_tensors
 from nfq_core.planning.settings import Formats, Settings

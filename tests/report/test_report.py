@@ -262,7 +262,7 @@ def test_refusals(capsys, folder, files, tmp_path):
     assert "is damaged" in refused(capsys, folder / "ldm.safetensors", tmp_path / "damaged", "--out", out)
     assert not any(out.iterdir())
     (tmp_path / "file").write_bytes(b"")
-    assert "cannot be made a folder" in refused(capsys, tmp_path / "other", files[0], "--out", tmp_path / "file")
+    assert "cannot be created" in refused(capsys, tmp_path / "other", files[0], "--out", tmp_path / "file")
 
 
 def test_a_folder_that_cannot_be_written(capsys, folder, files, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from samples import TINY, random_half
 
 from nfq_core.checkpoints.convert import dequantize_file, quantize_file
 from nfq_core.files.container import NFQFile
-from nfq_core.files.safefile import aligned_entries, header_bytes, tensor_bytes
+from nfq_core.files.safetensors_io import aligned_entries, header_bytes, tensor_bytes
 from nfq_core.models.unet_keys import tensor_shapes
 
 ROOT = Path(__file__).resolve().parent.parent.parent

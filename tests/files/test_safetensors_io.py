@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from systems import WINDOWS, replaces_open_files
 
 from nfq_core.errors import CorruptFileError, NFQError, UnsupportedFileError, printable
-from nfq_core.files.safefile import (
+from nfq_core.files.safetensors_io import (
     COPY_BYTES,
     TORCH_DTYPES,
     Entry,
@@ -253,12 +253,12 @@ def test_metadata_of_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (plain({"__metadata__": []}), "__metadata__ holds something else than text"),
-        (plain({"__metadata__": 0}), "__metadata__ holds something else than text"),
-        (plain('{"a":'), "it is no JSON from character 5 on"),
+        (plain({"__metadata__": []}), "__metadata__ holds something other than text"),
+        (plain({"__metadata__": 0}), "__metadata__ holds something other than text"),
+        (plain('{"a":'), "it is not valid JSON from character 5 on"),
         (plain('{"a":{}}'), "tensor 'a' lacks dtype, shape or data_offsets"),
         (plain({"a": []}), "tensor 'a' lacks dtype, shape or data_offsets"),
-        ((8).to_bytes(8, "little") + b'{"\xff\xfe":1}', "it is no text in UTF-8"),
+        ((8).to_bytes(8, "little") + b'{"\xff\xfe":1}', "it is not UTF-8 text"),
         (plain('{"a":' + "[" * 100_000), "it is nested too deep"),
     ],
 )
@@ -271,7 +271,7 @@ def test_damage_is_told_in_words(tmp_path, data, words):
 DAMAGED = {
     "cut in the header": (plain(GOOD, bytes(12))[:30], "is cut short: it has 30 bytes"),
     "cut in the data": (plain(GOOD, bytes(11)), "is cut short"),
-    "a byte more": (plain(GOOD, bytes(13)), "1 bytes more than its header tells of"),
+    "a byte more": (plain(GOOD, bytes(13)), "1 bytes more than its header describes"),
     "no JSON": (plain('{"a":'), "its header is damaged"),
     "no UTF-8": ((8).to_bytes(8, "little") + b'{"\xff\xfe":1}', "its header is damaged"),
     "a name half of a surrogate pair": (plain('{"\\ud800":' + json.dumps(GOOD["a"]) + "}", bytes(12)), "damaged"),
@@ -279,10 +279,10 @@ DAMAGED = {
     "JSON nested without end": (plain('{"a":' + "[" * 100_000), "its header is damaged"),
     "a duplicate tensor": (
         plain(f'{{"a":{json.dumps(GOOD["a"])},"a":{json.dumps(GOOD["a"])}}}'),
-        "a name stands twice",
+        "a name occurs twice",
     ),
     "a duplicate field": (plain('{"a":{"dtype":"F16","dtype":"F16","shape":[],"data_offsets":[0,2]}}'), "twice"),
-    "metadata that is no text": (plain({"__metadata__": {"a": 1}}), "something else than text"),
+    "metadata that is no text": (plain({"__metadata__": {"a": 1}}), "something other than text"),
     "metadata that is no object": (plain({"__metadata__": []}), "damaged"),
     "a tensor that is no object": (plain({"a": 1}), "damaged"),
     "no dtype": (plain({"a": {"shape": [1], "data_offsets": [0, 2]}}), "'a' lacks dtype"),
@@ -293,11 +293,11 @@ DAMAGED = {
     "a size that is true": (plain(field(shape=[True, 6]), bytes(12)), "impossible sizes"),
     "an infinite size": (
         plain('{"a":{"dtype":"F16","shape":[Infinity],"data_offsets":[0,2]}}'),
-        "Infinity is no JSON number",
+        "Infinity is not a JSON number",
     ),
     "a size beyond all floats": (
         plain('{"a":{"dtype":"F16","shape":[1e999],"data_offsets":[0,2]}}'),
-        "1e999 is beyond all floats",
+        "1e999 is out of the range of fp64",
     ),
     "a size beyond 63 bits": (plain(field(shape=[1 << 63, 0], data_offsets=[0, 0])), "impossible sizes"),
     "a size of many digits": (
@@ -341,7 +341,7 @@ def test_scales_of_eight_bits(tmp_path):
 def test_a_torch_without_wide_unsigned_integers_will_do() -> None:
     """Such as 2.1, which Automatic1111's web UI pins."""
     run = "import torch; del torch.uint16, torch.uint32, torch.uint64\n"
-    run += "import nfq_core.files.safefile as s; print(*s.TORCH_DTYPES)"
+    run += "import nfq_core.files.safetensors_io as s; print(*s.TORCH_DTYPES)"
     root = Path(__file__).resolve().parents[2]
     result = subprocess.run([sys.executable, "-c", run], cwd=root, capture_output=True, text=True, check=True)
     assert {"U8", "F16"} <= {*result.stdout.split()} and "U64" not in result.stdout

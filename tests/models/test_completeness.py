@@ -10,6 +10,7 @@ from samples import SMALLEST, TINY, random_unet
 
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.errors import CorruptFileError
+from nfq_core.models.completeness import missing_tensors_message, unet_warnings
 from nfq_core.models.unet import detect
 from nfq_core.models.unet_keys import (
     CHECKPOINT_PREFIX,
@@ -20,13 +21,12 @@ from nfq_core.models.unet_keys import (
     diffusers_to_ldm,
     tensor_shapes,
 )
-from nfq_core.models.wholeness import unet_warnings, what_is_lost
 
 LAYOUTS = ("ldm", "prefixed", "diffusers")
 
 
 def lost(shapes: dict) -> str:
-    return what_is_lost(detect(shapes), shapes)
+    return missing_tensors_message(detect(shapes), shapes)
 
 
 def warnings(shapes: dict) -> list[str]:
@@ -106,7 +106,7 @@ def test_stable_diffusion_1_is_taken_under_ldm_names_alone(convolutions):
 @pytest.mark.parametrize("architecture", [TINY, SMALLEST, replace(SDXL_BASE, context_width=1280)])
 def test_sizes_of_no_known_model(architecture):
     (warning,) = warnings(tensor_shapes(architecture, "ldm"))
-    assert "the sizes of no model that ComfyUI or a web UI loads" in warning
+    assert "ComfyUI and the web UIs load no model of its sizes" in warning
 
 
 def test_other_names_inside_are_another_architecture():
@@ -125,7 +125,7 @@ def test_tensors_that_do_not_belong_are_named(layout, refusal):
     module = next(key for key in shapes if key.endswith("attn2.to_k.weight")).removesuffix(".to_k.weight")
     extra = {f"{module}.to_k_ip.weight": (1280, 2048), f"{module}.to_v_ip.weight": (1280, 2048)}
     (warning,) = warnings(shapes | extra)
-    assert warning.startswith(f"tensor '{module}.to_k_ip.weight' and 1 more are none of SDXL's; {refusal}")
+    assert warning.startswith(f"tensor '{module}.to_k_ip.weight' and 1 more are not part of SDXL's UNet; {refusal}")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_quantising_refuses_and_warns(tmp_path):
     tensors = random_unet(architecture=TINY)
     save_file(tensors, tmp_path / "whole")
     (warning,) = quantize_file(tmp_path / "whole", tmp_path / "a")["warnings"]
-    assert "the sizes of no model that ComfyUI" in warning
+    assert "ComfyUI and the web UIs load no model of its sizes" in warning
     del tensors["out.0.bias"]
     save_file(tensors, tmp_path / "part")
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Reading and writing safetensors files of any size without holding or mapping them whole."""
+"""Reading safetensors files piece by piece, without loading or mapping them whole, and headers for writing them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import torch
 
 from ..errors import CorruptFileError, NFQError, UnsupportedFileError, reason_of
 from ..packed.tensor import NFTensor
-from .sniff import HEAD_BYTES, what_instead
-from .untrusted import element_count, fault_of, is_count, parse_json
+from .sniff import HEAD_BYTES, describe_foreign_file
+from .untrusted import element_count, is_count, parse_error_message, parse_json
 
 MAX_HEADER_BYTES = 100_000_000
-"""The safetensors limit on a header."""
+"""Header limit of the safetensors library, in bytes."""
 
 METADATA_KEY = "__metadata__"
-"""Where a tensor's name would stand in a header, this name stands for text about the file."""
+"""Name of the header entry that holds text about the file instead of a tensor."""
 
 COPY_BYTES = 8 << 20
-"""Bytes handled at once when tensors are copied unread."""
+"""Bytes per piece when tensors are copied."""
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -44,7 +44,7 @@ TORCH_DTYPES = {
     "C64": torch.complex64,
 }
 _LATER_DTYPES = {"U64": "uint64", "U32": "uint32", "U16": "uint16", "F8_E8M0": "float8_e8m0fnu"}
-# torch has these from 2.3 and 2.7 on; hosts with an older one still read the files that hold none of them.
+# torch has these since 2.3 and 2.7; older versions can read files without them.
 TORCH_DTYPES |= {name: getattr(torch, dtype) for name, dtype in _LATER_DTYPES.items() if hasattr(torch, dtype)}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -67,23 +67,22 @@ class Entry:
 class SafetensorsFile:
     """A safetensors file opened for reading, its header checked; tensors are read one at a time.
 
-    One handle stays open, so that a file replaced meanwhile does not mix with this one. Safe to use from several
-    threads.
+    Thread-safe. The file stays open, so that data of a file that replaces it are never mixed in.
 
     Raises:
         NFQError: the file is missing, a directory, a pipe or device, or unreadable.
-        UnsupportedFileError: it is no safetensors file.
-        CorruptFileError: it is cut short, or its header contradicts itself or the file's size.
+        UnsupportedFileError: it is not a safetensors file.
+        CorruptFileError: it is truncated, or its header contradicts itself or the file's size.
     """
 
     max_header_bytes = MAX_HEADER_BYTES
-    """Of the header without its eight bytes of length; nothing of a longer one is read."""
+    """Largest accepted header in bytes, without its eight length bytes; a longer one is not read."""
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self._lock = threading.Lock()
         try:
-            self._file = open(self.path, "rb", buffering=0, opener=_open_without_waiting)  # noqa: SIM115
+            self._file = open(self.path, "rb", buffering=0, opener=_open_non_blocking)  # noqa: SIM115
         except IsADirectoryError:
             raise NFQError(f"{self.path} is a directory; name the .safetensors file in it") from None
         except FileNotFoundError:
@@ -114,26 +113,26 @@ class SafetensorsFile:
         self.close()
 
     def close(self) -> None:
-        """Close the file; reading fails from then on."""
+        """Close the file; reading fails afterwards."""
         self._file.close()
 
     def refuse_changed(self) -> None:
-        """NFQError when what has the file's name now has another size or time of change than when it was opened."""
+        """NFQError if the file at this path changed in size or modification time since it was opened."""
         now = self._version_now()
         if now is not None and now != self._version:
             raise NFQError(f"{self.path} changed while it was read; nothing was written, try again")
 
     def _version_now(self) -> tuple[int, int] | None:
-        """Size and time of change by the file's name; None where nothing has it.
+        """Size and modification time of the file at this path; None if there is none.
 
-        Network file systems may renumber files and devices at any time, so that these numbers do not count.
+        Inode and device numbers are ignored, because network file systems may change them at any time.
         """
         try:
             status = os.stat(self.path)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise NFQError(f"{self.path} cannot be looked at: {reason_of(error)}") from None
+            raise NFQError(f"{self.path} cannot be examined: {reason_of(error)}") from None
         return status.st_size, status.st_mtime_ns
 
     def read(self, name: str) -> bytearray:
@@ -147,7 +146,7 @@ class SafetensorsFile:
         self._read_at(view, self._data_start + self.entries[name].start)
 
     def read_chunks(self, name: str) -> Iterator[memoryview]:
-        """The bytes of one tensor, piece by piece; each piece is valid until the next is asked for."""
+        """The bytes of one tensor, piece by piece; each piece is valid until the next one is requested."""
         entry = self.entries[name]
         buffer = memoryview(bytearray(min(entry.nbytes, COPY_BYTES)))
         for start in range(entry.start, entry.end, COPY_BYTES):
@@ -156,24 +155,24 @@ class SafetensorsFile:
             yield piece
 
     def names_in_order(self) -> list[str]:
-        """The names of all tensors in the order in which they are stored."""
+        """Names of all tensors in the order of their data."""
         return sorted(self.entries, key=lambda name: self.entries[name].start)
 
     def sha256(self) -> str:
-        """SHA-256 of the whole file in hexadecimal, taken while it is read once more."""
+        """SHA-256 of the whole file in hexadecimal; reads the file once more."""
         digest = hashlib.sha256()
         for piece in self.read_whole():
             digest.update(piece)
         return digest.hexdigest()
 
     def read_whole(self) -> Iterator[bytes | memoryview]:
-        """Every byte of the file, piece by piece; each piece is valid until the next is asked for."""
+        """Every byte of the file, piece by piece; each piece is valid until the next one is requested."""
         yield self.raw_header
         for name in self.names_in_order():
             yield from self.read_chunks(name)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, in memory of its own.
+        """Read one tensor into new memory.
 
         Raises:
             UnsupportedFileError: its dtype has no counterpart in torch.
@@ -202,7 +201,7 @@ class SafetensorsFile:
             raise NFQError(f"{self.path} cannot be read: {reason_of(error)}") from None
 
     def _read_some(self, view: memoryview, offset: int) -> int:
-        """Read up to a whole view; several threads at once where the operating system can."""
+        """Read up to a whole view; threads read in parallel if the operating system supports it."""
         if hasattr(os, "preadv"):
             return os.preadv(self._file.fileno(), [view], offset)
         with self._lock:
@@ -215,8 +214,8 @@ class SafetensorsFile:
         self._read_at(memoryview(head), 0)
         length = int.from_bytes(head[:8], "little")
         if len(head) < 9 or length > MAX_HEADER_BYTES or head[8:9] != b"{":
-            words = what_instead(bytes(head), self.path.name, self.file_bytes)
-            reason = f"it is {words}" if words else "it does not start with such a header; name a .safetensors file"
+            kind = describe_foreign_file(bytes(head), self.path.name, self.file_bytes)
+            reason = f"it is {kind}" if kind else "it does not start with such a header; name a .safetensors file"
             raise UnsupportedFileError(f"{self.path} is not a safetensors file: {reason}")
         if length > self.max_header_bytes:
             raise UnsupportedFileError(
@@ -236,16 +235,18 @@ class SafetensorsFile:
         try:
             header = parse_json(self.raw_header[8:].decode("utf-8"))
             if not isinstance(header, dict):
-                raise ValueError("it is no JSON object")
-            # Some writers leave null there, which the safetensors library takes for nothing.
-            metadata = {} if (given := header.pop(METADATA_KEY, None)) is None else given
+                raise ValueError("it is not a JSON object")
+            # Some writers leave null there, which the safetensors library accepts as no metadata.
+            metadata = {} if (stored := header.pop(METADATA_KEY, None)) is None else stored
             if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-                raise ValueError(f"{METADATA_KEY} holds something else than text")
+                raise ValueError(f"{METADATA_KEY} holds something other than text")
             entries = {name: _entry(name, fields) for name, fields in header.items()}
         except UnsupportedFileError as error:
             raise UnsupportedFileError(f"{self.path}: {error}") from None
         except (ValueError, RecursionError) as error:
-            raise CorruptFileError(f"{self.path}: its header is damaged ({fault_of(error)}); fetch it again") from None
+            raise CorruptFileError(
+                f"{self.path}: its header is damaged ({parse_error_message(error)}); fetch it again"
+            ) from None
         position = 0
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
             if entry.start != position:
@@ -256,20 +257,19 @@ class SafetensorsFile:
                 f"{self.path} is cut short: it has {self.file_bytes:,} bytes, its header needs "
                 f"{self._data_start + position:,}; fetch it again"
             )
-        if self._data_start + position < self.file_bytes:
-            raise CorruptFileError(
-                f"{self.path} has {self.file_bytes - self._data_start - position:,} bytes more than its header tells of"
-            )
+        excess = self.file_bytes - self._data_start - position
+        if excess > 0:
+            raise CorruptFileError(f"{self.path} has {excess:,} bytes more than its header describes")
         return entries, metadata
 
 
-def _open_without_waiting(path: str, flags: int) -> int:
-    """For `open`: a pipe that nobody writes to would be waited for."""
+def _open_non_blocking(path: str, flags: int) -> int:
+    """Opener for `open` that does not block on a pipe without a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def tensor_from_bytes(buffer: bytearray | memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor over `buffer` (not copied)."""
+    """A tensor that shares the memory of `buffer`."""
     if not buffer:
         return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="cpu")
     return torch.frombuffer(buffer, dtype=TORCH_DTYPES[dtype]).view(shape)
@@ -282,9 +282,9 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def dtype_bytes(dtype: str) -> int:
-    """Bytes per element of a dtype as safetensors names it; UnsupportedFileError for an unknown or sub-byte one."""
+    """Bytes per element of a safetensors dtype; UnsupportedFileError for an unknown or sub-byte dtype."""
     bits = "8" if dtype == "BOOL" else dtype.lstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ").split("_")[0]
-    # Compared as text: a file may say anything, and `int` refuses some of what Unicode calls digits, and too many.
+    # Compared as text, because `int` fails on some Unicode digits and on very long numbers.
     if bits not in ("8", "16", "32", "64", "128"):
         raise UnsupportedFileError(f"dtype {dtype!r} is unknown to this version; update the plugin")
     return int(bits) // 8
@@ -305,9 +305,9 @@ def _entry(name: str, fields: object) -> Entry:
 
 
 def aligned_entries(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Entry]:
-    """Entries for tensors given as dtype and shape, one behind the other, each aligned to its own dtype.
+    """Header entries for consecutive tensors, given as dtype and shape, each aligned to its own dtype.
 
-    Wide dtypes come first; among equally wide ones the order stays.
+    Sorted by dtype width, widest first; the order is kept among equal widths.
     """
     entries: dict[str, Entry] = {}
     end = 0
@@ -319,7 +319,7 @@ def aligned_entries(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[
 
 
 def header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str], reserve: int = 0) -> bytes:
-    """A safetensors header, length prefix included, padded with spaces to `reserve` bytes or a multiple of eight."""
+    """A safetensors header with its length prefix, padded with spaces to `reserve` bytes or a multiple of eight."""
     fields: dict[str, object] = {METADATA_KEY: dict(metadata)} if metadata else {}
     for name, entry in entries.items():
         fields[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (entry.start, entry.end)}
@@ -329,7 +329,7 @@ def header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str], rese
 
 
 def describe(state_dict: Mapping[str, NFTensor | torch.Tensor]) -> dict[str, Entry]:
-    """Dtypes and shapes of a state dict's tensors; their offsets stay zero."""
+    """Header entries of a state dict's tensors, with offsets 0."""
     unknown = next((key for key, value in state_dict.items() if value.dtype not in DTYPE_NAMES), None)
     if unknown is not None:
         raise NFQError(f"tensor {unknown!r} has dtype {state_dict[unknown].dtype}, which safetensors cannot hold")
