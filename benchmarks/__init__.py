@@ -1,1 +1,1 @@
-"""Benchmarks: run as `python -m benchmarks.NAME` from the repository's root; results go to `benchmarks/results/`."""
+"""Benchmarks; README.md in this folder lists the commands, their duration, results files and tables."""

@@ -18,8 +18,11 @@ pytest.importorskip("PIL", reason="the grid needs Pillow")
 from PIL import Image
 from sdxl_folder import make_folder
 
-from benchmarks import article, article_models, int8, judge
-from benchmarks.report import call_seconds, machine
+from benchmarks.article import __main__ as article
+from benchmarks.article import models as article_models
+from benchmarks.quality import judge
+from benchmarks.shared import call_seconds, machine
+from benchmarks.speed import int8
 from nfq_core import NFQError, load
 from nfq_core.checkpoints.examine import verify_file
 from nfq_core.report.sheet import CAPTION_WIDTH

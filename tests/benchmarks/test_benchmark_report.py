@@ -9,7 +9,8 @@ from functools import partial
 
 import pytest
 
-from benchmarks import report, sizes
+from benchmarks import shared as report
+from benchmarks.quality import sizes
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ from benchmarks import report, sizes
     ],
 )
 def test_the_command_is_the_one_that_was_given(tmp_path, monkeypatch, arguments: list[str], told: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["/home/somebody/benchmarks/one.py", *arguments])
+    monkeypatch.setattr(sys, "argv", [str(report.ROOT / "benchmarks" / "one.py"), *arguments])
     path = report.write_results("one", {"rows": [1]}, tmp_path / "new" / "results.json")
     written = json.loads(path.read_text(encoding="utf-8"))
     assert written["command"] == f"python -m benchmarks.one{told}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks import decode, report
+from benchmarks import shared as report
+from benchmarks.speed import decode
 from nfq_core.packed.formats import LEVELS
 
 

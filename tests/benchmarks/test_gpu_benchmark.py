@@ -12,7 +12,10 @@ import pytest
 import torch
 from systems import WINDOWS
 
-from benchmarks import gpu, gpu_bench, gpu_decode, gpu_step
+from benchmarks.speed.gpu import __main__ as gpu
+from benchmarks.speed.gpu import decode as gpu_decode
+from benchmarks.speed.gpu import part as gpu_bench
+from benchmarks.speed.gpu import step as gpu_step
 from nfq_core.layers import packed_layers
 from nfq_core.models.unet_keys import SDXL_BASE
 from nfq_core.packed import backends, torch_decode
@@ -25,7 +28,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--small", "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.speed.gpu", "--device", "cpu", "--small", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text(encoding="utf-8"))
@@ -240,13 +243,13 @@ def test_loras_are_on_every_linear_layer_of_the_transformers(diffusers_alone) ->
 @pytest.mark.parametrize("arguments", [["--device", "cpu", "--small"], ["--only", "decode"]])
 def test_a_trial_does_not_replace_the_results(arguments: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *arguments], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.speed.gpu", *arguments], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2 and "--small and --only need --out" in done.stderr
 
 
 def test_a_device_that_is_not_there() -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cuda:99"]
+    command = [sys.executable, "-m", "benchmarks.speed.gpu", "--device", "cuda:99"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("cannot measure cuda:99: ") and done.stderr.count("\n") == 1
 

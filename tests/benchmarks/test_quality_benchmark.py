@@ -10,10 +10,16 @@ import pytest
 import torch
 from samples import random_half, random_weight
 
-from benchmarks import ggml, quality, quality_peers, quality_plot, quality_tables, quality_weights, report
-from benchmarks.quality_checks import checks, left_of
-from benchmarks.quality_peers import Contestant, Stored
-from benchmarks.quality_weights import Layer, figures, row
+from benchmarks import shared as report
+from benchmarks.quality import __main__ as quality
+from benchmarks.quality import ggml
+from benchmarks.quality import peers as quality_peers
+from benchmarks.quality import plot as quality_plot
+from benchmarks.quality import tables as quality_tables
+from benchmarks.quality import weights as quality_weights
+from benchmarks.quality.checks import checks, left_of
+from benchmarks.quality.peers import Contestant, Stored
+from benchmarks.quality.weights import Layer, figures, row
 from nfq_core.errors import NFQError
 from nfq_core.packed.formats import FORMATS, WRITABLE_IDS
 
@@ -292,7 +298,7 @@ def test_the_command_runs_without_any_peer(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality_weights, "QUICK_SHAPE", (64, 512))
     monkeypatch.setattr(quality_weights, "QUICK_CONVOLUTION", (64, 64, 3, 3))
     arguments = ["--quick", "--out", str(tmp_path / "quality.json")]
-    monkeypatch.setattr(sys, "argv", ["quality.py", *arguments])
+    monkeypatch.setattr(sys, "argv", [quality.__file__, *arguments])
     quality.main(arguments)
     printed = capsys.readouterr().out
     assert "GGUF is left out: xllamacpp is not installed" in printed

@@ -7,8 +7,9 @@ from itertools import product
 import pytest
 import torch
 
-from benchmarks import quality_peers, trellis
-from benchmarks.quality_peers import Contestant, Stored
+from benchmarks.quality import peers as quality_peers
+from benchmarks.quality import trellis
+from benchmarks.quality.peers import Contestant, Stored
 from nfq_core.fitting.codebook import EFFORTS
 
 PEER_ROWS = {"Q4_K": 4.5, "NF4": 4.125}
