@@ -25,6 +25,7 @@ from torch import nn
 from nfq_core.files.atomic import AtomicFile
 from nfq_core.files.safefile import aligned_entries, header_bytes, tensor_bytes
 from nfq_core.models.unet_keys import SDXL_BASE, Layout, tensor_shapes
+from nfq_core.parallel import default_threads
 from nfq_core.report.markdown import markdown_table as markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +44,7 @@ def machine() -> dict:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     return {
         "processor": model,
-        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processors": default_threads(),
         "memory_gib": round(memory / 2**30, 1),
         "system": platform.system(),
         "python": platform.python_version(),
@@ -98,30 +99,38 @@ def in_turns(
     return {name: taken[1:] for name, taken in samples.items()}
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done everything."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def milliseconds(works: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, dict]:
+    """Call the works in turns; the `summary` of each one's milliseconds until the device has finished it."""
+
+    def finished(work: Callable[[], object]) -> float:
+        return timed(lambda: (work(), synchronize(device)))
+
+    taken = in_turns(works, rounds, finished)
+    return {name: summary([1000 * seconds for seconds in found]) for name, found in taken.items()}
+
+
 @contextmanager
 def call_seconds(module: nn.Module) -> Iterator[list[float]]:
     """Collect the seconds of each of a module's calls, until the device has finished it."""
-    seconds: list[float] = []
-    started = 0.0
+    started, seconds, device = [0.0], [], next(module.parameters()).device
 
     def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize(device)
         return perf_counter()
 
-    def before(*_: object) -> None:
-        nonlocal started
-        started = now()
-
-    hooks = [
-        module.register_forward_pre_hook(before),
-        module.register_forward_hook(lambda *_: seconds.append(now() - started)),
-    ]
+    before = module.register_forward_pre_hook(lambda *_: started.append(now()))
+    after = module.register_forward_hook(lambda *_: seconds.append(now() - started[-1]))
     try:
         yield seconds
     finally:
-        for hook in hooks:
-            hook.remove()
+        before.remove()
+        after.remove()
 
 
 def summary(samples: Sequence[float]) -> dict:

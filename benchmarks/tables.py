@@ -10,20 +10,20 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from .article import __main__ as article
+from .article import tables as article
 from .hosts import comfyui, diffusers_load
-from .quality import calibrated, levels, sizes, trellis
+from .quality import calibration, levels, trellis
 from .quality import tables as quality
 from .shared import RESULTS, ROOT, argument_parser
 from .speed import decode, fullsize, int8
-from .speed.gpu import __main__ as gpu
+from .speed.gpu import tables as gpu
 
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "quality": ("quality", quality.table),
     "quality_checks": ("quality", quality.summary),
     "levels": ("levels", levels.table),
-    "calibrated": ("calibrated", calibrated.table),
-    "sizes": ("sizes", sizes.table),
+    "calibrated": ("calibrated", calibration.levels_table),
+    "sizes": ("sizes", calibration.sizes_table),
     "trellis_windows": ("trellis", trellis.windows_table),
     "trellis_eight_bits": ("trellis", trellis.eight_bits_table),
     "trellis_goals": ("trellis", trellis.goals_table),

@@ -1,8 +1,8 @@
-"""The models that `benchmarks.article` draws with: the bundled demo model, or SDXL in a diffusers folder."""
+"""The models of `benchmarks.article`: the bundled demo model, or SDXL in a folder of diffusers' layout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from nfq_core import NFQError, NFTensor
-from nfq_core.checkpoints.memory import check_device
-from nfq_core.checkpoints.state_dict import StateDict
 from nfq_core.demo.model import GUIDANCE as DEMO_GUIDANCE
 from nfq_core.demo.model import STEPS as DEMO_STEPS
 from nfq_core.demo.model import TinyPipeline, build_pipeline, import_diffusers, load_weights, sample, split_weights
@@ -36,12 +34,13 @@ PROMPTS = (
 )
 """The article's, to the letter."""
 
-STEPS = 25
-GUIDANCE = 5.0
-"""What diffusers' SDXL pipeline takes by itself, as in the article."""
+STEPS, GUIDANCE = 25, 5.0
+"""For SDXL; the guidance is the default of diffusers' pipeline, as in the article."""
 
 WEIGHT_FILES = ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors")
 """Where a folder's UNet may be; the first is the article's."""
+
+DEMO_NOTE = "The demo model cannot read the article's prompts: captions that it can read stand in for them."
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,13 @@ class Model:
 
     name: str
     captions: tuple[str, ...]
-    """What is drawn in place of PROMPTS, one by one."""
+    """The texts to draw, one for each of PROMPTS."""
     note: str
-    """What the reader has to know of it; empty where there is nothing."""
+    """A remark for the reader; may be empty."""
     steps: int
     guidance: float
     unet: nn.Module
-    """The original, computing in what the device computes in."""
+    """The original, in the device's dtype for computing."""
     weights: Callable[[], dict[str, torch.Tensor]]
     """Reads the UNet's state dict."""
     draw: Callable[[nn.Module], np.ndarray]
@@ -64,62 +63,48 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where it is drawn."""
+        """The UNet's device."""
         return next(self.unet.parameters()).device
 
-    def with_weights(self, state: StateDict) -> nn.Module:
-        """A UNet of the same configuration over a file's tensors, packed weights in packed layers."""
+    def with_weights(self, state: Mapping[str, NFTensor | torch.Tensor]) -> nn.Module:
+        """A UNet of the same configuration with a file's tensors; packed weights get packed layers."""
         with torch.device("meta"):
             unet = type(self.unet).from_config(self.unet.config)
         dtype = next(self.unet.parameters()).dtype
-        assign_state(
-            unet, {name: value if isinstance(value, NFTensor) else value.to(dtype) for name, value in state.items()}
-        )
+        dense = {name: value.to(dtype) for name, value in state.items() if not isinstance(value, NFTensor)}
+        assign_state(unet, {**state, **dense})
         return unet.to(self.device).eval().requires_grad_(False)
 
 
 def demo_model(steps: int | None = None) -> Model:
     """The bundled model, in fp32 on the CPU; all captions in one batch."""
-    pipeline = build_pipeline(load_weights()).requires_grad_(False)
-    steps = steps or DEMO_STEPS
+    pipeline, steps = build_pipeline(load_weights()).requires_grad_(False), steps or DEMO_STEPS
 
     def draw(unet: nn.Module) -> np.ndarray:
         seeds = [SEED] * len(CAPTIONS)
         return sample(TinyPipeline(unet, pipeline.text), CAPTIONS, seed=seeds, steps=steps, guidance=DEMO_GUIDANCE)
 
-    note = "The demo model cannot read the article's prompts: captions that it can read stand in for them."
-    return Model(
-        "the bundled demo model",
-        CAPTIONS,
-        note,
-        steps,
-        DEMO_GUIDANCE,
-        pipeline.unet,
-        lambda: split_weights(load_weights())[0],
-        draw,
-    )
+    def weights() -> dict[str, torch.Tensor]:
+        return split_weights(load_weights())[0]
+
+    name = "the bundled demo model"
+    return Model(name, CAPTIONS, DEMO_NOTE, steps, DEMO_GUIDANCE, pipeline.unet, weights, draw)
 
 
-def folder_model(folder: str | Path, *, device: str | None = None, steps: int | None = None) -> Model:
-    """SDXL, or a relative of it, in a folder of diffusers' layout; one prompt after the other, as in the article.
+def folder_model(folder: str | Path, *, steps: int | None = None) -> Model:
+    """SDXL, or a relative of it, in a folder of diffusers' layout; one prompt at a time, as in the article.
 
-    Args:
-        folder: with the UNet's weights in one safetensors file, of fp16 where there is such a variant.
-        device: by default CUDA where it is there, the CPU otherwise. fp32 is computed on a CPU, fp16 elsewhere.
-        steps: of DPM++ 2M, 25 by default.
+    It computes in fp16 on CUDA if there is such a device, else in fp32 on the CPU.
 
     Raises:
-        NFQError: the folder lacks the UNet's weights in one file, diffusers cannot make a pipeline of it, or the device
-            is not there.
+        NFQError: the folder has no UNet in one safetensors file, or diffusers cannot load the pipeline.
     """
     diffusers = import_diffusers()
     folder = Path(folder)
     path = next((folder / "unet" / name for name in WEIGHT_FILES if (folder / "unet" / name).is_file()), None)
     if path is None:
         raise NFQError(f"{folder} holds no unet/{' or unet/'.join(WEIGHT_FILES)}; name a folder of diffusers' layout")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
-    dtype = torch.float32 if device == "cpu" else torch.float16
+    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
     variant = "fp16" if ".fp16." in path.name else None
     try:
         pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(
@@ -137,10 +122,8 @@ def folder_model(folder: str | Path, *, device: str | None = None, steps: int | 
     def draw(unet: nn.Module) -> np.ndarray:
         pipeline.unet = unet
         settings = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "output_type": "np"}
-        pictures = [
-            pipeline(prompt, generator=torch.Generator("cpu").manual_seed(SEED), **settings).images[0]
-            for prompt in PROMPTS
-        ]
+        seeds = (torch.Generator("cpu").manual_seed(SEED) for _ in PROMPTS)
+        pictures = [pipeline(p, generator=seed, **settings).images[0] for p, seed in zip(PROMPTS, seeds, strict=True)]
         return (np.stack(pictures) * 255).round().astype(np.uint8)
 
     return Model(folder.resolve().name, PROMPTS, "", steps, GUIDANCE, pipeline.unet, lambda: load_file(path), draw)

@@ -1,19 +1,16 @@
-"""fp16, ours and ComfyUI-GGUF in the same host: `python -m benchmarks.hosts.comfyui --dir DIR`.
+"""fp16, our formats and ComfyUI-GGUF in a real ComfyUI: `python -m benchmarks.hosts.comfyui --dir DIR`.
 
-COMFYUI_PATH names the host, COMFYUI_PYTHON its Python; where COMFYUI_GGUF names a checkout of ComfyUI-GGUF, and its
-Python package `gguf` is installed here, it takes part at Q4_0. Every measurement is a fresh process of the host, the
-contestants in turns: a prompt is queued that loads a UNet with random weights and samples with CFG. Noted are the time
-from Queue to the first step's beginning and end, the time of the following steps, and the process's peak resident
-memory less what the host holds before. LoRAs have rank 32, on three linear layers of every transformer block; the
-stock loader and ComfyUI-GGUF get four, ours one and four. For Linux.
+COMFYUI_PATH names the host and COMFYUI_PYTHON its Python. ComfyUI-GGUF takes part at Q4_0 if COMFYUI_GGUF names a
+checkout and its Python package `gguf` is installed here. Every measurement is a fresh process of the host, the
+contestants in turns: a prompt loads a UNet of Segmind Vega's shapes with random weights and samples with CFG. Measured
+are the time from Queue to the begin and end of the first step, the time of the following steps, and the process's peak
+memory less the idle host's. LoRAs have rank 32, on three linear layers of every transformer block. For Linux.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -21,27 +18,18 @@ from time import time
 from safetensors.torch import load_file, save_file
 
 from nfq_core.checkpoints.convert import quantize_file
-from nfq_core.models.unet_keys import KNOWN_ARCHITECTURES
+from nfq_core.models.unet_keys import SEGMIND_VEGA
 
-from ..shared import ROOT, markdown_table, summary, write_results
+from ..shared import argument_parser, markdown_table, spread, summary, write_results
 
-sys.path.insert(0, str(ROOT / "tests" / "host"))
-
-from driver import Host, make_base
-from graphs import lora, sample
-from models import random_adapter, write_unet
-
-RUNS = 3
 STEPS = 3
 PIXELS = 512
-
-LORAS = 4
-RANK = 32
+LORAS, RANK = 4, 32
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who loads which file, and how many LoRAs are put behind it."""
+    """A loader node, the file that it loads, and the number of LoRAs."""
 
     label: str
     node: str
@@ -49,7 +37,9 @@ class Contestant:
     loras: int = 0
 
     def graph(self) -> dict:
-        """The nodes that load, the last one named `model`."""
+        """The loading nodes; the last one is named `model`."""
+        from graphs import lora
+
         inputs = {"unet_name": self.file} | ({"weight_dtype": "default"} if self.node == "UNETLoader" else {})
         nodes = {"lora 0": {"class_type": self.node, "inputs": inputs}}
         for number in range(1, self.loras + 1):
@@ -58,19 +48,22 @@ class Contestant:
         return nodes
 
 
+FP16 = "UNETLoader", "model.safetensors"
+NFQ = "NFQuantizedUNetLoader", "model.nfq.safetensors"
+GGUF = "UnetLoaderGGUF", "model.gguf"
 CONTESTANTS = {
-    "fp16": Contestant("fp16, stock loader", "UNETLoader", "model.safetensors"),
-    "nfq": Contestant("NFQ, 16 levels", "NFQuantizedUNetLoader", "model.nfq.safetensors"),
-    "gguf": Contestant("ComfyUI-GGUF, Q4_0", "UnetLoaderGGUF", "model.gguf"),
-    "fp16_loras": Contestant(f"fp16, {LORAS} LoRAs", "UNETLoader", "model.safetensors", LORAS),
-    "nfq_lora": Contestant("NFQ, a LoRA", "NFQuantizedUNetLoader", "model.nfq.safetensors", 1),
-    "nfq_loras": Contestant(f"NFQ, {LORAS} LoRAs", "NFQuantizedUNetLoader", "model.nfq.safetensors", LORAS),
-    "gguf_loras": Contestant(f"ComfyUI-GGUF, {LORAS} LoRAs", "UnetLoaderGGUF", "model.gguf", LORAS),
+    "fp16": Contestant("fp16, stock loader", *FP16),
+    "nfq": Contestant("NFQ, 16 levels", *NFQ),
+    "gguf": Contestant("ComfyUI-GGUF, Q4_0", *GGUF),
+    "fp16_loras": Contestant(f"fp16, {LORAS} LoRAs", *FP16, LORAS),
+    "nfq_lora": Contestant("NFQ, a LoRA", *NFQ, 1),
+    "nfq_loras": Contestant(f"NFQ, {LORAS} LoRAs", *NFQ, LORAS),
+    "gguf_loras": Contestant(f"ComfyUI-GGUF, {LORAS} LoRAs", *GGUF, LORAS),
 }
 
 
 def write_gguf(source: Path, target: Path) -> None:
-    """Write a UNet as ComfyUI-GGUF reads it, weights at Q4_0; rows that are no multiple of 256 are cut anew."""
+    """Write a UNet at Q4_0 as ComfyUI-GGUF reads it; rows that are no multiple of 256 are cut anew."""
     import gguf
 
     writer = gguf.GGUFWriter(str(target), "sdxl")
@@ -90,30 +83,34 @@ def write_gguf(source: Path, target: Path) -> None:
     writer.close()
 
 
-def prepare(directory: Path, architecture: str) -> tuple[Path, list[str]]:
-    """Make the base directory and the models in it; returns it and who takes part."""
+def prepare(directory: Path) -> tuple[Path, list[str]]:
+    """Make the host's base folder with the models; returns it and the contestants that take part."""
+    from driver import make_base
+    from models import random_adapter, write_unet
+
     base = directory / "comfyui"
     unets = base / "models" / "diffusion_models"
-    contestants = [name for name in CONTESTANTS if not name.startswith("gguf")]
     if not base.exists():
         make_base(base)
-        chosen = next(known for known in KNOWN_ARCHITECTURES if known.name == architecture)
-        write_unet(unets / "model.safetensors", chosen)
+        write_unet(unets / "model.safetensors", SEGMIND_VEGA)
         quantize_file(unets / "model.safetensors", unets / "model.nfq.safetensors")
         for number in range(1, LORAS + 1):
-            adapter = random_adapter(chosen, "lora", number, RANK)
+            adapter = random_adapter(SEGMIND_VEGA, "lora", number, RANK)
             save_file(adapter, base / "models" / "loras" / f"lora-{number}.safetensors")
-    if os.environ.get("COMFYUI_GGUF"):
-        contestants = list(CONTESTANTS)
-        plugin = base / "custom_nodes" / "ComfyUI-GGUF"
-        if not plugin.exists():
-            plugin.symlink_to(os.environ["COMFYUI_GGUF"])
-            write_gguf(unets / "model.safetensors", unets / "model.gguf")
-    return base, contestants
+    if not os.environ.get("COMFYUI_GGUF"):
+        return base, [name for name in CONTESTANTS if not name.startswith("gguf")]
+    plugin = base / "custom_nodes" / "ComfyUI-GGUF"
+    if not plugin.exists():
+        plugin.symlink_to(os.environ["COMFYUI_GGUF"])
+        write_gguf(unets / "model.safetensors", unets / "model.gguf")
+    return base, list(CONTESTANTS)
 
 
 def measure(base: Path, contestant: str) -> dict[str, float]:
     """One prompt in a fresh host."""
+    from driver import Host
+    from graphs import sample
+
     host = Host(base)
     try:
         before = host.resident_bytes()
@@ -136,51 +133,45 @@ def measure(base: Path, contestant: str) -> dict[str, float]:
 
 
 def table(results: dict) -> str:
-    """The README's table, with ratios to fp16."""
-    files, rows = results["file_bytes"], []
-    for name, contestant in CONTESTANTS.items():
-        if name not in results["contestants"]:
-            continue
-        cells = [contestant.label, f"{files[name] / 1e9:.2f} GB"]
-        for key, unit, scale in (
-            ("to_first_step_s", "s", 1),
-            ("to_first_step_end_s", "s", 1),
-            ("step_s", "s", 1),
-            ("peak_bytes", "GB", 1e9),
-        ):
-            got, base = results["contestants"][name][key], results["contestants"]["fp16"][key]
-            spread = f"{got['median'] / scale:.2f} {unit} ({got['min'] / scale:.2f} – {got['max'] / scale:.2f})"
-            cells.append(spread + ("" if name == "fp16" else f" = {got['median'] / base['median']:.2f} ×"))
+    """Times and memory of every contestant, with ratios to fp16."""
+    found, rows = results["contestants"], []
+    columns = {
+        "to_first_step_s": ("Queue → first step", " s", 1),
+        "to_first_step_end_s": ("Queue → first step's end", " s", 1),
+        "step_s": ("a step", " s", 1),
+        "peak_bytes": ("peak memory", " GB", 1e9),
+    }
+    for name in (name for name in CONTESTANTS if name in found):
+        cells = [CONTESTANTS[name].label, f"{results['file_bytes'][name] / 1e9:.2f} GB"]
+        for key, (_, unit, scale) in columns.items():
+            ratio = found[name][key]["median"] / found["fp16"][key]["median"]
+            cell = spread(found[name][key], unit, scale=scale)
+            cells.append(cell if name == "fp16" else f"{cell} = {ratio:.2f} ×")
         rows.append(cells)
     header = [
         f"{results['architecture']}, {results['pixels']} px, CFG",
         "file",
-        "Queue → first step",
-        "Queue → first step's end",
-        "a step",
-        "peak memory",
+        *(column[0] for column in columns.values()),
     ]
-    told = results["machine"]
-    where = f"{told['processors']} processors ({told['processor']}), ComfyUI {results['host']}, {told['date']}."
+    facts = results["machine"]
+    where = f"{facts['processors']} processors ({facts['processor']}), ComfyUI {results['host']}, {facts['date']}."
     return markdown_table(header, rows) + f"\n\n{where}"
 
 
-def main() -> None:
-    """Run the benchmark and write its results."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dir", type=Path, required=True, help="where models and the host's folders go")
-    parser.add_argument("--architecture", default="Segmind Vega", help="a member of the SDXL family")
-    parser.add_argument("--runs", type=int, default=RUNS)
-    arguments = parser.parse_args()
-    base, contestants = prepare(arguments.dir.resolve(), arguments.architecture)
+if __name__ == "__main__":
+    parser = argument_parser(__doc__)
+    parser.add_argument("--dir", type=Path, required=True, help="folder for the models and the host's files")
+    parser.add_argument("--runs", type=int, default=3, help="measurements of each contestant (default: 3)")
+    options = parser.parse_args()
+    base, contestants = prepare(options.dir.resolve())
     samples: dict[str, list[dict]] = {name: [] for name in contestants}
-    for _ in range(arguments.runs):
-        for name in contestants:
-            samples[name].append(measure(base, name))
-            print(name, json.dumps(samples[name][-1]), flush=True)
+    for _ in range(options.runs):
+        for name, runs in samples.items():
+            runs.append(measure(base, name))
+            print(name, json.dumps(runs[-1]), flush=True)
     unets = base / "models" / "diffusion_models"
     results = {
-        "architecture": arguments.architecture,
+        "architecture": SEGMIND_VEGA.name,
         "host": (Path(os.environ["COMFYUI_PATH"]) / "comfyui_version.py").read_text().split('"')[1],
         "pixels": PIXELS,
         "steps": STEPS,
@@ -189,9 +180,4 @@ def main() -> None:
             name: {key: summary([run[key] for run in runs]) for key in runs[0]} for name, runs in samples.items()
         },
     }
-    path = write_results("host", results)
-    print(table(json.loads(path.read_text(encoding="utf-8"))))
-
-
-if __name__ == "__main__":
-    main()
+    print(write_results("host", results))

@@ -1,4 +1,4 @@
-"""What every contestant makes of the demo model: its weights, its output, its pictures."""
+"""The demo model in every contestant's format, at every size and calibrated: its rows in the results."""
 
 from __future__ import annotations
 
@@ -8,146 +8,184 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from nfq_core.calibration.statistics import Calibration
 from nfq_core.checkpoints.convert import quantize_file
-from nfq_core.demo.model import bundled_weights_path, load_weights
+from nfq_core.checkpoints.examine import sqnr_db
+from nfq_core.demo.calibrate import HELD_OUT_SEED, noisy_pictures, random_captions
+from nfq_core.demo.model import (
+    SCHEDULER_CONFIG,
+    TinyPipeline,
+    build_pipeline,
+    bundled_weights_path,
+    load_weights,
+    sample,
+)
+from nfq_core.demo.shapes import describe as caption_of
+from nfq_core.demo.shapes import random_scene
 from nfq_core.errors import NFQError
 from nfq_core.files.container import NFQFile
 from nfq_core.files.safefile import describe
-from nfq_core.models.unet import detect
 from nfq_core.packed.formats import LEVELS, TRELLIS_IDS
 from nfq_core.parallel import ordered_map
 from nfq_core.planning.policy import DEFAULTS, Settings, plan_tensors
+from nfq_core.report.metrics import psnr_db, ssim
 
 from . import ggml
-from .judge import Judge, Weights
 from .peers import OURS, Contestant, Stored, ggml_stored
-from .weights import DEMO, Layer, Layers, figures, mix_rows, row
+from .weights import DEMO, Layer, figures, mix_rows, row
+
+PROMPTS, HELD_OUT = 32, 24
+"""Number of captions for the calibration, and of other captions to draw."""
+
+OUTPUT_BATCH = 128
+"""Noisy pictures in the held-out batch."""
+
+FACTS = {"prompts": PROMPTS, "held_out": HELD_OUT, "output_batch": OUTPUT_BATCH}
+"""The measurement's part of the results."""
 
 TARGETS = (2.6, 3.0, 3.15, 3.7, 4.15, 4.7, 5.1, 5.5, 6.5, 8.0)
-"""Packed bits per weight that a model is made for; of sizes that come to the same, the first."""
+"""Packed bits per weight of the sizes; a size that gives the same formats as the one before is left out."""
 
-SHOWN = ("packed_bits_per_weight", "sqnr_db", "output_db", "picture_db")
-"""Figures that are printed while the models are judged."""
+PEAK = 255
+PRINTED = ("packed_bits_per_weight", "sqnr_db", "output_db", "picture_db")
 
-StoredWeights = dict[str, Stored]
-
-
-@dataclass(frozen=True)
-class Model:
-    """The demo model in one setting: what became of each weight that is quantised."""
-
-    name: str
-    family: str
-    calibrated: bool
-    made: StoredWeights
-    judged: bool = True
-    """Whether output and pictures are judged too."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights as decoded."""
-        return sum(part.weight.nbytes for part in self.made.values())
+StoredWeights = Mapping[str, Stored]
 
 
-class DemoModels:
-    """Makes the demo model in every setting, one after the other."""
+def held_out_batch(calibrated: Sequence[str] = ()) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Arguments for `TinyPipeline`: noisy pictures, timesteps and caption ids; no caption is in `calibrated`."""
+    rng = np.random.default_rng(HELD_OUT_SEED)
+    scenes = [random_scene(rng) for _ in range(2 * OUTPUT_BATCH)]
+    scenes = [scene for scene in scenes if caption_of(scene) not in calibrated][:OUTPUT_BATCH]
+    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+    timesteps = torch.randint(SCHEDULER_CONFIG["num_train_timesteps"], (OUTPUT_BATCH,), generator=generator)
+    return noisy_pictures(scenes, timesteps, rng, generator)
 
-    def __init__(self, contestants: Sequence[Contestant], calibration: Calibration, effort: str) -> None:
-        self.weights = load_weights()
-        self._contestants = contestants
-        self._calibration = calibration
-        self._effort = effort
-        self._plans = {
-            key: plan for key, plan in plan_tensors(describe(self.weights), DEFAULTS)[1].items() if plan.format
-        }
-        self.shapes = {key: plan.shape for key, plan in self._plans.items()}
-        self.layers: dict[str, Layers] = {}
-        """What became of each weight in each of our formats, by contestant; filled while models are made."""
 
-    def models(self) -> Iterator[Model]:
-        """The model in each contestant's format, at each target size, and calibrated.
+class DemoModel:
+    """The demo model's weights that the defaults quantise, stored in any format and compared with the original."""
 
-        Of trellis formats by themselves the weights alone are judged: a user gets them mixed.
-        """
-        ours = {}
-        for one in self._contestants:
-            made = self._each(lambda key, one=one: one.store(self.weights[key]))
-            if one.ours:
-                ours[one.format] = made
-                self.layers[one.name] = self.measured(made)
-            yield Model(one.name, one.family, False, made, one.format not in TRELLIS_IDS)
-        sizes, before = [], None
-        for bits in TARGETS:
-            plans = self._planned(bits)
-            if plans is not None and plans != before:
-                sizes.append(bits)
-                yield Model(f"size {bits}", OURS, False, {key: ours[id][key] for key, id in plans.items()})
-            before = plans
-        yield from self._calibrated_peers()
-        settings = {f"nf{levels}": Settings(levels, levels, self._effort) for levels in LEVELS}
-        settings |= {f"size {bits}": Settings(effort=self._effort, target_bpw=bits) for bits in sizes}
-        for name, chosen in settings.items():
-            yield Model(f"{name}, calibrated", OURS, True, self._through_a_file(chosen))
+    def __init__(self, calibration: Calibration) -> None:
+        self.weights, self._calibration = load_weights(), calibration
+        info, plans = plan_tensors(describe(self.weights), DEFAULTS)
+        self.shapes = {key: plan.shape for key, plan in plans.items() if plan.format}
+        self.inputs = calibration.for_plans(info, plans)[0]
+        seen = random_captions(PROMPTS)
+        self._batch = held_out_batch(seen)
+        self._captions = random_captions(HELD_OUT, HELD_OUT_SEED, without=seen)
+        self._output, self._pictures = self._run(build_pipeline(self.weights))
 
-    def measured(self, made: StoredWeights) -> dict[str, Layer]:
-        """Sizes and errors of a model's weights."""
-        return {key: Layer.of(self.weights[key], part) for key, part in made.items()}
+    @torch.no_grad()
+    def _run(self, pipeline: TinyPipeline) -> tuple[torch.Tensor, torch.Tensor]:
+        pictures = sample(pipeline, self._captions, seed=0)
+        return pipeline(*self._batch), torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
-    def _each(self, make: Callable[[str], Stored]) -> StoredWeights:
-        made = ordered_map(make, self._plans, size=lambda key: 16 * self.weights[key].numel())
-        return dict(zip(self._plans, made, strict=True))
+    def each(self, make: Callable[[str], Stored]) -> StoredWeights:
+        """Store every weight as `make` does, given its name."""
+        made = ordered_map(make, self.shapes, size=lambda key: 16 * self.weights[key].numel())
+        return dict(zip(self.shapes, made, strict=True))
 
-    def _planned(self, bits: float) -> dict[str, str] | None:
-        """The format of each weight that a user gets who asks for this size; None where there is none so small."""
-        try:
-            plans = plan_tensors(describe(self.weights), Settings(effort=self._effort, target_bpw=bits))[1]
-        except NFQError:
-            return None
-        return {key: plans[key].format.id for key in self._plans}
+    def formats(self, bits: float) -> dict[str, str]:
+        """The format ids of the weights at a size in packed bits per weight; NFQError if the size is too small."""
+        plans = plan_tensors(describe(self.weights), Settings(target_bpw=bits))[1]
+        return {key: plans[key].format.id for key in self.shapes}
 
-    def _calibrated_peers(self) -> Iterator[Model]:
-        """The K-quants with an importance matrix from the same calibration."""
-        shapes = {key: tuple(tensor.shape) for key, tensor in self.weights.items()}
-        inputs = self._calibration.for_plans(detect(shapes), self._plans)[0]
-
-        def make(name: str, key: str) -> Stored:
-            weight = self.weights[key]
-            importance = inputs[key].importance.repeat_interleave(weight[0, 0].numel()) if key in inputs else None
-            return ggml_stored(weight, name, importance)
-
-        taking_part = {one.name for one in self._contestants}
-        for name in ggml.K_TYPES:
-            if name in taking_part:
-                yield Model(f"{name} imatrix", "GGUF", True, self._each(partial(make, name)))
-
-    def _through_a_file(self, settings: Settings) -> StoredWeights:
-        """The model as quantised with the calibration, written and read."""
+    def calibrated(self, settings: Settings) -> StoredWeights:
+        """Quantise the model with the calibration into a file, and read it."""
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "demo.nfq.safetensors"
             quantize_file(bundled_weights_path(), target, settings, calibration=self._calibration)
             with NFQFile(target) as file:
                 return {
                     key: Stored(file.load(key).dequantize(), file.stored_bytes(key), file.packed_bytes(key))
-                    for key in self._plans
+                    for key in self.shapes
                 }
 
+    def layers(self, made: StoredWeights) -> dict[str, Layer]:
+        """Size and error of each stored weight."""
+        return {key: Layer.of(self.weights[key], part) for key, part in made.items()}
 
-def demo_rows(contestants: Sequence[Contestant], calibration: Calibration, effort: str) -> list[dict]:
-    """The figures of the demo model in every setting, our formats by themselves and mixed."""
-    models = DemoModels(contestants, calibration, effort)
-    judge = Judge(models.weights)
+    def judge(self, made: StoredWeights) -> dict[str, float]:
+        """The `figures` of stored weights; `output_db` (SQNR of the output), `picture_db` (PSNR) and `ssim` with them.
 
-    def measure(model: Model) -> dict:
-        values: Mapping[str, float] = figures(models.measured(model.made).values())
-        if model.judged:
-            decoded: Weights = {key: part.weight for key, part in model.made.items()}
-            values = values | judge.judge(models.weights | decoded)
-        return row(DEMO, model.name, model.family, calibrated=model.calibrated, **values)
+        Several threads may call this.
+        """
+        decoded = {key: part.weight for key, part in made.items()}
+        output, pictures = self._run(build_pipeline(self.weights | decoded))
+        return figures(self.layers(made).values()) | {
+            "output_db": sqnr_db(self._output, output),
+            "picture_db": psnr_db(self._pictures, pictures, PEAK),
+            "ssim": ssim(self._pictures.float(), pictures.float(), PEAK),
+        }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The demo model's weights in one setting."""
+
+    name: str
+    family: str
+    calibrated: bool
+    made: StoredWeights
+    judged: bool = True
+    """Whether output and pictures are compared too."""
+
+
+def _settings(model: DemoModel, contestants: Sequence[Contestant], layers: dict[str, dict]) -> Iterator[Setting]:
+    """Each contestant's format, each size, then the calibrated ones; fills `layers` by name of our formats.
+
+    Users get trellis formats mixed only, so that one by itself gets no pictures.
+    """
+    ours: dict[str, StoredWeights] = {}
+    for one in contestants:
+        made = model.each(lambda key, one=one: one.store(model.weights[key]))
+        if one.ours:
+            ours[one.format], layers[one.name] = made, model.layers(made)
+        yield Setting(one.name, one.family, False, made, one.format not in TRELLIS_IDS)
+    sizes, before = [], None
+    for bits in TARGETS:
+        try:
+            formats = model.formats(bits)
+        except NFQError:
+            continue
+        if formats != before:
+            sizes.append(bits)
+            yield Setting(f"size {bits}", OURS, False, {key: ours[id][key] for key, id in formats.items()})
+        before = formats
+
+    def with_importance(name: str, key: str) -> Stored:
+        weight, importance = model.weights[key], None
+        if key in model.inputs:
+            importance = model.inputs[key].importance.repeat_interleave(weight[0, 0].numel())
+        return ggml_stored(weight, name, importance)
+
+    for name in ggml.K_TYPES:
+        if any(one.name == name for one in contestants):
+            yield Setting(f"{name} imatrix", "GGUF", True, model.each(partial(with_importance, name)))
+    chosen = {f"nf{levels}": Settings(levels, levels) for levels in LEVELS}
+    chosen |= {f"size {bits}": Settings(target_bpw=bits) for bits in sizes}
+    for name, settings in chosen.items():
+        yield Setting(f"{name}, calibrated", OURS, True, model.calibrated(settings))
+
+
+def demo_rows(contestants: Sequence[Contestant], calibration: Calibration) -> list[dict]:
+    """The figures of the demo model in every setting, and of the mixes of our formats."""
+    model = DemoModel(calibration)
+    layers: dict[str, dict[str, Layer]] = {}
+
+    def measure(setting: Setting) -> dict:
+        found = model.judge(setting.made) if setting.judged else figures(model.layers(setting.made).values())
+        return row(DEMO, setting.name, setting.family, calibrated=setting.calibrated, **found)
+
+    def nbytes(setting: Setting) -> int:
+        return sum(part.weight.nbytes for part in setting.made.values())
 
     rows = []
-    for measured in ordered_map(measure, models.models(), size=lambda model: model.nbytes):
+    for measured in ordered_map(measure, _settings(model, contestants, layers), size=nbytes):
         rows.append(measured)
-        shown = (f"{name} {measured[name]:.2f}" for name in SHOWN if measured.get(name) is not None)
+        shown = (f"{name} {measured[name]:.2f}" for name in PRINTED if measured.get(name) is not None)
         print(f"  {measured['name']}: {', '.join(shown)}", flush=True)
-    return rows + mix_rows(DEMO, contestants, models.layers, models.shapes)
+    return rows + mix_rows(DEMO, contestants, layers, model.shapes)

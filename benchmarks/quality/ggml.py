@@ -1,4 +1,4 @@
-"""ggml's own quantisers, in the shared library that the `xllamacpp` wheel brings, called by ctypes."""
+"""ggml's own quantisers, called by ctypes in the shared library of the `xllamacpp` wheel."""
 
 from __future__ import annotations
 
@@ -11,22 +11,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-TYPES = {
-    "Q2_K": 10,
-    "Q3_K": 11,
-    "IQ4_XS": 23,
-    "IQ4_NL": 20,
-    "Q4_0": 2,
-    "Q4_K": 12,
-    "Q5_0": 6,
-    "Q5_K": 13,
-    "Q6_K": 14,
-    "Q8_0": 8,
-}
-"""Types by name, with their numbers in `enum ggml_type`, which GGUF files contain and which therefore never change."""
+TYPES = dict(Q2_K=10, Q3_K=11, IQ4_XS=23, IQ4_NL=20, Q4_0=2, Q4_K=12, Q5_0=6, Q5_K=13, Q6_K=14, Q8_0=8)
+"""Numbers of the types in `enum ggml_type`; they are part of GGUF files, so that they never change."""
 
 K_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K")
-"""Types whose blocks have 256 weights, and for which an importance matrix is commonly used."""
+"""Types with blocks of 256 weights that are commonly used with an importance matrix."""
 
 
 class _TypeTraits(ctypes.Structure):
@@ -45,7 +34,7 @@ class _TypeTraits(ctypes.Structure):
 
 @lru_cache
 def library() -> ctypes.CDLL:
-    """The shared library, its types checked; OSError or RuntimeError where it is not as expected."""
+    """Load the shared library and check its types; OSError or RuntimeError if it is not as expected."""
     folders = find_spec("xllamacpp").submodule_search_locations
     path = next((path for folder in folders for path in Path(folder).glob("*.so")), None)
     if path is None:
@@ -67,19 +56,17 @@ def library() -> ctypes.CDLL:
 def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
     """Quantise a weight and dequantise it.
 
-    The weight is flattened and cut into rows of one block, so that a layer whose own rows are no multiple of 256 has a
-    K-quant too, its last block filled up with zeros: ComfyUI-GGUF's converter does the same where the number of
-    weights is a multiple of 256, and else leaves such a layer dense. Where rows are whole blocks, nothing is changed
-    by that, for a block is quantised by itself.
+    The weight is flattened and cut into rows of one block, the last one padded with zeros, so that every layer can have
+    a K-quant. ComfyUI-GGUF's converter does the same where the number of weights is a multiple of 256, and keeps other
+    layers dense. A weight whose own rows are whole blocks gets the usual result.
 
     Args:
         weight: any shape, floating.
         name: one of TYPES.
-        importance: what each column of the weight, seen as (rows, columns), counts, as an importance matrix says it;
-            shape (columns,), for K_TYPES only.
+        importance: of each input channel, as in an importance matrix; shape (columns,), for K_TYPES only.
 
     Returns:
-        The weight as dequantised, fp32, and its bytes.
+        The dequantised weight, fp32, and its packed bytes.
     """
     ggml, number = library(), TYPES[name]
     traits = ggml.ggml_get_type_traits(number).contents
@@ -89,10 +76,8 @@ def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None 
     for chosen, matrix in _phases(len(blocks), traits.block, importance):
         source = blocks[chosen].contiguous()
         packed = torch.empty(len(source), ggml.ggml_row_size(number, traits.block), dtype=torch.uint8)
-        pointer = None if matrix is None else matrix.data_ptr()
-        written = ggml.ggml_quantize_chunk(
-            number, source.data_ptr(), packed.data_ptr(), 0, len(source), traits.block, pointer
-        )
+        sizes, pointer = (0, len(source), traits.block), None if matrix is None else matrix.data_ptr()
+        written = ggml.ggml_quantize_chunk(number, source.data_ptr(), packed.data_ptr(), *sizes, pointer)
         if written != packed.numel():
             raise RuntimeError(f"ggml wrote {written:,} bytes of {name}, expected {packed.numel():,}")
         part = torch.empty_like(source)
@@ -102,7 +87,7 @@ def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None 
 
 
 def _phases(blocks: int, block: int, importance: torch.Tensor | None) -> list[tuple[slice, torch.Tensor | None]]:
-    """Blocks that begin at the same column of the weight, and what their weights count: fp32 of shape (block,)."""
+    """Groups of blocks that begin at the same column; the importance of their weights, fp32 of shape (block,)."""
     if importance is None:
         return [(slice(None), None)]
     columns = len(importance)

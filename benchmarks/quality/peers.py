@@ -1,7 +1,6 @@
-"""What quality is compared between: our formats, the article's, and the peers' own code where it is installed.
+"""The contestants: our formats, the article's, and the peers' own code if it is installed.
 
-Bytes are those that a weight needs in a file or in memory, tables shared by all weights left out: codes, scales, zero
-points, codebooks, padding.
+Bytes of a weight are its codes, scales, zero points, codebooks and padding, but no tables that all weights share.
 """
 
 from __future__ import annotations
@@ -24,13 +23,14 @@ from ..shared import unavailable
 from . import ggml
 
 GROUP = 64
-"""Weights that share a scale, where a peer lets one choose."""
+"""Weights per scale, for peers where the user chooses."""
 
-OURS, ARTICLE = "NFQ", "article"
+OURS, ARTICLE, PALETTE = "NFQ", "article", "palettisation"
+PALETTE_ROUNDS = 100
 
 
 class Stored(NamedTuple):
-    """A weight as decoded, its bytes in a file, and those it has when it lies packed in memory."""
+    """A weight as decoded, its bytes in a file, and its bytes packed in memory."""
 
     weight: torch.Tensor
     disk_bytes: int
@@ -49,18 +49,18 @@ class Contestant:
 
     @property
     def ours(self) -> bool:
-        """Whether it is our own."""
+        """Whether this is one of our formats."""
         return self.family == OURS
 
 
 def stored(tensor: NFTensor) -> Stored:
-    """A packed weight of ours."""
+    """One of our packed weights."""
     frames = encode(tensor.data, tensor.format.sections(tensor.numel()))
     return Stored(tensor.dequantize(), sum(map(len, frames)), tensor.nbytes)
 
 
 def our_formats(effort: str) -> list[Contestant]:
-    """Every format of ours; its name is its id, and the effort where that is not the default."""
+    """All our formats at one effort; a name is the format id, and the effort if it is not the default."""
 
     def store(id: str, weight: torch.Tensor) -> Stored:
         return stored(quantize(weight, format=id, effort=effort))
@@ -70,30 +70,30 @@ def our_formats(effort: str) -> list[Contestant]:
 
 
 def article(weight: torch.Tensor, levels: int) -> Stored:
-    """The article's format: on disk as its code writes it, packed as our importer keeps it; its own loader does not."""
+    """The article's format: on disk as its code writes it, packed as our importer keeps it."""
     tensor = article_quantize(weight, levels)
     packed = article_format(levels).packed_bytes(weight.numel())
     return Stored(article_dequantize(tensor), article_disk_bytes(tensor), packed)
 
 
 def packaged(families: Iterable[str]) -> tuple[list[Contestant], dict[str, str]]:
-    """What the packages of these families, some of PACKAGES, bring, and why the others' do not take part."""
+    """The contestants of some families of PACKAGES; the reason for each family left out, which is printed too."""
     contestants, skipped = [], {}
     for family in families:
         package, make = PACKAGES[family]
         reason = unavailable(package)
         try:
-            found = [] if reason else make()
+            contestants += [] if reason else make()
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
-            found, reason = [], f"{package} is not as expected ({type(error).__name__}: {error})"
-        contestants += found
+            reason = f"{package} is not as expected ({type(error).__name__}: {error})"
         if reason:
             skipped[family] = reason
+            print(f"{family} is left out: {reason}")
     return contestants, skipped
 
 
 def peers() -> tuple[list[Contestant], dict[str, str]]:
-    """All that take part, and why the other families do not."""
+    """All peers; the reason for each family left out."""
     contestants = [Contestant(f"article {n}", ARTICLE, partial(article, levels=n)) for n in LEVELS]
     contestants += [Contestant(f"palette {bits} bit", PALETTE, partial(palette, bits=bits)) for bits in (4, 3, 2)]
     found, skipped = packaged(PACKAGES)
@@ -101,7 +101,7 @@ def peers() -> tuple[list[Contestant], dict[str, str]]:
 
 
 def ggml_stored(weight: torch.Tensor, name: str, importance: torch.Tensor | None = None) -> Stored:
-    """One of ggml's types; a GGUF file holds what lies in memory."""
+    """One of ggml's types; its bytes in a GGUF file are those in memory."""
     decoded, nbytes = ggml.round_trip(weight, name, importance)
     return Stored(decoded, nbytes, nbytes)
 
@@ -116,8 +116,7 @@ def _bitsandbytes() -> list[Contestant]:
 
     def store(weight: torch.Tensor) -> Stored:
         packed, state = quantize_4bit(weight.half(), blocksize=GROUP, compress_statistics=True, quant_type="nf4")
-        parts = packed, state.absmax, state.state2.absmax, state.offset
-        nbytes = sum(part.nbytes for part in parts)
+        nbytes = sum(part.nbytes for part in (packed, state.absmax, state.state2.absmax, state.offset))
         return Stored(dequantize_4bit(packed, state), nbytes, nbytes)
 
     return [Contestant("NF4", "bitsandbytes", store)]
@@ -142,20 +141,14 @@ def _sdnq() -> list[Contestant]:
     from sdnq.quantizer import sdnq_quantize_layer_weight
 
     def store(dtype: str, weight: torch.Tensor) -> Stored:
-        # Its own choice of groups; unsigned codes and quantised scales are what errs least at the same size.
-        decode, parts = sdnq_quantize_layer_weight(
-            weight.half(),
-            layer_class_name="Linear" if weight.dim() == 2 else "Conv2d",
-            weights_dtype=dtype,
-            scale_dtype="uint8",
-            torch_dtype=torch.float16,
-        )
+        # SDNQ chooses the groups. Unsigned codes and uint8 scales have the least error at a size.
+        kind = "Linear" if weight.dim() == 2 else "Conv2d"
+        dtypes = {"weights_dtype": dtype, "scale_dtype": "uint8", "torch_dtype": torch.float16}
+        decode, parts = sdnq_quantize_layer_weight(weight.half(), layer_class_name=kind, **dtypes)
         nbytes = sum(part.nbytes for part in parts.values() if part is not None)
         return Stored(decode(**parts, dtype=torch.float32, skip_compile=True), nbytes, nbytes)
 
-    return [
-        Contestant(f"SDNQ {dtype}", "SDNQ", partial(store, dtype)) for dtype in ("uint3", "uint4", "uint5", "uint6")
-    ]
+    return [Contestant(f"SDNQ uint{bits}", "SDNQ", partial(store, f"uint{bits}")) for bits in (3, 4, 5, 6)]
 
 
 def _torch_int8() -> list[Contestant]:
@@ -172,30 +165,25 @@ def _torch_int8() -> list[Contestant]:
     return [Contestant("int8", "torch", store)]
 
 
-PALETTE = "palettisation"
-PALETTE_ROUNDS = 100
-
-
 def palette(weight: torch.Tensor, bits: int) -> Stored:
-    """Apple's palettisation as we understand it, not its code: one table of 2^bits fp16 numbers for each weight.
+    """Apple's palettisation as we understand it, not its code: each weight has a table of 2^bits fp16 numbers.
 
-    The table is found by Lloyd's algorithm on the weight's different fp16 numbers, from quantiles on.
+    Lloyd's algorithm finds the table on the weight's distinct fp16 values, starting from quantiles.
     """
     values, numbers, counts = torch.unique(weight.detach().half().float(), return_inverse=True, return_counts=True)
-    share = counts.double().cumsum(0)
-    mass = F.pad((counts * values.double()).cumsum(0), (1, 0))
-    share = F.pad(share, (1, 0))
+    values = values.double()
+    share, mass = (F.pad(part.double().cumsum(0), (1, 0)) for part in (counts, counts * values))
     wanted = (torch.arange(1 << bits, dtype=torch.float64) + 0.5) / (1 << bits) * share[-1]
-    table = values[torch.searchsorted(share[1:], wanted)].double()
+    table = values[torch.searchsorted(share[1:], wanted)]
     for _ in range(PALETTE_ROUNDS):
-        bounds = torch.searchsorted(values.double(), (table[1:] + table[:-1]) / 2)
+        bounds = torch.searchsorted(values, (table[1:] + table[:-1]) / 2)
         edges = F.pad(F.pad(bounds, (1, 0)), (0, 1), value=len(values))
         members = share[edges].diff()
         moved = torch.where(members > 0, mass[edges].diff() / members.clamp_min(1), table)
         if torch.equal(moved, table):
             break
         table = moved
-    nearest = torch.bucketize(values.double(), (table[1:] + table[:-1]) / 2)
+    nearest = torch.bucketize(values, (table[1:] + table[:-1]) / 2)
     nbytes = -(-weight.numel() * bits // 8) + 2 * len(table)
     return Stored(table.half()[nearest[numbers]].view(weight.shape), nbytes, nbytes)
 
@@ -207,4 +195,4 @@ PACKAGES: dict[str, tuple[str, Callable[[], list[Contestant]]]] = {
     "SDNQ": ("sdnq", _sdnq),
     "torch": ("torch", _torch_int8),
 }
-"""The peers' families, the package of each, and what makes its contestants."""
+"""By family: the package that it needs, and the function that makes its contestants."""

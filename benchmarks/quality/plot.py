@@ -1,17 +1,16 @@
-"""The size–quality plot of `benchmarks.quality`'s results; by itself: `python -m benchmarks.quality.plot`."""
+"""The size–quality plot of `benchmarks.quality`'s results: `python -m benchmarks.quality.plot`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nfq_core.report.plots import COLOURS, check_matplotlib, png
 
-from ..shared import RESULTS, ROOT
+from ..shared import RESULTS, ROOT, argument_parser
 from .checks import PACKED, measured
 from .weights import DEMO, GAUSSIAN
 
@@ -19,22 +18,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PLOT = ROOT / "docs" / "quality.png"
-
-WIDTH, HEIGHT, DPI = 10.5, 4.9, 110
-"""Inches of a panel, and pixels for each."""
+WIDTH, HEIGHT, DPI, FONT_SIZE = 10.5, 4.9, 110, 10
+"""Inches of a panel, pixels per inch, points of type."""
 
 MOST_BITS = 6.8
-"""What is larger is named at the right edge: ours is not there, and the rest would be crowded."""
+"""Larger peers are listed at the right edge: the axis would be too long."""
 
-FONT_SIZE = 10
 DISTANCES = (7, 14, 24, 36)
-"""How far a label may be from its point, in points of type; from the second on a line leads there."""
+"""Distances of a label from its point, in points of type; from the second on, a line joins the two."""
 
 DIRECTIONS = ((1, 0), (1, -1), (0, -1), (-1, -1), (-1, 1), (-1, 0), (0, 1), (1, 1))
-"""Where a label may be, right and up; the usual places are below our curve."""
+"""Directions of a label, right and up, best first."""
 
 FARTHER, LESS_USUAL = 60.0, 12.0
-"""What the next distance and the next direction cost, in covered pixels."""
+"""Cost of the next distance and of the next direction, in covered pixels."""
 
 NEARBY = 8
 """Pixels around a point that labels keep clear of."""
@@ -50,32 +47,23 @@ FAMILIES = {
     "article": ("#888888", "X"),
     "torch": ("#888888", "P"),
 }
-"""A colour and a mark for each, so that they are told apart without the colour too."""
-
+"""Colour and marker of each family."""
 
 JOINED = {"article": "the article", "HQQ": "HQQ", "SDNQ": "SDNQ", "palettisation": "palettisation (k-means)"}
-"""Families whose points are joined by a line, and its name."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One measure on one source."""
-
-    source: str
-    measure: str
-    title: str
-    axis: str
-
+"""Families whose points are joined by a line, and the line's name."""
 
 PANELS = (
-    Panel(GAUSSIAN, "sqnr_db", "Gaussian weights: error of what is stored", "signal to noise, dB"),
-    Panel(DEMO, "output_db", "Output of the demo UNet, captions not seen before", "signal to noise, dB"),
-    Panel(DEMO, "picture_db", "Pictures of the demo model, same captions and seeds", "PSNR to fp16, dB"),
+    (GAUSSIAN, "sqnr_db", "Gaussian weights: error of what is stored", "signal to noise, dB"),
+    (DEMO, "output_db", "Output of the demo UNet, captions not seen before", "signal to noise, dB"),
+    (DEMO, "picture_db", "Pictures of the demo model, same captions and seeds", "PSNR to fp16, dB"),
 )
+"""Source, figure, title and label of the vertical axis."""
+
+Box = tuple[float, float, float, float]
 
 
 def curve(rows: Sequence[dict], measure: str) -> list[dict]:
-    """The rows that no smaller one equals, by size."""
+    """The rows that are better than every smaller one, by size."""
     best: list[dict] = []
     for row in sorted(rows, key=lambda row: (row[PACKED], -row[measure])):
         if not best or row[measure] > best[-1][measure]:
@@ -83,46 +71,35 @@ def curve(rows: Sequence[dict], measure: str) -> list[dict]:
     return best
 
 
-def panels_of(rows: Sequence[dict]) -> list[tuple[Panel, list[dict]]]:
-    """The panels that there are rows for; of a model that is none of PANELS', its weights."""
-    sources = dict.fromkeys(row["source"] for row in rows)
-    panels = [panel for panel in PANELS if panel.source in sources]
-    if not panels:
-        panels = [Panel(source, "sqnr_db", f"Weights of {source}", "signal to noise, dB") for source in sources]
-    found = [
-        (panel, measured([row for row in rows if row["source"] == panel.source], [panel.measure])) for panel in panels
-    ]
-    return [(panel, of_panel) for panel, of_panel in found if of_panel]
-
-
 def plot(results: dict, path: Path = PLOT) -> Path:
-    """Draw the results, one panel above the other, as a PNG.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """Draw the results as a PNG, one panel above the other; ImportError if matplotlib is missing."""
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    panels = panels_of(results["rows"])
+    panels = []
+    for source, measure, *words in PANELS:
+        rows = measured([row for row in results["rows"] if row["source"] == source], [measure])
+        peers = sorted(
+            (row for row in rows if not row["ours"] and row[PACKED] <= MOST_BITS), key=lambda row: row[PACKED]
+        )
+        panels += [(measure, words, rows, peers)] if rows else []
     figure = Figure(figsize=(WIDTH, HEIGHT * len(panels)), dpi=DPI, layout="constrained")
     drawn = figure.subplots(len(panels), squeeze=False)[:, 0]
-    for axes, (panel, rows) in zip(drawn, panels, strict=True):
-        _draw(axes, panel, rows)
-    drawn[-1].set_xlabel(
-        "bits per weight in memory, all overheads counted (up and left is better)", fontsize=FONT_SIZE + 1, color=INK
-    )
-    # Only now is it known where points lie.
+    for axes, panel in zip(drawn, panels, strict=True):
+        _draw(axes, *panel)
+    words = "bits per weight in memory, all overheads counted (up and left is better)"
+    drawn[-1].set_xlabel(words, fontsize=FONT_SIZE + 1, color=INK)
+    # Labels need the points' final places.
     figure.draw_without_rendering()
-    for axes, (panel, rows) in zip(drawn, panels, strict=True):
-        _name_points(axes, panel.measure, rows)
+    for axes, (measure, _, rows, peers) in zip(drawn, panels, strict=True):
+        _name_points(axes, measure, rows, peers)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png(figure))
     return path
 
 
 def _curves(rows: Sequence[dict], measure: str) -> Iterator[tuple[str, str, list[dict]]]:
-    """Name, colour and points of our curves: without calibration, and with it where there is such."""
+    """Name, colour and points of our curves, without calibration and with it."""
     ours = [row for row in rows if row["ours"] and row[PACKED] <= MOST_BITS]
     for name, colour, calibrated in (("NFQ", OURS, False), ("NFQ, calibrated", CALIBRATED, True)):
         points = curve([row for row in ours if row["calibrated"] == calibrated], measure)
@@ -130,24 +107,23 @@ def _curves(rows: Sequence[dict], measure: str) -> Iterator[tuple[str, str, list
             yield name, colour, points
 
 
-def _draw(axes: Axes, panel: Panel, rows: Sequence[dict]) -> None:
-    """Curves and points of a panel, without the peers' names."""
-    measure = panel.measure
-    peers = _peers(rows)
+def _draw(axes: Axes, measure: str, words: Sequence[str], rows: Sequence[dict], peers: Sequence[dict]) -> None:
+    """Draw a panel's curves and points, without the peers' names."""
+
+    def coordinates(points: Sequence[dict]) -> tuple[list[float], list[float]]:
+        return [row[PACKED] for row in points], [row[measure] for row in points]
+
     for name, colour, points in _curves(rows, measure):
-        bits, errors = [row[PACKED] for row in points], [row[measure] for row in points]
-        axes.plot(bits, errors, "o-", color=colour, linewidth=2.4, markersize=4.5, zorder=3, label=name)
-    for family, (colour, mark) in FAMILIES.items():
-        for calibrated in (False, True):
-            points = [row for row in peers if row["family"] == family and row["calibrated"] == calibrated]
-            bits, errors = [row[PACKED] for row in points], [row[measure] for row in points]
-            line = "-" if family in JOINED else ""
-            inside = "white" if calibrated else colour
-            axes.plot(bits, errors, line + mark, color=colour, markerfacecolor=inside, markersize=6.5, linewidth=0.8)
+        axes.plot(*coordinates(points), "o-", color=colour, linewidth=2.4, markersize=4.5, zorder=3, label=name)
+    for (family, (colour, mark)), calibrated in product(FAMILIES.items(), (False, True)):
+        points = [row for row in peers if row["family"] == family and row["calibrated"] == calibrated]
+        style = {"color": colour, "markerfacecolor": "white" if calibrated else colour}
+        line = "-" if family in JOINED else ""
+        axes.plot(*coordinates(points), line + mark, **style, markersize=6.5, linewidth=0.8)
     if any(row["calibrated"] for row in peers):
         axes.plot([], [], "ko", markerfacecolor="white", label="GGUF with an importance matrix, calibrated")
-    axes.set_title(panel.title, loc="left", fontsize=FONT_SIZE + 3, fontweight="bold", color=INK)
-    axes.set_ylabel(panel.axis, fontsize=FONT_SIZE + 1, color=INK)
+    axes.set_title(words[0], loc="left", fontsize=FONT_SIZE + 3, fontweight="bold", color=INK)
+    axes.set_ylabel(words[1], fontsize=FONT_SIZE + 1, color=INK)
     axes.set_xlim(right=max([*(row[PACKED] for row in peers), 5.5]) + 0.25)
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -162,41 +138,30 @@ def _draw(axes: Axes, panel: Panel, rows: Sequence[dict]) -> None:
         axes.text(0.995, 0.03, text, transform=axes.transAxes, ha="right", fontsize=FONT_SIZE - 1, color=INK)
 
 
-def _peers(rows: Sequence[dict]) -> list[dict]:
-    """The peers' rows that are drawn, by size."""
-    return sorted((row for row in rows if not row["ours"] and row[PACKED] <= MOST_BITS), key=lambda row: row[PACKED])
-
-
 def _names(peers: Sequence[dict]) -> list[tuple[str, list[dict]]]:
-    """What is written, and beside which point of several: a joined family has one name, all others have their own.
+    """Each label and the points that it may be next to: a joined family has one label.
 
-    Calibrated rows go without: their marks are hollow, and lie above or below their own kind's.
+    Calibrated rows have none: their markers are hollow.
     """
     plain = [row for row in peers if not row["calibrated"]]
     names = [(row["name"], [row]) for row in plain if row["family"] not in JOINED]
-    for family, name in JOINED.items():
-        points = [row for row in plain if row["family"] == family]
-        if points:
-            names.append((name, points))
-    return names
+    families = [(name, [row for row in plain if row["family"] == family]) for family, name in JOINED.items()]
+    return names + [(name, points) for name, points in families if points]
 
 
-def _name_points(axes: Axes, measure: str, rows: Sequence[dict]) -> None:
-    """Put each peer's name beside its point, where it covers least of other points, names and curves."""
+def _name_points(axes: Axes, measure: str, rows: Sequence[dict], peers: Sequence[dict]) -> None:
+    """Put each label where it covers the fewest points, labels and curves."""
     from matplotlib.patheffects import withStroke
-
-    peers = _peers(rows)
 
     def place(row: dict) -> tuple[float, float]:
         return tuple(axes.transData.transform((row[PACKED], row[measure])))
 
     taken = [(x - NEARBY, y - NEARBY, x + NEARBY, y + NEARBY) for x, y in map(place, peers)]
-    for _, _, points in _curves(rows, measure):
+    lines = [points for _, _, points in _curves(rows, measure)]
+    lines += [[row for row in peers if row["family"] == family] for family in JOINED]
+    for points in lines:
         taken += _along([place(row) for row in points])
-    for family in JOINED:
-        taken += _along([place(row) for row in peers if row["family"] == family])
-    unit = DPI / 72
-    frame = axes.get_window_extent().extents
+    unit, frame = DPI / 72, axes.get_window_extent().extents
     for name, points in _names(peers):
         width, height = 0.6 * FONT_SIZE * len(name) * unit, 1.25 * FONT_SIZE * unit
         choices = []
@@ -213,6 +178,7 @@ def _name_points(axes: Axes, measure: str, rows: Sequence[dict]) -> None:
         _, distance, right, up, box, row = min(choices, key=lambda choice: choice[0])
         taken.append(box)
         colour = FAMILIES[row["family"]][0]
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6} if distance > DISTANCES[0] else None
         axes.annotate(
             name,
             (row[PACKED], row[measure]),
@@ -223,19 +189,16 @@ def _name_points(axes: Axes, measure: str, rows: Sequence[dict]) -> None:
             fontsize=FONT_SIZE,
             color=colour,
             path_effects=[withStroke(linewidth=2.5, foreground="white")],
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6} if distance > DISTANCES[0] else None,
+            arrowprops=line,
         )
-
-
-Box = tuple[float, float, float, float]
 
 
 def _along(points: Sequence[tuple[float, float]], steps: int = 24) -> list[Box]:
     """Small boxes along a line of points."""
     boxes = []
     for (x, y), (to_x, to_y) in pairwise(points):
-        for step in range(steps):
-            at_x, at_y = x + (to_x - x) * step / steps, y + (to_y - y) * step / steps
+        for share in (step / steps for step in range(steps)):
+            at_x, at_y = x + (to_x - x) * share, y + (to_y - y) * share
             boxes.append((at_x - 3, at_y - 3, at_x + 3, at_y + 3))
     return boxes
 
@@ -248,4 +211,5 @@ def _common(box: Box, other: Box) -> float:
 
 
 if __name__ == "__main__":
+    argument_parser(__doc__).parse_args()
     print(plot(json.loads((RESULTS / "quality.json").read_text(encoding="utf-8"))))

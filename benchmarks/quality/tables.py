@@ -16,16 +16,15 @@ SOURCES = {
 }
 
 UNNAMED = ("GGUF", "bitsandbytes", "torch")
-"""Families that their contestants' names do not tell."""
+"""Families whose name is not part of their contestants' names."""
 
 NOTICEABLE_DB = 0.05
-"""So much lower is the stricter figure of an error where it is shown beside the other."""
+"""The stricter figure of an error is shown where it is lower by more than this."""
 
 
 def table(results: dict) -> str:
-    """Everything: promises, whether our curve is left of the peers', and all rows, folded up."""
-    parts = [summary(results)]
-    rows = results["rows"]
+    """The checks, the peers that ours reach, and all rows, folded up."""
+    rows, parts = results["rows"], [summary(results)]
     if any(row["source"] == DEMO for row in rows):
         parts.append(_folded("Every row: the demo model", demo_table(rows)))
     others = [source for source in dict.fromkeys(row["source"] for row in rows) if source != DEMO]
@@ -37,12 +36,12 @@ def table(results: dict) -> str:
 
 
 def summary(results: dict) -> str:
-    """What was aimed at, and whether our curve is left of the peers'."""
+    """The checks, and the peers that ours reach."""
     return "\n\n".join([check_table(results["checks"]), left_of_table(results["left_of"])])
 
 
 def check_table(checks: Sequence[dict]) -> str:
-    """Each promise with the figures that keep it or do not."""
+    """Each promise, the figures that it is checked on, and the outcome."""
     lines = []
     for check in checks:
         calibration = ", calibrated" if check["calibrated"] else ""
@@ -67,7 +66,7 @@ def check_table(checks: Sequence[dict]) -> str:
 
 
 def left_of_table(found: Sequence[dict]) -> str:
-    """How many of the peers' rows one of ours reaches with no more bits, and which none reaches."""
+    """How many of the peers' rows one of ours reaches with no more bits, and the others."""
     lines = []
     for line in found:
         missed = "; ".join(_missed(miss) for miss in line["missed"]) or "–"
@@ -83,7 +82,7 @@ def _missed(miss: dict) -> str:
 
 
 def weight_table(rows: Sequence[dict], sources: Sequence[str]) -> str:
-    """Every contestant's bits per weight on the first of these sources, and its errors on all."""
+    """Each contestant's bits per weight on the first of the sources, and its errors on all."""
     by_name: dict[str, dict[str, dict]] = {}
     for row in rows:
         if row["source"] in sources:
@@ -98,16 +97,14 @@ def weight_table(rows: Sequence[dict], sources: Sequence[str]) -> str:
 
 
 def demo_table(rows: Sequence[dict]) -> str:
-    """Every setting's packed bits per weight and errors on the demo model; sizes on disk are in the results."""
+    """Packed bits per weight and errors of the demo model in each setting."""
     lines = []
     for row in sorted((row for row in rows if row["source"] == DEMO), key=lambda row: row[PACKED]):
-        error = "–" if row.get("sqnr_db") is None else _error(row)
-        cells = [_name(row), f"{row[PACKED]:.3f}", error]
+        cells = [_name(row), f"{row[PACKED]:.3f}", "–" if row.get("sqnr_db") is None else _error(row)]
         for measure, form in (("output_db", ".2f"), ("picture_db", ".2f"), ("ssim", ".4f")):
             cells.append("–" if row.get(measure) is None else format(row[measure], form))
         lines.append(cells)
-    header = ["format", "bits packed", "weights, dB", "output, dB", "pictures, dB", "SSIM"]
-    return markdown_table(header, lines)
+    return markdown_table(["format", "bits packed", "weights, dB", "output, dB", "pictures, dB", "SSIM"], lines)
 
 
 def _name(row: dict) -> str:
@@ -117,7 +114,7 @@ def _name(row: dict) -> str:
 
 
 def _error(row: dict) -> str:
-    """The mean of dB, and in brackets the dB of the mean noise where that is noticeably less."""
+    """The mean of dB; in brackets the dB of the mean noise if that is noticeably lower."""
     strict = f" ({row['noise_db']:.2f})" if row["sqnr_db"] - row["noise_db"] > NOTICEABLE_DB else ""
     return f"{row['sqnr_db']:.2f}{strict}"
 

@@ -1,13 +1,12 @@
-"""Makes the levels that fitting a trellis format starts from: `python -m benchmarks.quality.trellis_levels`.
+"""Makes the levels that fitting a trellis format starts from: `python -m benchmarks.quality.trellis_levels [ID…]`.
 
-Gaussian blocks, Lloyd's algorithm from many starts: Gaussian quantiles in the order of a multiplicative hash of their
-numbers, so that the numbers that can follow a state have levels all over the range, and other ones for other states.
-The best starts go on with more blocks. It takes some minutes.
+Lloyd's algorithm on Gaussian blocks, from many starts. A start is the Gaussian quantiles in the order of a
+multiplicative hash of their numbers: the levels that can follow a state are spread over the whole range, and other
+states have other ones. The best starts continue with more blocks.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from nfq_core.fitting.trellis_fit import STARTING_LEVELS, Trellis, lloyd
 from nfq_core.packed.formats import BLOCK, FORMATS, TRELLIS_IDS, BlockFormat
+
+from ..shared import argument_parser
 
 STARTS = 64
 STAGES = ((64, 600, 4), (8, 3000, 8), (2, 16000, 30))
@@ -31,7 +32,7 @@ def hashed_quantiles(fmt: BlockFormat, generator: torch.Generator) -> Trellis:
     numbers = torch.arange(fmt.levels)
     order = ((numbers * (factor | 1) + offset) & 0xFFFFFFFF) >> 32 - fmt.window
     quantiles = math.sqrt(2) * torch.erfinv((2 * order.double() + 1) / fmt.levels - 1)
-    # Reproduction levels have so much less energy than what they stand for.
+    # Reproduction levels have less energy than the numbers that they reproduce.
     quantiles *= 1 - 0.3 * 4.0**-fmt.code_bits
     largest = quantiles.abs().amax().item()
     return Trellis((quantiles / largest).half().float(), GAUSSIAN_RATIO * largest)
@@ -51,13 +52,12 @@ def train(fmt: BlockFormat) -> Trellis:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("ids", nargs="*", default=TRELLIS_IDS, help="formats; the others' levels stay")
-    parser.add_argument("--out", type=Path, default=STARTING_LEVELS)
-    arguments = parser.parse_args()
-    path = arguments.out
-    stored = load_file(path) if path.exists() else {}
-    for id in arguments.ids:
+    parser = argument_parser(__doc__)
+    parser.add_argument("ids", nargs="*", default=TRELLIS_IDS, help="formats; the levels of others stay as they are")
+    parser.add_argument("--out", type=Path, default=STARTING_LEVELS, help="default: the core's own file")
+    options = parser.parse_args()
+    stored = load_file(options.out) if options.out.exists() else {}
+    for id in options.ids:
         trellis = train(FORMATS[id])
         stored |= {id: trellis.levels.half(), f"{id}.ratio": torch.tensor(trellis.ratio)}
-    save_file(stored, path)
+    save_file(stored, options.out)

@@ -1,14 +1,13 @@
-"""How fast a CPU decodes, beside what one would pick instead: `python -m benchmarks.speed.decode`.
+"""Speed of the decode on a CPU beside other libraries': `python -m benchmarks.speed.decode`.
 
-One hundred million weights into a buffer that is used again, on one thread and on all. Beside it, in turns in the same
-process: a plain copy of the result; bitsandbytes' NF4, which makes a new tensor; gguf-py's Q4_0 and Q4_K, which make
-new fp32 arrays in numpy on one thread and get a tenth of the weights. What is not installed (`pip install -e
-".[bench]"`) is left out, and said to be.
+One hundred million weights into a buffer that is used again, on one thread and on all. Contestants, in turns in one
+process: a plain copy of the result; our formats; bitsandbytes' NF4, which allocates its result; gguf-py's Q4_0 and
+Q4_K, which allocate fp32 arrays in numpy, use one thread and get a tenth of the weights. A package that is not
+installed is left out and named (`pip install -e ".[bench]"`).
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 
@@ -18,27 +17,30 @@ import torch
 from nfq_core import quantize
 from nfq_core.packed.formats import LEVELS
 
-from ..shared import gaussian, in_turns, machine, markdown_table, summary, unavailable, write_results
+from ..shared import argument_parser, gaussian, in_turns, machine, markdown_table, summary, unavailable, write_results
 
 SHAPE = (10240, 10240)
+ROUNDS = 9
 PART = 10
-"""What is too slow for all weights gets one part in so many."""
+"""Slow peers get one in so many weights."""
+
+Work = tuple[Callable[[], object], int]
+"""One decode, and the number of its weights."""
 
 
-def copied() -> tuple[Callable[[], object], int]:
-    """Copy the result from one warm buffer to another; the work, and its number of weights."""
+def copied() -> Work:
+    """Copy the result from one warm buffer to another."""
     source, target = torch.zeros(SHAPE, dtype=torch.float16), torch.zeros(SHAPE, dtype=torch.float16)
     return lambda: target.copy_(source), source.numel()
 
 
-def ours(levels: int) -> tuple[Callable[[], object], int]:
+def ours(levels: int) -> Work:
     """Decode an NFTensor into a warm buffer."""
-    tensor = quantize(gaussian(SHAPE, 1), levels)
-    out = torch.zeros(SHAPE, dtype=torch.float16)
+    tensor, out = quantize(gaussian(SHAPE, 1), levels), torch.zeros(SHAPE, dtype=torch.float16)
     return lambda: tensor.dequantize(out=out), tensor.numel()
 
 
-def bitsandbytes_nf4() -> tuple[Callable[[], object], int]:
+def bitsandbytes_nf4() -> Work:
     """bitsandbytes' NF4 on the CPU, blocks of 64; it takes no buffer there."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -46,8 +48,8 @@ def bitsandbytes_nf4() -> tuple[Callable[[], object], int]:
     return lambda: dequantize_4bit(packed, state), SHAPE[0] * SHAPE[1]
 
 
-def ggml(name: str) -> tuple[Callable[[], object], int]:
-    """gguf-py's decode of random bytes, whose speed does not depend on what they say."""
+def ggml(name: str) -> Work:
+    """gguf-py's decode of random bytes; its speed does not depend on them."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -63,35 +65,29 @@ PEERS = {
     "gguf-py Q4_0": ("gguf", partial(ggml, "Q4_0")),
     "gguf-py Q4_K": ("gguf", partial(ggml, "Q4_K")),
 }
-"""By name, the package that each needs, and what makes it."""
+"""By name: the package that it needs, and the function that makes it."""
 
 
-def run(rounds: int) -> dict:
-    """Measure everything in turns; nanoseconds per weight, on one thread and on all that there are."""
+def run(rounds: int = ROUNDS) -> dict:
+    """Nanoseconds per weight of every contestant, on one thread and on all."""
+    skipped = {name: reason for name, (package, _) in PEERS.items() if (reason := unavailable(package))}
+    for name, reason in skipped.items():
+        print(f"{name} is left out: {reason}")
     makers = {"copy": copied, **{f"nf{levels}": partial(ours, levels) for levels in LEVELS}}
-    skipped = {}
-    for name, (package, make) in PEERS.items():
-        reason = unavailable(package)
-        if reason:
-            skipped[name] = reason
-            print(f"{name} is left out: {reason}")
-        else:
-            makers[name] = make
+    makers |= {name: make for name, (_, make) in PEERS.items() if name not in skipped}
     contestants = {name: make() for name, make in makers.items()}
-    threads = torch.get_num_threads()
-    results = {}
+    threads, results = torch.get_num_threads(), {}
     for count in sorted({1, threads}):
         torch.set_num_threads(count)
         taken = in_turns({name: work for name, (work, _) in contestants.items()}, rounds)
         results[str(count)] = {
             name: summary([1e9 * seconds / contestants[name][1] for seconds in found]) for name, found in taken.items()
         }
-    torch.set_num_threads(threads)
     return {"weights": SHAPE[0] * SHAPE[1], "skipped": skipped, "nanoseconds_per_weight": results}
 
 
 def table(results: dict) -> str:
-    """The README's table: billions of weights a second, and the time beside that of a plain copy."""
+    """Billions of weights per second, and the time relative to a plain copy's."""
     by_threads = results["nanoseconds_per_weight"]
     rows = []
     for name in next(iter(by_threads.values())):
@@ -107,8 +103,6 @@ def table(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    results = run(parser.parse_args().rounds)
-    write_results("decode", results)
-    print(table({"machine": machine(), **results}))
+    argument_parser(__doc__).parse_args()
+    print(machine())
+    print(write_results("decode", run()))

@@ -1,29 +1,25 @@
-"""How long `nfq demo` takes as a whole process: `python -m benchmarks.speed.demo`."""
+"""Time of `nfq demo` as a whole process, imports included: `python -m benchmarks.speed.demo`."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 
-from ..shared import summary, timed, write_results
+from ..shared import argument_parser, json_of, summary, timed, write_results
 
 RUNS = 3
 
 
 def run() -> dict:
-    """Wall seconds of the command, imports included, and the levels of its report."""
+    """Wall seconds of the command, and the levels in its report."""
     report: dict = {}
 
     def run_command() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "nfq_core", "demo", "--out", folder, "--json"]
-            report.update(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+            report.update(json_of("nfq_core", "demo", "--out", folder, "--json"))
 
-    seconds = summary([timed(run_command) for _ in range(RUNS)])
-    return {"seconds": seconds, "levels": report["levels"]}
+    return {"seconds": summary([timed(run_command) for _ in range(RUNS)]), "levels": report["levels"]}
 
 
 if __name__ == "__main__":
+    argument_parser(__doc__).parse_args()
     print(write_results("demo", run()))

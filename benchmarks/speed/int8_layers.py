@@ -1,12 +1,14 @@
-"""Packed Linear layers that multiply in int8: an experiment.
+"""Linear layers that multiply in int8: packed ones, an experiment, and torch's dynamic quantisation.
 
-Each row of a weight and each token of an input is rounded to 255 steps. The scales are symmetric and dynamic: the
-largest magnitude of a row or token becomes 127. Sums are exact in int32, so that the rounding to int8 is nearly all
-that is lost. Vector-wise quantisation as in LLM.int8() (arXiv 2208.07339, section 3.1), without the part of it that
-treats outliers apart.
+Each row of a weight and each token of an input is rounded to 255 steps, with a symmetric and dynamic scale: the largest
+magnitude becomes 127. Sums are exact in int32. This is vector-wise quantisation as in LLM.int8() (arXiv 2208.07339,
+section 3.1), without its separate treatment of outliers.
 """
 
 from __future__ import annotations
+
+import copy
+import warnings
 
 import torch
 from torch import nn
@@ -15,27 +17,24 @@ from nfq_core.layers import PackedLinear, packed_layers
 from nfq_core.packed.op import dequantize_for_one_use
 
 STEPS = 127
-"""What the largest magnitude of a row or token becomes."""
+"""The largest magnitude of a row or token becomes this."""
 
 MIN_MAGNITUDE = 1e-30
-"""A row or token with nothing above it is taken for zero: the inverse of its scale might not be finite."""
+"""A row or token with nothing larger counts as zero: the inverse of its scale might not be finite."""
 
-MIN_TOKENS = 17
-MULTIPLE = 8
-"""The least tokens, and the divisor of a weight's sides, that torch multiplies on CUDA devices."""
+MIN_TOKENS, MULTIPLE = 17, 8
+"""The fewest tokens, and the divisor of a weight's sides, that torch multiplies in int8 on CUDA devices."""
 
-CHUNK_NUMBERS = 1 << 20
-MIN_CHUNK_TOKENS = 128
-"""A CPU multiplies so few tokens at once that temporaries hold hardly more numbers: fresh memory costs more time than
-the products do."""
+CHUNK_NUMBERS, MIN_CHUNK_TOKENS = 1 << 20, 128
+"""A CPU multiplies about so many numbers at once: fresh memory for larger temporaries costs more than the products."""
 
 
 def round_rows(matrix: torch.Tensor, *, overwrite: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round every row of a matrix to int8; ``rows * scales[:, None]`` are its values again, within half a scale.
+    """Round every row of a matrix to int8; ``rows * scales[:, None]`` is the matrix, within half a scale.
 
     Args:
         matrix: floating, shape (rows, columns).
-        overwrite: whether its memory may be used; it is float32 then.
+        overwrite: whether its memory may be used, if it is float32.
 
     Returns:
         int8 of the same shape, and float32 of shape (rows,).
@@ -50,12 +49,12 @@ def int8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     """`torch.nn.functional.linear` with both factors rounded to int8.
 
     Args:
-        x: floating, shape (…, columns); `fits` holds.
-        weight: float32 of shape (rows, columns); its memory is overwritten.
+        x: floating, shape (…, columns); see `fits`.
+        weight: float32 of shape (rows, columns); it is overwritten.
         bias: floating, shape (rows,).
 
     Returns:
-        Of the dtype of `x`, shape (…, rows).
+        Shape (…, rows), in the dtype of `x`.
     """
     rows, row_scales = round_rows(weight, overwrite=True)
 
@@ -71,12 +70,12 @@ def int8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def fits(x: torch.Tensor, rows: int) -> bool:
-    """Whether torch multiplies an input in int8 with a weight of so many rows."""
+    """Whether torch multiplies an input in int8 with a weight of this many rows."""
     return x.numel() >= MIN_TOKENS * x.shape[-1] and x.shape[-1] % MULTIPLE == 0 and rows % MULTIPLE == 0
 
 
 class Int8Linear(PackedLinear):
-    """A packed Linear layer that multiplies in int8 where `fits` holds, and as before elsewhere."""
+    """A packed Linear layer that multiplies in int8 where `fits` holds, and in floating point elsewhere."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The product, in the dtype of `x`."""
@@ -87,7 +86,17 @@ class Int8Linear(PackedLinear):
 
 
 def int8_layers(model: nn.Module) -> None:
-    """Have a model's packed Linear layers, none of which has a low-rank change, multiply in int8 from now on."""
+    """Make a model's packed Linear layers multiply in int8; none of them may have a low-rank addition."""
     for layer in packed_layers(model).values():
         if type(layer) is PackedLinear:
             layer.__class__ = Int8Linear
+
+
+def dynamic_int8(model: nn.Module) -> nn.Module:
+    """A copy of an fp32 model on the CPU whose Linear layers torch has quantised to dynamic int8, as in the article."""
+    from torch.ao.quantization import quantize_dynamic
+
+    with warnings.catch_warnings():
+        # Deprecated in favour of another package, but the one that the article used.
+        warnings.simplefilter("ignore")
+        return quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
