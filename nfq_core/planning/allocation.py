@@ -36,8 +36,8 @@ EXPECTED_SQNR_DB = {
 }
 """Formats to choose from, with the signal-to-quantisation-noise ratio of Gaussian weights in them.
 
-From `benchmarks.trellis`, at `best`; `fast` loses 0.1 to 0.3 dB in each. Heavier tails lose about as much in one as in
-another, which does not change the choice.
+From `benchmarks.quality.trellis`, at `best`; `fast` loses 0.1 to 0.3 dB in each. Heavier tails lose about as much in
+one as in another, which does not change the choice.
 """
 
 LARGEST = list(EXPECTED_SQNR_DB)[-1]

@@ -14,7 +14,7 @@ from samples import TINY
 
 from benchmarks.speed.gpu import __main__ as gpu
 from benchmarks.speed.gpu import decode, files, step
-from benchmarks.speed.gpu.part import Part, without_device
+from benchmarks.speed.gpu.part import Part, random_state, without_device
 from nfq_core.layers import packed_layers
 from nfq_core.models.unet_keys import SDXL_BASE
 from nfq_core.packed import backends, torch_decode
@@ -103,7 +103,7 @@ def test_what_fails_is_recorded_and_leaves_the_rest(tmp_path: Path, monkeypatch)
 
 
 def test_loras_are_on_every_linear_layer_of_the_transformers() -> None:
-    unet = step.add_low_rank(step.make_unet(TINY, step.packed_unet(TINY, "diffusers")), 1)
+    unet = step.add_low_rank(step.make_unet(TINY, random_state(Part(CPU, True))), 1)
     layers = packed_layers(unet)
     changed = {name for name, layer in layers.items() if layer.low_rank is not None}
     ends = {name.rpartition("attentions.")[2].partition(".")[2] for name in changed}

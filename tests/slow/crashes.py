@@ -1,11 +1,11 @@
-"""What is left of files whose writer is killed, or whose disk fills up: `python tests/slow/crashes.py`.
+"""Files whose writer is killed, or whose disk fills up: `python tests/slow/crashes.py --kills 200`.
 
-Four operations write (saving, quantising, a batch, importing an article file), each over older files or into an empty
-folder. Their process is killed with SIGKILL, at random moments of the whole operation and, aimed, just before and after
-each step by which a file appears; half of the random kills strike while a second process writes the same target. Then
-every file must be the old or the new one, byte for byte, and the next write must leave nothing but its own result.
-Besides: a disk that is really full (a small tmpfs, for which mounting must be allowed), a folder without permission
-(as nobody, where this runs as root), and files that are replaced, cut or overwritten while they are loaded. For POSIX.
+Four operations write (saving, quantising, a batch, importing an article file), over older files or into an empty
+folder. Their process is killed with SIGKILL at random moments, and just before and after each step of a write; half of
+the random kills happen while a second process writes the same target. Then every file must be the old or the new one,
+byte for byte, and the next write must leave nothing but its own result. Also tested: a full disk (a small tmpfs, if
+mounting is allowed), a folder without permission (as nobody, if this runs as root), and files that are replaced, cut or
+overwritten while they are loaded. For POSIX.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter, sleep
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
 from safetensors.torch import save_file
 
 import nfq_core
+from benchmarks.shared import gaussian, write_results
 from nfq_core.checkpoints.article_import import import_article
 from nfq_core.checkpoints.batch import convert_folders
 from nfq_core.checkpoints.convert import quantize_file
@@ -41,22 +44,18 @@ from nfq_core.files.atomic import TEMPORARY_ENDING, AtomicFile
 from nfq_core.files.container import NFQFile
 from nfq_core.planning.policy import DEFAULTS, Settings
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from benchmarks.shared import gaussian, write_results
-
 OPERATIONS = ("save", "quantize", "batch", "import")
 
 AIMS = tuple((when, call) for call in ("write", "fsync", "replace") for when in ("before", "after"))
-"""Steps of a write, and on which side of them the process is killed."""
+"""Steps of a write, and whether the process is killed before or after them."""
 
 PRELOADED = ["nfq_core.checkpoints.article_import", "nfq_core.checkpoints.batch", "benchmarks.shared"]
-"""What takes long to import."""
+"""Modules that take long to import."""
 
 LEFTOVER = re.compile(r"\..+" + TEMPORARY_ENDING)
 
 OLD = Settings(levels=7, conv_levels=7)
-"""How the older files were made."""
+"""Settings of the older files."""
 
 Files = dict[str, bytes]
 """The files of a folder, leftovers aside, by name."""
@@ -118,13 +117,13 @@ def contents(folder: Path) -> Files:
 
 
 def leftovers(folder: Path) -> int:
-    """How many temporary files lie in a folder."""
+    """Number of temporary files in a folder."""
     return sum(bool(LEFTOVER.fullmatch(path.name)) for path in folder.iterdir())
 
 
 def start(work: Callable[[], None], aim: tuple[str, str] | None = None) -> multiprocessing.process.BaseProcess:
     """Start work in a process of its own; returns when it begins."""
-    # It forks from a process that has imported everything and has no threads: not importing is to be disturbed.
+    # It forks from a process that has imported everything and has no threads: kills must hit the work, not the imports.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
@@ -358,9 +357,11 @@ def measure(kills: int, seed: int = 0) -> dict:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="random kills in all, at least (default: 100)")
-    outcome = measure(parser.parse_args().kills)
-    print(write_results("crashes", outcome))
+    parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/crashes.json)")
+    options = parser.parse_args()
+    outcome = measure(options.kills)
+    print(write_results("crashes", outcome, options.out))
     print(f"{outcome['killed']} kills, {outcome['faults']} faults in all")
     sys.exit(outcome["faults"] > 0)

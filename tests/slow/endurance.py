@@ -1,12 +1,12 @@
-"""Whether anything grows over long use: `python tests/slow/endurance.py [--dir DIR]`.
+"""Growth over long use: `python tests/slow/endurance.py [--dir DIR]`.
 
-A cycle in this process: load a file of the demo model, put its packed weights into the UNet, sample, add a LoRA,
-sample, take it off, and free everything; every fifth cycle also quantises a layer, and saves and reads back a file. A
-cycle in a real host, found as in `tests/host`: load, LoRA, sample with CFG, and unload; every fifth one quantises and
-saves. Noted at intervals are the process's own memory (what it maps from files does not count), file handles and
-threads. Growth is the median of the last quarter less that of the second: the first quarter fills caches.
+`demo`, in this process: load a file of the demo model, put its packed weights into the UNet, sample, add a LoRA,
+sample, remove it, and free everything; every fifth cycle also quantises a layer, saves a file and reads it back.
+`host`, in a real ComfyUI as in `tests/host`: load, LoRA, sample with CFG, and unload; every fifth cycle quantises and
+saves. Recorded at intervals are the process's own memory (without mapped files), file handles and threads. Growth is
+the median of the last quarter less that of the second: the first quarter fills caches.
 
-Then several processes, each with several threads, load and save the same files at once, and look at every number. For
+`crowd`: several processes, each with several threads, load and save the same files at once, and check every number. For
 Linux.
 """
 
@@ -27,25 +27,24 @@ from math import prod
 from pathlib import Path
 from time import monotonic, sleep
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
 
 import nfq_core
+from benchmarks.shared import RESULTS, ROOT, machine, process_status, with_origin, write_json
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.demo.model import build_pipeline, bundled_weights_path, sample, split_weights
 from nfq_core.layers import PackedLayer, assign_state, packed_layers
 from nfq_core.layers.low_rank import LowRank
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from benchmarks.shared import RESULTS, ROOT, machine, process_status, with_origin, write_json
-
 CAPTION = "a red circle"
 RANK = 4
 NOTES = 40
-"""Points of a run at which the process is looked at."""
+"""Number of times in a run that the process's state is recorded."""
 
 SETTLED_SECONDS, SETTLED_BYTES, MAX_SETTLING_SECONDS = 1.0, 1 << 20, 15.0
-"""A host has settled when its memory changed by less than so many bytes over so many seconds; so long is waited."""
+"""A host has settled when its memory changes by less than so many bytes in so many seconds; the longest wait."""
 
 PARTS = ("demo", "crowd", "host")
 
@@ -60,7 +59,7 @@ def state_of(pid: int | str = "self") -> dict[str, int]:
 
 
 def settled_state(pid: int) -> dict[str, int]:
-    """`state_of` once the process has let go of what it is going to: a host frees on a thread of its own."""
+    """`state_of` once the process has freed what it is going to free: a host does so on another thread."""
     state, until = state_of(pid), monotonic() + MAX_SETTLING_SECONDS
     while monotonic() < until:
         sleep(SETTLED_SECONDS)
@@ -138,7 +137,6 @@ def demo_cycle(folder: Path) -> Callable[[int], None]:
 
 def host_cycles(directory: Path, cycles: int) -> dict:
     """Cycles in a real host."""
-    sys.path.insert(0, str(ROOT / "tests" / "host"))
     from driver import Host, make_base
     from graphs import OURS, lora, quantize, sample, save
     from models import random_adapter, write_unet
@@ -228,12 +226,13 @@ def run(parts: Sequence[str], cycles: int, host_rounds: int, directory: Path | N
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; 1 where a member of the crowd failed or left a file behind."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured anew")
+    """Run the command line; returns 1 if a member of the crowd failed or left a file behind."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="parts to run (default: all)")
     parser.add_argument("--cycles", type=int, default=1000, help="in this process (default: %(default)s)")
     parser.add_argument("--host-cycles", type=int, default=50, help="in the host (default: %(default)s)")
-    parser.add_argument("--dir", type=Path, help="where the host's models are put, about 2 GB; needs COMFYUI_PATH")
+    parser.add_argument("--dir", type=Path, help="folder for the host's models, about 2 GB; needs COMFYUI_PATH")
+    parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/endurance.json)")
     parser.add_argument("--member", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.member:
@@ -243,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--dir needs a ComfyUI: name its folder in COMFYUI_PATH")
     print(machine())
     results = run(options.parts, options.cycles, options.host_cycles, options.dir)
-    path = RESULTS / "endurance.json"
+    path = options.out or RESULTS / "endurance.json"
     before = json.loads(path.read_text("utf-8")) if path.exists() else {}
     write_json(path, before | results)
     print(path)

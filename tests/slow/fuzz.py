@@ -1,11 +1,10 @@
 """Mutated files put to every reader: `python tests/slow/fuzz.py --files 100000`.
 
-A file is a container, a calibration, the article's, or plain safetensors, changed at random as
-`tests/helpers/mutations.py` says; `tests/helpers/trial.py` says what must come of it: the numbers that a second reader
-reads, or one of our errors. File `i`
-of a seed is always the same. Its memory is what the process's peak grows by while it is tried (Linux alone tells), less
-twice the file's size, in a process whose address space is limited, so that memory that is asked for and never touched
-is noticed too. The second reader has read it before: it may take what it likes.
+A file is a container, a calibration, an article file, or plain safetensors, changed at random as in
+`tests/helpers/mutations.py`. `tests/helpers/trial.py` checks the outcome: the numbers that a second reader reads, or
+one of our errors. File `i` of a seed is always the same. Its memory is the growth of the process's peak while it is
+tried, less twice the file's size. The process's address space is limited, so that memory that is requested but never
+touched counts too. The second reader reads the file before that, and has no limit. For Linux.
 """
 
 from __future__ import annotations
@@ -21,25 +20,23 @@ from pathlib import Path
 from random import Random
 from time import perf_counter
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(2, str(Path(__file__).resolve().parents[1] / "helpers"))
 
-from benchmarks.shared import ROOT, machine, write_results
-
-sys.path.insert(1, str(ROOT / "tests"))
-sys.path.insert(1, str(ROOT / "tests" / "helpers"))
-
+import torch
 from trial import Fault, Trials, reset_peak, status
 
+from benchmarks.shared import machine, write_results
+
 SECONDS = 20
-"""A file that takes longer is taken for one that hangs."""
+"""A file that takes longer counts as one that hangs."""
 
 GROWTH_BYTES = 8 << 20
-"""A file must take no more than this beside twice its own size: what its few numbers need, and what allocators keep."""
+"""Memory that a file may take beyond twice its size, for its few numbers and for what allocators keep."""
 
 SPACE_BYTES = 1 << 30
-"""Of address space beside what the process has at first."""
+"""Address space beyond what the process has at first."""
 
 
 def _hangs(*_: object) -> None:
@@ -49,11 +46,11 @@ def _hangs(*_: object) -> None:
 def run(files: int, seed: int, folder: Path) -> dict:
     """Try `files` mutated files one after the other."""
     torch.set_num_threads(1)
-    # Of the warnings about tensors that are kept.
+    # Conversions warn about tensors that they keep.
     logging.getLogger("nfq").setLevel(logging.CRITICAL)
     trials = Trials(folder)
     for number in range(100):
-        # Caches fill.
+        # Fill the caches.
         trials.draw(Random(f"warm {number}")).run()
     space = status("VmSize") + SPACE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (space, resource.getrlimit(resource.RLIMIT_AS)[1]))
@@ -96,15 +93,16 @@ def run(files: int, seed: int, folder: Path) -> dict:
 
 
 def main() -> int:
-    """Run from the command line; 1 where anything was wrong."""
+    """Run the command line; returns 1 if a reader was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=100_000, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="other files (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/fuzz.json)")
     options = parser.parse_args()
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
         results = run(options.files, options.seed, Path(folder))
-    write_results("fuzz", results)
+    write_results("fuzz", results, options.out)
     print({name: value for name, value in results.items() if name != "by_kind"})
     return 1 if results["faults"] else 0
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from itertools import product
 
 import torch
-from models import packed_unet
 from samples import random_buffer
 
 from nfq_core import NFTensor, quantize
@@ -15,7 +14,7 @@ from nfq_core.packed import backends, op, torch_decode
 from nfq_core.packed.formats import FORMATS, LEVELS, format_by_id
 
 from ...shared import channel_spread, milliseconds, unavailable
-from .part import Part, graphed
+from .part import Part, graphed, random_state
 from .rivals import dequantize_q4_0, random_q4_0
 
 ODD_SIZES = (1, 63, 64, 65, 24 * 64 + 1, 256 * 64 + 1)
@@ -88,8 +87,7 @@ def _quantise_on_both(part: Part) -> None:
 
 def decode(part: Part) -> None:
     """All quantised layers of a UNet into one fp16 buffer, beside copies that move as many bytes and beside peers."""
-    state = packed_unet(part.architecture, "diffusers")
-    tensors = [tensor.to(part.device) for tensor in state.values() if isinstance(tensor, NFTensor)]
+    tensors = [tensor for tensor in random_state(part).values() if isinstance(tensor, NFTensor)]
     buffer = torch.empty(max(t.numel() for t in tensors), dtype=torch.float16, device=part.device)
     outs = [buffer[: tensor.numel()].view(tensor.shape) for tensor in tensors]
     moved = sum(tensor.nbytes + 2 * tensor.numel() for tensor in tensors)

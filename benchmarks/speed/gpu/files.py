@@ -11,8 +11,8 @@ import nfq_core
 from nfq_core.planning.policy import DEFAULTS
 
 from ...shared import milliseconds, synchronize, timed
-from .part import Part
-from .step import dense_state, random_state
+from .part import Part, random_state
+from .step import dense_state
 
 ROUNDS = 3
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from models import packed_unet
 from samples import TINY
 
+from nfq_core import NFTensor
 from nfq_core.models.unet_keys import SDXL_BASE, UNetArchitecture
+from nfq_core.planning.policy import DEFAULTS, Settings
 
 from ...shared import synchronize
 
 PACKAGES = ("triton", "diffusers", "safetensors", "zstandard", "numpy", "bitsandbytes")
 
 Result = TypeVar("Result")
+State = Mapping[str, NFTensor | torch.Tensor]
 
 
 @dataclass
@@ -50,6 +55,16 @@ class Part:
             where = " < ".join(f"{Path(place.filename).name}:{place.lineno}" for place in reversed(places))
             self.failures[name] = f"{type(error).__name__}: {str(error).strip()[:600]} ({where})"
             return None
+
+
+@lru_cache
+def _random_state(architecture: UNetArchitecture, settings: Settings) -> State:
+    return packed_unet(architecture, "diffusers", settings)
+
+
+def random_state(part: Part, settings: Settings = DEFAULTS) -> State:
+    """A UNet's tensors on the device, quantised by the usual rules, with random codes."""
+    return {name: tensor.to(part.device) for name, tensor in _random_state(part.architecture, settings).items()}
 
 
 def without_device(device: torch.device) -> str:

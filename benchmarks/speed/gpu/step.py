@@ -7,7 +7,6 @@ from functools import partial
 from time import perf_counter
 
 import torch
-from models import packed_unet
 from samples import unet_config
 from torch import nn
 
@@ -16,10 +15,10 @@ from nfq_core.layers import PackedLinear, assign_state, dense_layers, packed_lay
 from nfq_core.layers.low_rank import LowRank
 from nfq_core.models.unet_keys import UNetArchitecture, tensor_shapes
 from nfq_core.planning.allocation import PRESETS
-from nfq_core.planning.policy import DEFAULTS, Settings
+from nfq_core.planning.policy import Settings
 
 from ...shared import milliseconds, unavailable
-from .part import Part, added_bytes
+from .part import Part, State, added_bytes, random_state
 from .rivals import Q4Layer, nf4_layer
 
 BATCH = 2
@@ -37,14 +36,6 @@ LORA_CHANGE = 0.01
 ONE_LORA, FOUR_LORAS = "packed, 1 LoRA", "packed, 4 LoRAs"
 SAME_WEIGHTS = ("fp16", "packed", ONE_LORA, FOUR_LORAS, "resident")
 ROUNDS = 12
-
-State = Mapping[str, NFTensor | torch.Tensor]
-
-
-def random_state(part: Part, settings: Settings = DEFAULTS) -> State:
-    """A UNet's tensors on the device, quantised by the usual rules, with random codes."""
-    state = packed_unet(part.architecture, "diffusers", settings)
-    return {name: tensor.to(part.device) for name, tensor in state.items()}
 
 
 def dense_state(state: State) -> dict[str, torch.Tensor]:
