@@ -1,53 +1,63 @@
-"""The tables of README and docs, made anew from the results: `python -m benchmarks.tables`."""
+"""Regenerates the tables in README.md, docs/ and benchmarks/README.md from the results files.
+
+A table goes between `<!-- NAME -->` and `<!-- /NAME -->`, in whichever of these pages has the two markers.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 
-from . import (
-    article,
-    calibrated,
-    decode,
-    diffusers_load,
-    fullsize,
-    gpu,
-    host,
-    int8,
-    levels,
-    quality_tables,
-    sizes,
-    trellis,
-)
-from .report import RESULTS, ROOT
+from .article import tables as article
+from .hosts import comfyui, diffusers_load
+from .quality import calibration, levels, trellis
+from .quality import tables as quality
+from .shared import RESULTS, ROOT, argument_parser
+from .speed import decode, fullsize, int8
+from .speed.gpu import tables as gpu
 
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
-    "quality": ("quality", quality_tables.table),
-    "quality_checks": ("quality", quality_tables.summary),
+    "quality": ("quality", quality.table),
+    "quality_checks": ("quality", quality.summary),
+    "levels": ("levels", levels.table),
+    "calibrated": ("calibrated", calibration.levels_table),
+    "sizes": ("sizes", calibration.sizes_table),
     "trellis_windows": ("trellis", trellis.windows_table),
     "trellis_eight_bits": ("trellis", trellis.eight_bits_table),
     "trellis_goals": ("trellis", trellis.goals_table),
-} | {
-    module.__name__.rpartition(".")[2]: (module.__name__.rpartition(".")[2], module.table)
-    for module in (levels, calibrated, sizes, article, int8, fullsize, diffusers_load, host, decode, gpu)
+    "article": ("article", article.table),
+    "int8": ("int8", int8.table),
+    "fullsize": ("fullsize", fullsize.table),
+    "decode": ("decode", decode.table),
+    "gpu": ("gpu", gpu.table),
+    "host": ("host", comfyui.table),
+    "diffusers_load": ("diffusers_load", diffusers_load.table),
 }
-"""By the name between the marks, the results it is made of, and what makes it."""
-
-PAGES = (ROOT / "README.md", ROOT / "docs" / "MEASUREMENTS.md", ROOT / "docs" / "TRELLIS.md")
+"""By marker: the results file without its suffix, and the function that makes the table of it."""
 
 
-def put_tables() -> None:
-    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->` in the pages by the tables of the results."""
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for name, (results, table) in TABLES.items():
-            path = RESULTS / f"{results}.json"
-            if path.exists() and f"<!-- {name} -->" in text:
-                body = f"<!-- {name} -->\n\n{table(json.loads(path.read_text(encoding='utf-8')))}\n\n<!-- /{name} -->"
-                text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, body=body: body, text, flags=re.DOTALL)
-        page.write_text(text, encoding="utf-8")
+def pages() -> list[Path]:
+    """The Markdown files that may have tables."""
+    return [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *ROOT.glob("benchmarks/*.md")]
+
+
+def with_tables(text: str, folder: Path = RESULTS) -> str:
+    """A page's text with its tables made from the results in `folder`; a table without results stays as it is."""
+    for name, (results, table) in TABLES.items():
+        path = folder / f"{results}.json"
+        if path.exists() and f"<!-- {name} -->" in text:
+            body = f"<!-- {name} -->\n\n{table(json.loads(path.read_text(encoding='utf-8')))}\n\n<!-- /{name} -->"
+            text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, body=body: body, text, flags=re.DOTALL)
+    return text
 
 
 if __name__ == "__main__":
-    put_tables()
+    argument_parser(__doc__).parse_args()
+    for page in pages():
+        before = page.read_text(encoding="utf-8")
+        after = with_tables(before)
+        if after != before:
+            page.write_text(after, encoding="utf-8")
+            print(page.relative_to(ROOT))

@@ -35,8 +35,8 @@ EXPECTED_SQNR_DB = {
 }
 """Formats to choose from, with the signal-to-quantisation-noise ratio (SQNR) of Gaussian weights, in dB.
 
-Measured by `benchmarks.trellis` with effort `best`; `fast` loses 0.1 to 0.3 dB in each format. Weights with heavier
-tails lose about the same in every format, so the choice stays the same.
+Measured by `benchmarks.quality.trellis` with effort `best`; `fast` loses 0.1 to 0.3 dB in each format.
+Weights with heavier tails lose about the same in every format, so the choice stays the same.
 """
 
 LARGEST = list(EXPECTED_SQNR_DB)[-1]

@@ -8,7 +8,7 @@ import torch
 from samples import random_weight
 from torch import nn
 
-from benchmarks.int8_layers import int8_layers, round_rows
+from benchmarks.speed.int8_layers import int8_layers, round_rows
 from nfq_core import quantize
 from nfq_core.layers import PackedLinear, pack_layers
 

@@ -1,4 +1,4 @@
-"""The trellis benchmark: what is reached beside peers by hand, every row measured, tables without a peer."""
+"""The trellis benchmark: goals by hand, every format measured, a missing peer named."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from itertools import product
 import pytest
 import torch
 
-from benchmarks import quality_peers, trellis
-from benchmarks.quality_peers import Contestant, Stored
+from benchmarks.quality import peers as quality_peers
+from benchmarks.quality import trellis
+from benchmarks.quality.peers import Contestant, Stored
+from benchmarks.shared import gaussian
 from nfq_core.fitting.codebook import EFFORTS
 
 PEER_ROWS = {"Q4_K": 4.5, "NF4": 4.125}
@@ -56,33 +58,16 @@ def test_every_format_is_measured_at_both_efforts_and_missing_peers_are_named(mo
     monkeypatch.setattr(quality_peers, "PACKAGES", families)
     for name, value in (("SHAPE", (8, 64)), ("TIMED_BLOCKS", 2), ("ROUNDS", 1), ("WINDOWS", (8,))):
         monkeypatch.setattr(trellis, name, value)
+    monkeypatch.setattr(trellis, "sources", lambda: {"gaussian": gaussian((8, 64), 1)})
     threads = torch.get_num_threads()
     try:
-        results = trellis.run(["gaussian"])
+        results = trellis.run()
     finally:
         torch.set_num_threads(threads)
     measured = {(row["format"], row["effort"]) for row in results["rows"]}
-    # Q6_K is beside nothing of ours.
+    # Q6_K is not among the peers compared.
     assert measured == {*product(trellis.IDS, EFFORTS), ("Q8_0", ""), ("Q4_K", "")}
     assert {row["peer"] for row in results["goals"]} == {"Q4_K"}
     assert results["decode_billions_per_second"].keys() == set(trellis.IDS)
     assert results["skipped"] == {"bitsandbytes": "no_such_package is not installed"}
     assert "bitsandbytes is left out: no_such_package is not installed" in capsys.readouterr().out
-
-
-def test_tables():
-    rows = rows_of({"fast": 20.0, "best": 21.0}, PEER_ROWS | {"Q8_0": 8.5})
-    results = {"rows": rows, "goals": trellis.goals(rows), "skipped": {"GGUF": "it is not there"}}
-    windows = trellis.windows_table(results)
-    assert (
-        "| k = 2 | 8: 20.00 / 21.00 dB, 0.5 / 0.5 s | 10: 20.00 / 21.00 dB, 0.5 / 0.5 s | +0.00 / +0.00 dB |" in windows
-    )
-    assert "| k = 5 | 9: " in windows and windows.count("| k = ") == 4
-    assert trellis.eight_bits_table(results).splitlines()[2:] == [
-        "| nf256_b64 | fast | 20.00 | 4.000 | 0.50 |",
-        "| nf256_b64 | best | 21.00 | 4.000 | 0.50 |",
-        "| Q8_0 | – | 15.00 | 8.500 | – |",
-    ]
-    told = trellis.goals_table(results)
-    assert "| NF4 | 4.125 | 3.8" in told and "| best | 21.00 (15.00) |" in told
-    assert told.endswith("\n\nLeft out: GGUF (it is not there).")

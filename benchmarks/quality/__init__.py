@@ -1,0 +1,1 @@
+"""Size and error of our formats and of others: of random weights, of the demo model, of any model."""

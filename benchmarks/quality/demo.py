@@ -1,0 +1,192 @@
+"""The demo model in every contestant's format, at every size and calibrated: its rows in the results."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nfq_core.calibration.statistics import Calibration
+from nfq_core.checkpoints.convert import quantize_file
+from nfq_core.checkpoints.examine import sqnr_db
+from nfq_core.demo.calibrate import HELD_OUT_SEED, noisy_pictures, random_captions
+from nfq_core.demo.model import (
+    SCHEDULER_CONFIG,
+    TinyPipeline,
+    build_pipeline,
+    bundled_weights_path,
+    load_weights,
+    sample,
+)
+from nfq_core.demo.shapes import describe as caption_of
+from nfq_core.demo.shapes import random_scene
+from nfq_core.errors import NFQError
+from nfq_core.files.container import NFQFile
+from nfq_core.files.safetensors_io import describe
+from nfq_core.packed.formats import LEVELS, TRELLIS_IDS
+from nfq_core.parallel import ordered_map
+from nfq_core.planning.policy import plan_tensors
+from nfq_core.planning.settings import DEFAULTS, BitsPerWeight, Formats, Settings
+from nfq_core.report.metrics import psnr_db, ssim
+
+from . import ggml
+from .peers import OURS, Contestant, Stored, ggml_stored
+from .weights import DEMO, Layer, figures, mix_rows, row
+
+PROMPTS, HELD_OUT = 32, 24
+"""Number of captions for the calibration, and of other captions to draw."""
+
+OUTPUT_BATCH = 128
+"""Noisy pictures in the held-out batch."""
+
+FACTS = {"prompts": PROMPTS, "held_out": HELD_OUT, "output_batch": OUTPUT_BATCH}
+"""The measurement's part of the results."""
+
+TARGETS = (2.6, 3.0, 3.15, 3.7, 4.15, 4.7, 5.1, 5.5, 6.5, 8.0)
+"""Packed bits per weight of the sizes; a size that gives the same formats as the one before is left out."""
+
+PEAK = 255
+PRINTED = ("packed_bits_per_weight", "sqnr_db", "output_db", "picture_db")
+
+StoredWeights = Mapping[str, Stored]
+
+
+def held_out_batch(calibrated: Sequence[str] = ()) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Arguments for `TinyPipeline`: noisy pictures, timesteps and caption ids; no caption is in `calibrated`."""
+    rng = np.random.default_rng(HELD_OUT_SEED)
+    scenes = [random_scene(rng) for _ in range(2 * OUTPUT_BATCH)]
+    scenes = [scene for scene in scenes if caption_of(scene) not in calibrated][:OUTPUT_BATCH]
+    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+    timesteps = torch.randint(SCHEDULER_CONFIG["num_train_timesteps"], (OUTPUT_BATCH,), generator=generator)
+    return noisy_pictures(scenes, timesteps, rng, generator)
+
+
+class DemoModel:
+    """The demo model's weights that the defaults quantise, stored in any format and compared with the original."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self.weights, self._calibration = load_weights(), calibration
+        info, plans = plan_tensors(describe(self.weights), DEFAULTS)
+        self.shapes = {key: plan.shape for key, plan in plans.items() if plan.format}
+        self.inputs = calibration.for_plans(info, plans)[0]
+        seen = random_captions(PROMPTS)
+        self._batch = held_out_batch(seen)
+        self._captions = random_captions(HELD_OUT, HELD_OUT_SEED, without=seen)
+        self._output, self._pictures = self._run(build_pipeline(self.weights))
+
+    @torch.no_grad()
+    def _run(self, pipeline: TinyPipeline) -> tuple[torch.Tensor, torch.Tensor]:
+        pictures = sample(pipeline, self._captions, seed=0)
+        return pipeline(*self._batch), torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+    def each(self, make: Callable[[str], Stored]) -> StoredWeights:
+        """Store every weight as `make` does, given its name."""
+        made = ordered_map(make, self.shapes, size=lambda key: 16 * self.weights[key].numel())
+        return dict(zip(self.shapes, made, strict=True))
+
+    def formats(self, bits: float) -> dict[str, str]:
+        """The format ids of the weights at a size in packed bits per weight; NFQError if the size is too small."""
+        plans = plan_tensors(describe(self.weights), Settings(BitsPerWeight(bits)))[1]
+        return {key: plans[key].format.id for key in self.shapes}
+
+    def calibrated(self, settings: Settings) -> StoredWeights:
+        """Quantise the model with the calibration into a file, and read it."""
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / "demo.nfq.safetensors"
+            quantize_file(bundled_weights_path(), target, settings, calibration=self._calibration)
+            with NFQFile(target) as file:
+                return {
+                    key: Stored(file.load(key).dequantize(), file.stored_bytes(key), file.packed_bytes(key))
+                    for key in self.shapes
+                }
+
+    def layers(self, made: StoredWeights) -> dict[str, Layer]:
+        """Size and error of each stored weight."""
+        return {key: Layer.of(self.weights[key], part) for key, part in made.items()}
+
+    def judge(self, made: StoredWeights) -> dict[str, float]:
+        """The `figures` of stored weights; `output_db` (SQNR of the output), `picture_db` (PSNR) and `ssim` with them.
+
+        Several threads may call this.
+        """
+        decoded = {key: part.weight for key, part in made.items()}
+        output, pictures = self._run(build_pipeline(self.weights | decoded))
+        return figures(self.layers(made).values()) | {
+            "output_db": sqnr_db(self._output, output),
+            "picture_db": psnr_db(self._pictures, pictures, PEAK),
+            "ssim": ssim(self._pictures.float(), pictures.float(), PEAK),
+        }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The demo model's weights in one setting."""
+
+    name: str
+    family: str
+    calibrated: bool
+    made: StoredWeights
+    judged: bool = True
+    """Whether output and pictures are compared too."""
+
+
+def _settings(model: DemoModel, contestants: Sequence[Contestant], layers: dict[str, dict]) -> Iterator[Setting]:
+    """Each contestant's format, each size, then the calibrated ones; fills `layers` by name of our formats.
+
+    Users get trellis formats mixed only, so that one by itself gets no pictures.
+    """
+    ours: dict[str, StoredWeights] = {}
+    for one in contestants:
+        made = model.each(lambda key, one=one: one.store(model.weights[key]))
+        if one.ours:
+            ours[one.format], layers[one.name] = made, model.layers(made)
+        yield Setting(one.name, one.family, False, made, one.format not in TRELLIS_IDS)
+    sizes, before = [], None
+    for bits in TARGETS:
+        try:
+            formats = model.formats(bits)
+        except NFQError:
+            continue
+        if formats != before:
+            sizes.append(bits)
+            yield Setting(f"size {bits}", OURS, False, {key: ours[id][key] for key, id in formats.items()})
+        before = formats
+
+    def with_importance(name: str, key: str) -> Stored:
+        weight, importance = model.weights[key], None
+        if key in model.inputs:
+            importance = model.inputs[key].importance.repeat_interleave(weight[0, 0].numel())
+        return ggml_stored(weight, name, importance)
+
+    for name in ggml.K_TYPES:
+        if any(one.name == name for one in contestants):
+            yield Setting(f"{name} imatrix", "GGUF", True, model.each(partial(with_importance, name)))
+    chosen = {f"nf{levels}": Settings(Formats.of(levels, levels)) for levels in LEVELS}
+    chosen |= {f"size {bits}": Settings(BitsPerWeight(bits)) for bits in sizes}
+    for name, settings in chosen.items():
+        yield Setting(f"{name}, calibrated", OURS, True, model.calibrated(settings))
+
+
+def demo_rows(contestants: Sequence[Contestant], calibration: Calibration) -> list[dict]:
+    """The figures of the demo model in every setting, and of the mixes of our formats."""
+    model = DemoModel(calibration)
+    layers: dict[str, dict[str, Layer]] = {}
+
+    def measure(setting: Setting) -> dict:
+        found = model.judge(setting.made) if setting.judged else figures(model.layers(setting.made).values())
+        return row(DEMO, setting.name, setting.family, calibrated=setting.calibrated, **found)
+
+    def nbytes(setting: Setting) -> int:
+        return sum(part.weight.nbytes for part in setting.made.values())
+
+    rows = []
+    for measured in ordered_map(measure, _settings(model, contestants, layers), size=nbytes):
+        rows.append(measured)
+        shown = (f"{name} {measured[name]:.2f}" for name in PRINTED if measured.get(name) is not None)
+        print(f"  {measured['name']}: {', '.join(shown)}", flush=True)
+    return rows + mix_rows(DEMO, contestants, layers, model.shapes)

@@ -1,0 +1,193 @@
+"""Error, bits and time of trellis formats, scalar formats and peers: `python -m benchmarks.quality.trellis`.
+
+Gaussian and Student-t weights (1024 × 1024) and a convolution whose channels differ (640 × 320 × 3 × 3), all weights in
+one format. Also measured: one search by window, and the decode. The goals say what SDXL's layers would get, if their
+weights were of these kinds, at the sizes in `checks.FLOORS`. Peers are ggml's types (`xllamacpp`) and bitsandbytes'
+NF4; one that is not installed is left out and named. Times are processor seconds on one thread.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from math import log10, prod
+from operator import itemgetter
+from time import process_time
+
+import torch
+
+from nfq_core import quantize
+from nfq_core.files.safetensors_io import Entry
+from nfq_core.fitting.codebook import EFFORTS
+from nfq_core.fitting.trellis import TrellisCoder
+from nfq_core.models.unet_keys import SDXL_BASE, tensor_shapes
+from nfq_core.packed.formats import BLOCK, FORMATS, TRELLIS_IDS, BlockFormat, Scales
+from nfq_core.planning.allocation import allocate
+from nfq_core.planning.policy import plan_tensors
+from nfq_core.planning.settings import DEFAULTS
+
+from ..shared import (
+    argument_parser,
+    channel_spread,
+    gaussian,
+    in_turns,
+    machine,
+    markdown_table,
+    student_t,
+    summary,
+    write_results,
+)
+from .checks import FLOORS, PACKED
+from .peers import packaged, stored
+from .weights import GAUSSIAN, SPREAD, STUDENT_T, Layer, figures
+
+IDS = ("nf7_b64", "nf16_b64", "nf32_b64", "nf256_b64", *TRELLIS_IDS)
+
+EIGHT_BITS = ("nf256_b64", "Q8_0")
+"""Our format and the peer's."""
+
+PEERS = (*(name for name, _ in FLOORS), EIGHT_BITS[1])
+PEER_FAMILIES = ("GGUF", "bitsandbytes")
+
+SHAPE, CONVOLUTION = (1024, 1024), (640, 320, 3, 3)
+WINDOWS = (8, 9, 10, 12)
+ROUNDS = 7
+TIMED_BLOCKS = 2048
+
+
+def sources() -> dict[str, torch.Tensor]:
+    """The weights to measure, by name."""
+    return {GAUSSIAN: gaussian(SHAPE, 1), STUDENT_T: student_t(SHAPE, 2), SPREAD: channel_spread(CONVOLUTION, 3)}
+
+
+def processor_seconds(work: Callable[[], object]) -> float:
+    """Processor seconds of one call."""
+    started = process_time()
+    work()
+    return process_time() - started
+
+
+def measure(weight: torch.Tensor, format: str, effort: str) -> dict:
+    """The `figures` of a weight in one of our formats, and seconds per million weights to quantise it."""
+    started = process_time()
+    tensor = quantize(weight, format=format, effort=effort)
+    seconds = process_time() - started
+    return {**figures([Layer.of(weight, stored(tensor))]), "seconds_per_million": seconds / weight.numel() * 1e6}
+
+
+def search_seconds() -> dict[str, dict]:
+    """Seconds per million weights of one search with four-bit codes, by window."""
+    blocks = torch.randn(TIMED_BLOCKS, BLOCK, generator=torch.Generator().manual_seed(0))
+    searches = {}
+    for window in WINDOWS:
+        fmt = BlockFormat("", 1 << window, 16, 2, 0, Scales.LOGARITHMIC, window)
+        levels = torch.randn(fmt.levels, generator=torch.Generator().manual_seed(1))
+        searches[str(window)] = partial(TrellisCoder(levels, fmt, blocks.device).encode, blocks)
+    taken = in_turns(searches, ROUNDS, processor_seconds)
+    return {name: summary([seconds / blocks.numel() * 1e6 for seconds in found]) for name, found in taken.items()}
+
+
+def decode_rates() -> dict[str, dict]:
+    """Billions of weights per second that each format decodes into a warm buffer."""
+    weight, out = gaussian(SHAPE, 1), torch.empty(SHAPE, dtype=torch.float16)
+    decodes = {id: partial(quantize(weight, format=id).dequantize, out=out) for id in IDS}
+    taken = in_turns(decodes, 5 * ROUNDS, processor_seconds)
+    return {id: summary([weight.numel() / seconds / 1e9 for seconds in found]) for id, found in taken.items()}
+
+
+def goals(rows: Sequence[dict]) -> list[dict]:
+    """The error of SDXL's layers at the packed bits that FLOORS allow for each peer, at each effort.
+
+    Formats are chosen for SDXL's shapes, all weights equally sensitive; their errors are those of the rows. A peer
+    without rows is left out.
+    """
+    entries = {name: Entry("F16", shape, 0, 0) for name, shape in tensor_shapes(SDXL_BASE, "ldm").items()}
+    shapes = {name: plan.shape for name, plan in plan_tensors(entries, DEFAULTS)[1].items() if plan.format}
+    counts = {name: prod(shape) for name, shape in shapes.items()}
+    total = sum(counts.values())
+    measured = {(row["source"], row["format"], row["effort"]): row["sqnr_db"] for row in rows}
+    reached = []
+    for (peer, bits), effort in product(sorted(FLOORS, key=itemgetter(1)), EFFORTS):
+        theirs = {row["source"]: row for row in rows if row["format"] == peer}
+        if not theirs:
+            continue
+        chosen = allocate(shapes, int(bits * total / 8), counts, effort=effort)
+        packed = 8 * sum(fmt.packed_bytes(counts[name]) for name, (fmt, _) in chosen.items()) / total
+        row = {"peer": peer, "peer_bits": next(iter(theirs.values()))[PACKED], "effort": effort, PACKED: packed}
+        for source, their in theirs.items():
+            noises = (counts[key] * 10 ** (-measured[source, fmt.id, effort] / 10) for key, (fmt, _) in chosen.items())
+            row[source] = {"peer_db": their["sqnr_db"], "sqnr_db": 10 * log10(total / sum(noises))}
+        reached.append(row)
+    return reached
+
+
+def run() -> dict:
+    """All measurements, as written to the results; the peers' rows have no effort."""
+    torch.set_num_threads(1)
+    peers, skipped = packaged(PEER_FAMILIES)
+    results = {"search_seconds_per_million": search_seconds(), "decode_billions_per_second": decode_rates()}
+    rows = []
+    for name, weight in sources().items():
+        for format, effort in product(IDS, EFFORTS):
+            rows.append({"source": name, "format": format, "effort": effort, **measure(weight, format, effort)})
+            print(rows[-1], flush=True)
+        for peer in (peer for peer in peers if peer.name in PEERS):
+            found = figures([Layer.of(weight, peer.store(weight))])
+            rows.append({"source": name, "format": peer.name, "effort": "", **found})
+            print(rows[-1], flush=True)
+    return {**results, "skipped": skipped, "rows": rows, "goals": goals(rows)}
+
+
+def eight_bits_table(results: dict) -> str:
+    """Error on each source, packed bits and median time of the formats with about eight bits."""
+    rows: dict[tuple[str, str], list[dict]] = {}
+    for row in results["rows"]:
+        if row["format"] in EIGHT_BITS:
+            rows.setdefault((row["format"], row["effort"]), []).append(row)
+    header = ["format", "effort", *(row["source"] for row in next(iter(rows.values()))), "packed bits", "s per million"]
+    lines = []
+    for (format, effort), found in rows.items():
+        seconds = [row["seconds_per_million"] for row in found if "seconds_per_million" in row]
+        cells = [*(f"{row['sqnr_db']:.2f}" for row in found), f"{found[0][PACKED]:.3f}"]
+        lines.append([format, effort or "–", *cells, f"{statistics.median(seconds):.2f}" if seconds else "–"])
+    return markdown_table(header, lines)
+
+
+def windows_table(results: dict) -> str:
+    """Error and time of Gaussian weights with the narrowest and the widest window, by bits of a code."""
+    found = {(row["format"], row["effort"]): row for row in results["rows"] if row["source"] == GAUSSIAN}
+
+    def both(id: str, figure: str, digits: int) -> str:
+        return " / ".join(f"{found[id, effort][figure]:.{digits}f}" for effort in EFFORTS)
+
+    lines = []
+    for bits in dict.fromkeys(FORMATS[id].code_bits for id in TRELLIS_IDS):
+        ids = sorted((id for id in TRELLIS_IDS if FORMATS[id].code_bits == bits), key=lambda id: FORMATS[id].window)
+        gains = [found[ids[-1], effort]["sqnr_db"] - found[ids[0], effort]["sqnr_db"] for effort in EFFORTS]
+        cells = [
+            f"{FORMATS[id].window}: {both(id, 'sqnr_db', 2)} dB, {both(id, 'seconds_per_million', 1)} s"
+            for id in (ids[0], ids[-1])
+        ]
+        lines.append([f"k = {bits}", *cells, " / ".join(f"{gain:+.2f}" for gain in gains) + " dB"])
+    return markdown_table(["", "narrow window", "wide window", "gain"], lines)
+
+
+def goals_table(results: dict) -> str:
+    """The goals, with the peer's error in brackets, and the peers left out."""
+    sources = [source for source in (GAUSSIAN, STUDENT_T, SPREAD) if any(source in row for row in results["goals"])]
+    lines = []
+    for row in results["goals"]:
+        cells = [f"{row[source]['sqnr_db']:.2f} ({row[source]['peer_db']:.2f})" for source in sources]
+        lines.append([row["peer"], f"{row['peer_bits']:.3f}", f"{row[PACKED]:.3f}", row["effort"], *cells])
+    header = ["peer", "its bits", "packed bits", "effort", *(f"{source} (peer)" for source in sources)]
+    left_out = "; ".join(f"{family} ({reason})" for family, reason in results["skipped"].items())
+    return markdown_table(header, lines) + (f"\n\nLeft out: {left_out}." if left_out else "")
+
+
+if __name__ == "__main__":
+    argument_parser(__doc__).parse_args()
+    print(machine())
+    results = run()
+    print(write_results("trellis", results), windows_table(results), goals_table(results), sep="\n\n")

@@ -1,0 +1,130 @@
+"""SDXL's UNet through the command line: `python -m benchmarks.speed.fullsize --dir DIR`.
+
+Writes a synthetic fp16 file of SDXL's names and shapes (5.14 GB) to DIR if there is none, and converts it at the
+defaults. Then both files are read, every byte touched, with the files in the page cache and after a request to drop
+them. Every conversion and reading is a process of its own; peak memory is what the operating system reports. For Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from nfq_core import NFTensor, load
+
+from ..shared import argument_parser, json_of, markdown_table, spread, summary, timed, write_results, write_sdxl_unet
+
+READ_RUNS = 5
+CONVERT_RUNS = 3
+
+
+def read_mapped(path: str) -> None:
+    """Map a safetensors file, as its library does, and touch every byte in the page cache."""
+    for tensor in load_file(path).values():
+        _touch(tensor)
+
+
+def read_copied(path: str) -> None:
+    """Load a safetensors file into its own memory, which a program needs if it closes the file."""
+    for tensor in [tensor.clone() for tensor in load_file(path).values()]:
+        _touch(tensor)
+
+
+def read_packed(path: str) -> None:
+    """Load a container to packed weights in memory, and touch every byte."""
+    for tensor in load(path).values():
+        _touch(tensor.data if isinstance(tensor, NFTensor) else tensor)
+
+
+def _touch(tensor: torch.Tensor) -> None:
+    tensor.contiguous().view(-1).view(torch.uint8).amax()
+
+
+READERS = {"fp16_mapped": read_mapped, "fp16_copied": read_copied, "packed": read_packed}
+
+
+def drop_from_cache(path: Path) -> None:
+    """Ask the operating system to drop a file's pages."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def peak_resident_bytes(of_children: bool) -> int:
+    """The most memory that this process, or the largest of its children, has had."""
+    # Windows has no such module, but makes tables too.
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def read(source: Path, target: Path, cold: bool) -> dict[str, dict]:
+    """Seconds (imports not included) and peak resident bytes of each reader, in turns."""
+    runs: dict[str, list[dict]] = {kind: [] for kind in READERS}
+    for _ in range(READ_RUNS):
+        for kind, found in runs.items():
+            path = target if kind == "packed" else source
+            if cold:
+                drop_from_cache(path)
+            found.append(json_of("benchmarks.speed.fullsize", "--read", kind, str(path)))
+    peaks = {kind: max(one["peak_resident_bytes"] for one in found) for kind, found in runs.items()}
+    seconds = {kind: summary([one["seconds"] for one in found]) for kind, found in runs.items()}
+    return {**seconds, "peak_resident_bytes": peaks}
+
+
+def run(folder: Path) -> dict:
+    """All measurements, as written to the results."""
+    source, target = folder / "sdxl.safetensors", folder / "sdxl.nfq.safetensors"
+    if not source.exists():
+        write_sdxl_unet(source)
+    convert = ("nfq_core", "quantize", str(source), str(target), "--force", "--json")
+    seconds = summary([timed(lambda: json_of(*convert)) for _ in range(CONVERT_RUNS)])
+    peak = peak_resident_bytes(of_children=True)
+    print(seconds, peak, flush=True)
+    facts = json_of("nfq_core", "info", str(target), "--json")
+    kept = ("weights", "original_bytes", "file_bytes", "bits_per_weight", "packed_bits_per_weight")
+    return {
+        "layers": len(facts["layers"]),
+        **{name: facts[name] for name in kept},
+        "convert_seconds": seconds,
+        "convert_peak_resident_bytes": peak,
+        "reading": {state: read(source, target, state == "cold") for state in ("warm", "cold")},
+    }
+
+
+def table(results: dict) -> str:
+    """Size, conversion and reading, beside the fp16 file."""
+    rows = [
+        ["size", f"{results['original_bytes'] / 1e9:.2f} GB", "–", f"{results['file_bytes'] / 1e9:.2f} GB"],
+        ["`nfq quantize`, defaults", "–", "–", spread(results["convert_seconds"], " s")],
+        ["its peak resident memory", "–", "–", f"{results['convert_peak_resident_bytes'] / 1e9:.2f} GB"],
+    ]
+    for state, found in results["reading"].items():
+        cells = [spread(found[kind], " s") for kind in READERS]
+        ratios = [found["packed"]["median"] / found[kind]["median"] for kind in ("fp16_mapped", "fp16_copied")]
+        cells[-1] += f" = {ratios[0]:.2f} × mapped, {ratios[1]:.2f} × copied"
+        rows.append([f"read, every byte touched, {state} page cache", *cells])
+    header = [f"SDXL's UNet, {results['layers']} layers quantised", "fp16, mapped", "fp16, copied", "NFQ"]
+    facts = results["machine"]
+    note = f"{facts['processors']} processors ({facts['processor']}), torch {facts['torch']}, {facts['date']}."
+    return f"{markdown_table(header, rows)}\n\n{note}"
+
+
+if __name__ == "__main__":
+    parser = argument_parser(__doc__)
+    parser.add_argument("--dir", type=Path, default=Path("fullsize-data"), help="folder for the files, 7 GB")
+    parser.add_argument("--read", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.read:
+        kind, file = options.read
+        elapsed = timed(lambda: READERS[kind](file))
+        print(json.dumps({"seconds": elapsed, "peak_resident_bytes": peak_resident_bytes(of_children=False)}))
+    else:
+        options.dir.mkdir(exist_ok=True)
+        print(write_results("fullsize", run(options.dir)))

@@ -1,0 +1,1 @@
+"""Correctness, time and memory on a GPU, in one run."""
