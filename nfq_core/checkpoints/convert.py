@@ -59,27 +59,26 @@ def quantize_file(
 ) -> dict:
     """Convert a safetensors UNet, checkpoint or state dict to `.nfq.safetensors`.
 
-    Weights that are stored in fp8 or int8 are ordinary weights: scales are undone first (see `prequantized`). A tensor
-    that turns out to hold NaN, Inf or magnitudes beyond fp16 is kept as it is, with a warning naming it.
+    fp8 and int8 weights are dequantised first (see `prequantized`). A tensor that contains NaN, Inf or magnitudes
+    beyond fp16 is kept, with a warning that names it.
 
     Args:
-        source: the file to convert, the index of a sharded model or its folder.
+        source: the file to convert; for a sharded model its index or folder.
         target: the file to write.
-        settings: formats and effort.
-        device: where to quantise, such as "cuda"; by default the CPU.
-        calibration: statistics of the layers' inputs; a weight that they do not cover is quantised without, with a
-            warning naming it. Where one was used, the header records the name and hash of its file.
-        drop_extras: whether tensors that no loader uses are left out, see `extras.find_extras`; a warning names them
-            either way.
-        overwrite: whether an existing target may be replaced.
+        settings: formats or a size, and effort.
+        device: device to quantise on, such as "cuda"; by default the CPU.
+        calibration: statistics of the layers' inputs. A weight without statistics is quantised without them, with a
+            warning that names it. If it was used, the header records the name and hash of its file.
+        drop_extras: omit tensors that no loader uses, see `extras.find_extras`; a warning names them in any case.
+        overwrite: replace an existing target.
         progress: see `Progress`.
 
     Returns:
         `file_bytes`, `original_bytes`, `quantized` and `kept` (counts), `warnings` and `seconds`.
 
     Raises:
-        NFQError: the source is unfit, its UNet is incomplete, the calibration belongs to another architecture, or the
-            target cannot be written. Nothing is then left behind.
+        NFQError: the source cannot be converted, its UNet is incomplete, the calibration belongs to another
+            architecture, or the target cannot be written. No file is left behind then.
     """
     started = perf_counter()
     with Original(source) as original, SourceHash() as source_hash:
@@ -114,13 +113,13 @@ def quantize_file(
 
 
 class _Conversion:
-    """Quantises one open source, as often as the search for a file size needs: each time `plan`, then `write`.
+    """Quantises one open source. Call `plan`, then `write`, as often as the search for a file size needs.
 
     Args:
         original: the source, open.
         entries: the tensors of the source that are converted.
         settings: formats or a size, and effort.
-        source_hash: takes in the source as it is read the first time.
+        source_hash: hashes the source during the first pass.
         device: where to quantise; None: on the CPU.
         calibration: statistics of the layers' inputs, if any.
         progress: see `parallel.Progress`.
@@ -153,7 +152,7 @@ class _Conversion:
 
     @property
     def warnings(self) -> list[str]:
-        """About weights without calibration, then about tensors kept as they are; of the last pass."""
+        """Of the last pass: weights without calibration, then tensors kept unexpectedly."""
         return self._uncalibrated + self._unfit
 
     def plan(self, packed_bytes: int | None) -> tuple[UNetInfo | None, dict[str, Plan]]:
@@ -164,7 +163,7 @@ class _Conversion:
         return info, self._plans
 
     def recorded_settings(self) -> dict[str, Any]:
-        """The settings for the header, with the calibration where it was used."""
+        """The settings for the header, with the calibration if it was used."""
         used = self._inputs or self._sensitivities
         return self._settings.as_dict() | (self._calibration.as_dict() if used else {})
 
@@ -183,7 +182,7 @@ class _Conversion:
             self._report(key)
 
     def _read(self, writer: ContainerWriter) -> Iterator[tuple[str, bytearray]]:
-        """Yield what is to be changed, name and bytes; write what is not straight away."""
+        """Yield name and bytes of each tensor to change; write the others at once."""
         for file in self._original.files:
             self._hash.add(file.raw_header)
             for key in file.names_in_order():
@@ -200,7 +199,7 @@ class _Conversion:
         self._hash.complete = True
 
     def _quantize(self, job: tuple[str, bytearray]) -> tuple[str, list[bytes] | None, bytearray | memoryview, str]:
-        """A tensor's name and its frames; without frames, the bytes to keep and why, if that is surprising."""
+        """Name, frames, source bytes, ""; for a kept tensor: name, None, bytes to keep, the reason if it is surprising."""
         key, raw = job
         plan, entry = self._plans[key], self._original.entries[key]
         stored = tensor_from_bytes(raw, self._original.stored_dtype(key), entry.shape)
@@ -232,7 +231,7 @@ def conversion_result(
     warnings: list[str],
     started: float,
 ) -> dict:
-    """Log a conversion's warnings; returns what `quantize_file` does. `started` is a `perf_counter` reading."""
+    """Log a conversion's warnings, and return the result of `quantize_file`. `started` is a `perf_counter` reading."""
     warnings = list(map(printable, warnings))
     for warning in warnings:
         log.warning("%s: %s", source, warning)
@@ -259,15 +258,16 @@ def dequantize_file(
     Args:
         source: the `.nfq.safetensors` file.
         target: the file to write.
-        dtype: dtype of the tensors that were quantised; by default the one each had. Kept tensors stay as they are.
-        overwrite: whether an existing target may be replaced.
+        dtype: dtype of dequantised tensors; by default the dtype of each before it was quantised. Kept tensors do not
+            change.
+        overwrite: replace an existing target.
         progress: see `Progress`.
 
     Returns:
         `file_bytes`, `tensors` and `seconds`.
 
     Raises:
-        NFQError: the source is no sound container, or the target cannot be written. Nothing is then left behind.
+        NFQError: the source is not a valid container, or the target cannot be written. No file is left behind then.
     """
     started = perf_counter()
     with NFQFile(source) as file:
@@ -280,7 +280,7 @@ def dequantize_file(
         entries = aligned_entries(outputs)
         total = sum(entry.nbytes for entry in entries.values())
         page = {name: file.metadata[name] for name in PAGE_METADATA if name in file.metadata}
-        # The container's mark would make of the result something that no program reads.
+        # A file with the container's own entry would be taken for a container.
         metadata = {name: text for name, text in file.facts.source.metadata.items() if name != FACTS_KEY}
         header = header_bytes(entries, {"format": "pt", **metadata, **page})
 
@@ -306,19 +306,19 @@ def dequantize_file(
 
 
 def refuse_container(file: SafetensorsFile | Original) -> None:
-    """NFQError when a source is itself a container."""
+    """Raise NFQError if the source is a container."""
     if FACTS_KEY in file.metadata:
         raise NFQError(f"{file.path} is quantised already; `nfq dequantize` turns it back first")
 
 
 def refuse_same(sources: Iterable[SafetensorsFile], target: str | os.PathLike) -> None:
-    """NFQError when a target is one of its own sources, which overwriting would lose."""
+    """Raise NFQError if the target is one of its own sources, which overwriting would destroy."""
     if os.path.exists(target) and any(is_same_file(source.path, target) for source in sources):
         raise NFQError(f"{target} is the source itself; name another target")
 
 
 def _about_unet(original: Original, entries: dict[str, Entry]) -> list[str]:
-    """Warnings about the UNet of a model, of which `entries` are converted; CorruptFileError when it is incomplete."""
+    """Warnings about a model's UNet; CorruptFileError if it is incomplete. `entries` are the tensors to convert."""
     shapes = {key: entry.shape for key, entry in entries.items()}
     info = detect(shapes)
     lost = missing_tensors_message(info, shapes)

@@ -1,25 +1,27 @@
-"""What becomes of a source's metadata in a container."""
+"""Metadata of a source: which entries a container keeps, and where."""
 
 from __future__ import annotations
 
 import json
 
 PAGE_METADATA = ("workflow", "prompt")
-"""Metadata that the ComfyUI page looks for; it stands in the container as it stood in the source."""
+"""Entries that the ComfyUI page reads; a container keeps them as its own metadata, unchanged."""
 
 MAX_METADATA_BYTES = 1 << 20
-"""So much of a source's metadata finds room in a container's header, as it stands there."""
+"""Most bytes that a container's header spends on a source's metadata, as encoded there."""
 
 MAX_METADATA_WARNINGS = 8
-"""Entries left out that are named one by one."""
+"""Most omitted entries that are named one by one."""
 
 
 def split_metadata(metadata: dict[str, str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """What becomes of a source's metadata.
+    """Divide a source's metadata between the container's facts and its own metadata.
+
+    The longest entries are omitted if all together exceed MAX_METADATA_BYTES.
 
     Returns:
-        What `Source.metadata` records, what stands in the container's own metadata (PAGE_METADATA), and a warning for
-        each of the longest texts where all of them are too long for the header: those are left out.
+        The entries for `Source.metadata`, the entries for the container's own metadata (PAGE_METADATA), and a warning
+        for each omitted one.
     """
     sizes = {name: _stored_bytes(name) + _stored_bytes(text) for name, text in metadata.items()}
     kept = dict(sorted(metadata.items(), key=lambda item: sizes[item[0]]))
@@ -38,5 +40,5 @@ def split_metadata(metadata: dict[str, str]) -> tuple[dict[str, str], dict[str, 
 
 
 def _stored_bytes(text: str) -> int:
-    """Bytes that a text takes in the header, where it stands in JSON within JSON."""
+    """Bytes of a text in the header, which encodes it as JSON within JSON."""
     return len(json.dumps(json.dumps(text, ensure_ascii=False), ensure_ascii=False).encode())

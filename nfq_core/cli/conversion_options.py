@@ -25,35 +25,46 @@ from ..sizes import UNITS, parse_size
 
 
 def add_conversion_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how weights are quantised, and where."""
+    """Add the options that set formats, effort, calibration and device."""
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--preset", choices=tuple(PRESETS), help=f"instead of all formats: {_presets_in_words()}")
     either.add_argument(
-        "--target-size", type=_size, metavar="SIZE", help=f"likewise: size of the file, such as 1.2GB; {UNITS}"
+        "--preset", choices=tuple(PRESETS), help=f"a size, with a format for each layer: {_presets_in_words()}"
     )
-    either.add_argument("--target-bpw", type=_positive, metavar="X", help="likewise: packed bits per weight")
-    # No defaults here: argparse does not take a default that is given for given.
+    either.add_argument(
+        "--target-size",
+        type=_size,
+        metavar="SIZE",
+        help=f"size of the whole file, such as 1.2GB, with a format for each layer; {UNITS}",
+    )
+    either.add_argument(
+        "--target-bpw", type=_positive, metavar="X", help="packed bits per weight, with a format for each layer"
+    )
+    # No defaults: argparse would ignore a conflict with an option that repeats its default.
     either.add_argument("--levels", type=int, choices=LEVELS, help="levels of Linear weights (default: 16)")
-    either.add_argument("--format", choices=WRITABLE_IDS, metavar="ID", help=f"instead: {', '.join(WRITABLE_IDS)}")
+    either.add_argument(
+        "--format", choices=WRITABLE_IDS, metavar="ID", help=f"format of Linear weights: {', '.join(WRITABLE_IDS)}"
+    )
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--conv-levels", type=int, choices=LEVELS, help="levels of convolutions (default: 32)")
-    either.add_argument("--conv-format", choices=WRITABLE_IDS, metavar="ID", help="instead: one of the same")
+    either.add_argument(
+        "--conv-format", choices=WRITABLE_IDS, metavar="ID", help="format of convolutions, one of the same"
+    )
     parser.add_argument("--effort", choices=tuple(EFFORTS), default="fast", help="how long to fit (default: fast)")
     parser.add_argument(
         "--quantize-first-last", action="store_true", help="quantise a UNet's outermost convolutions too"
     )
     parser.add_argument(
-        "--drop-extras", action="store_true", help="leave out what no loader uses: EMA weights, optimizer states, …"
+        "--drop-extras", action="store_true", help="omit tensors that no loader uses: EMA weights, optimizer states, …"
     )
     parser.add_argument("--calibration", metavar="F", help="statistics of layer inputs, see docs/CALIBRATION.md")
-    parser.add_argument("--device", metavar="D", help="where to quantise, such as cuda (default: cpu)")
+    parser.add_argument("--device", metavar="D", help="device to quantise on, such as cuda (default: cpu)")
 
 
 def conversion(options: argparse.Namespace) -> dict[str, Any]:
-    """Those arguments of `convert.quantize_file` that the options stand for, by name.
+    """The arguments of `convert.quantize_file` that the options set, by name.
 
     Raises:
-        NFQError: the device is not there, the calibration cannot be read, or formats are named beside a size.
+        NFQError: the device is missing, the calibration cannot be read, or formats are combined with a size.
     """
     by_size = options.preset or options.target_size or options.target_bpw
     if by_size and (options.conv_levels or options.conv_format):

@@ -59,7 +59,7 @@ GUIDANCE = 3.0
 
 
 class WordEncoder(nn.Module):
-    """Word and position embeddings, summed and normalised; stands in for SDXL's two CLIP encoders."""
+    """Word and position embeddings, summed and normalised; replaces SDXL's two CLIP encoders."""
 
     def __init__(self) -> None:
         super().__init__()
