@@ -199,7 +199,7 @@ class _Conversion:
         self._hash.complete = True
 
     def _quantize(self, job: tuple[str, bytearray]) -> tuple[str, list[bytes] | None, bytearray | memoryview, str]:
-        """Name, frames, source bytes and ""; of a kept tensor name, None, bytes to keep, and why if that is surprising."""
+        """Name, frames, source bytes ""; of a kept tensor name, None, its bytes, and why if that is surprising."""
         key, raw = job
         plan, entry = self._plans[key], self._original.entries[key]
         stored = tensor_from_bytes(raw, self._original.stored_dtype(key), entry.shape)
