@@ -147,6 +147,8 @@ def test_live_progress_interrupt_and_chart(page: Page) -> None:
     page.set("NFQuantizeUNet", "levels", 12)
     page.shows("progress", "12 levels")
 
+    # Slow enough to be interrupted on any machine.
+    page.set("NFQuantizeUNet", "effort", "best")
     prompt = page.queue()
     bar = page.panel("progress").locator(".nfq-track > div")
     expect(bar).to_be_attached(timeout=SHOW_MS)
@@ -160,6 +162,7 @@ def test_live_progress_interrupt_and_chart(page: Page) -> None:
     with pytest.raises(HostError, match="interrupted in NFQuantizeUNet"):
         page.host.wait(prompt)
 
+    page.set("NFQuantizeUNet", "effort", "fast")
     page.run()
     page.shows("progress", "12 levels")
     chart = page.panel("chart").first
