@@ -38,7 +38,7 @@ def table(results: dict) -> str:
 
 
 def sizes_table(results: dict) -> str:
-    """Size, error and time of a step of every model, beside the article's format."""
+    """Size, error and time of a step of every model, and of the article's format."""
     original, base = results["original_bytes"], results["fp16"]["step_seconds"]["median"]
 
     def cells(name: str, row: dict, recorded: str = "–") -> list[str]:
@@ -63,7 +63,7 @@ def sizes_table(results: dict) -> str:
 
 
 def times_table(results: dict) -> str:
-    """Seconds of every stage by levels, beside the article's own code."""
+    """Seconds of every stage by levels, and of the article's own code."""
     levels = results["levels"]
     rows = [[label, *(f"{row['seconds'][name]:.2f}" for row in levels), "–"] for name, label in STAGES.items()]
     total = [f"{sum(row['seconds'].values()):.2f}" for row in levels]

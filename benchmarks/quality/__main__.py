@@ -1,4 +1,4 @@
-"""Size and quality of our formats beside the peers': `python -m benchmarks.quality`.
+"""Size and quality of our formats compared with the peers': `python -m benchmarks.quality`.
 
 Random weights (Gaussian, Student-t, a convolution whose channels differ) and the demo model, the latter with the UNet's
 output and pictures for captions that the calibration did not see. The peers' own code runs: ggml's quantisers

@@ -4,9 +4,9 @@ The demo model, calibrated with 32 captions and measured with other captions; th
 Output: SQNR of the UNet's output on noisy pictures at random timesteps. Pictures: PSNR over 24 captions, drawn with the
 same seeds.
 
-At fixed levels, every weight has the given number of them, convolutions too, beside the article's format. At fixed
-sizes (the presets, and 4.15 packed bits per weight) each layer's format follows from its role; with a calibration, from
-its measured sensitivity, and codes are chosen by error feedback.
+At fixed levels, every weight has the given number of levels, convolutions too; the article's format is compared. At
+fixed sizes (the presets, and 4.15 packed bits per weight) each layer's format follows from its role. With a calibration
+it follows from its measured sensitivity, and error feedback chooses the codes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Promises about size and error beside each peer, checked on the rows of the results."""
+"""Promises about size and error compared with each peer, checked on the rows of the results."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ PICTURE_FLOORS = FLOORS[:2]
 """The same for pictures, also with calibration."""
 
 CALIBRATED_GAIN, CALIBRATED_LIMIT = 3.0, 4.15
-"""With calibration, the output must be so many dB better than Q4_K's at so many packed bits per weight, and than the
-article's at the article's size."""
+"""With calibration, the output must be this many dB better than Q4_K's at this many packed bits per weight, and than
+the article's at the article's size."""
 
 PACKED = "packed_bits_per_weight"
 

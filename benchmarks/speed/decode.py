@@ -1,4 +1,4 @@
-"""Speed of the decode on a CPU beside other libraries': `python -m benchmarks.speed.decode`.
+"""Speed of the decode on a CPU, compared with other libraries: `python -m benchmarks.speed.decode`.
 
 One hundred million weights into a buffer that is used again, on one thread and on all. Contestants, in turns in one
 process: a plain copy of the result; our formats; bitsandbytes' NF4, which allocates its result; gguf-py's Q4_0 and
@@ -22,7 +22,7 @@ from ..shared import argument_parser, gaussian, in_turns, machine, markdown_tabl
 SHAPE = (10240, 10240)
 ROUNDS = 9
 PART = 10
-"""Slow peers get one in so many weights."""
+"""Slow peers get a tenth of the weights."""
 
 Work = tuple[Callable[[], object], int]
 """One decode, and the number of its weights."""

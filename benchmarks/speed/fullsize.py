@@ -99,7 +99,7 @@ def run(folder: Path) -> dict:
 
 
 def table(results: dict) -> str:
-    """Size, conversion and reading, beside the fp16 file."""
+    """Size, conversion and reading, compared with the fp16 file."""
     rows = [
         ["size", f"{results['original_bytes'] / 1e9:.2f} GB", "–", f"{results['file_bytes'] / 1e9:.2f} GB"],
         ["`nfq quantize`, defaults", "–", "–", spread(results["convert_seconds"], " s")],

@@ -26,7 +26,7 @@ MIN_TOKENS, MULTIPLE = 17, 8
 """The fewest tokens, and the divisor of a weight's sides, that torch multiplies in int8 on CUDA devices."""
 
 CHUNK_NUMBERS, MIN_CHUNK_TOKENS = 1 << 20, 128
-"""A CPU multiplies about so many numbers at once: fresh memory for larger temporaries costs more than the products."""
+"""A CPU multiplies about this many numbers at once: fresh memory for larger temporaries costs more than products."""
 
 
 def round_rows(matrix: torch.Tensor, *, overwrite: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -71,6 +71,6 @@ def test_a_layer_multiplies_as_the_reference(shape: tuple[int, ...], levels: int
     assert found.shape == (*shape[:-1], 48) and found.dtype == x.dtype
     # fp32 rounds the sum, its products with two scales and the bias: five half units of the magnitudes' sum.
     limit = 5 * 2**-24 * (np.abs(wanted - layer.bias.numpy()) + np.abs(layer.bias.numpy())) + 1e-7
-    # A quotient beside the middle of two steps may be rounded to the other one in fp32; here there is none such.
+    # fp32 may round a quotient near the middle of two steps to the other one; these inputs have no such quotient.
     assert (np.abs(found.view(-1, 48).numpy() - wanted) <= limit).all()
     assert not torch.equal(found, in_floating_point(layer, x))

@@ -161,7 +161,7 @@ class Trial:
     Args:
         bench: the inputs.
         operation: one of OPERATIONS.
-        over_old: whether older files lie under the names.
+        over_old: whether older files have the names.
     """
 
     def __init__(self, bench: Bench, operation: str, expected: tuple[Files, Files], over_old: bool) -> None:

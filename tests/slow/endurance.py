@@ -44,7 +44,7 @@ NOTES = 40
 """Number of times in a run that the process's state is recorded."""
 
 SETTLED_SECONDS, SETTLED_BYTES, MAX_SETTLING_SECONDS = 1.0, 1 << 20, 15.0
-"""A host has settled when its memory changes by less than so many bytes in so many seconds; the longest wait."""
+"""A host has settled when its memory changes by less than these bytes in these seconds; then the longest wait."""
 
 PARTS = ("demo", "crowd", "host")
 

@@ -1,9 +1,9 @@
 """Correctness and speed on a GPU, in one run: `python -m benchmarks.speed.gpu`.
 
-Checked are the bits of every format. Measured are the decode beside copies of as many bytes; a whole step of SDXL's
-UNet, packed, with LoRAs, resident and compiled, beside fp16, bitsandbytes' NF4 and Q4_0 in torch operations; quantising
-and loading. Results are written after each part, with what failed and what was skipped; the exit status is 1 if
-anything failed. After a failure that breaks the GPU's context, run the other parts again with --only.
+It checks the bits of every format, and measures the decode, compared with copies of as many bytes; a whole step of
+SDXL's UNet (packed, with LoRAs, resident, compiled), compared with fp16, bitsandbytes' NF4 and Q4_0 in torch
+operations; quantising and loading. It writes the results after each part, with failures and skipped measurements. The
+exit status is 1 if anything failed. After a failure that breaks the GPU's context, run the other parts with --only.
 
 `--device cpu --small --out FILE` tries the script without a GPU. Needs diffusers; bitsandbytes is used if installed.
 """

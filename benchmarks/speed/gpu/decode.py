@@ -1,4 +1,4 @@
-"""The decode on a GPU: are the bits right, and how long does it take beside copies of as many bytes?"""
+"""The decode on a GPU: are the bits right, and how long does it take compared with copies?"""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _quantise_on_both(part: Part) -> None:
 
 
 def decode(part: Part) -> None:
-    """All quantised layers of a UNet into one fp16 buffer, beside copies that move as many bytes and beside peers."""
+    """All quantised layers of a UNet into one fp16 buffer, copies that move as many bytes, and the peers' decodes."""
     tensors = [tensor for tensor in random_state(part).values() if isinstance(tensor, NFTensor)]
     buffer = torch.empty(max(t.numel() for t in tensors), dtype=torch.float16, device=part.device)
     outs = [buffer[: tensor.numel()].view(tensor.shape) for tensor in tensors]

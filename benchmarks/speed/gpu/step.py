@@ -1,4 +1,4 @@
-"""A sampling step of SDXL's UNet in diffusers on a GPU: packed, with LoRAs, resident, compiled, beside others."""
+"""A sampling step of SDXL's UNet in diffusers on a GPU: packed, with LoRAs, resident, compiled, and other layers."""
 
 from __future__ import annotations
 
