@@ -20,7 +20,6 @@ from .speed.gpu import tables as gpu
 
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "quality": ("quality", quality.table),
-    "quality_checks": ("quality", quality.summary),
     "levels": ("levels", levels.table),
     "calibrated": ("calibrated", calibration.levels_table),
     "sizes": ("sizes", calibration.sizes_table),

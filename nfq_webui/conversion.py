@@ -11,7 +11,7 @@ from pathlib import Path
 from ..nfq_core import NFQError, Settings, TargetExistsError
 from ..nfq_core.checkpoints.convert import quantize_file
 from ..nfq_core.checkpoints.extras import DROP_HINT
-from ..nfq_core.checkpoints.targets import complete_name, container_name
+from ..nfq_core.checkpoints.targets import MODEL_ENDINGS, complete_name, container_name
 from ..nfq_core.parallel import fraction_done, seconds_left
 from ..nfq_core.planning.settings import Formats
 from .loading import SUFFIX
@@ -36,9 +36,11 @@ def target_path(folder: str, name: str) -> str:
     """Path of the file `name`, whose ending may be missing, in the folder that the program lists.
 
     Raises:
-        NFQError: the name is empty, leads out of the folder, or has the ending of another kind of file.
+        NFQError: the name is empty, leads out of the folder, or has the ending of another kind of model file.
     """
     name = name.strip().replace("\\", "/")
+    if not name.lower().endswith(MODEL_ENDINGS):
+        name += SUFFIX
     path = Path(os.path.abspath(os.path.join(folder, name)))
     stem = name.rpartition("/")[2].removesuffix(SUFFIX).strip(". ")
     if not stem or not path.is_relative_to(os.path.abspath(folder)):

@@ -40,7 +40,7 @@ def refuse_incomplete(file: NFQFile, remedy: str) -> None:
     """Raise NFQError, ending in `remedy`, if a file lacks its text encoder or VAE."""
     missing = missing_companions(file)
     if missing:
-        raise NFQError(f"{file.path} holds no {' and no '.join(missing)}; {remedy}")
+        raise NFQError(f"{file.path} has no {' and no '.join(missing)}; {remedy}")
 
 
 class NFQLoading:

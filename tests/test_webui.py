@@ -119,7 +119,7 @@ def test_a_model_is_dropped_only_for_a_readable_one(program: Program, files: Pat
     for name, sentence in (
         ("cut.nfq.safetensors", "fetch it again"),
         ("missing.nfq.safetensors", "no such file"),
-        ("unet.nfq.safetensors", "holds no text encoder and no VAE; "),
+        ("unet.nfq.safetensors", "has no text encoder and no VAE; "),
     ):
         # The error class belongs to the extension's own core, not to the installed one.
         with pytest.raises(Exception, match=sentence) as error:
@@ -180,6 +180,7 @@ def conversion(monkeypatch: pytest.MonkeyPatch):
 
 def test_where_a_new_checkpoint_goes(conversion, tmp_path: Path) -> None:
     assert conversion.default_name("/models/some model.v2.safetensors", 12) == "some model.v2-NF12"
+    assert conversion.target_path(str(tmp_path), "new v9.Turbo") == str(tmp_path / "new v9.Turbo.nfq.safetensors")
     for name in ("new", "new.nfq.safetensors", " new "):
         assert conversion.target_path(str(tmp_path), name) == str(tmp_path / "new.nfq.safetensors")
     assert conversion.target_path(str(tmp_path), "sub\\new") == str(tmp_path / "sub" / "new.nfq.safetensors")

@@ -308,7 +308,7 @@ def dequantize_file(
 def refuse_container(file: SafetensorsFile | Original) -> None:
     """Raise NFQError if the source is a container."""
     if FACTS_KEY in file.metadata:
-        raise NFQError(f"{file.path} is quantised already; `nfq dequantize` turns it back first")
+        raise NFQError(f"{file.path} is quantised already; dequantise it first with `nfq dequantize`")
 
 
 def refuse_same(sources: Iterable[SafetensorsFile], target: str | os.PathLike) -> None:

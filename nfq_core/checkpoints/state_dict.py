@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -257,7 +257,7 @@ def load_tensors(
     # The check reads a number, which torch's meta device cannot give; that device exists everywhere.
     if str(device) != "meta":
         check_device(device)
-    device = torch.device(device)
+    device = _with_index(device)
     sizes = needed_bytes(file, wanted)
     mode, reason = choose_memory_mode(memory, *sizes, free_bytes(device) if memory == "auto" else None)
     if memory == "auto":
@@ -285,10 +285,13 @@ def _load_into(
         # Tried once here, not by all threads at once.
         backend_for(device)
     threads = threads_for(device, CHUNK_WEIGHTS * TEMPORARY_BYTES)
+    # A new thread has its own current stream.
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def work(key: str) -> NFTensor | torch.Tensor:
-        tensor = file.load(key).to(device)
-        return tensor.dequantize(tensor.dtype) if resident and isinstance(tensor, NFTensor) else tensor
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            tensor = file.load(key).to(device)
+            return tensor.dequantize(tensor.dtype) if resident and isinstance(tensor, NFTensor) else tensor
 
     done, total = 0, sum(map(file.stored_bytes, wanted))
     with closing(ordered_map(work, wanted, size=file.stored_bytes, threads=threads)) as tensors:
@@ -296,6 +299,14 @@ def _load_into(
             result[key] = tensor
             done += file.stored_bytes(key)
             progress(done, total, key)
+
+
+def _with_index(device: torch.device | str) -> torch.device:
+    """The device; a CUDA device without a number becomes the calling thread's current one."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _out_of_memory_message(file: NFQFile, device: torch.device, mode: str, dense_bytes: int, packed_bytes: int) -> str:

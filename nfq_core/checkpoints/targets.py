@@ -19,7 +19,7 @@ PLAIN_SUFFIX = ".safetensors"
 _PLAIN_ENDINGS = (PLAIN_SUFFIX, ".sft")
 """Endings of the plain safetensors files that programs list."""
 
-_MODEL_ENDINGS = (SUFFIX, *_PLAIN_ENDINGS, ".nfq", *BY_ENDING)
+MODEL_ENDINGS = (SUFFIX, *_PLAIN_ENDINGS, ".nfq", *BY_ENDING)
 """Endings that name a kind of model file; a file of another kind must not have them."""
 
 _EXTENSION = re.compile(r"\.[A-Za-z][A-Za-z0-9]*")
@@ -129,10 +129,10 @@ def refuse_name(path: str | os.PathLike, suffix: str = SUFFIX) -> None:
         suffix: SUFFIX for a container, PLAIN_SUFFIX for other safetensors files.
     """
     name = Path(path).name
-    ending = next((ending for ending in _MODEL_ENDINGS if name.lower().endswith(ending)), Path(path).suffix)
+    ending = next((ending for ending in MODEL_ENDINGS if name.lower().endswith(ending)), Path(path).suffix)
     if ending in _endings(suffix) or not _is_extension(ending):
         return
-    bare = name[: -len(ending)] if ending in _MODEL_ENDINGS else name
+    bare = name[: -len(ending)] if ending in MODEL_ENDINGS else name
     raise NFQError(f"{path}: programs list such a file only if its name ends in {suffix}; call it {bare}{suffix}")
 
 
@@ -141,7 +141,7 @@ def _endings(suffix: str) -> tuple[str, ...]:
 
 
 def _is_extension(ending: str) -> bool:
-    return ending in _MODEL_ENDINGS or _EXTENSION.fullmatch(ending) is not None
+    return ending in MODEL_ENDINGS or _EXTENSION.fullmatch(ending) is not None
 
 
 def _without(name: str, endings: tuple[str, ...]) -> str:
@@ -152,6 +152,6 @@ def _without(name: str, endings: tuple[str, ...]) -> str:
 
 def _refuse_missing(folder: Path) -> None:
     if not folder.exists():
-        raise NFQError(f"{folder}: no such folder; make it first, or name another")
+        raise NFQError(f"{folder}: no such folder; create it first, or name another")
     if not folder.is_dir():
         raise NFQError(f"{folder} is a file, not a folder; name another")

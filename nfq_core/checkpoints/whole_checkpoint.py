@@ -56,7 +56,7 @@ def _recognised(file: NFQFile) -> tuple[UNetInfo, dict[str, tuple[int, ...]]]:
     shapes = file.shapes()
     info = detect(shapes)
     if info is None:
-        raise UnsupportedFileError(f"{file.path} holds no UNet of the SDXL family; choose a quantised SDXL-type model")
+        raise UnsupportedFileError(f"{file.path} has no UNet of the SDXL family; choose a quantised SDXL-type model")
     return info, shapes
 
 

@@ -108,7 +108,7 @@ def _positive(text: str) -> float:
     except ValueError:
         number = math.nan
     if not 0 < number < 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above zero, or too large")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above zero and below 2**63")
     return number
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ..errors import missing_package
+from ..errors import NFQError, missing_package
 from .shapes import IMAGE_SIZE, MAX_WORDS, VOCABULARY, tokenise
 
 TEXT_PREFIX = "text."
@@ -99,8 +99,15 @@ def import_diffusers() -> ModuleType:
 
 
 def bundled_weights_path() -> Path:
-    """Path of the fp16 weights in the package."""
-    return Path(__file__).parent / "weights" / "demo.safetensors"
+    """Path of the fp16 weights in the package.
+
+    Raises:
+        NFQError: the package comes from the ComfyUI registry, which does not distribute them.
+    """
+    path = Path(__file__).parent / "weights" / "demo.safetensors"
+    if not path.exists():
+        raise NFQError(f"{path} is missing: the ComfyUI registry does not distribute it; use a clone of the repository")
+    return path
 
 
 def load_weights(path: str | Path | None = None) -> dict[str, torch.Tensor]:

@@ -71,9 +71,9 @@ class NFTensor:
         """Number of weights."""
         return prod(self.shape)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> NFTensor:
+    def to(self, device: torch.device | str) -> NFTensor:
         """The same weight with its packed buffer on `device`."""
-        return NFTensor(self.data.to(device, non_blocking=non_blocking), self.format, self.shape, self.dtype)
+        return NFTensor(self.data.to(device), self.format, self.shape, self.dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float16, out: torch.Tensor | None = None) -> torch.Tensor:
         """Decode the weights: ``fp16(level * scale)``, cast to `dtype`.

@@ -113,11 +113,11 @@ def _possible_budget(
             low, high = math.ceil(low * 1000) / 1000, math.floor(high * 1000) / 1000
             raise NFQError(
                 f"{size.bits:g} packed bits per weight are too {much}; this model's can have {low:.3f} to "
-                f"{high:.3f}, ask for {way}"
+                f"{high:.3f}, choose {way}"
             )
     elif size.nbytes < MIN_OF_SMALLEST * (beside + smallest):
         raise NFQError(
             f"{size_in_words(size.nbytes)} are too few; this model's file can have about "
-            f"{size_in_words(beside + smallest)} to {size_in_words(beside + largest)}, ask for more"
+            f"{size_in_words(beside + smallest)} to {size_in_words(beside + largest)}; choose a larger target"
         )
     return max(budget, smallest)

@@ -235,7 +235,7 @@ pipeline = StableDiffusionXLPipeline.from_pretrained({base}, unet=unet, torch_dt
 def _settings(one: Mapping[str, Any]) -> str:
     settings = settings_in_words(one["settings"]) or "settings not recorded"
     source = one["source"]
-    origin = as_code(source["name"]) if source["name"] else "a model that is not recorded"
+    origin = as_code(source["name"]) if source["name"] else "an unrecorded model"
     origin += f" (SHA-256 `{source['sha256'][:16]}…`)" if source["sha256"] else ""
     return f"- {as_code(one['name'])} from {origin}, by {as_text(one['writer'])}: {as_text(settings)}"
 

@@ -54,7 +54,7 @@ def test_files_without_a_whole_unet_are_refused(tmp_path: Path) -> None:
     whole = load(make(tmp_path / "whole.nfq.safetensors", "diffusers", {}))
     del whole["mid_block.resnets.0.conv1.weight"]
     save(whole, part)
-    for path, told in ((plain, "holds no UNet"), (part, "cannot be used")):
+    for path, told in ((plain, "has no UNet"), (part, "cannot be used")):
         with NFQFile(path) as file, pytest.raises(UnsupportedFileError, match=told):
             checkpoint_names(file)
 

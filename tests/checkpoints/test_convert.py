@@ -382,7 +382,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(mixed, container, tmp_p
 
 
 def test_a_quantised_file_is_not_quantised_again(container, tmp_path):
-    with pytest.raises(NFQError, match=r"is quantised already; `nfq dequantize` turns it back first"):
+    with pytest.raises(NFQError, match=r"is quantised already; dequantise it first with `nfq dequantize`"):
         quantize_file(container, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 

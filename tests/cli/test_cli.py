@@ -471,7 +471,7 @@ def test_targets_that_cannot_be(capsys, folder, command, source, target, place, 
     code, out, error = run(capsys, command, folder / source, given, "--force")
     assert (code, out) == (1, "")
     assert one_line(error).startswith(f"nfq: {folder / place}")
-    assert ("is a file, not a folder" if place == "model" else "no such folder; make it first") in error
+    assert ("is a file, not a folder" if place == "model" else "no such folder; create it first") in error
     assert leftovers(folder) == set()
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("PIL", reason="the demo needs Pillow")
 from commands import run as command
 from PIL import Image
 
-from nfq_core import TargetExistsError
+from nfq_core import NFQError, TargetExistsError
 from nfq_core.calibration.statistics import Calibration
 from nfq_core.checkpoints.examine import verify_file
 from nfq_core.demo import calibrate, run
@@ -170,3 +170,10 @@ def test_the_demo_writes_pictures_report_and_sound_files(tmp_path, monkeypatch):
         assert sheet.height > len(CAPTIONS) * 128
     with pytest.raises(TargetExistsError, match="--force"):
         run.run_demo(tmp_path / "out")
+
+
+def test_a_copy_without_the_weights_says_so(tmp_path, monkeypatch):
+    """As the ComfyUI registry distributes it."""
+    monkeypatch.setattr("nfq_core.demo.model.__file__", str(tmp_path / "model.py"))
+    with pytest.raises(NFQError, match=r"demo\.safetensors is missing: .*; use a clone of the repository"):
+        bundled_weights_path()

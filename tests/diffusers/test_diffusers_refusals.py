@@ -76,7 +76,7 @@ def newer(container: bytes) -> bytes:
             r"'conv_in.weight' is \(32, 4, 3, 3\) in the file, \(32, 9, 3, 3\)",
         ),
         ("diffusers.nfq", "wider", UnsupportedFileError, "use the config of the model that was quantised"),
-        ("plain.nfq", "tiny", UnsupportedFileError, "plain.nfq.safetensors holds no UNet"),
+        ("plain.nfq", "tiny", UnsupportedFileError, "plain.nfq.safetensors has no UNet"),
         ("part.nfq", "tiny", UnsupportedFileError, "cannot be used: its UNet is not of the SDXL family"),
         ("newer.nfq", "tiny", UnsupportedFileError, "has container version 9, this version reads up to 1; update"),
         ("short.nfq", "tiny", CorruptFileError, "short.nfq.safetensors is cut short"),

@@ -28,7 +28,7 @@ MODEL = ["model", 0]
         pytest.param(
             {"save": save(["ours", 0], "../checkpoints/x")}, "leads out of .*diffusion_models", id="elsewhere"
         ),
-        pytest.param({"save": save(["ours", 0], "x/..")}, "names no file", id="nameless"),
+        pytest.param({"save": save(["ours", 0], "x/..")}, "has no file name", id="nameless"),
         pytest.param(
             {"save": save(["ours", 0], "x", clip=["companions", 0])}, "needs both CLIP and VAE", id="clip alone"
         ),
@@ -119,7 +119,7 @@ def test_incomplete_and_unknown_models(host, base) -> None:
     with pytest.raises(HostError, match=f"tensor '{lost}' of Segmind Vega's UNet has another shape"):
         host.run(sample({"model": loader(bad.name)}, MODEL))
     nfq_core.save(nfq_core.quantize_state_dict({"layer.weight": torch.randn(64, 64)}), bad, overwrite=True)
-    with pytest.raises(HostError, match="holds no UNet of the SDXL family"):
+    with pytest.raises(HostError, match="has no UNet of the SDXL family"):
         host.run(sample({"model": loader(bad.name)}, MODEL))
     (base / "models" / "checkpoints" / "unet.nfq.safetensors").symlink_to(unets / "vega.nfq.safetensors")
     only = {"class_type": "NFQuantizedCheckpointLoader", "inputs": {"ckpt_name": "unet.nfq.safetensors"}}

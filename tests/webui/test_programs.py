@@ -59,6 +59,6 @@ def test_a_failed_load_keeps_the_model(ask: Callable, tmp_path) -> None:
     found = ask("change")
     assert found["loaded"] and all(found["outputs"].values()), found["outputs"]
     assert_sentences(found, f"{tmp_path}/models/Stable-diffusion/")
-    assert "holds no text encoder and no VAE; " in found["unet"]
+    assert "has no text encoder and no VAE; " in found["unet"]
     assert found["kept"] == [True] * 4 and found["output_after"]
     assert found["warnings"] and all("nfq.safetensors" in sentence for sentence in found["warnings"])
