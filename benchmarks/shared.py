@@ -146,13 +146,21 @@ def spread(found: Mapping[str, float], unit: str = "", digits: int = 2, scale: f
 
 def argument_parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser of a command line that shows a module's docstring as its help."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=shlex.join(_program()), description=doc, formatter_class=formatter)
 
 
 def json_of(*module: str) -> dict:
     """Run `python -m MODULE ARGUMENTS` in a process of its own; returns the JSON that it prints."""
     done = subprocess.run([sys.executable, "-m", *module], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)
+
+
+def _program() -> list[str]:
+    script = Path(sys.argv[0]).resolve()
+    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else Path(script.name)
+    module = ".".join(script.with_suffix("").parts).removesuffix(".__main__")
+    return ["python", "-m", module] if script.parts[0] == "benchmarks" else ["python", script.as_posix()]
 
 
 def command() -> str:
@@ -162,11 +170,7 @@ def command() -> str:
         option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
         return option + equals + (Path(value).name or value)
 
-    script = Path(sys.argv[0]).resolve()
-    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else Path(script.name)
-    module = ".".join(script.with_suffix("").parts).removesuffix(".__main__")
-    program = ["-m", module] if script.parts[0] == "benchmarks" else [script.as_posix()]
-    return shlex.join(["python", *program, *map(shortened, sys.argv[1:])])
+    return shlex.join([*_program(), *map(shortened, sys.argv[1:])])
 
 
 def with_origin(results: dict) -> dict:

@@ -10,7 +10,6 @@ overwritten while they are loaded. For POSIX.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import random
@@ -34,7 +33,7 @@ import torch
 from safetensors.torch import save_file
 
 import nfq_core
-from benchmarks.shared import gaussian, write_results
+from benchmarks.shared import argument_parser, gaussian, write_results
 from nfq_core.checkpoints.article_import import import_article
 from nfq_core.checkpoints.batch import convert_folders
 from nfq_core.checkpoints.convert import quantize_file
@@ -357,7 +356,7 @@ def measure(kills: int, seed: int = 0) -> dict:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--kills", type=int, default=100, help="random kills in all, at least (default: 100)")
     parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/crashes.json)")
     options = parser.parse_args()

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 import nfq_core
-from benchmarks.shared import RESULTS, ROOT, machine, process_status, with_origin, write_json
+from benchmarks.shared import RESULTS, ROOT, argument_parser, machine, process_status, with_origin, write_json
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.demo.model import build_pipeline, bundled_weights_path, sample, split_weights
 from nfq_core.layers import PackedLayer, assign_state, packed_layers
@@ -227,7 +227,7 @@ def run(parts: Sequence[str], cycles: int, host_rounds: int, directory: Path | N
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 1 if a member of the crowd failed or left a file behind."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="parts to run (default: all)")
     parser.add_argument("--cycles", type=int, default=1000, help="in this process (default: %(default)s)")
     parser.add_argument("--host-cycles", type=int, default=50, help="in the host (default: %(default)s)")

@@ -9,7 +9,6 @@ touched counts too. The second reader reads the file before that, and has no lim
 
 from __future__ import annotations
 
-import argparse
 import logging
 import resource
 import signal
@@ -27,7 +26,7 @@ sys.path.insert(2, str(Path(__file__).resolve().parents[1] / "helpers"))
 import torch
 from trial import Fault, Trials, reset_peak, status
 
-from benchmarks.shared import machine, write_results
+from benchmarks.shared import argument_parser, machine, write_results
 
 SECONDS = 20
 """A file that takes longer counts as one that hangs."""
@@ -94,7 +93,7 @@ def run(files: int, seed: int, folder: Path) -> dict:
 
 def main() -> int:
     """Run the command line; returns 1 if a reader was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--files", type=int, default=100_000, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="other files (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/fuzz.json)")
