@@ -30,9 +30,7 @@ from nfq_core.report.markdown import markdown_table as markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-
-WEIGHT_STD = 0.03
-"""Typical standard deviation of an SDXL weight."""
+WEIGHT_STD = 0.03  # Typical standard deviation of an SDXL weight
 
 
 def machine() -> dict:

@@ -33,12 +33,9 @@ from .models import PROMPTS, SEED, Model, demo_model, folder_model
 from .tables import ACTIVATION_LEVELS, DYNAMIC_INT8, INT8_ACTIVATIONS, RECORDED
 
 CONV_LEVELS = 32
-
-SMALL_SIDE, LARGE_SIDE = 128, 256
-"""Sides of the grid's pictures, for the demo model and for SDXL."""
-
+SMALL_SIDE, LARGE_SIDE = 128, 256  # Sides of the grid's pictures, for the demo model and for SDXL
+# Larger models are not stored in the article's format: bz2 takes minutes for each level.
 ARTICLE_MAX_WEIGHTS = 100_000_000
-"""Larger models are not stored in the article's format: bz2 takes minutes for each level."""
 
 Tensors = dict[str, torch.Tensor]
 

@@ -18,8 +18,7 @@ from nfq_core.demo.model import TinyPipeline, build_pipeline, import_diffusers, 
 from nfq_core.demo.shapes import CAPTIONS
 from nfq_core.layers import assign_state
 
-SEED = 42
-"""The article's, for each of its prompts."""
+SEED = 42  # The article's, for each of its prompts
 
 PROMPTS = (
     'An ice sculpture is made with the text "Happy Holidays". Christmas decorations in the bacground. Dslr photo.',
@@ -34,12 +33,9 @@ PROMPTS = (
 )
 """The article's, to the letter."""
 
-STEPS, GUIDANCE = 25, 5.0
-"""For SDXL; the guidance is the default of diffusers' pipeline, as in the article."""
-
+STEPS, GUIDANCE = 25, 5.0  # For SDXL; the guidance is the default of diffusers' pipeline, as in the article
+# Where a folder's UNet may be; the first is the article's.
 WEIGHT_FILES = ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors")
-"""Where a folder's UNet may be; the first is the article's."""
-
 DEMO_NOTE = "The demo model cannot read the article's prompts: captions that it can read stand in for them."
 
 
@@ -48,18 +44,14 @@ class Model:
     """A pipeline whose UNet can be exchanged."""
 
     name: str
-    captions: tuple[str, ...]
-    """The texts to draw, one for each of PROMPTS."""
-    note: str
-    """A remark for the reader; may be empty."""
+    captions: tuple[str, ...]  # The texts to draw, one for each of PROMPTS
+    note: str  # A remark for the reader; may be empty
     steps: int
     guidance: float
-    unet: nn.Module
-    """The original, in the device's dtype for computing."""
-    weights: Callable[[], dict[str, torch.Tensor]]
-    """Reads the UNet's state dict."""
+    unet: nn.Module  # The original, in the device's dtype for computing
+    weights: Callable[[], dict[str, torch.Tensor]]  # Reads the UNet's state dict
+    # Draws all captions with a UNet, each from SEED on the CPU: uint8 of shape (captions, height, width, 3).
     draw: Callable[[nn.Module], np.ndarray]
-    """Draws all captions with a UNet, each from SEED on the CPU: uint8 of shape (captions, height, width, 3)."""
 
     @property
     def device(self) -> torch.device:

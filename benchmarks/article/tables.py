@@ -7,9 +7,7 @@ from statistics import median
 
 from ..shared import RESULTS, markdown_table, spread
 
-ACTIVATION_LEVELS = 16
-"""Levels of the weights where activations are int8."""
-
+ACTIVATION_LEVELS = 16  # Levels of the weights where activations are int8
 INT8_ACTIVATIONS = f"{ACTIVATION_LEVELS} levels, int8 activations"
 DYNAMIC_INT8 = "torch's dynamic int8"
 

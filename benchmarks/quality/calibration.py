@@ -23,8 +23,7 @@ from ..shared import argument_parser, machine, markdown_table, write_results
 from .demo import FACTS, PROMPTS, DemoModel
 from .peers import Stored, article, stored
 
-SIZES = {**PRESETS, "": 4.15}
-"""Packed bits per weight by preset; the last is the size at which K-quants are compared."""
+SIZES = {**PRESETS, "": 4.15}  # Packed bits per weight by preset; the last is the size at which K-quants are compared
 
 
 def at_levels(model: DemoModel) -> list[dict]:

@@ -6,15 +6,11 @@ from collections.abc import Iterable, Sequence
 
 WEIGHTS = ("sqnr_db", "noise_db")
 OUTPUT, PICTURES = ("output_db",), ("picture_db",)
+# Figures in dB that are compared together; the first one counts, the others are stricter.
 LABELS = {WEIGHTS: "weights", OUTPUT: "output", PICTURES: "pictures"}
-"""Figures in dB that are compared together; the first one counts, the others are stricter."""
-
+# Peers whose error in weights ours must reach without calibration, with these packed bits per weight at most.
 FLOORS = (("Q4_K", 4.15), ("Q3_K", 3.15), ("Q5_K", 5.3), ("NF4", 3.85))
-"""Peers whose error in weights ours must reach without calibration, with these packed bits per weight at most."""
-
-PICTURE_FLOORS = FLOORS[:2]
-"""The same for pictures, also with calibration."""
-
+PICTURE_FLOORS = FLOORS[:2]  # The same for pictures, also with calibration
 CALIBRATED_GAIN, CALIBRATED_LIMIT = 3.0, 4.15
 """With calibration, the output must be this many dB better than Q4_K's at this many packed bits per weight, and than
 the article's at the article's size."""

@@ -38,18 +38,12 @@ from . import ggml
 from .peers import OURS, Contestant, Stored, ggml_stored
 from .weights import DEMO, Layer, figures, mix_rows, row
 
-PROMPTS, HELD_OUT = 32, 24
-"""Number of captions for the calibration, and of other captions to draw."""
-
-OUTPUT_BATCH = 128
-"""Noisy pictures in the held-out batch."""
-
+PROMPTS, HELD_OUT = 32, 24  # Number of captions for the calibration, and of other captions to draw
+OUTPUT_BATCH = 128  # Noisy pictures in the held-out batch
+# The measurement's part of the results.
 FACTS = {"prompts": PROMPTS, "held_out": HELD_OUT, "output_batch": OUTPUT_BATCH}
-"""The measurement's part of the results."""
-
+# Packed bits per weight of the sizes; a size that gives the same formats as the one before is left out.
 TARGETS = (2.6, 3.0, 3.15, 3.7, 4.15, 4.7, 5.1, 5.5, 6.5, 8.0)
-"""Packed bits per weight of the sizes; a size that gives the same formats as the one before is left out."""
-
 PEAK = 255
 PRINTED = ("packed_bits_per_weight", "sqnr_db", "output_db", "picture_db")
 
@@ -131,8 +125,7 @@ class Setting:
     family: str
     calibrated: bool
     made: StoredWeights
-    judged: bool = True
-    """Whether output and pictures are compared too."""
+    judged: bool = True  # Whether output and pictures are compared too
 
 
 def _settings(model: DemoModel, contestants: Sequence[Contestant], layers: dict[str, dict]) -> Iterator[Setting]:

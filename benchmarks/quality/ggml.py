@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+# Numbers of the types in `enum ggml_type`; they are part of GGUF files, so that they never change.
 TYPES = dict(Q2_K=10, Q3_K=11, IQ4_XS=23, IQ4_NL=20, Q4_0=2, Q4_K=12, Q5_0=6, Q5_K=13, Q6_K=14, Q8_0=8)
-"""Numbers of the types in `enum ggml_type`; they are part of GGUF files, so that they never change."""
-
+# Types with blocks of 256 weights that are commonly used with an importance matrix.
 K_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K")
-"""Types with blocks of 256 weights that are commonly used with an importance matrix."""
 
 
 class _TypeTraits(ctypes.Structure):

@@ -22,9 +22,7 @@ from nfq_core.planning.settings import DEFAULTS
 from ..shared import unavailable
 from . import ggml
 
-GROUP = 64
-"""Weights per scale, for peers where the user chooses."""
-
+GROUP = 64  # Weights per scale, for peers where the user chooses
 OURS, ARTICLE, PALETTE = "NFQ", "article", "palettisation"
 PALETTE_ROUNDS = 100
 

@@ -18,24 +18,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PLOT = ROOT / "docs" / "quality.png"
-WIDTH, HEIGHT, DPI, FONT_SIZE = 10.5, 4.9, 110, 10
-"""Inches of a panel, pixels per inch, points of type."""
-
-MOST_BITS = 6.8
-"""Larger peers are listed at the right edge: the axis would be too long."""
-
+WIDTH, HEIGHT, DPI, FONT_SIZE = 10.5, 4.9, 110, 10  # Inches of a panel, pixels per inch, points of type
+MOST_BITS = 6.8  # Larger peers are listed at the right edge: the axis would be too long
+# Distances of a label from its point, in points of type; from the second on, a line joins the two.
 DISTANCES = (7, 14, 24, 36)
-"""Distances of a label from its point, in points of type; from the second on, a line joins the two."""
-
+# Directions of a label, right and up, best first.
 DIRECTIONS = ((1, 0), (1, -1), (0, -1), (-1, -1), (-1, 1), (-1, 0), (0, 1), (1, 1))
-"""Directions of a label, right and up, best first."""
-
-FARTHER, LESS_USUAL = 60.0, 12.0
-"""Cost of the next distance and of the next direction, in covered pixels."""
-
-NEARBY = 8
-"""Pixels around a point that labels keep clear of."""
-
+FARTHER, LESS_USUAL = 60.0, 12.0  # Cost of the next distance and of the next direction, in covered pixels
+NEARBY = 8  # Pixels around a point that labels keep clear of
 INK = "#333333"
 OURS, CALIBRATED, GREEN, PINK, _, _, BLACK = COLOURS
 FAMILIES = {
@@ -49,8 +39,8 @@ FAMILIES = {
 }
 """Colour and marker of each family."""
 
+# Families whose points are joined by a line, and the line's name.
 JOINED = {"article": "the article", "HQQ": "HQQ", "SDNQ": "SDNQ", "palettisation": "palettisation (k-means)"}
-"""Families whose points are joined by a line, and the line's name."""
 
 PANELS = (
     (GAUSSIAN, "sqnr_db", "Gaussian weights: error of what is stored", "signal to noise, dB"),

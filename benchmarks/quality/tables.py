@@ -15,11 +15,8 @@ SOURCES = {
     DEMO: "demo model",
 }
 
-UNNAMED = ("GGUF", "bitsandbytes", "torch")
-"""Families whose name is not part of their contestants' names."""
-
-NOTICEABLE_DB = 0.05
-"""The stricter figure of an error is shown where it is lower by more than this."""
+UNNAMED = ("GGUF", "bitsandbytes", "torch")  # Families whose name is not part of their contestants' names
+NOTICEABLE_DB = 0.05  # The stricter figure of an error is shown where it is lower by more than this
 
 
 def table(results: dict) -> str:

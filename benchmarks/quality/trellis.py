@@ -44,13 +44,9 @@ from .peers import packaged, stored
 from .weights import GAUSSIAN, SPREAD, STUDENT_T, Layer, figures
 
 IDS = ("nf7_b64", "nf16_b64", "nf32_b64", "nf256_b64", *TRELLIS_IDS)
-
-EIGHT_BITS = ("nf256_b64", "Q8_0")
-"""Our format and the peer's."""
-
+EIGHT_BITS = ("nf256_b64", "Q8_0")  # Our format and the peer's
 PEERS = (*(name for name, _ in FLOORS), EIGHT_BITS[1])
 PEER_FAMILIES = ("GGUF", "bitsandbytes")
-
 SHAPE, CONVOLUTION = (1024, 1024), (640, 320, 3, 3)
 WINDOWS = (8, 9, 10, 12)
 ROUNDS = 7

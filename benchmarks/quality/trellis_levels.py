@@ -19,11 +19,8 @@ from nfq_core.packed.formats import BLOCK, FORMATS, TRELLIS_IDS, BlockFormat
 from ..shared import argument_parser
 
 STARTS = 64
-STAGES = ((64, 600, 4), (8, 3000, 8), (2, 16000, 30))
-"""Starts that are left, blocks, rounds."""
-
-GAUSSIAN_RATIO = 0.76
-"""Standard deviation of Gaussian weights over the fourth root of their mean fourth power."""
+STAGES = ((64, 600, 4), (8, 3000, 8), (2, 16000, 30))  # Starts that are left, blocks, rounds
+GAUSSIAN_RATIO = 0.76  # Standard deviation of Gaussian weights over the fourth root of their mean fourth power
 
 
 def hashed_quantiles(fmt: BlockFormat, generator: torch.Generator) -> Trellis:

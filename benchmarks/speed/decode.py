@@ -21,11 +21,9 @@ from ..shared import argument_parser, gaussian, in_turns, machine, markdown_tabl
 
 SHAPE = (10240, 10240)
 ROUNDS = 9
-PART = 10
-"""Slow peers get a tenth of the weights."""
+PART = 10  # Slow peers get a tenth of the weights
 
-Work = tuple[Callable[[], object], int]
-"""One decode, and the number of its weights."""
+Work = tuple[Callable[[], object], int]  # One decode, and the number of its weights
 
 
 def copied() -> Work:

@@ -26,16 +26,11 @@ from ..quality.demo import held_out_batch
 from ..shared import argument_parser, machine, markdown_table, milliseconds, spread, write_results
 from .int8_layers import dynamic_int8, fits, int8_layers, round_rows
 
-LEVELS = (32, 16, 7)
-"""Levels of Linear weights; convolutions have 32."""
-
+LEVELS = (32, 16, 7)  # Levels of Linear weights; convolutions have 32
 TIMED_LEVELS = 16
 ROUNDS = 9
-STEP_BATCH = 16
-"""Pictures in a step: eight, with the caption and without."""
-
-WORST = 3
-"""Layers listed for their error."""
+STEP_BATCH = 16  # Pictures in a step: eight, with the caption and without
+WORST = 3  # Layers listed for their error
 
 SHAPES = (
     (8192, 640, 640),
@@ -49,8 +44,8 @@ SHAPES = (
 """Tokens, columns and rows of SDXL's Linear layers."""
 
 FP, PACKED, INT8, DYNAMIC = "floating point", "packed", "packed, int8 activations", "torch's dynamic int8"
+# The part of INT8 that decodes the weight and rounds its rows; a layer that kept the rows would not need it.
 MAKING_ROWS = "int8 rows"
-"""The part of INT8 that decodes the weight and rounds its rows; a layer that kept the rows would not need it."""
 
 Batch = tuple[torch.Tensor, ...]
 

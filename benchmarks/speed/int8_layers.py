@@ -16,17 +16,12 @@ from torch import nn
 from nfq_core.layers import PackedLinear, packed_layers
 from nfq_core.packed.op import dequantize_for_one_use
 
-STEPS = 127
-"""The largest magnitude of a row or token becomes this."""
-
-MIN_MAGNITUDE = 1e-30
-"""A row or token with nothing larger counts as zero: the inverse of its scale might not be finite."""
-
+STEPS = 127  # The largest magnitude of a row or token becomes this
+MIN_MAGNITUDE = 1e-30  # A row or token with nothing larger counts as zero: the inverse of its scale might not be finite
+# The fewest tokens, and the divisor of a weight's sides, that torch multiplies in int8 on CUDA devices.
 MIN_TOKENS, MULTIPLE = 17, 8
-"""The fewest tokens, and the divisor of a weight's sides, that torch multiplies in int8 on CUDA devices."""
-
+# A CPU multiplies about this many numbers at once: fresh memory for larger temporaries costs more than products.
 CHUNK_NUMBERS, MIN_CHUNK_TOKENS = 1 << 20, 128
-"""A CPU multiplies about this many numbers at once: fresh memory for larger temporaries costs more than products."""
 
 
 def round_rows(matrix: torch.Tensor, *, overwrite: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,10 +20,7 @@ from .rivals import dequantize_q4_0, random_q4_0
 ODD_SIZES = (1, 63, 64, 65, 24 * 64 + 1, 256 * 64 + 1)
 LARGE_SIZES = (1280 * 1280, torch_decode.CHUNK_WEIGHTS + 65)
 INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
-
-HUGE_BYTES = 14 << 30
-"""Free memory that the largest tensor of the kernel needs."""
-
+HUGE_BYTES = 14 << 30  # Free memory that the largest tensor of the kernel needs
 ROUNDS = 15
 
 

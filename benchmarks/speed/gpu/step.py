@@ -21,18 +21,11 @@ from ...shared import milliseconds, unavailable
 from .part import Part, State, added_bytes, random_state
 from .rivals import Q4Layer, nf4_layer
 
-BATCH = 2
-"""With and without the prompt, for CFG."""
-
-SIDE, SMALL_SIDE = 128, 16
-"""Sides of the latents; SDXL draws 1024 pixels from 128."""
-
+BATCH = 2  # With and without the prompt, for CFG
+SIDE, SMALL_SIDE = 128, 16  # Sides of the latents; SDXL draws 1024 pixels from 128
 TOKENS = 77
 LORA_RANK = 32
-
-LORA_CHANGE = 0.01
-"""Root mean square of a LoRA's change of a weight, relative to the weight's."""
-
+LORA_CHANGE = 0.01  # Root mean square of a LoRA's change of a weight, relative to the weight's
 ONE_LORA, FOUR_LORAS = "packed, 1 LoRA", "packed, 4 LoRAs"
 SAME_WEIGHTS = ("fp16", "packed", ONE_LORA, FOUR_LORAS, "resident")
 ROUNDS = 12
