@@ -142,10 +142,29 @@ def spread(found: Mapping[str, float], unit: str = "", digits: int = 2, scale: f
     return f"{median}{unit} ({low} – {high})"
 
 
+def left_out(skipped: Mapping[str, str]) -> str:
+    """One sentence about the peers left out, each with its reason; empty if there are none."""
+    return f"Left out: {'; '.join(f'{name} ({why})' for name, why in skipped.items())}." if skipped else ""
+
+
+def origin_line(results: dict, *programs: str) -> str:
+    """The machine of a results file and the versions of programs (by default torch's), in one line."""
+    facts = results["machine"]
+    words = programs or (f"torch {facts['torch']}",)
+    return ", ".join([f"{facts['processors']} processors ({facts['processor']})", *words, facts["date"]]) + "."
+
+
 def argument_parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser of a command line that shows a module's docstring as its help."""
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(prog=shlex.join(_program()), description=doc, formatter_class=formatter)
+
+
+def run_command(doc: str | None, name: str, run: Callable[[], dict]) -> None:
+    """The command line of a benchmark without options: show the machine, measure, write `results/<name>.json`."""
+    argument_parser(doc).parse_args()
+    print(machine())
+    print(write_results(name, run()))
 
 
 def json_of(*module: str) -> dict:
