@@ -150,8 +150,13 @@ def left_out(skipped: Mapping[str, str]) -> str:
 def origin_line(results: dict, *programs: str) -> str:
     """The machine of a results file and the versions of programs (by default torch's), in one line."""
     facts = results["machine"]
-    words = programs or (f"torch {facts['torch']}",)
-    return ", ".join([f"{facts['processors']} processors ({facts['processor']})", *words, facts["date"]]) + "."
+    words = ", ".join(programs) or f"torch {facts['torch']}"
+    return f"{facts['processors']} processors ({facts['processor']}), {words}, {facts['date']}."
+
+
+def dated_table(header: Sequence[str], rows: Sequence[Sequence[str]], results: dict, *programs: str) -> str:
+    """A table with its `origin_line` below."""
+    return f"{markdown_table(header, rows)}\n\n{origin_line(results, *programs)}"
 
 
 def argument_parser(doc: str | None) -> argparse.ArgumentParser:

@@ -18,8 +18,8 @@ from nfq_core.demo.model import TinyPipeline, build_pipeline, import_diffusers, 
 from nfq_core.demo.shapes import CAPTIONS
 from nfq_core.layers import assign_state
 
-SEED = 42  # The article's, for each of its prompts
-
+# The article's seed, for each of its prompts, and the prompts to the letter.
+SEED = 42
 PROMPTS = (
     'An ice sculpture is made with the text "Happy Holidays". Christmas decorations in the bacground. Dslr photo.',
     "An origami of a monkey dressed as a monk riding a bike on a mountain.",
@@ -31,8 +31,6 @@ PROMPTS = (
     "an armchair in the shape of an avocado",
     "A teddybear on a skateboard in Times Square.",
 )
-"""The article's, to the letter."""
-
 STEPS, GUIDANCE = 25, 5.0  # For SDXL; the guidance is the default of diffusers' pipeline, as in the article
 # Where a folder's UNet may be; the first is the article's.
 WEIGHT_FILES = ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors")
@@ -86,13 +84,10 @@ def demo_model(steps: int | None = None) -> Model:
 def folder_model(folder: str | Path, *, steps: int | None = None) -> Model:
     """SDXL, or a relative of it, in a folder of diffusers' layout; one prompt at a time, as in the article.
 
-    It computes in fp16 on CUDA if there is such a device, else in fp32 on the CPU.
-
-    Raises:
-        NFQError: the folder has no UNet in one safetensors file, or diffusers cannot load the pipeline.
+    It computes in fp16 on CUDA if there is such a device, else in fp32 on the CPU. NFQError if the folder has
+    no UNet in one safetensors file, or if diffusers cannot load the pipeline.
     """
-    diffusers = import_diffusers()
-    folder = Path(folder)
+    diffusers, folder = import_diffusers(), Path(folder)
     path = next((folder / "unet" / name for name in WEIGHT_FILES if (folder / "unet" / name).is_file()), None)
     if path is None:
         raise NFQError(f"{folder} holds no unet/{' or unet/'.join(WEIGHT_FILES)}; name a folder of diffusers' layout")

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from statistics import median
 
-from ..shared import RESULTS, markdown_table, spread
+from ..shared import RESULTS, markdown_table, origin_line, spread
 
 ACTIVATION_LEVELS = 16  # Levels of the weights where activations are int8
-INT8_ACTIVATIONS = f"{ACTIVATION_LEVELS} levels, int8 activations"
-DYNAMIC_INT8 = "torch's dynamic int8"
-
+INT8_ACTIVATIONS, DYNAMIC_INT8 = f"{ACTIVATION_LEVELS} levels, int8 activations", "torch's dynamic int8"
 STAGES = {
     "quantise": "quantise",
     "save": "save",
@@ -19,20 +17,20 @@ STAGES = {
     "place": "put into the UNet",
     "draw": "draw",
 }
-
-RECORDED = {
-    "all_stages": "about an hour",
-    "of": "loading the model, quantising, saving, loading what was saved, restoring fp16, replacing the UNet's weights "
-    "and drawing, SDXL, with the article's own code; no stage by itself",
-    "size_of_fp16": {"32": "1/3", "12": "1/4", "7": "about 1/5"},
-    "source": "the article's introduction: times read off its files' dates, sizes of the Linear layers' formats",
-}
-"""The article's own times and sizes."""
+# The article's own figures: all stages together with SDXL, times read off its files' dates; sizes of the Linear layers.
+RECORDED = {"all_stages": "about an hour", "size_of_fp16": {"32": "1/3", "12": "1/4", "7": "about 1/5"}}
 
 
 def table(results: dict) -> str:
     """Sizes and errors, then times, then the conditions."""
-    return f"{sizes_table(results)}\n\n{times_table(results)}\n\n{_remarks(results)}"
+    facts = results["machine"]
+    remarks = (
+        f"{len(results['captions'])} pictures, {results['steps']} steps of {results['sampler']}, guidance "
+        f"{results['guidance']:g}, seed {results['seed']} for each. {results['note']} ¹ Scaled by the number of "
+        "weights from what it took for a Gaussian sample, `benchmarks/results/article_by_hand.json`. "
+    )
+    origin = origin_line(results, f"threads: {results['threads']}", f"torch {facts['torch']}")
+    return f"{sizes_table(results)}\n\n{times_table(results)}\n\n{remarks}{origin}"
 
 
 def sizes_table(results: dict) -> str:
@@ -74,14 +72,3 @@ def times_table(results: dict) -> str:
             cells.append(f"{median(seconds[stage]) * row['quantized_weights'] / 1e6:.2f}" if seconds else "–")
         rows.append([*cells, "–"])
     return markdown_table(["seconds", *(f"{row['levels']} levels" for row in levels), "the article says"], rows)
-
-
-def _remarks(results: dict) -> str:
-    facts = results["machine"]
-    return (
-        f"{len(results['captions'])} pictures, {results['steps']} steps of {results['sampler']}, guidance "
-        f"{results['guidance']:g}, seed {results['seed']} for each. {results['note']} ¹ Scaled by the number of "
-        "weights from what it took for a Gaussian sample, `benchmarks/results/article_by_hand.json`. "
-        f"{facts['processors']} processors ({facts['processor']}), threads: {results['threads']}, "
-        f"torch {facts['torch']}, {facts['date']}."
-    )

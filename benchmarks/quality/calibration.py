@@ -11,6 +11,7 @@ it follows from its measured sensitivity, and error feedback chooses the codes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 from nfq_core import quantize
@@ -26,14 +27,13 @@ from .peers import Stored, article, stored
 SIZES = {**PRESETS, "": 4.15}  # Packed bits per weight by preset; the last is the size at which K-quants are compared
 
 
-def at_levels(model: DemoModel) -> list[dict]:
+def at_levels(model: DemoModel) -> Iterator[dict]:
     """The article's format, ours without a calibration, with importance alone and with error feedback, by levels."""
 
     def ours(levels: int, calibrated: bool, key: str) -> Stored:
         importance = model.inputs[key].importance if calibrated and key in model.inputs else None
         return stored(quantize(model.weights[key], levels, importance=importance))
 
-    rows = []
     for levels in LEVELS:
         made = {
             "article": model.each(lambda key, levels=levels: article(model.weights[key], levels)),
@@ -41,24 +41,17 @@ def at_levels(model: DemoModel) -> list[dict]:
             "importance": model.each(partial(ours, levels, True)),
             "feedback": model.calibrated(Settings(Formats.of(levels, levels))),
         }
-        rows.append({"levels": levels, **{name: model.judge(weights) for name, weights in made.items()}})
-        print(rows[-1], flush=True)
-    return rows
+        yield {"levels": levels, **{name: model.judge(weights) for name, weights in made.items()}}
 
 
-def at_sizes(model: DemoModel) -> list[dict]:
+def at_sizes(model: DemoModel) -> Iterator[dict]:
     """Each size without a calibration and with one."""
-    rows = []
     for preset, bits in SIZES.items():
         formats = model.formats(bits)
-        made = {
-            "without": model.each(lambda key, f=formats: stored(quantize(model.weights[key], format=f[key]))),
-            "calibrated": model.calibrated(Settings(BitsPerWeight(bits))),
-        }
-        judged = {name: model.judge(weights) for name, weights in made.items()}
-        rows.append({"preset": preset, "asked": bits, **judged})
-        print(rows[-1], flush=True)
-    return rows
+        without = model.each(lambda key, formats=formats: stored(quantize(model.weights[key], format=formats[key])))
+        calibrated = model.calibrated(Settings(BitsPerWeight(bits)))
+        judged = {"without": model.judge(without), "calibrated": model.judge(calibrated)}
+        yield {"preset": preset, "asked": bits, **judged}
 
 
 def levels_table(results: dict) -> str:
@@ -94,12 +87,8 @@ def sizes_table(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    parser = argument_parser(__doc__)
-    measurements = {"calibrated": at_levels, "sizes": at_sizes}
-    parser.add_argument("--only", choices=measurements, help="fixed levels or fixed sizes; each has a results file")
-    only = parser.parse_args().only
+    argument_parser(__doc__).parse_args()
     print(machine())
     model = DemoModel(collect_demo(PROMPTS))
-    for name, measure in measurements.items():
-        if only in (None, name):
-            print(write_results(name, {**FACTS, "rows": measure(model)}))
+    for name, measure in {"calibrated": at_levels, "sizes": at_sizes}.items():
+        print(write_results(name, {**FACTS, "rows": list(measure(model))}))

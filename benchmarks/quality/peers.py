@@ -6,7 +6,6 @@ Bytes of a weight are its codes, scales, zero points, codebooks and padding, but
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -35,8 +34,7 @@ class Stored(NamedTuple):
     packed_bytes: int
 
 
-@dataclass(frozen=True)
-class Contestant:
+class Contestant(NamedTuple):
     """One setting of one program, or one of our formats at one effort."""
 
     name: str

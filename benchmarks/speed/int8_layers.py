@@ -27,12 +27,7 @@ CHUNK_NUMBERS, MIN_CHUNK_TOKENS = 1 << 20, 128
 def round_rows(matrix: torch.Tensor, *, overwrite: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Round every row of a matrix to int8; ``rows * scales[:, None]`` is the matrix, within half a scale.
 
-    Args:
-        matrix: floating, shape (rows, columns).
-        overwrite: whether its memory may be used, if it is float32.
-
-    Returns:
-        int8 of the same shape, and float32 of shape (rows,).
+    Returns int8 of the same shape, and float32 of shape (rows,); `overwrite` reuses the memory of a float32 matrix.
     """
     largest = torch.maximum(matrix.amax(dim=1), -matrix.amin(dim=1)).float()
     factors = torch.where(largest > MIN_MAGNITUDE, STEPS / largest, 0.0).unsqueeze(1)
@@ -41,15 +36,9 @@ def round_rows(matrix: torch.Tensor, *, overwrite: bool = False) -> tuple[torch.
 
 
 def int8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`torch.nn.functional.linear` with both factors rounded to int8.
+    """`torch.nn.functional.linear` with both factors rounded to int8, in the dtype of `x`; see `fits`.
 
-    Args:
-        x: floating, shape (…, columns); see `fits`.
-        weight: float32 of shape (rows, columns); it is overwritten.
-        bias: floating, shape (rows,).
-
-    Returns:
-        Shape (…, rows), in the dtype of `x`.
+    The weight must be float32; it is overwritten.
     """
     rows, row_scales = round_rows(weight, overwrite=True)
 
