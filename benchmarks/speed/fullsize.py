@@ -18,15 +18,7 @@ from safetensors.torch import load_file
 
 from nfq_core import NFTensor, load
 
-from ..shared import (
-    argument_parser,
-    json_of,
-    spread,
-    summary,
-    timed,
-    write_results,
-    write_sdxl_unet,
-)
+from ..shared import argument_parser, dated_table, json_of, spread, summary, timed, write_results, write_sdxl_unet
 
 READ_RUNS, CONVERT_RUNS = 5, 3
 # By name in the results: map a safetensors file, as its library does; load it into memory of its own, which a program

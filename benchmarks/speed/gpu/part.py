@@ -1,4 +1,4 @@
-"""What the parts of the GPU benchmark share: results and failures, CUDA graphs, memory."""
+"""What the parts of the GPU benchmark share: results and failures, random weights, CUDA graphs, memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,8 +18,6 @@ from nfq_core.models.unet_keys import SDXL_BASE, UNetArchitecture
 from nfq_core.planning.settings import DEFAULTS, Settings
 
 from ...shared import synchronize
-
-PACKAGES = ("triton", "diffusers", "safetensors", "zstandard", "numpy", "bitsandbytes")
 
 Result = TypeVar("Result")
 State = Mapping[str, NFTensor | torch.Tensor]
@@ -65,31 +62,6 @@ def _random_state(architecture: UNetArchitecture, settings: Settings) -> State:
 def random_state(part: Part, settings: Settings = DEFAULTS) -> State:
     """A UNet's tensors on the device, quantised by the usual rules, with random codes."""
     return {name: tensor.to(part.device) for name, tensor in _random_state(part.architecture, settings).items()}
-
-
-def without_device(device: torch.device) -> str:
-    """Why nothing can be measured on a device; empty if it can."""
-    if device.type != "cuda" or (device.index or 0) < torch.cuda.device_count():
-        return ""
-    hint = "try the script with --device cpu --small --out FILE"
-    return f"cannot measure {device}: torch sees {torch.cuda.device_count()} CUDA devices here; {hint}"
-
-
-def describe(device: torch.device) -> dict:
-    """The device, and the versions of the packages used."""
-    facts: dict[str, object] = {"name": str(device)}
-    if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        memory, cuda = round(found.total_memory / 2**30, 1), torch.version.cuda or torch.version.hip
-        facts = {"name": found.name, "capability": f"{found.major}.{found.minor}", "memory_gib": memory, "cuda": cuda}
-    return facts | {"versions": {name: _version(name) for name in PACKAGES}}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def graphed(device: torch.device, work: Callable[[], object]) -> Callable[[], object]:
