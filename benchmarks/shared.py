@@ -213,6 +213,11 @@ def write_results(name: str, results: dict, path: Path | None = None) -> Path:
     return path
 
 
+def read_results(name: str) -> dict:
+    """The results in `benchmarks/results/<name>.json`."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def gaussian(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """Gaussian weights, fp16."""
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * WEIGHT_STD).half()

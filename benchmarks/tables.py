@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from .article import tables as article
+from . import article
 from .hosts import comfyui, diffusers_load
 from .quality import calibration, levels, trellis
 from .quality import tables as quality

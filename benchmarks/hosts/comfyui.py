@@ -1,10 +1,9 @@
 """fp16, our formats and ComfyUI-GGUF in a real ComfyUI: `python -m benchmarks.hosts.comfyui --dir DIR`.
 
 COMFYUI_PATH names the host and COMFYUI_PYTHON its Python. ComfyUI-GGUF takes part at Q4_0 if COMFYUI_GGUF names a
-checkout and its Python package `gguf` is installed here. Every measurement is a fresh process of the host, the
-contestants in turns: a prompt loads a UNet of Segmind Vega's shapes with random weights and samples with CFG. It
-measures the time from Queue to the begin and end of the first step, the time of the following steps, and the process's
-peak memory less the idle host's. LoRAs have rank 32, on three linear layers of every transformer block. For Linux.
+checkout and `gguf` is installed here. Every measurement is a fresh process of the host, in turns: a prompt samples with
+a UNet of Segmind Vega's shapes and random weights. Peak memory is less the idle host's. LoRAs have rank 32, on three
+linear layers of every transformer block. For Linux.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Memory that loading SDXL's UNet in diffusers takes: `python -m benchmarks.hosts.diffusers_load --dir DIR`.
 
 Makes a folder of synthetic fp16 weights (5.14 GB) in DIR and a quantised file of it, unless they exist, and loads each
-way in a process of its own. The peaks are Linux's: of all resident memory (VmHWM), and of the process's own memory
-(anonymous pages, read fifty times per second). Pages of mapped files count in the first only; the system takes them
-back when it needs memory.
+way in a process of its own. The peaks are Linux's: of all resident memory (VmHWM), which counts the pages of mapped
+files, and of the process's own memory (anonymous pages, read fifty times per second).
 """
 
 from __future__ import annotations

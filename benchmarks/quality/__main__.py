@@ -1,9 +1,8 @@
 """Size and quality of our formats compared with the peers': `python -m benchmarks.quality`.
 
-Random weights (Gaussian, Student-t, a convolution whose channels differ) and the demo model, the latter with the UNet's
-output and pictures for captions that the calibration did not see. The peers' own code runs: ggml's quantisers
-(`xllamacpp`), bitsandbytes, hqq, sdnq, torch. A package that is not installed is left out and named (`pip install -e
-".[bench]"`). Sizes count all overheads.
+Random weights and the demo model, the latter with the UNet's output and pictures for captions that the calibration did
+not see. The peers' own code runs: ggml's quantisers (`xllamacpp`), bitsandbytes, hqq, sdnq, torch. A package that is not
+installed is left out and named (`pip install -e ".[bench]"`).
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
 """What a calibration gains: `python -m benchmarks.quality.calibration`.
 
-The demo model, calibrated with 32 captions and measured with other captions; the first and last convolution are kept.
-Output: SQNR of the UNet's output on noisy pictures at random timesteps. Pictures: PSNR over 24 captions, drawn with the
-same seeds.
-
-At fixed levels, every weight has the given number of levels, convolutions too; the article's format is compared. At
-fixed sizes (the presets, and 4.15 packed bits per weight) each layer's format follows from its role. With a calibration
-it follows from its measured sensitivity, and error feedback chooses the codes.
+The demo model, calibrated with 32 captions and measured with others; the first and last convolution are kept. At fixed
+levels, every weight has the given number of levels; the article's format is compared. At fixed sizes (the presets, and
+4.15 packed bits per weight), a calibration chooses formats by measured sensitivity, and codes by error feedback.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Size and error of every number of levels, compared with the article's format: `python -m benchmarks.quality.levels`.
 
-Gaussian and Student-t weights (2048 × 2048) and the demo model's; all weights have the given number of levels,
-convolutions too. Sizes count all bytes of a tensor on disk: codes, scales, levels, zstd frames.
+Gaussian, Student-t and the demo model's weights; convolutions have the given number of levels too. Sizes count all
+bytes of a tensor on disk.
 """
 
 from __future__ import annotations

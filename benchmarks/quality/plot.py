@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nfq_core.report.plots import COLOURS, check_matplotlib, png
 
-from ..shared import RESULTS, ROOT, argument_parser
+from ..shared import ROOT, argument_parser, read_results
 from .checks import PACKED, measured
 from .weights import DEMO, GAUSSIAN
 
@@ -162,4 +161,4 @@ def _name_points(axes: Axes, measure: str, peers: Sequence[dict]) -> None:
 
 if __name__ == "__main__":
     argument_parser(__doc__).parse_args()
-    print(plot(json.loads((RESULTS / "quality.json").read_text(encoding="utf-8"))))
+    print(plot(read_results("quality")))

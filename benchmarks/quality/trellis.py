@@ -1,9 +1,8 @@
 """Error, bits and time of trellis formats, scalar formats and peers: `python -m benchmarks.quality.trellis`.
 
-Gaussian and Student-t weights (1024 × 1024) and a convolution whose channels differ (640 × 320 × 3 × 3), all weights in
-one format. Also measured: one search by window, and the decode. The goals say what SDXL's layers would get, if their
-weights were of these kinds, at the sizes in `checks.FLOORS`. Peers are ggml's types (`xllamacpp`) and bitsandbytes'
-NF4; one that is not installed is left out and named. Times are processor seconds on one thread.
+Random weights, all in one format. Also measured: one search by window, and the decode. The goals are the error that
+SDXL's layers would have, if their weights were of these kinds, at the sizes in `checks.FLOORS`. Peers are ggml's types
+(`xllamacpp`) and bitsandbytes' NF4. Times are processor seconds on one thread.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from time import process_time
 
 import torch
 
-from nfq_core import quantize
+from nfq_core import NFTensor, quantize
 from nfq_core.files.safetensors_io import Entry
 from nfq_core.fitting.codebook import EFFORTS
 from nfq_core.fitting.trellis import TrellisCoder
@@ -35,12 +34,9 @@ from .weights import GAUSSIAN, SPREAD, STUDENT_T, Layer, figures, random_weights
 
 IDS = ("nf7_b64", "nf16_b64", "nf32_b64", "nf256_b64", *TRELLIS_IDS)
 EIGHT_BITS = ("nf256_b64", "Q8_0")  # Our format and the peer's
-PEERS = (*(name for name, _ in FLOORS), EIGHT_BITS[1])
-PEER_FAMILIES = ("GGUF", "bitsandbytes")
+PEERS, PEER_FAMILIES = (*(name for name, _ in FLOORS), "Q8_0"), ("GGUF", "bitsandbytes")
 SHAPE, CONVOLUTION = (1024, 1024), (640, 320, 3, 3)
-WINDOWS = (8, 9, 10, 12)
-ROUNDS = 7
-TIMED_BLOCKS = 2048
+WINDOWS, TIMED_BLOCKS, ROUNDS = (8, 9, 10, 12), 2048, 7
 
 
 def processor_seconds(work: Callable[[], object]) -> float:
@@ -52,16 +48,14 @@ def processor_seconds(work: Callable[[], object]) -> float:
 
 def measure(weight: torch.Tensor, format: str, effort: str) -> dict:
     """The `figures` of a weight in one of our formats, and seconds per million weights to quantise it."""
-    started = process_time()
-    tensor = quantize(weight, format=format, effort=effort)
-    seconds = process_time() - started
-    return {**figures([Layer.of(weight, stored(tensor))]), "seconds_per_million": seconds / weight.numel() * 1e6}
+    made: list[NFTensor] = []
+    seconds = processor_seconds(lambda: made.append(quantize(weight, format=format, effort=effort)))
+    return {**figures([Layer.of(weight, stored(made[0]))]), "seconds_per_million": seconds / weight.numel() * 1e6}
 
 
 def search_seconds() -> dict[str, dict]:
     """Seconds per million weights of one search with four-bit codes, by window."""
-    blocks = torch.randn(TIMED_BLOCKS, BLOCK, generator=torch.Generator().manual_seed(0))
-    searches = {}
+    blocks, searches = torch.randn(TIMED_BLOCKS, BLOCK, generator=torch.Generator().manual_seed(0)), {}
     for window in WINDOWS:
         fmt = BlockFormat("", 1 << window, 16, 2, 0, Scales.LOGARITHMIC, window)
         levels = torch.randn(fmt.levels, generator=torch.Generator().manual_seed(1))

@@ -1,8 +1,7 @@
 """Makes the levels that fitting a trellis format starts from: `python -m benchmarks.quality.trellis_levels [ID…]`.
 
-Lloyd's algorithm on Gaussian blocks, from many starts. A start is the Gaussian quantiles in the order of a
-multiplicative hash of their numbers: the levels that can follow a state are spread over the whole range, and other
-states have other ones. The best starts continue with more blocks.
+Lloyd's algorithm on Gaussian blocks, from many starts, each the Gaussian quantiles in the order of a multiplicative
+hash: the levels that can follow a state are spread over the whole range. The best starts continue with more blocks.
 """
 
 from __future__ import annotations

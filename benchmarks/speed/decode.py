@@ -1,9 +1,8 @@
 """Speed of the decode on a CPU, compared with other libraries: `python -m benchmarks.speed.decode`.
 
-One hundred million weights into a buffer that is used again, on one thread and on all. Contestants, in turns in one
-process: a plain copy of the result; our formats; bitsandbytes' NF4, which allocates its result; gguf-py's Q4_0 and
-Q4_K, which allocate fp32 arrays in numpy, use one thread and get a tenth of the weights. A package that is not
-installed is left out and named (`pip install -e ".[bench]"`).
+One hundred million weights into a buffer that is used again, on one thread and on all. Contestants: a plain copy; our
+formats; bitsandbytes' NF4, which allocates its result; gguf-py's Q4_0 and Q4_K, which allocate fp32 arrays in numpy and
+use one thread. A package that is not installed is left out and named (`pip install -e ".[bench]"`).
 """
 
 from __future__ import annotations

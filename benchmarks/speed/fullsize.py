@@ -1,8 +1,7 @@
 """SDXL's UNet through the command line: `python -m benchmarks.speed.fullsize --dir DIR`.
 
-Writes a synthetic fp16 file of SDXL's names and shapes (5.14 GB) to DIR if there is none, and converts it at the
-defaults. Then both files are read, every byte touched, with the files in the page cache and after a request to drop
-them. Every conversion and reading is a process of its own; peak memory is what the operating system reports. For Linux.
+Writes a synthetic fp16 file of SDXL's shapes (5.14 GB) to DIR if there is none, converts it at the defaults, and reads
+both files, every byte touched, with the files in the page cache and after a request to drop them. For Linux.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from nfq_core.layers import PackedLinear, pack_layers, packed_layers
 from nfq_core.packed.op import dequantize_for_one_use
 from nfq_core.report.metrics import psnr_db
 
-from ..article.models import Model, demo_model
+from ..article import Model, demo_model
 from ..quality.demo import held_out_batch
 from ..shared import argument_parser, machine, markdown_table, milliseconds, spread, write_results
 from .int8_layers import dynamic_int8, fits, int8_layers, round_rows

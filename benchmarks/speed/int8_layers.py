@@ -1,8 +1,7 @@
 """Linear layers that multiply in int8: packed ones, an experiment, and torch's dynamic quantisation.
 
-Each row of a weight and each token of an input is rounded to 255 steps, with a symmetric and dynamic scale: the largest
-magnitude becomes 127. Sums are exact in int32. This is vector-wise quantisation as in LLM.int8() (arXiv 2208.07339,
-section 3.1), without its separate treatment of outliers.
+Each row of a weight and each token of an input is rounded to 255 steps with a symmetric, dynamic scale; sums are exact
+in int32. This is LLM.int8()'s vector-wise quantisation (arXiv 2208.07339, section 3.1) without its outliers.
 """
 
 from __future__ import annotations

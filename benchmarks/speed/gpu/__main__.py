@@ -1,11 +1,9 @@
 """Correctness and speed on a GPU, in one run: `python -m benchmarks.speed.gpu`.
 
-It checks the bits of every format, and measures the decode, steps of SDXL's UNet (packed, with LoRAs, resident,
-compiled, and other 4-bit layers), quantising and loading. It writes the results after each part, with failures and
-skipped measurements. The exit status is 1 if anything failed. After a failure that breaks the GPU's context, run the
-other parts with --only.
-
-`--device cpu --small --out FILE` tries the script without a GPU. Needs diffusers; bitsandbytes is used if installed.
+It checks the bits of every format, and measures the decode, steps of SDXL's UNet, quantising and loading. It writes the
+results after each part, with failures and skipped measurements; the exit status is 1 if anything failed. After a
+failure that breaks the GPU's context, run the other parts with --only. `--device cpu --small --out FILE` tries the
+script without a GPU. Needs diffusers; bitsandbytes is used if installed.
 """
 
 from __future__ import annotations
