@@ -1,11 +1,9 @@
 """Size and quality of our formats compared with the peers': `python -m benchmarks.quality`.
 
 Random weights and the demo model, the latter with the UNet's output and pictures for captions that the calibration did
-not see. The peers' own code runs: ggml's quantisers (`xllamacpp`), bitsandbytes, hqq, sdnq, torch. A package that is not
-installed is left out and named (`pip install -e ".[bench]"`).
+not see. The peers' own code runs: ggml (`xllamacpp`), bitsandbytes, hqq, sdnq, torch. A package that is not installed
+is left out and named (`pip install -e ".[bench]"`).
 """
-
-from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
@@ -17,11 +15,10 @@ from nfq_core.demo.calibrate import collect_demo
 from nfq_core.errors import NFQError
 
 from ..shared import argument_parser, machine, write_results
-from .checks import checks, left_of
+from .checks import checks, left_of, table
 from .demo import FACTS, PROMPTS, demo_rows
 from .peers import ARTICLE, our_formats, peers
 from .plot import plot
-from .tables import table
 from .weights import cut, model_layers, random_weights, weight_rows
 
 

@@ -4,8 +4,6 @@ Gaussian, Student-t and the demo model's weights; convolutions have the given nu
 bytes of a tensor on disk.
 """
 
-from __future__ import annotations
-
 from itertools import product
 from math import log2
 
@@ -19,8 +17,8 @@ from nfq_core.packed.formats import BLOCK, LEVELS
 from nfq_core.packed.packing import unpack_codes
 
 from ..shared import markdown_table, run_command
+from .checks import SOURCES
 from .peers import Stored, article
-from .tables import SOURCES
 from .weights import DEMO, GAUSSIAN, SHAPE, STUDENT_T, Layer, figures, model_layers, random_weights
 
 

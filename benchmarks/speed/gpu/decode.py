@@ -1,7 +1,5 @@
 """The decode on a GPU: are the bits right, and how long does it take compared with copies?"""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import product
 
@@ -14,8 +12,7 @@ from nfq_core.packed import backends, op, torch_decode
 from nfq_core.packed.formats import FORMATS, LEVELS, format_by_id
 
 from ...shared import channel_spread, milliseconds, unavailable
-from .part import Part, graphed, random_state
-from .rivals import dequantize_q4_0, random_q4_0
+from .part import Part, dequantize_q4_0, graphed, random_q4_0, random_state
 
 ODD_SIZES = (1, 63, 64, 65, 24 * 64 + 1, 256 * 64 + 1)
 LARGE_SIZES = (1280 * 1280, torch_decode.CHUNK_WEIGHTS + 65)

@@ -1,7 +1,5 @@
 """SDXL's UNet in diffusers on a GPU: a step (packed, with LoRAs, compiled, other layers); quantising and loading."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,8 +18,7 @@ from nfq_core.planning.allocation import PRESETS
 from nfq_core.planning.settings import DEFAULTS, BitsPerWeight, Settings
 
 from ...shared import milliseconds, synchronize, timed, unavailable
-from .part import Part, State, added_bytes, random_state
-from .rivals import Q4Layer, nf4_layer
+from .part import Part, Q4Layer, State, added_bytes, nf4_layer, random_state
 
 BATCH = 2  # With and without the prompt, for CFG
 SIDE, SMALL_SIDE = 128, 16  # Sides of the latents; SDXL draws 1024 pixels from 128
