@@ -8,7 +8,7 @@ linear layers of every transformer block. For Linux.
 
 import os
 from pathlib import Path
-from statistics import median
+from statistics import median_high
 from time import time
 from typing import NamedTuple
 
@@ -131,7 +131,7 @@ def measure(base: Path, contestant: str) -> dict[str, float]:
     return {
         "to_first_step_s": calls[0][0] - queued,
         "to_first_step_end_s": calls[0][1] - queued,
-        "step_s": median(end - start for start, end in calls[1:]),
+        "step_s": median_high(end - start for start, end in calls[1:]),
         "peak_bytes": peak - before,
     }
 
