@@ -1,7 +1,5 @@
 """What every benchmark uses: facts about the machine, timing, results files, table cells, random weights."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json
@@ -30,9 +28,7 @@ from nfq_core.report.markdown import markdown_table as markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-
-WEIGHT_STD = 0.03
-"""Typical standard deviation of an SDXL weight."""
+WEIGHT_STD = 0.03  # Typical standard deviation of an SDXL weight
 
 
 def machine() -> dict:
@@ -144,10 +140,34 @@ def spread(found: Mapping[str, float], unit: str = "", digits: int = 2, scale: f
     return f"{median}{unit} ({low} – {high})"
 
 
+def left_out(skipped: Mapping[str, str]) -> str:
+    """One sentence about the peers left out, each with its reason; empty if there are none."""
+    return f"Left out: {'; '.join(f'{name} ({why})' for name, why in skipped.items())}." if skipped else ""
+
+
+def origin_line(results: dict, *programs: str) -> str:
+    """The machine of a results file and the versions of programs (by default torch's), in one line."""
+    facts = results["machine"]
+    words = ", ".join(programs) or f"torch {facts['torch']}"
+    return f"{facts['processors']} processors ({facts['processor']}), {words}, {facts['date']}."
+
+
+def dated_table(header: Sequence[str], rows: Sequence[Sequence[str]], results: dict, *programs: str) -> str:
+    """A table with its `origin_line` below."""
+    return f"{markdown_table(header, rows)}\n\n{origin_line(results, *programs)}"
+
+
 def argument_parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser of a command line that shows a module's docstring as its help."""
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(prog=shlex.join(_program()), description=doc, formatter_class=formatter)
+
+
+def run_command(doc: str | None, name: str, run: Callable[[], dict]) -> None:
+    """The command line of a benchmark without options: show the machine, measure, write `results/<name>.json`."""
+    argument_parser(doc).parse_args()
+    print(machine())
+    print(write_results(name, run()))
 
 
 def json_of(*module: str) -> dict:
@@ -189,6 +209,11 @@ def write_results(name: str, results: dict, path: Path | None = None) -> Path:
     path = path or RESULTS / f"{name}.json"
     write_json(path, with_origin(results))
     return path
+
+
+def read_results(name: str) -> dict:
+    """The results in `benchmarks/results/<name>.json`."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def gaussian(shape: tuple[int, ...], seed: int) -> torch.Tensor:

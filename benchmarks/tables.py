@@ -3,23 +3,20 @@
 A table goes between `<!-- NAME -->` and `<!-- /NAME -->`, in whichever of these pages has the two markers.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from .article import tables as article
+from . import article
 from .hosts import comfyui, diffusers_load
-from .quality import calibration, levels, trellis
-from .quality import tables as quality
+from .quality import calibration, checks, levels, trellis
 from .shared import RESULTS, ROOT, argument_parser
 from .speed import decode, fullsize, int8
 from .speed.gpu import tables as gpu
 
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
-    "quality": ("quality", quality.table),
+    "quality": ("quality", checks.table),
     "levels": ("levels", levels.table),
     "calibrated": ("calibrated", calibration.levels_table),
     "sizes": ("sizes", calibration.sizes_table),

@@ -1,38 +1,32 @@
 """fp16, our formats and ComfyUI-GGUF in a real ComfyUI: `python -m benchmarks.hosts.comfyui --dir DIR`.
 
 COMFYUI_PATH names the host and COMFYUI_PYTHON its Python. ComfyUI-GGUF takes part at Q4_0 if COMFYUI_GGUF names a
-checkout and its Python package `gguf` is installed here. Every measurement is a fresh process of the host, the
-contestants in turns: a prompt loads a UNet of Segmind Vega's shapes with random weights and samples with CFG. It
-measures the time from Queue to the begin and end of the first step, the time of the following steps, and the process's
-peak memory less the idle host's. LoRAs have rank 32, on three linear layers of every transformer block. For Linux.
+checkout and `gguf` is installed here. Every measurement is a fresh process of the host, in turns: a prompt samples with
+a UNet of Segmind Vega's shapes and random weights. Peak memory is less the idle host's. LoRAs have rank 32, on three
+linear layers of every transformer block. For Linux.
 """
 
-from __future__ import annotations
-
-import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_high
 from time import time
+from typing import NamedTuple
 
 from safetensors.torch import load_file, save_file
 
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.models.unet_keys import SEGMIND_VEGA
 
-from ..shared import argument_parser, markdown_table, spread, summary, write_results
+from ..shared import argument_parser, dated_table, spread, summary, write_results
 
-STEPS = 3
-PIXELS = 512
+STEPS, PIXELS = 3, 512
 LORAS, RANK = 4, 32
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """A loader node, the file that it loads, and the number of LoRAs."""
+class Contestant(NamedTuple):
+    """The file that a contestant loads, and the number of LoRAs."""
 
     label: str
-    node: str
     file: str
     loras: int = 0
 
@@ -40,25 +34,36 @@ class Contestant:
         """The loading nodes; the last one is named `model`."""
         from graphs import lora
 
-        inputs = {"unet_name": self.file} | ({"weight_dtype": "default"} if self.node == "UNETLoader" else {})
-        nodes = {"lora 0": {"class_type": self.node, "inputs": inputs}}
+        node, inputs = LOADERS[self.file]
+        nodes = {"lora 0": {"class_type": node, "inputs": {"unet_name": self.file, **inputs}}}
         for number in range(1, self.loras + 1):
             nodes[f"lora {number}"] = lora(f"lora-{number}", 0.5, [f"lora {number - 1}", 0])
         nodes["model"] = nodes.pop(f"lora {self.loras}")
         return nodes
 
 
-FP16 = "UNETLoader", "model.safetensors"
-NFQ = "NFQuantizedUNetLoader", "model.nfq.safetensors"
-GGUF = "UnetLoaderGGUF", "model.gguf"
+FP16, NFQ, GGUF = "model.safetensors", "model.nfq.safetensors", "model.gguf"
+# By file: the loader node, and its further inputs.
+LOADERS = {
+    FP16: ("UNETLoader", {"weight_dtype": "default"}),
+    NFQ: ("NFQuantizedUNetLoader", {}),
+    GGUF: ("UnetLoaderGGUF", {}),
+}
 CONTESTANTS = {
-    "fp16": Contestant("fp16, stock loader", *FP16),
-    "nfq": Contestant("NFQ, 16 levels", *NFQ),
-    "gguf": Contestant("ComfyUI-GGUF, Q4_0", *GGUF),
-    "fp16_loras": Contestant(f"fp16, {LORAS} LoRAs", *FP16, LORAS),
-    "nfq_lora": Contestant("NFQ, a LoRA", *NFQ, 1),
-    "nfq_loras": Contestant(f"NFQ, {LORAS} LoRAs", *NFQ, LORAS),
-    "gguf_loras": Contestant(f"ComfyUI-GGUF, {LORAS} LoRAs", *GGUF, LORAS),
+    "fp16": Contestant("fp16, stock loader", FP16),
+    "nfq": Contestant("NFQ, 16 levels", NFQ),
+    "gguf": Contestant("ComfyUI-GGUF, Q4_0", GGUF),
+    "fp16_loras": Contestant(f"fp16, {LORAS} LoRAs", FP16, LORAS),
+    "nfq_lora": Contestant("NFQ, a LoRA", NFQ, 1),
+    "nfq_loras": Contestant(f"NFQ, {LORAS} LoRAs", NFQ, LORAS),
+    "gguf_loras": Contestant(f"ComfyUI-GGUF, {LORAS} LoRAs", GGUF, LORAS),
+}
+# By figure: its label, unit, and the unit's size.
+COLUMNS = {
+    "to_first_step_s": ("Queue → first step", " s", 1),
+    "to_first_step_end_s": ("Queue → first step's end", " s", 1),
+    "step_s": ("a step", " s", 1),
+    "peak_bytes": ("peak memory", " GB", 1e9),
 }
 
 
@@ -89,20 +94,20 @@ def prepare(directory: Path) -> tuple[Path, list[str]]:
     from models import random_adapter, write_unet
 
     base = directory / "comfyui"
-    unets = base / "models" / "diffusion_models"
+    unets, adapters = base / "models" / "diffusion_models", base / "models" / "loras"
     if not base.exists():
         make_base(base)
-        write_unet(unets / "model.safetensors", SEGMIND_VEGA)
-        quantize_file(unets / "model.safetensors", unets / "model.nfq.safetensors")
+        write_unet(unets / FP16, SEGMIND_VEGA)
+        quantize_file(unets / FP16, unets / NFQ)
         for number in range(1, LORAS + 1):
-            adapter = random_adapter(SEGMIND_VEGA, "lora", number, RANK)
-            save_file(adapter, base / "models" / "loras" / f"lora-{number}.safetensors")
+            lora = random_adapter(SEGMIND_VEGA, "lora", number, RANK)
+            save_file(lora, adapters / f"lora-{number}.safetensors")
     if not os.environ.get("COMFYUI_GGUF"):
         return base, [name for name in CONTESTANTS if not name.startswith("gguf")]
     plugin = base / "custom_nodes" / "ComfyUI-GGUF"
     if not plugin.exists():
         plugin.symlink_to(os.environ["COMFYUI_GGUF"])
-        write_gguf(unets / "model.safetensors", unets / "model.gguf")
+        write_gguf(unets / FP16, unets / GGUF)
     return base, list(CONTESTANTS)
 
 
@@ -123,11 +128,10 @@ def measure(base: Path, contestant: str) -> dict[str, float]:
         calls = host.check("step_times", {})
     finally:
         host.close()
-    lengths = [end - start for start, end in calls[1:]]
     return {
         "to_first_step_s": calls[0][0] - queued,
         "to_first_step_end_s": calls[0][1] - queued,
-        "step_s": sorted(lengths)[len(lengths) // 2],
+        "step_s": median_high(end - start for start, end in calls[1:]),
         "peak_bytes": peak - before,
     }
 
@@ -135,27 +139,16 @@ def measure(base: Path, contestant: str) -> dict[str, float]:
 def table(results: dict) -> str:
     """Times and memory of every contestant, with ratios to fp16."""
     found, rows = results["contestants"], []
-    columns = {
-        "to_first_step_s": ("Queue → first step", " s", 1),
-        "to_first_step_end_s": ("Queue → first step's end", " s", 1),
-        "step_s": ("a step", " s", 1),
-        "peak_bytes": ("peak memory", " GB", 1e9),
-    }
     for name in (name for name in CONTESTANTS if name in found):
         cells = [CONTESTANTS[name].label, f"{results['file_bytes'][name] / 1e9:.2f} GB"]
-        for key, (_, unit, scale) in columns.items():
+        for key, (_, unit, scale) in COLUMNS.items():
             ratio = found[name][key]["median"] / found["fp16"][key]["median"]
             cell = spread(found[name][key], unit, scale=scale)
             cells.append(cell if name == "fp16" else f"{cell} = {ratio:.2f} ×")
         rows.append(cells)
-    header = [
-        f"{results['architecture']}, {results['pixels']} px, CFG",
-        "file",
-        *(column[0] for column in columns.values()),
-    ]
-    facts = results["machine"]
-    where = f"{facts['processors']} processors ({facts['processor']}), ComfyUI {results['host']}, {facts['date']}."
-    return markdown_table(header, rows) + f"\n\n{where}"
+    title = f"{results['architecture']}, {results['pixels']} px, CFG"
+    header = [title, "file", *(label for label, _, _ in COLUMNS.values())]
+    return dated_table(header, rows, results, f"ComfyUI {results['host']}")
 
 
 if __name__ == "__main__":
@@ -168,16 +161,15 @@ if __name__ == "__main__":
     for _ in range(options.runs):
         for name, runs in samples.items():
             runs.append(measure(base, name))
-            print(name, json.dumps(runs[-1]), flush=True)
+            print(name, runs[-1], flush=True)
     unets = base / "models" / "diffusion_models"
+    summaries = {name: {key: summary([run[key] for run in runs]) for key in COLUMNS} for name, runs in samples.items()}
     results = {
         "architecture": SEGMIND_VEGA.name,
         "host": (Path(os.environ["COMFYUI_PATH"]) / "comfyui_version.py").read_text().split('"')[1],
         "pixels": PIXELS,
         "steps": STEPS,
         "file_bytes": {name: (unets / CONTESTANTS[name].file).stat().st_size for name in contestants},
-        "contestants": {
-            name: {key: summary([run[key] for run in runs]) for key in runs[0]} for name, runs in samples.items()
-        },
+        "contestants": summaries,
     }
     print(write_results("host", results))

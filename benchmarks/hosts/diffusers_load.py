@@ -1,12 +1,9 @@
 """Memory that loading SDXL's UNet in diffusers takes: `python -m benchmarks.hosts.diffusers_load --dir DIR`.
 
 Makes a folder of synthetic fp16 weights (5.14 GB) in DIR and a quantised file of it, unless they exist, and loads each
-way in a process of its own. The peaks are Linux's: of all resident memory (VmHWM), and of the process's own memory
-(anonymous pages, read fifty times per second). Pages of mapped files count in the first only; the system takes them
-back when it needs memory.
+way in a process of its own. The peaks are Linux's: of all resident memory (VmHWM), which counts the pages of mapped
+files, and of the process's own memory (anonymous pages, read fifty times per second).
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -26,6 +23,35 @@ from ..shared import argument_parser, json_of, markdown_table, process_status, t
 SAMPLES_PER_SECOND = 50
 
 
+def from_pretrained(folder: Path, **settings: object) -> torch.nn.Module:
+    """diffusers' own loader."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16, **settings)
+
+
+def load_packed(folder: Path) -> torch.nn.Module:
+    """`load_unet` of the quantised file."""
+    from nfq_core.diffusers import load_unet
+
+    return load_unet(folder / "sdxl.nfq.safetensors", folder)
+
+
+def load_copied(folder: Path) -> torch.nn.Module:
+    """fp16, copied to the process's own memory, as in a program that changes weights or closes the file."""
+    model = from_pretrained(folder)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
+def quantize_at_load(folder: Path) -> torch.nn.Module:
+    """diffusers' loader with an `NFQConfig`."""
+    from nfq_core.diffusers import NFQConfig
+
+    return from_pretrained(folder, quantization_config=NFQConfig())
+
+
 def load_nothing(folder: Path) -> object:
     """Import what the other ways import."""
     import diffusers
@@ -36,45 +62,14 @@ def load_nothing(folder: Path) -> object:
     return diffusers.UNet2DConditionModel
 
 
-def load_packed(folder: Path) -> object:
-    """`load_unet` of the quantised file."""
-    from nfq_core.diffusers import load_unet
-
-    return load_unet(folder / "sdxl.nfq.safetensors", folder)
-
-
-def load_fp16(folder: Path) -> object:
-    """diffusers' own loader."""
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)
-
-
-def load_fp16_copied(folder: Path) -> object:
-    """The same, copied to the process's own memory, as in a program that changes weights or closes the file."""
-    model = load_fp16(folder)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model
-
-
-def quantize_at_load(folder: Path) -> object:
-    """diffusers' loader with an `NFQConfig`."""
-    from diffusers import UNet2DConditionModel
-
-    from nfq_core.diffusers import NFQConfig
-
-    return UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16, quantization_config=NFQConfig())
-
-
+# By name in the results: the label in the table, and the loading function.
 LOADERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "imports": ("importing torch and diffusers", load_nothing),
     "load_unet": ("`load_unet`", load_packed),
-    "fp16": ("`from_pretrained`, fp16, mapped", load_fp16),
-    "fp16_copied": ("the same, copied", load_fp16_copied),
+    "fp16": ("`from_pretrained`, fp16, mapped", from_pretrained),
+    "fp16_copied": ("the same, copied", load_copied),
     "quantised_at_load": ("`from_pretrained` with `NFQConfig()`", quantize_at_load),
 }
-"""By name in the results: the label in the table, and the loading function."""
 
 
 def measure(kind: str, folder: Path) -> dict:

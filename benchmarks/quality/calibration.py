@@ -1,16 +1,11 @@
 """What a calibration gains: `python -m benchmarks.quality.calibration`.
 
-The demo model, calibrated with 32 captions and measured with other captions; the first and last convolution are kept.
-Output: SQNR of the UNet's output on noisy pictures at random timesteps. Pictures: PSNR over 24 captions, drawn with the
-same seeds.
-
-At fixed levels, every weight has the given number of levels, convolutions too; the article's format is compared. At
-fixed sizes (the presets, and 4.15 packed bits per weight) each layer's format follows from its role. With a calibration
-it follows from its measured sensitivity, and error feedback chooses the codes.
+The demo model, calibrated with 32 captions and measured with others; the first and last convolution are kept. At fixed
+levels, every weight has the given number of levels; the article's format is compared. At fixed sizes (the presets, and
+4.15 packed bits per weight), a calibration chooses formats by measured sensitivity, and codes by error feedback.
 """
 
-from __future__ import annotations
-
+from collections.abc import Iterator
 from functools import partial
 
 from nfq_core import quantize
@@ -23,18 +18,16 @@ from ..shared import argument_parser, machine, markdown_table, write_results
 from .demo import FACTS, PROMPTS, DemoModel
 from .peers import Stored, article, stored
 
-SIZES = {**PRESETS, "": 4.15}
-"""Packed bits per weight by preset; the last is the size at which K-quants are compared."""
+SIZES = {**PRESETS, "": 4.15}  # Packed bits per weight by preset; the last is the size at which K-quants are compared
 
 
-def at_levels(model: DemoModel) -> list[dict]:
+def at_levels(model: DemoModel) -> Iterator[dict]:
     """The article's format, ours without a calibration, with importance alone and with error feedback, by levels."""
 
     def ours(levels: int, calibrated: bool, key: str) -> Stored:
         importance = model.inputs[key].importance if calibrated and key in model.inputs else None
         return stored(quantize(model.weights[key], levels, importance=importance))
 
-    rows = []
     for levels in LEVELS:
         made = {
             "article": model.each(lambda key, levels=levels: article(model.weights[key], levels)),
@@ -42,24 +35,17 @@ def at_levels(model: DemoModel) -> list[dict]:
             "importance": model.each(partial(ours, levels, True)),
             "feedback": model.calibrated(Settings(Formats.of(levels, levels))),
         }
-        rows.append({"levels": levels, **{name: model.judge(weights) for name, weights in made.items()}})
-        print(rows[-1], flush=True)
-    return rows
+        yield {"levels": levels, **{name: model.judge(weights) for name, weights in made.items()}}
 
 
-def at_sizes(model: DemoModel) -> list[dict]:
+def at_sizes(model: DemoModel) -> Iterator[dict]:
     """Each size without a calibration and with one."""
-    rows = []
     for preset, bits in SIZES.items():
         formats = model.formats(bits)
-        made = {
-            "without": model.each(lambda key, f=formats: stored(quantize(model.weights[key], format=f[key]))),
-            "calibrated": model.calibrated(Settings(BitsPerWeight(bits))),
-        }
-        judged = {name: model.judge(weights) for name, weights in made.items()}
-        rows.append({"preset": preset, "asked": bits, **judged})
-        print(rows[-1], flush=True)
-    return rows
+        without = model.each(lambda key, formats=formats: stored(quantize(model.weights[key], format=formats[key])))
+        calibrated = model.calibrated(Settings(BitsPerWeight(bits)))
+        judged = {"without": model.judge(without), "calibrated": model.judge(calibrated)}
+        yield {"preset": preset, "asked": bits, **judged}
 
 
 def levels_table(results: dict) -> str:
@@ -95,12 +81,8 @@ def sizes_table(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    parser = argument_parser(__doc__)
-    measurements = {"calibrated": at_levels, "sizes": at_sizes}
-    parser.add_argument("--only", choices=measurements, help="fixed levels or fixed sizes; each has a results file")
-    only = parser.parse_args().only
+    argument_parser(__doc__).parse_args()
     print(machine())
     model = DemoModel(collect_demo(PROMPTS))
-    for name, measure in measurements.items():
-        if only in (None, name):
-            print(write_results(name, {**FACTS, "rows": measure(model)}))
+    for name, measure in {"calibrated": at_levels, "sizes": at_sizes}.items():
+        print(write_results(name, {**FACTS, "rows": list(measure(model))}))

@@ -1,25 +1,29 @@
-"""Promises about size and error compared with each peer, checked on the rows of the results."""
-
-from __future__ import annotations
+"""Promises about size and error compared with each peer, checked on the rows of the results; the results' tables."""
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 
-WEIGHTS = ("sqnr_db", "noise_db")
-OUTPUT, PICTURES = ("output_db",), ("picture_db",)
-LABELS = {WEIGHTS: "weights", OUTPUT: "output", PICTURES: "pictures"}
-"""Figures in dB that are compared together; the first one counts, the others are stricter."""
-
-FLOORS = (("Q4_K", 4.15), ("Q3_K", 3.15), ("Q5_K", 5.3), ("NF4", 3.85))
-"""Peers whose error in weights ours must reach without calibration, with these packed bits per weight at most."""
-
-PICTURE_FLOORS = FLOORS[:2]
-"""The same for pictures, also with calibration."""
-
-CALIBRATED_GAIN, CALIBRATED_LIMIT = 3.0, 4.15
-"""With calibration, the output must be this many dB better than Q4_K's at this many packed bits per weight, and than
-the article's at the article's size."""
+from ..shared import left_out, markdown_table
+from .weights import DEMO, GAUSSIAN, SPREAD, STUDENT_T
 
 PACKED = "packed_bits_per_weight"
+WEIGHTS, OUTPUT, PICTURES = ("sqnr_db", "noise_db"), ("output_db",), ("picture_db",)
+# Figures in dB that are compared together; the first one counts, the others are stricter.
+LABELS = {WEIGHTS: "weights", OUTPUT: "output", PICTURES: "pictures"}
+# Peers whose error in weights ours must reach without calibration, with these packed bits per weight at most.
+FLOORS = (("Q4_K", 4.15), ("Q3_K", 3.15), ("Q5_K", 5.3), ("NF4", 3.85))
+PICTURE_FLOORS = FLOORS[:2]  # The same for pictures, also with calibration
+# With calibration, the output must be this many dB better than Q4_K's at this many packed bits per weight, and than
+# the article's at the article's size.
+CALIBRATED_GAIN, CALIBRATED_LIMIT = 3.0, 4.15
+SOURCES = {
+    GAUSSIAN: "Gaussian",
+    STUDENT_T: "Student-t, ν = 5",
+    SPREAD: "convolution, channels differ",
+    DEMO: "demo model",
+}
+UNNAMED = ("GGUF", "bitsandbytes", "torch")  # Families whose name is not part of their contestants' names
+NOTICEABLE_DB = 0.05  # The stricter figure of an error is shown where it is lower by more than this
 
 
 def gain(row: dict, peer: dict, measures: Sequence[str]) -> float:
@@ -33,9 +37,9 @@ def best_within(rows: Iterable[dict], bits: float, peer: dict, measures: Sequenc
     return max(small, key=lambda row: gain(row, peer, measures), default=None)
 
 
-def measured(rows: Iterable[dict], measures: Sequence[str]) -> list[dict]:
-    """The rows that have these figures; pictures that are equal have no PSNR."""
-    return [row for row in rows if all(row.get(measure) is not None for measure in measures)]
+def measured(rows: Iterable[dict], measures: Sequence[str], source: str) -> list[dict]:
+    """The rows of a source that have these figures; pictures that are equal have no PSNR."""
+    return [row for row in rows if row["source"] == source and all(row.get(one) is not None for one in measures)]
 
 
 def of_kind(rows: Iterable[dict], ours: bool, calibrated: bool) -> list[dict]:
@@ -43,24 +47,20 @@ def of_kind(rows: Iterable[dict], ours: bool, calibrated: bool) -> list[dict]:
     return [row for row in rows if row["ours"] == ours and (calibrated or not row["calibrated"])]
 
 
+def sources_of(rows: Iterable[dict]) -> list[str]:
+    """The sources of the rows, each once."""
+    return list(dict.fromkeys(row["source"] for row in rows))
+
+
 def check(
-    rows: Sequence[dict], name: str, limit: float | None, measures: Sequence[str], needed: float, calibrated: bool
+    rows: Sequence[dict], source: str, name: str, limit: float | None, measures: Sequence[str], calibrated: bool
 ) -> dict:
-    """Compare our best row with a peer's.
+    """Compare our best row with the peer's of this name; one entry of the results' `checks`.
 
-    Args:
-        rows: those of one source.
-        name: the peer's.
-        limit: packed bits per weight allowed; None: as many as the peer has on disk.
-        measures: the figures to compare.
-        needed: dB that ours must be better.
-        calibrated: whether our calibrated rows count.
-
-    Returns:
-        One entry of the results' `checks`. `gain_db` and `met` are by the first figure, `strict_gain_db` and
-        `strictly_met` by the one with the least gain; None where something is missing.
+    `limit` is the packed bits per weight allowed, None as many as the peer has on disk. `gain_db` and `met` are by the
+    first figure, `strict_gain_db` and `strictly_met` by the one with the least gain; None where something is missing.
     """
-    rows = measured(rows, measures)
+    rows, needed = measured(rows, measures, source), CALIBRATED_GAIN if measures == OUTPUT else 0.0
     peer = next((row for row in rows if row["name"] == name and not row["ours"]), None)
     size = "bits_per_weight" if limit is None else PACKED
     found = None
@@ -72,8 +72,8 @@ def check(
             found = best_within(ours, limit, peer, measures[:1])
     gained, strictly = (gain(found, peer, of) if found else None for of in (measures[:1], measures))
     return {
-        "source": rows[0]["source"] if rows else None,
-        "measure": LABELS[tuple(measures)],
+        "source": source if rows else None,
+        "measure": LABELS[measures],
         "calibrated": calibrated,
         "peer": name,
         "peer_bits": peer and peer[size],
@@ -92,15 +92,13 @@ def check(
 
 def checks(rows: Sequence[dict], articles: Sequence[str]) -> list[dict]:
     """All checks on each source; `articles` are the names of the article's rows."""
-    groups = [[row for row in rows if row["source"] == source] for source in dict.fromkeys(r["source"] for r in rows)]
-    found = [check(group, name, limit, WEIGHTS, 0.0, False) for group in groups for name, limit in FLOORS]
-    for group in groups:
-        if not measured(group, OUTPUT):
-            continue
-        for name, limit in (("Q4_K", CALIBRATED_LIMIT), *((article, None) for article in articles)):
-            found.append(check(group, name, limit, OUTPUT, CALIBRATED_GAIN, True))
-        for calibrated in (False, True):
-            found += [check(group, name, limit, PICTURES, 0.0, calibrated) for name, limit in PICTURE_FLOORS]
+    sources = sources_of(rows)
+    found = [check(rows, source, *floor, WEIGHTS, False) for source, floor in product(sources, FLOORS)]
+    for source in (source for source in sources if measured(rows, OUTPUT, source)):
+        limits = (("Q4_K", CALIBRATED_LIMIT), *((article, None) for article in articles))
+        found += [check(rows, source, *limit, OUTPUT, True) for limit in limits]
+        pictures = product((False, True), PICTURE_FLOORS)
+        found += [check(rows, source, *floor, PICTURES, calibrated) for calibrated, floor in pictures]
     return found
 
 
@@ -113,24 +111,111 @@ def left_of(rows: Sequence[dict]) -> list[dict]:
         small (None: none is). Calibrated peers are compared with calibrated rows only.
     """
     found = []
-    for source in dict.fromkeys(row["source"] for row in rows):
-        for measures, label in LABELS.items():
-            group = measured([row for row in rows if row["source"] == source], measures)
-            # A calibration improves the output and makes the weights' own error larger.
-            for calibrated in (False,) if measures == WEIGHTS else (False, True):
-                ours, theirs = (of_kind(group, kind, calibrated) for kind in (True, False))
-                if not ours or (calibrated and not any(row["calibrated"] for row in ours)):
-                    continue
-                missed = [miss for peer in theirs if (miss := _miss(peer, ours, measures))]
-                line = {"source": source, "measure": label, "calibrated": calibrated}
-                found.append(line | {"peers": len(theirs), "missed": missed})
+    for source, (measures, label) in product(sources_of(rows), LABELS.items()):
+        group = measured(rows, measures, source)
+        # A calibration improves the output and makes the weights' own error larger.
+        for calibrated in (False,) if measures == WEIGHTS else (False, True):
+            ours, theirs = (of_kind(group, kind, calibrated) for kind in (True, False))
+            if not ours or (calibrated and not any(row["calibrated"] for row in ours)):
+                continue
+            missed = []
+            for peer in theirs:
+                best = best_within(ours, peer[PACKED], peer, measures)
+                gained = gain(best, peer, measures) if best else None
+                if gained is None or gained < 0:
+                    row = {"name": peer["name"], "bits": peer[PACKED], "db": peer[measures[0]], "gain_db": gained}
+                    missed.append(row)
+            line = {"source": source, "measure": label, "calibrated": calibrated}
+            found.append(line | {"peers": len(theirs), "missed": missed})
     return found
 
 
-def _miss(peer: dict, ours: Sequence[dict], measures: Sequence[str]) -> dict | None:
-    """A peer that none of ours reaches; None if one does."""
-    best = best_within(ours, peer[PACKED], peer, measures)
-    gained = gain(best, peer, measures) if best else None
-    if gained is not None and gained >= 0:
-        return None
-    return {"name": peer["name"], "bits": peer[PACKED], "db": peer[measures[0]], "gain_db": gained}
+def table(results: dict) -> str:
+    """The checks, the peers that ours reach, and all rows, folded up."""
+    rows = results["rows"]
+    parts = [check_table(results["checks"]), left_of_table(results["left_of"])]
+    others = [source for source in sources_of(rows) if source != DEMO]
+    folded = [("the demo model", demo_table(rows))] if len(others) < len(sources_of(rows)) else []
+    folded += [("weights", weight_table(rows, others))] if others else []
+    parts += [f"<details><summary>Every row: {name}</summary>\n\n{text}\n\n</details>" for name, text in folded]
+    return "\n\n".join([*parts, left_out(results["skipped"])]).strip()
+
+
+def check_table(checks: Sequence[dict]) -> str:
+    """Each promise, the figures that it is checked on, and the outcome."""
+    lines = []
+    for check in checks:
+        calibration = ", calibrated" if check["calibrated"] else ""
+        more = f"{check['needed_db']:g} dB above" if check["needed_db"] else "as good as"
+        limit = "" if check["limit"] is None else f" at ≤ {check['limit']:.2f} bits"
+        theirs, ours = (
+            "–" if check[f"{who}_db"] is None else f"{check[f'{who}_db']:.2f} dB at {check[f'{who}_bits']:.2f}"
+            for who in ("peer", "ours")
+        )
+        gain = "–" if check["gain_db"] is None else f"{check['gain_db']:+.2f}"
+        met = {True: "yes", False: "**no**", None: "–"}[check["met"]]
+        if check["met"] and not check["strictly_met"]:
+            met = f"by the mean of dB; by mean noise {check['strict_gain_db']:+.2f}"
+        lines.append(
+            [
+                SOURCES.get(check["source"], check["source"] or "–"),
+                f"{check['measure']}{calibration}: {more} {check['peer']}{limit}",
+                "not measured" if check["met"] is None else theirs,
+                ours if check["ours"] is None else f"{check['ours']}: {ours}",
+                gain,
+                met,
+            ]
+        )
+    return markdown_table(["on", "promise", "peer", "ours", "gain, dB", "kept"], lines)
+
+
+def left_of_table(found: Sequence[dict]) -> str:
+    """How many of the peers' rows one of ours reaches with no more bits, and the others."""
+    lines = []
+    for line in found:
+        missed = []
+        for miss in line["missed"]:
+            gain = "nothing of ours is as small" if miss["gain_db"] is None else f"{miss['gain_db']:+.2f} dB"
+            missed.append(f"{miss['name']} at {miss['bits']:.2f} ({gain})")
+        ours = "with calibration" if line["calibrated"] else "without"
+        reached = f"{line['peers'] - len(missed)} of {line['peers']}"
+        source = SOURCES.get(line["source"], line["source"])
+        lines.append([source, line["measure"], ours, reached, "; ".join(missed) or "–"])
+    return markdown_table(["on", "measure", "ours", "peers reached", "not reached"], lines)
+
+
+def weight_table(rows: Sequence[dict], sources: Sequence[str]) -> str:
+    """Each contestant's bits per weight on the first of the sources, and its errors on all."""
+    by_name: dict[str, dict[str, dict]] = {}
+    for row in (row for row in rows if row["source"] in sources):
+        by_name.setdefault(row["name"], {})[row["source"]] = row
+    lines = []
+    for first, found in sorted(((next(iter(f.values())), f) for f in by_name.values()), key=lambda one: one[0][PACKED]):
+        errors = [_error(found.get(source, {})) for source in sources]
+        lines.append([_name(first), f"{first[PACKED]:.3f}", f"{first['bits_per_weight']:.3f}", *errors])
+    header = ["format", "bits packed", "on disk", *(f"{SOURCES.get(source, source)}, dB" for source in sources)]
+    return markdown_table(header, lines)
+
+
+def demo_table(rows: Sequence[dict]) -> str:
+    """Packed bits per weight and errors of the demo model in each setting."""
+    lines = []
+    for row in sorted((row for row in rows if row["source"] == DEMO), key=lambda row: row[PACKED]):
+        forms = {"output_db": ".2f", "picture_db": ".2f", "ssim": ".4f"}
+        cells = ["–" if row.get(figure) is None else format(row[figure], form) for figure, form in forms.items()]
+        lines.append([_name(row), f"{row[PACKED]:.3f}", _error(row), *cells])
+    return markdown_table(["format", "bits packed", "weights, dB", "output, dB", "pictures, dB", "SSIM"], lines)
+
+
+def _name(row: dict) -> str:
+    if row["ours"]:
+        return f"**{row['name']}**"
+    return f"{row['name']} ({row['family']})" if row["family"] in UNNAMED else row["name"]
+
+
+def _error(row: dict) -> str:
+    """The mean of dB; in brackets the dB of the mean noise if that is noticeably lower."""
+    if row.get("sqnr_db") is None:
+        return "–"
+    strict = f" ({row['noise_db']:.2f})" if row["sqnr_db"] - row["noise_db"] > NOTICEABLE_DB else ""
+    return f"{row['sqnr_db']:.2f}{strict}"

@@ -1,12 +1,10 @@
 """The demo model in every contestant's format, at every size and calibrated: its rows in the results."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,17 +12,10 @@ import torch
 from nfq_core.calibration.statistics import Calibration
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.checkpoints.examine import sqnr_db
+from nfq_core.demo import shapes as scenes
 from nfq_core.demo.calibrate import HELD_OUT_SEED, noisy_pictures, random_captions
-from nfq_core.demo.model import (
-    SCHEDULER_CONFIG,
-    TinyPipeline,
-    build_pipeline,
-    bundled_weights_path,
-    load_weights,
-    sample,
-)
-from nfq_core.demo.shapes import describe as caption_of
-from nfq_core.demo.shapes import random_scene
+from nfq_core.demo.model import SCHEDULER_CONFIG, TinyPipeline, build_pipeline, bundled_weights_path, load_weights
+from nfq_core.demo.model import sample as draw
 from nfq_core.errors import NFQError
 from nfq_core.files.container import NFQFile
 from nfq_core.files.safetensors_io import describe
@@ -38,32 +29,24 @@ from . import ggml
 from .peers import OURS, Contestant, Stored, ggml_stored
 from .weights import DEMO, Layer, figures, mix_rows, row
 
-PROMPTS, HELD_OUT = 32, 24
-"""Number of captions for the calibration, and of other captions to draw."""
-
-OUTPUT_BATCH = 128
-"""Noisy pictures in the held-out batch."""
-
+PROMPTS, HELD_OUT = 32, 24  # Number of captions for the calibration, and of other captions to draw
+OUTPUT_BATCH = 128  # Noisy pictures in the held-out batch
+# The measurement's part of the results.
 FACTS = {"prompts": PROMPTS, "held_out": HELD_OUT, "output_batch": OUTPUT_BATCH}
-"""The measurement's part of the results."""
-
+# Packed bits per weight of the sizes; a size that gives the same formats as the one before is left out.
 TARGETS = (2.6, 3.0, 3.15, 3.7, 4.15, 4.7, 5.1, 5.5, 6.5, 8.0)
-"""Packed bits per weight of the sizes; a size that gives the same formats as the one before is left out."""
-
 PEAK = 255
-PRINTED = ("packed_bits_per_weight", "sqnr_db", "output_db", "picture_db")
 
 StoredWeights = Mapping[str, Stored]
 
 
 def held_out_batch(calibrated: Sequence[str] = ()) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Arguments for `TinyPipeline`: noisy pictures, timesteps and caption ids; no caption is in `calibrated`."""
-    rng = np.random.default_rng(HELD_OUT_SEED)
-    scenes = [random_scene(rng) for _ in range(2 * OUTPUT_BATCH)]
-    scenes = [scene for scene in scenes if caption_of(scene) not in calibrated][:OUTPUT_BATCH]
-    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+    rng, generator = np.random.default_rng(HELD_OUT_SEED), torch.Generator().manual_seed(HELD_OUT_SEED)
+    drawn = [scenes.random_scene(rng) for _ in range(2 * OUTPUT_BATCH)]
+    drawn = [scene for scene in drawn if scenes.describe(scene) not in calibrated][:OUTPUT_BATCH]
     timesteps = torch.randint(SCHEDULER_CONFIG["num_train_timesteps"], (OUTPUT_BATCH,), generator=generator)
-    return noisy_pictures(scenes, timesteps, rng, generator)
+    return noisy_pictures(drawn, timesteps, rng, generator)
 
 
 class DemoModel:
@@ -81,7 +64,7 @@ class DemoModel:
 
     @torch.no_grad()
     def _run(self, pipeline: TinyPipeline) -> tuple[torch.Tensor, torch.Tensor]:
-        pictures = sample(pipeline, self._captions, seed=0)
+        pictures = draw(pipeline, self._captions, seed=0)
         return pipeline(*self._batch), torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
     def each(self, make: Callable[[str], Stored]) -> StoredWeights:
@@ -123,16 +106,14 @@ class DemoModel:
         }
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """The demo model's weights in one setting."""
 
     name: str
     family: str
     calibrated: bool
     made: StoredWeights
-    judged: bool = True
-    """Whether output and pictures are compared too."""
+    judged: bool = True  # Whether output and pictures are compared too
 
 
 def _settings(model: DemoModel, contestants: Sequence[Contestant], layers: dict[str, dict]) -> Iterator[Setting]:
@@ -146,29 +127,24 @@ def _settings(model: DemoModel, contestants: Sequence[Contestant], layers: dict[
         if one.ours:
             ours[one.format], layers[one.name] = made, model.layers(made)
         yield Setting(one.name, one.family, False, made, one.format not in TRELLIS_IDS)
-    sizes, before = [], None
+    before, calibrated = None, {f"nf{levels}": Settings(Formats.of(levels, levels)) for levels in LEVELS}
     for bits in TARGETS:
         try:
             formats = model.formats(bits)
         except NFQError:
             continue
         if formats != before:
-            sizes.append(bits)
+            calibrated[f"size {bits}"] = Settings(BitsPerWeight(bits))
             yield Setting(f"size {bits}", OURS, False, {key: ours[id][key] for key, id in formats.items()})
         before = formats
 
     def with_importance(name: str, key: str) -> Stored:
-        weight, importance = model.weights[key], None
-        if key in model.inputs:
-            importance = model.inputs[key].importance.repeat_interleave(weight[0, 0].numel())
-        return ggml_stored(weight, name, importance)
+        weight, inputs = model.weights[key], model.inputs.get(key)
+        return ggml_stored(weight, name, inputs and inputs.importance.repeat_interleave(weight[0, 0].numel()))
 
-    for name in ggml.K_TYPES:
-        if any(one.name == name for one in contestants):
-            yield Setting(f"{name} imatrix", "GGUF", True, model.each(partial(with_importance, name)))
-    chosen = {f"nf{levels}": Settings(Formats.of(levels, levels)) for levels in LEVELS}
-    chosen |= {f"size {bits}": Settings(BitsPerWeight(bits)) for bits in sizes}
-    for name, settings in chosen.items():
+    for name in (one.name for one in contestants if one.name in ggml.K_TYPES):
+        yield Setting(f"{name} imatrix", "GGUF", True, model.each(partial(with_importance, name)))
+    for name, settings in calibrated.items():
         yield Setting(f"{name}, calibrated", OURS, True, model.calibrated(settings))
 
 
@@ -179,14 +155,11 @@ def demo_rows(contestants: Sequence[Contestant], calibration: Calibration) -> li
 
     def measure(setting: Setting) -> dict:
         found = model.judge(setting.made) if setting.judged else figures(model.layers(setting.made).values())
+        print(f"  {setting.name}", flush=True)
         return row(DEMO, setting.name, setting.family, calibrated=setting.calibrated, **found)
 
     def nbytes(setting: Setting) -> int:
         return sum(part.weight.nbytes for part in setting.made.values())
 
-    rows = []
-    for measured in ordered_map(measure, _settings(model, contestants, layers), size=nbytes):
-        rows.append(measured)
-        shown = (f"{name} {measured[name]:.2f}" for name in PRINTED if measured.get(name) is not None)
-        print(f"  {measured['name']}: {', '.join(shown)}", flush=True)
+    rows = list(ordered_map(measure, _settings(model, contestants, layers), size=nbytes))
     return rows + mix_rows(DEMO, contestants, layers, model.shapes)

@@ -1,7 +1,5 @@
 """ggml's own quantisers, called by ctypes in the shared library of the `xllamacpp` wheel."""
 
-from __future__ import annotations
-
 import ctypes
 from functools import lru_cache
 from importlib.util import find_spec
@@ -11,11 +9,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+# Numbers of the types in `enum ggml_type`; they are part of GGUF files, so that they never change.
 TYPES = dict(Q2_K=10, Q3_K=11, IQ4_XS=23, IQ4_NL=20, Q4_0=2, Q4_K=12, Q5_0=6, Q5_K=13, Q6_K=14, Q8_0=8)
-"""Numbers of the types in `enum ggml_type`; they are part of GGUF files, so that they never change."""
-
+# Types with blocks of 256 weights that are commonly used with an importance matrix.
 K_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K")
-"""Types with blocks of 256 weights that are commonly used with an importance matrix."""
 
 
 class _TypeTraits(ctypes.Structure):
@@ -57,16 +54,8 @@ def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None 
     """Quantise a weight and dequantise it.
 
     The weight is flattened and cut into rows of one block, the last one padded with zeros, so that every layer can have
-    a K-quant. ComfyUI-GGUF's converter does the same where the number of weights is a multiple of 256, and keeps other
-    layers dense. A weight whose own rows are whole blocks gets the usual result.
-
-    Args:
-        weight: any shape, floating.
-        name: one of TYPES.
-        importance: of each input channel, as in an importance matrix; shape (columns,), for K_TYPES only.
-
-    Returns:
-        The dequantised weight, fp32, and its packed bytes.
+    a K-quant, as in ComfyUI-GGUF. A weight whose own rows are whole blocks gets the usual result. `importance` is that
+    of each input channel, shape (columns,), for K_TYPES only. Returns the weight, fp32, and its packed bytes.
     """
     ggml, number = library(), TYPES[name]
     traits = ggml.ggml_get_type_traits(number).contents
@@ -90,8 +79,7 @@ def _phases(blocks: int, block: int, importance: torch.Tensor | None) -> list[tu
     """Groups of blocks that begin at the same column; the importance of their weights, fp32 of shape (block,)."""
     if importance is None:
         return [(slice(None), None)]
-    columns = len(importance)
-    period = columns // gcd(columns, block)
+    columns, period = len(importance), len(importance) // gcd(len(importance), block)
     return [
         (slice(first, None, period), importance.float()[(first * block + torch.arange(block)) % columns].contiguous())
         for first in range(min(period, blocks))

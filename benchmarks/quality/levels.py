@@ -1,26 +1,25 @@
 """Size and error of every number of levels, compared with the article's format: `python -m benchmarks.quality.levels`.
 
-Gaussian and Student-t weights (2048 × 2048) and the demo model's; all weights have the given number of levels,
-convolutions too. Sizes count all bytes of a tensor on disk: codes, scales, levels, zstd frames.
+Gaussian, Student-t and the demo model's weights; convolutions have the given number of levels too. Sizes count all
+bytes of a tensor on disk.
 """
 
-from __future__ import annotations
-
+from itertools import product
 from math import log2
 
 import torch
 
 from nfq_core import NFTensor, quantize
+from nfq_core.demo.model import bundled_weights_path
+from nfq_core.fitting.codebook import EFFORTS
 from nfq_core.packed.codec import encode, frame_spans
 from nfq_core.packed.formats import BLOCK, LEVELS
 from nfq_core.packed.packing import unpack_codes
 
-from ..shared import argument_parser, machine, markdown_table, write_results
+from ..shared import markdown_table, run_command
+from .checks import SOURCES
 from .peers import Stored, article
-from .tables import SOURCES
-from .weights import DEMO, GAUSSIAN, SHAPE, STUDENT_T, Layer, demo_weights, figures, random_weights
-
-EFFORTS = ("fast", "best")
+from .weights import DEMO, GAUSSIAN, SHAPE, STUDENT_T, Layer, figures, model_layers, random_weights
 
 
 def code_entropy(tensor: NFTensor) -> float:
@@ -50,13 +49,13 @@ def measure_ours(weights: list[torch.Tensor], levels: int, effort: str) -> dict:
 def run() -> dict:
     """All measurements, as written to the results."""
     rows, random = [], random_weights()
-    sources = {GAUSSIAN: [random[GAUSSIAN]], STUDENT_T: [random[STUDENT_T]], DEMO: demo_weights()}
-    for name, weights in sources.items():
-        for levels in LEVELS:
-            theirs = figures(Layer.of(weight, article(weight, levels)) for weight in weights)
-            row = {"source": name, "levels": levels, "article": theirs}
-            rows.append(row | {effort: measure_ours(weights, levels, effort) for effort in EFFORTS})
-            print(rows[-1], flush=True)
+    sources = {GAUSSIAN: [random[GAUSSIAN]], STUDENT_T: [random[STUDENT_T]]}
+    sources[DEMO] = [weight for _, weight in model_layers(bundled_weights_path())]
+    for (name, weights), levels in product(sources.items(), LEVELS):
+        theirs = figures(Layer.of(weight, article(weight, levels)) for weight in weights)
+        ours = {effort: measure_ours(weights, levels, effort) for effort in EFFORTS}
+        rows.append({"source": name, "levels": levels, "article": theirs, **ours})
+        print(rows[-1], flush=True)
     return {"shape": SHAPE, "rows": rows}
 
 
@@ -75,6 +74,4 @@ def table(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    argument_parser(__doc__).parse_args()
-    print(machine())
-    print(write_results("levels", run()))
+    run_command(__doc__, "levels", run)

@@ -3,10 +3,7 @@
 Bytes of a weight are its codes, scales, zero points, codebooks and padding, but no tables that all weights share.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -22,9 +19,7 @@ from nfq_core.planning.settings import DEFAULTS
 from ..shared import unavailable
 from . import ggml
 
-GROUP = 64
-"""Weights per scale, for peers where the user chooses."""
-
+GROUP = 64  # Weights per scale, for peers where the user chooses
 OURS, ARTICLE, PALETTE = "NFQ", "article", "palettisation"
 PALETTE_ROUNDS = 100
 
@@ -37,8 +32,7 @@ class Stored(NamedTuple):
     packed_bytes: int
 
 
-@dataclass(frozen=True)
-class Contestant:
+class Contestant(NamedTuple):
     """One setting of one program, or one of our formats at one effort."""
 
     name: str

@@ -1,11 +1,9 @@
 """Train the demo model from scratch on the CPU: `python -m benchmarks.quality.train_demo --minutes 60 --out FILE`.
 
-Writes the averaged weights as fp16 to --out every five minutes. The learning rate decays with the clock, so that every
-machine finishes in the given time. With --steps the run has a fixed length and is repeatable to the bit on one machine.
-Set OMP_WAIT_POLICY=PASSIVE if other programs compete for the cores: spinning threads waste time.
+Writes the averaged weights as fp16 to --out every five minutes. The learning rate decays with the clock. With --steps
+the run has a fixed length and is repeatable to the bit on one machine. If other programs compete for the cores, set
+OMP_WAIT_POLICY=PASSIVE.
 """
-
-from __future__ import annotations
 
 import json
 import time
@@ -23,11 +21,8 @@ from nfq_core.demo.shapes import IMAGE_SIZE, describe, draw, random_scene, token
 
 from ..shared import argument_parser
 
-BATCH_SIZE = 32
-LEARNING_RATE = 1e-3
-CAPTION_DROPOUT = 0.1
-WARM_UP_STEPS = 200
-EMA_DECAY = 0.999
+BATCH_SIZE, CAPTION_DROPOUT = 32, 0.1
+LEARNING_RATE, WARM_UP_STEPS, EMA_DECAY = 1e-3, 200, 0.999
 CHECKPOINT_MINUTES = 5
 
 
@@ -39,21 +34,10 @@ def make_batch(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     return pictures * 2 - 1, torch.from_numpy(tokenise(captions))
 
 
-def stratified_timesteps(timestep_count: int) -> torch.Tensor:
-    """One random timestep from each n-th of the range: the loss has less noise than with independent ones."""
-    fractions = (torch.arange(BATCH_SIZE) + torch.rand(BATCH_SIZE)) / BATCH_SIZE
-    return (fractions * timestep_count).long()
-
-
 def average_weights(averages: list[torch.Tensor], weights: list[torch.Tensor], count: torch.Tensor) -> None:
     """Move the averages towards the weights; faster at first, to forget the random start."""
     decay = min(EMA_DECAY, (1 + int(count)) / (10 + int(count)))
     torch._foreach_lerp_(averages, weights, 1 - decay)
-
-
-def learning_rate_factor(step: int, progress: float) -> float:
-    """Linear warm-up over the first steps times half a cosine over the run's progress, 0..1."""
-    return min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + np.cos(np.pi * min(1.0, progress)))
 
 
 def train(options: Namespace) -> None:
@@ -79,11 +63,15 @@ def train(options: Namespace) -> None:
         print(json.dumps(facts), flush=True)
 
     while (progress := step / options.steps if options.steps else minutes / options.minutes) < 1:
+        # A linear warm-up times half a cosine over the run.
+        factor = min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + np.cos(np.pi * progress))
         for group in optimiser.param_groups:
-            group["lr"] = LEARNING_RATE * learning_rate_factor(step, progress)
+            group["lr"] = LEARNING_RATE * factor
         pictures, ids = make_batch(rng)
         noise = torch.randn(BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE)
-        timesteps = stratified_timesteps(noising.config.num_train_timesteps)
+        # One random timestep from each n-th of the range: the loss has less noise than with independent ones.
+        fractions = (torch.arange(BATCH_SIZE) + torch.rand(BATCH_SIZE)) / BATCH_SIZE
+        timesteps = (fractions * noising.config.num_train_timesteps).long()
         noisy = noising.add_noise(pictures, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16):
             prediction = pipeline(noisy, timesteps, ids)

@@ -1,12 +1,9 @@
 """Error, bits and time of trellis formats, scalar formats and peers: `python -m benchmarks.quality.trellis`.
 
-Gaussian and Student-t weights (1024 × 1024) and a convolution whose channels differ (640 × 320 × 3 × 3), all weights in
-one format. Also measured: one search by window, and the decode. The goals say what SDXL's layers would get, if their
-weights were of these kinds, at the sizes in `checks.FLOORS`. Peers are ggml's types (`xllamacpp`) and bitsandbytes'
-NF4; one that is not installed is left out and named. Times are processor seconds on one thread.
+Random weights, all in one format. Also measured: one search by window, and the decode. The goals are the error that
+SDXL's layers would have, if their weights were of these kinds, at the sizes in `checks.FLOORS`. Peers are ggml's types
+(`xllamacpp`) and bitsandbytes' NF4. Times are processor seconds on one thread.
 """
-
-from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -18,7 +15,7 @@ from time import process_time
 
 import torch
 
-from nfq_core import quantize
+from nfq_core import NFTensor, quantize
 from nfq_core.files.safetensors_io import Entry
 from nfq_core.fitting.codebook import EFFORTS
 from nfq_core.fitting.trellis import TrellisCoder
@@ -28,38 +25,16 @@ from nfq_core.planning.allocation import allocate
 from nfq_core.planning.policy import plan_tensors
 from nfq_core.planning.settings import DEFAULTS
 
-from ..shared import (
-    argument_parser,
-    channel_spread,
-    gaussian,
-    in_turns,
-    machine,
-    markdown_table,
-    student_t,
-    summary,
-    write_results,
-)
+from ..shared import gaussian, in_turns, left_out, markdown_table, run_command, summary
 from .checks import FLOORS, PACKED
 from .peers import packaged, stored
-from .weights import GAUSSIAN, SPREAD, STUDENT_T, Layer, figures
+from .weights import GAUSSIAN, SPREAD, STUDENT_T, Layer, figures, random_weights
 
 IDS = ("nf7_b64", "nf16_b64", "nf32_b64", "nf256_b64", *TRELLIS_IDS)
-
-EIGHT_BITS = ("nf256_b64", "Q8_0")
-"""Our format and the peer's."""
-
-PEERS = (*(name for name, _ in FLOORS), EIGHT_BITS[1])
-PEER_FAMILIES = ("GGUF", "bitsandbytes")
-
+EIGHT_BITS = ("nf256_b64", "Q8_0")  # Our format and the peer's
+PEERS, PEER_FAMILIES = (*(name for name, _ in FLOORS), "Q8_0"), ("GGUF", "bitsandbytes")
 SHAPE, CONVOLUTION = (1024, 1024), (640, 320, 3, 3)
-WINDOWS = (8, 9, 10, 12)
-ROUNDS = 7
-TIMED_BLOCKS = 2048
-
-
-def sources() -> dict[str, torch.Tensor]:
-    """The weights to measure, by name."""
-    return {GAUSSIAN: gaussian(SHAPE, 1), STUDENT_T: student_t(SHAPE, 2), SPREAD: channel_spread(CONVOLUTION, 3)}
+WINDOWS, TIMED_BLOCKS, ROUNDS = (8, 9, 10, 12), 2048, 7
 
 
 def processor_seconds(work: Callable[[], object]) -> float:
@@ -71,16 +46,14 @@ def processor_seconds(work: Callable[[], object]) -> float:
 
 def measure(weight: torch.Tensor, format: str, effort: str) -> dict:
     """The `figures` of a weight in one of our formats, and seconds per million weights to quantise it."""
-    started = process_time()
-    tensor = quantize(weight, format=format, effort=effort)
-    seconds = process_time() - started
-    return {**figures([Layer.of(weight, stored(tensor))]), "seconds_per_million": seconds / weight.numel() * 1e6}
+    made: list[NFTensor] = []
+    seconds = processor_seconds(lambda: made.append(quantize(weight, format=format, effort=effort)))
+    return {**figures([Layer.of(weight, stored(made[0]))]), "seconds_per_million": seconds / weight.numel() * 1e6}
 
 
 def search_seconds() -> dict[str, dict]:
     """Seconds per million weights of one search with four-bit codes, by window."""
-    blocks = torch.randn(TIMED_BLOCKS, BLOCK, generator=torch.Generator().manual_seed(0))
-    searches = {}
+    blocks, searches = torch.randn(TIMED_BLOCKS, BLOCK, generator=torch.Generator().manual_seed(0)), {}
     for window in WINDOWS:
         fmt = BlockFormat("", 1 << window, 16, 2, 0, Scales.LOGARITHMIC, window)
         levels = torch.randn(fmt.levels, generator=torch.Generator().manual_seed(1))
@@ -107,19 +80,22 @@ def goals(rows: Sequence[dict]) -> list[dict]:
     shapes = {name: plan.shape for name, plan in plan_tensors(entries, DEFAULTS)[1].items() if plan.format}
     counts = {name: prod(shape) for name, shape in shapes.items()}
     total = sum(counts.values())
-    measured = {(row["source"], row["format"], row["effort"]): row["sqnr_db"] for row in rows}
+    found: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in rows:
+        found.setdefault((row["format"], row["effort"]), {})[row["source"]] = row
     reached = []
     for (peer, bits), effort in product(sorted(FLOORS, key=itemgetter(1)), EFFORTS):
-        theirs = {row["source"]: row for row in rows if row["format"] == peer}
+        theirs = found.get((peer, ""), {})
         if not theirs:
             continue
         chosen = allocate(shapes, int(bits * total / 8), counts, effort=effort)
         packed = 8 * sum(fmt.packed_bytes(counts[name]) for name, (fmt, _) in chosen.items()) / total
-        row = {"peer": peer, "peer_bits": next(iter(theirs.values()))[PACKED], "effort": effort, PACKED: packed}
+        goal = {"peer": peer, "peer_bits": next(iter(theirs.values()))[PACKED], "effort": effort, PACKED: packed}
         for source, their in theirs.items():
-            noises = (counts[key] * 10 ** (-measured[source, fmt.id, effort] / 10) for key, (fmt, _) in chosen.items())
-            row[source] = {"peer_db": their["sqnr_db"], "sqnr_db": 10 * log10(total / sum(noises))}
-        reached.append(row)
+            errors = ((counts[key], found[fmt.id, effort][source]["sqnr_db"]) for key, (fmt, _) in chosen.items())
+            noise = sum(count * 10 ** (-error / 10) for count, error in errors)
+            goal[source] = {"peer_db": their["sqnr_db"], "sqnr_db": 10 * log10(total / noise)}
+        reached.append(goal)
     return reached
 
 
@@ -127,17 +103,16 @@ def run() -> dict:
     """All measurements, as written to the results; the peers' rows have no effort."""
     torch.set_num_threads(1)
     peers, skipped = packaged(PEER_FAMILIES)
-    results = {"search_seconds_per_million": search_seconds(), "decode_billions_per_second": decode_rates()}
     rows = []
-    for name, weight in sources().items():
+    for name, weight in random_weights(SHAPE, CONVOLUTION).items():
         for format, effort in product(IDS, EFFORTS):
             rows.append({"source": name, "format": format, "effort": effort, **measure(weight, format, effort)})
-            print(rows[-1], flush=True)
         for peer in (peer for peer in peers if peer.name in PEERS):
             found = figures([Layer.of(weight, peer.store(weight))])
             rows.append({"source": name, "format": peer.name, "effort": "", **found})
-            print(rows[-1], flush=True)
-    return {**results, "skipped": skipped, "rows": rows, "goals": goals(rows)}
+        print(f"{name} done", flush=True)
+    times = {"search_seconds_per_million": search_seconds(), "decode_billions_per_second": decode_rates()}
+    return {**times, "skipped": skipped, "rows": rows, "goals": goals(rows)}
 
 
 def eight_bits_table(results: dict) -> str:
@@ -165,11 +140,11 @@ def windows_table(results: dict) -> str:
     lines = []
     for bits in dict.fromkeys(FORMATS[id].code_bits for id in TRELLIS_IDS):
         ids = sorted((id for id in TRELLIS_IDS if FORMATS[id].code_bits == bits), key=lambda id: FORMATS[id].window)
-        gains = [found[ids[-1], effort]["sqnr_db"] - found[ids[0], effort]["sqnr_db"] for effort in EFFORTS]
         cells = [
             f"{FORMATS[id].window}: {both(id, 'sqnr_db', 2)} dB, {both(id, 'seconds_per_million', 1)} s"
             for id in (ids[0], ids[-1])
         ]
+        gains = (found[ids[-1], effort]["sqnr_db"] - found[ids[0], effort]["sqnr_db"] for effort in EFFORTS)
         lines.append([f"k = {bits}", *cells, " / ".join(f"{gain:+.2f}" for gain in gains) + " dB"])
     return markdown_table(["", "narrow window", "wide window", "gain"], lines)
 
@@ -182,12 +157,8 @@ def goals_table(results: dict) -> str:
         cells = [f"{row[source]['sqnr_db']:.2f} ({row[source]['peer_db']:.2f})" for source in sources]
         lines.append([row["peer"], f"{row['peer_bits']:.3f}", f"{row[PACKED]:.3f}", row["effort"], *cells])
     header = ["peer", "its bits", "packed bits", "effort", *(f"{source} (peer)" for source in sources)]
-    left_out = "; ".join(f"{family} ({reason})" for family, reason in results["skipped"].items())
-    return markdown_table(header, lines) + (f"\n\nLeft out: {left_out}." if left_out else "")
+    return f"{markdown_table(header, lines)}\n\n{left_out(results['skipped'])}".strip()
 
 
 if __name__ == "__main__":
-    argument_parser(__doc__).parse_args()
-    print(machine())
-    results = run()
-    print(write_results("trellis", results), windows_table(results), goals_table(results), sep="\n\n")
+    run_command(__doc__, "trellis", run)

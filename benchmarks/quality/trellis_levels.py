@@ -1,11 +1,8 @@
 """Makes the levels that fitting a trellis format starts from: `python -m benchmarks.quality.trellis_levels [ID…]`.
 
-Lloyd's algorithm on Gaussian blocks, from many starts. A start is the Gaussian quantiles in the order of a
-multiplicative hash of their numbers: the levels that can follow a state are spread over the whole range, and other
-states have other ones. The best starts continue with more blocks.
+Lloyd's algorithm on Gaussian blocks, from many starts, each the Gaussian quantiles in the order of a multiplicative
+hash: the levels that can follow a state are spread over the whole range. The best starts continue with more blocks.
 """
-
-from __future__ import annotations
 
 import math
 from pathlib import Path
@@ -19,11 +16,8 @@ from nfq_core.packed.formats import BLOCK, FORMATS, TRELLIS_IDS, BlockFormat
 from ..shared import argument_parser
 
 STARTS = 64
-STAGES = ((64, 600, 4), (8, 3000, 8), (2, 16000, 30))
-"""Starts that are left, blocks, rounds."""
-
-GAUSSIAN_RATIO = 0.76
-"""Standard deviation of Gaussian weights over the fourth root of their mean fourth power."""
+STAGES = ((64, 600, 4), (8, 3000, 8), (2, 16000, 30))  # Starts that are left, blocks, rounds
+GAUSSIAN_RATIO = 0.76  # Standard deviation of Gaussian weights over the fourth root of their mean fourth power
 
 
 def hashed_quantiles(fmt: BlockFormat, generator: torch.Generator) -> Trellis:

@@ -1,7 +1,5 @@
 """Error of weights in every contestant's format: random weights, the demo model's, any other model's."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import log10, prod
@@ -10,7 +8,6 @@ from pathlib import Path
 import torch
 
 from nfq_core.checkpoints.examine import sqnr_db
-from nfq_core.demo.model import bundled_weights_path
 from nfq_core.errors import NFQError
 from nfq_core.files.safetensors_io import SafetensorsFile
 from nfq_core.parallel import ordered_map
@@ -22,15 +19,10 @@ from ..shared import channel_spread, gaussian, student_t
 from .peers import OURS, Contestant, Stored
 
 SHAPE, CONVOLUTION = (2048, 2048), (1280, 320, 3, 3)
-QUICK_SHAPE, QUICK_CONVOLUTION = (512, 512), (320, 64, 3, 3)
-
 GAUSSIAN, STUDENT_T, SPREAD, DEMO = "gaussian", "student_t5", "convolution", "demo"
-
+# Packed bits per weight of the mixes of our formats.
 MIX_TARGETS = (2.3, 2.6, 3.0, 3.15, 3.4, 3.7, 3.85, 4.0, 4.15, 4.5, 5.0, 5.3, 5.5, 6.0, 6.5, 8.0)
-"""Packed bits per weight of the mixes of our formats."""
-
-FRACTIONS = (2, 4, 8, 16, 16)
-"""A mix needs several layers: a random weight is cut into a half, a quarter … of its rows."""
+FRACTIONS = (2, 4, 8, 16, 16)  # A mix needs several layers: a random weight is cut into a half, a quarter … of its rows
 
 Layers = Mapping[str, "Layer"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -46,7 +38,7 @@ class Layer:
     sqnr_db: float
 
     @classmethod
-    def of(cls, weight: torch.Tensor, stored: Stored) -> Layer:
+    def of(cls, weight: torch.Tensor, stored: Stored) -> "Layer":
         """Compare a weight with its stored form."""
         return cls(weight.numel(), stored.disk_bytes, stored.packed_bytes, sqnr_db(weight, stored.weight))
 
@@ -57,9 +49,8 @@ def cut(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {f"layer {number}": part for number, part in enumerate(parts)}
 
 
-def random_weights(quick: bool = False) -> dict[str, torch.Tensor]:
-    """A random weight of each kind; small ones if `quick`."""
-    shape, convolution = (QUICK_SHAPE, QUICK_CONVOLUTION) if quick else (SHAPE, CONVOLUTION)
+def random_weights(shape: tuple[int, ...] = SHAPE, convolution: tuple[int, ...] = CONVOLUTION) -> dict:
+    """A random weight of each kind, by name."""
     return {GAUSSIAN: gaussian(shape, 1), STUDENT_T: student_t(shape, 2), SPREAD: channel_spread(convolution, 3)}
 
 
@@ -71,11 +62,6 @@ def model_layers(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             raise NFQError(f"{path} has no weights to quantise")
         for key in keys:
             yield key, file.tensor(key)
-
-
-def demo_weights() -> list[torch.Tensor]:
-    """The demo model's weights that the defaults quantise."""
-    return [weight for _, weight in model_layers(bundled_weights_path())]
 
 
 def figures(layers: Iterable[Layer]) -> dict[str, float]:
@@ -110,34 +96,25 @@ def measure_layers(
         The measured layers by contestant and layer name; the layers' shapes.
     """
 
-    def work(job: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor, list[Layer] | NFQError]:
+    def work(job: tuple[str, torch.Tensor]) -> tuple[str, tuple[int, ...], list[Layer]] | None:
         key, weight = job
         try:
-            return key, weight, [Layer.of(weight, one.store(weight)) for one in contestants]
+            measured = [Layer.of(weight, one.store(weight)) for one in contestants]
         except NFQError as error:
-            return key, weight, error
-
-    found: dict[str, dict[str, Layer]] = {one.name: {} for one in contestants}
-    shapes = {}
-    for key, weight, measured in ordered_map(work, layers, size=lambda job: 16 * job[1].numel()):
-        if isinstance(measured, NFQError):
-            print(f"  {key} is left out: {measured}", flush=True)
-            continue
-        shapes[key] = tuple(weight.shape)
-        for one, layer in zip(contestants, measured, strict=True):
-            found[one.name][key] = layer
+            print(f"  {key} is left out: {error}", flush=True)
+            return None
         print(f"  {key} {tuple(weight.shape)}", flush=True)
-    return found, shapes
+        return key, tuple(weight.shape), measured
+
+    done = [one for one in ordered_map(work, layers, size=lambda job: 16 * job[1].numel()) if one]
+    found = {one.name: {key: row[number] for key, _, row in done} for number, one in enumerate(contestants)}
+    return found, {key: shape for key, shape, _ in done}
 
 
 def mix(found: Mapping[str, Layers], shapes: Shapes, bits: float, effort: str) -> dict[str, Layer] | None:
     """The formats that `allocate` chooses where every weight counts the same; None if there are too few bits.
 
-    Args:
-        found: measured layers by format id and layer name.
-        shapes: of the layers.
-        bits: most packed bits per weight.
-        effort: decides the formats to choose from.
+    `found` has the measured layers by format id and layer name; `bits` is the most packed bits per weight.
     """
     counts = {key: prod(shape) for key, shape in shapes.items()}
     try:
@@ -152,13 +129,12 @@ def mix_rows(source: str, contestants: Sequence[Contestant], found: Mapping[str,
     rows = []
     for effort in dict.fromkeys(one.effort for one in contestants if one.ours):
         ours = [one for one in contestants if one.ours and one.effort == effort]
-        layers = {one.format: found[one.name] for one in ours}
-        suffix = ours[0].name.removeprefix(ours[0].format)
-        before = None
+        layers, before = {one.format: found[one.name] for one in ours}, None
         for bits in MIX_TARGETS:
             chosen = mix(layers, shapes, bits, effort)
             if chosen and chosen != before:
-                rows.append(row(source, f"mix {bits}{suffix}", OURS, **figures(chosen.values())))
+                name = f"mix {bits}{ours[0].name.removeprefix(ours[0].format)}"
+                rows.append(row(source, name, OURS, **figures(chosen.values())))
             before = chosen
     return rows
 

@@ -1,12 +1,9 @@
 """Speed of the decode on a CPU, compared with other libraries: `python -m benchmarks.speed.decode`.
 
-One hundred million weights into a buffer that is used again, on one thread and on all. Contestants, in turns in one
-process: a plain copy of the result; our formats; bitsandbytes' NF4, which allocates its result; gguf-py's Q4_0 and
-Q4_K, which allocate fp32 arrays in numpy, use one thread and get a tenth of the weights. A package that is not
-installed is left out and named (`pip install -e ".[bench]"`).
+One hundred million weights into a buffer that is used again, on one thread and on all. Contestants: a plain copy; our
+formats; bitsandbytes' NF4, which allocates its result; gguf-py's Q4_0 and Q4_K, which allocate fp32 arrays in numpy and
+use one thread. A package that is not installed is left out and named (`pip install -e ".[bench]"`).
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
@@ -17,15 +14,12 @@ import torch
 from nfq_core import quantize
 from nfq_core.packed.formats import LEVELS
 
-from ..shared import argument_parser, gaussian, in_turns, machine, markdown_table, summary, unavailable, write_results
+from ..shared import gaussian, in_turns, markdown_table, run_command, summary, unavailable
 
-SHAPE = (10240, 10240)
-ROUNDS = 9
-PART = 10
-"""Slow peers get a tenth of the weights."""
+SHAPE, ROUNDS = (10240, 10240), 9
+PART = 10  # Slow peers get a tenth of the weights
 
-Work = tuple[Callable[[], object], int]
-"""One decode, and the number of its weights."""
+Work = tuple[Callable[[], object], int]  # One decode, and the number of its weights
 
 
 def copied() -> Work:
@@ -41,7 +35,7 @@ def ours(levels: int) -> Work:
 
 
 def bitsandbytes_nf4() -> Work:
-    """bitsandbytes' NF4 on the CPU, blocks of 64; it takes no buffer there."""
+    """bitsandbytes' NF4, which takes no buffer on a CPU."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     packed, state = quantize_4bit(gaussian(SHAPE, 1), blocksize=64, quant_type="nf4")
@@ -75,13 +69,15 @@ def run(rounds: int = ROUNDS) -> dict:
         print(f"{name} is left out: {reason}")
     makers = {"copy": copied, **{f"nf{levels}": partial(ours, levels) for levels in LEVELS}}
     makers |= {name: make for name, (_, make) in PEERS.items() if name not in skipped}
-    contestants = {name: make() for name, make in makers.items()}
+    works, weights = {}, {}
+    for name, make in makers.items():
+        works[name], weights[name] = make()
     threads, results = torch.get_num_threads(), {}
     for count in sorted({1, threads}):
         torch.set_num_threads(count)
-        taken = in_turns({name: work for name, (work, _) in contestants.items()}, rounds)
+        taken = in_turns(works, rounds)
         results[str(count)] = {
-            name: summary([1e9 * seconds / contestants[name][1] for seconds in found]) for name, found in taken.items()
+            name: summary([1e9 * seconds / weights[name] for seconds in found]) for name, found in taken.items()
         }
     return {"weights": SHAPE[0] * SHAPE[1], "skipped": skipped, "nanoseconds_per_weight": results}
 
@@ -103,6 +99,4 @@ def table(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    argument_parser(__doc__).parse_args()
-    print(machine())
-    print(write_results("decode", run()))
+    run_command(__doc__, "decode", run)

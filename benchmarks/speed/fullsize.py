@@ -1,15 +1,13 @@
 """SDXL's UNet through the command line: `python -m benchmarks.speed.fullsize --dir DIR`.
 
-Writes a synthetic fp16 file of SDXL's names and shapes (5.14 GB) to DIR if there is none, and converts it at the
-defaults. Then both files are read, every byte touched, with the files in the page cache and after a request to drop
-them. Every conversion and reading is a process of its own; peak memory is what the operating system reports. For Linux.
+Writes a synthetic fp16 file of SDXL's shapes (5.14 GB) to DIR if there is none, converts it at the defaults, and reads
+both files, every byte touched, with the files in the page cache and after a request to drop them. For Linux.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -17,35 +15,22 @@ from safetensors.torch import load_file
 
 from nfq_core import NFTensor, load
 
-from ..shared import argument_parser, json_of, markdown_table, spread, summary, timed, write_results, write_sdxl_unet
+from ..shared import argument_parser, dated_table, json_of, spread, summary, timed, write_results, write_sdxl_unet
 
-READ_RUNS = 5
-CONVERT_RUNS = 3
-
-
-def read_mapped(path: str) -> None:
-    """Map a safetensors file, as its library does, and touch every byte in the page cache."""
-    for tensor in load_file(path).values():
-        _touch(tensor)
-
-
-def read_copied(path: str) -> None:
-    """Load a safetensors file into its own memory, which a program needs if it closes the file."""
-    for tensor in [tensor.clone() for tensor in load_file(path).values()]:
-        _touch(tensor)
+READ_RUNS, CONVERT_RUNS = 5, 3
+# By name in the results: map a safetensors file, as its library does; load it into memory of its own, which a program
+# needs if it closes the file; load a container to packed weights.
+READERS: dict[str, Callable[[str], Iterable[torch.Tensor]]] = {
+    "fp16_mapped": lambda path: load_file(path).values(),
+    "fp16_copied": lambda path: [tensor.clone() for tensor in load_file(path).values()],
+    "packed": lambda path: [t.data if isinstance(t, NFTensor) else t for t in load(path).values()],
+}
 
 
-def read_packed(path: str) -> None:
-    """Load a container to packed weights in memory, and touch every byte."""
-    for tensor in load(path).values():
-        _touch(tensor.data if isinstance(tensor, NFTensor) else tensor)
-
-
-def _touch(tensor: torch.Tensor) -> None:
-    tensor.contiguous().view(-1).view(torch.uint8).amax()
-
-
-READERS = {"fp16_mapped": read_mapped, "fp16_copied": read_copied, "packed": read_packed}
+def read_all(kind: str, path: str) -> None:
+    """Read a file in one of the ways, and touch every byte."""
+    for tensor in READERS[kind](path):
+        tensor.contiguous().view(-1).view(torch.uint8).amax()
 
 
 def drop_from_cache(path: Path) -> None:
@@ -111,9 +96,7 @@ def table(results: dict) -> str:
         cells[-1] += f" = {ratios[0]:.2f} × mapped, {ratios[1]:.2f} × copied"
         rows.append([f"read, every byte touched, {state} page cache", *cells])
     header = [f"SDXL's UNet, {results['layers']} layers quantised", "fp16, mapped", "fp16, copied", "NFQ"]
-    facts = results["machine"]
-    note = f"{facts['processors']} processors ({facts['processor']}), torch {facts['torch']}, {facts['date']}."
-    return f"{markdown_table(header, rows)}\n\n{note}"
+    return dated_table(header, rows, results)
 
 
 if __name__ == "__main__":
@@ -122,8 +105,7 @@ if __name__ == "__main__":
     parser.add_argument("--read", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.read:
-        kind, file = options.read
-        elapsed = timed(lambda: READERS[kind](file))
+        elapsed = timed(lambda: read_all(*options.read))
         print(json.dumps({"seconds": elapsed, "peak_resident_bytes": peak_resident_bytes(of_children=False)}))
     else:
         options.dir.mkdir(exist_ok=True)

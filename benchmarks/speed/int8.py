@@ -1,12 +1,9 @@
 """Weight-only layers, int8 activations and torch's dynamic int8 quantisation: `python -m benchmarks.speed.int8`.
 
 On the demo model: the error of the UNet's output and of pictures, against the fp16 weights and against the same packed
-weights with floating-point activations; the layers whose products lose most; the time of a step. With random weights in
-the shapes of SDXL's Linear layers (1024 × 1024 pixels, CFG): the time of a layer. Contestants take turns. A CPU
-computes in fp32; with `--device cuda` the layers are timed on a GPU in fp16.
+weights with floating-point activations; the layers whose products lose most; the time of a step. In SDXL's shapes (1024
+pixels, CFG): the time of a Linear layer. A CPU computes in fp32; `--device cuda` times the layers on a GPU in fp16.
 """
-
-from __future__ import annotations
 
 import copy
 from functools import partial
@@ -21,22 +18,15 @@ from nfq_core.layers import PackedLinear, pack_layers, packed_layers
 from nfq_core.packed.op import dequantize_for_one_use
 from nfq_core.report.metrics import psnr_db
 
-from ..article.models import Model, demo_model
+from ..article import Model, demo_model
 from ..quality.demo import held_out_batch
 from ..shared import argument_parser, machine, markdown_table, milliseconds, spread, write_results
 from .int8_layers import dynamic_int8, fits, int8_layers, round_rows
 
-LEVELS = (32, 16, 7)
-"""Levels of Linear weights; convolutions have 32."""
-
-TIMED_LEVELS = 16
+LEVELS, TIMED_LEVELS = (32, 16, 7), 16  # Levels of Linear weights; convolutions have 32
 ROUNDS = 9
-STEP_BATCH = 16
-"""Pictures in a step: eight, with the caption and without."""
-
-WORST = 3
-"""Layers listed for their error."""
-
+STEP_BATCH = 16  # Pictures in a step: eight, with the caption and without
+# Tokens, columns and rows of SDXL's Linear layers.
 SHAPES = (
     (8192, 640, 640),
     (8192, 640, 5120),
@@ -46,11 +36,9 @@ SHAPES = (
     (2048, 5120, 1280),
     (154, 2048, 1280),
 )
-"""Tokens, columns and rows of SDXL's Linear layers."""
-
 FP, PACKED, INT8, DYNAMIC = "floating point", "packed", "packed, int8 activations", "torch's dynamic int8"
+# The part of INT8 that decodes the weight and rounds its rows; a layer that kept the rows would not need it.
 MAKING_ROWS = "int8 rows"
-"""The part of INT8 that decodes the weight and rounds its rows; a layer that kept the rows would not need it."""
 
 Batch = tuple[torch.Tensor, ...]
 
@@ -80,23 +68,20 @@ def layer_times(shape: tuple[int, int, int], device: torch.device, rounds: int =
     return milliseconds(calls, device, rounds)
 
 
-class Judged:
-    """A UNet's output for the noisy pictures, and its pictures for the captions."""
-
-    @torch.no_grad()
-    def __init__(self, model: Model, unet: nn.Module, batch: Batch) -> None:
-        self.output = with_text(unet)(*batch)
-        self.pictures = torch.from_numpy(model.draw(unet))
-
-    def against(self, reference: Judged) -> dict:
-        """`output_db` and `picture_db`."""
-        pictures = psnr_db(reference.pictures, self.pictures, 255)
-        return {"output_db": sqnr_db(reference.output, self.output), "picture_db": pictures}
-
-
 def with_text(unet: nn.Module) -> TinyPipeline:
     """The demo model's pipeline with this UNet."""
     return TinyPipeline(unet, build_pipeline(load_weights()).text)
+
+
+@torch.no_grad()
+def judged(model: Model, unet: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """A UNet's output for the noisy pictures, and its pictures for the captions."""
+    return with_text(unet)(*batch), torch.from_numpy(model.draw(unet))
+
+
+def against(reference: tuple[torch.Tensor, torch.Tensor], found: tuple[torch.Tensor, torch.Tensor]) -> dict:
+    """`output_db` and `picture_db` of what `judged` returns."""
+    return {"output_db": sqnr_db(reference[0], found[0]), "picture_db": psnr_db(reference[1], found[1], 255)}
 
 
 @torch.no_grad()
@@ -104,8 +89,8 @@ def layer_errors(unet: nn.Module, batch: Batch) -> dict:
     """What int8 loses in each Linear layer's product.
 
     Returns:
-        `in_int8` and `not_in_int8` (counts), `median_db` and `worst`: `name`, `db` (SQNR of the product) and `peak`
-        (largest magnitude of a token over its root mean square, median of the tokens).
+        `in_int8` and `not_in_int8` (counts), `median_db` and `worst`, three layers: `name`, `db` (SQNR of the product)
+        and `peak` (largest magnitude of a token over its root mean square, median of the tokens).
     """
     found: list[dict] = []
 
@@ -123,31 +108,29 @@ def layer_errors(unet: nn.Module, batch: Batch) -> dict:
         handle.remove()
     found.sort(key=lambda row: row["db"])
     counts = {"in_int8": len(found), "not_in_int8": len(layers) - len(found)}
-    return {**counts, "median_db": found[len(found) // 2]["db"], "worst": found[:WORST]}
+    return {**counts, "median_db": found[len(found) // 2]["db"], "worst": found[:3]}
 
 
 def demo(steps: int | None = None, levels: tuple[int, ...] = LEVELS, rounds: int = ROUNDS) -> dict:
     """Errors and step times on the demo model; `levels` include TIMED_LEVELS."""
     model, batch = demo_model(steps), held_out_batch()
-    weights, original = model.weights(), Judged(model, model.unet, batch)
+    weights, original = model.weights(), judged(model, model.unet, batch)
     rows, unets = [], {FP: model.unet, DYNAMIC: dynamic_int8(model.unet)}
     for count in levels:
         state = quantize_state_dict(weights, count)
         unet, switched = model.with_weights(state), model.with_weights(state)
         int8_layers(switched)
-        packed, int8 = Judged(model, unet, batch), Judged(model, switched, batch)
-        int8_row = int8.against(original) | {"against_packed": int8.against(packed)}
-        row = {"levels": count, PACKED: packed.against(original), INT8: int8_row}
+        packed, int8 = judged(model, unet, batch), judged(model, switched, batch)
+        int8_row = against(original, int8) | {"against_packed": against(packed, int8)}
+        rows.append({"levels": count, PACKED: against(original, packed), INT8: int8_row})
         if count == TIMED_LEVELS:
             unets |= {PACKED: unet, INT8: switched}
-            row["layers"] = layer_errors(switched, batch)
-        rows.append(row)
-        print(row, flush=True)
+            rows[-1]["layers"] = layer_errors(switched, batch)
     few = [part[:STEP_BATCH] for part in batch]
     with torch.no_grad():
         calls = {name: partial(with_text(unet), *few) for name, unet in unets.items()}
         step_ms = milliseconds(calls, torch.device("cpu"), rounds)
-    dynamic = Judged(model, unets[DYNAMIC], batch).against(original)
+    dynamic = against(original, judged(model, unets[DYNAMIC], batch))
     return {"steps": model.steps, "levels": rows, DYNAMIC: dynamic, "step_ms": step_ms}
 
 
@@ -176,9 +159,6 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu", help="device of the layers' times; results go to int8-DEVICE.json")
     device = torch.device(parser.parse_args().device)
     print(machine())
-    layers = []
-    for shape in SHAPES:
-        layers.append((shape, layer_times(shape, device)))
-        print(layers[-1], flush=True)
+    layers = [(shape, layer_times(shape, device)) for shape in SHAPES]
     results = {"device": str(device), "threads": torch.get_num_threads(), "demo": demo(), "layers": layers}
     print(write_results("int8" if device.type == "cpu" else f"int8-{device.type}", results))

@@ -1,11 +1,8 @@
 """Linear layers that multiply in int8: packed ones, an experiment, and torch's dynamic quantisation.
 
-Each row of a weight and each token of an input is rounded to 255 steps, with a symmetric and dynamic scale: the largest
-magnitude becomes 127. Sums are exact in int32. This is vector-wise quantisation as in LLM.int8() (arXiv 2208.07339,
-section 3.1), without its separate treatment of outliers.
+Each row of a weight and each token of an input is rounded to 255 steps with a symmetric, dynamic scale; sums are exact
+in int32. This is LLM.int8()'s vector-wise quantisation (arXiv 2208.07339, section 3.1) without its outliers.
 """
-
-from __future__ import annotations
 
 import copy
 import warnings
@@ -16,28 +13,18 @@ from torch import nn
 from nfq_core.layers import PackedLinear, packed_layers
 from nfq_core.packed.op import dequantize_for_one_use
 
-STEPS = 127
-"""The largest magnitude of a row or token becomes this."""
-
-MIN_MAGNITUDE = 1e-30
-"""A row or token with nothing larger counts as zero: the inverse of its scale might not be finite."""
-
+STEPS = 127  # The largest magnitude of a row or token becomes this
+MIN_MAGNITUDE = 1e-30  # A row or token with nothing larger counts as zero: the inverse of its scale might not be finite
+# The fewest tokens, and the divisor of a weight's sides, that torch multiplies in int8 on CUDA devices.
 MIN_TOKENS, MULTIPLE = 17, 8
-"""The fewest tokens, and the divisor of a weight's sides, that torch multiplies in int8 on CUDA devices."""
-
+# A CPU multiplies about this many numbers at once: fresh memory for larger temporaries costs more than products.
 CHUNK_NUMBERS, MIN_CHUNK_TOKENS = 1 << 20, 128
-"""A CPU multiplies about this many numbers at once: fresh memory for larger temporaries costs more than products."""
 
 
 def round_rows(matrix: torch.Tensor, *, overwrite: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Round every row of a matrix to int8; ``rows * scales[:, None]`` is the matrix, within half a scale.
 
-    Args:
-        matrix: floating, shape (rows, columns).
-        overwrite: whether its memory may be used, if it is float32.
-
-    Returns:
-        int8 of the same shape, and float32 of shape (rows,).
+    Returns int8 of the same shape, and float32 of shape (rows,); `overwrite` reuses the memory of a float32 matrix.
     """
     largest = torch.maximum(matrix.amax(dim=1), -matrix.amin(dim=1)).float()
     factors = torch.where(largest > MIN_MAGNITUDE, STEPS / largest, 0.0).unsqueeze(1)
@@ -46,15 +33,9 @@ def round_rows(matrix: torch.Tensor, *, overwrite: bool = False) -> tuple[torch.
 
 
 def int8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`torch.nn.functional.linear` with both factors rounded to int8.
+    """`torch.nn.functional.linear` with both factors rounded to int8, in the dtype of `x`; see `fits`.
 
-    Args:
-        x: floating, shape (…, columns); see `fits`.
-        weight: float32 of shape (rows, columns); it is overwritten.
-        bias: floating, shape (rows,).
-
-    Returns:
-        Shape (…, rows), in the dtype of `x`.
+    The weight must be float32; it is overwritten.
     """
     rows, row_scales = round_rows(weight, overwrite=True)
 

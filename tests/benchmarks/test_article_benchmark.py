@@ -13,8 +13,7 @@ pytest.importorskip("PIL", reason="the grid needs Pillow")
 
 from sdxl_folder import make_folder
 
-from benchmarks.article import __main__ as article
-from benchmarks.article import models, tables
+from benchmarks import article
 from benchmarks.quality import demo as quality_demo
 from benchmarks.speed import int8
 from benchmarks.speed.int8_layers import fits
@@ -25,14 +24,14 @@ CAPTIONS = ("a large red circle on a white background", "a large purple heart on
 
 
 @pytest.fixture(scope="module")
-def demo() -> models.Model:
+def demo() -> article.Model:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "CAPTIONS", CAPTIONS)
-        yield models.demo_model(steps=2)
+        patch.setattr(article, "CAPTIONS", CAPTIONS)
+        yield article.demo_model(steps=2)
 
 
 @pytest.fixture(scope="module")
-def results(demo: models.Model, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+def results(demo: article.Model, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     folder = tmp_path_factory.mktemp("article")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(article, "PROMPTS", article.PROMPTS[:2])
@@ -47,7 +46,7 @@ def test_every_stage_went_through_files(results: tuple[dict, Path]) -> None:
     assert verify_file(path)["ok"] and path.stat().st_size == row["file_bytes"]
     formats = {len(t.shape): t.format.id for t in load(path).values() if not isinstance(t, torch.Tensor)}
     assert formats == {2: "nf16_b64", 4: "nf32_b64"}
-    assert list(row["seconds"]) == list(tables.STAGES) and min(row["seconds"].values()) > 0
+    assert list(row["seconds"]) == list(article.STAGES) and min(row["seconds"].values()) > 0
     assert row["step_seconds"]["runs"] == found["fp16"]["step_seconds"]["runs"] == 2
     assert row["sqnr_db"] > row["article"]["sqnr_db"]
     assert row["article"]["bytes"] == pytest.approx(row["file_bytes"], rel=0.05)
@@ -61,15 +60,15 @@ def test_int8_activations_and_dynamic_int8(results: tuple[dict, Path]) -> None:
     assert activations["file_bytes"] == weight_only["file_bytes"]
     assert activations["psnr_db"] != weight_only["psnr_db"]
     assert activations["psnr_db"] == pytest.approx(weight_only["psnr_db"], abs=3)
-    weights = models.split_weights(models.load_weights())[0]
+    weights = article.split_weights(article.load_weights())[0]
     linear = sum(tensor.numel() for tensor in weights.values() if tensor.dim() == 2)
     assert dynamic["file_bytes"] == found["original_bytes"] - linear
     assert dynamic["sqnr_db"] > weight_only["sqnr_db"]
 
 
 def test_the_articles_own_times_are_scaled_by_the_weights() -> None:
-    row = {"levels": 16, "quantized_weights": 3_000_000, "seconds": dict.fromkeys(tables.STAGES, 1.5)}
-    text = tables.times_table({"levels": [row], "article": tables.RECORDED})
+    row = {"levels": 16, "quantized_weights": 3_000_000, "seconds": dict.fromkeys(article.STAGES, 1.5)}
+    text = article.times_table({"levels": [row], "article": article.RECORDED})
     # The median is 0.231 seconds per million weights.
     assert "quantise, save | 0.69 |" in text
 
@@ -78,9 +77,8 @@ def test_an_sdxl_folder_goes_the_same_way(tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("transformers", reason="SDXL's pipeline needs transformers")
     sdxl_folder = make_folder(tmp_path / "sdxl", variant="fp16")
     monkeypatch.setattr(article, "PROMPTS", article.PROMPTS[:1])
-    monkeypatch.setattr(models, "PROMPTS", article.PROMPTS)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    model = models.folder_model(sdxl_folder, steps=2)
+    model = article.folder_model(sdxl_folder, steps=2)
     found = article.run(model, tmp_path, tmp_path / "grid.png", levels=(16,))
     assert found["captions"] == [{"prompt": article.PROMPTS[0], "drawn": article.PROMPTS[0]}] and not found["note"]
     row = found["levels"][0]
@@ -90,7 +88,7 @@ def test_an_sdxl_folder_goes_the_same_way(tmp_path: Path, monkeypatch) -> None:
 
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path: Path, capsys) -> None:
     with pytest.raises(NFQError, match=r"holds no unet/diffusion_pytorch_model\.fp16\.safetensors or unet/"):
-        models.folder_model(tmp_path)
+        article.folder_model(tmp_path)
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     assert article.main(["--model", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
@@ -103,7 +101,7 @@ def test_wrong_usage_ends_with_two(arguments: list[str]) -> None:
         article.main(arguments)
 
 
-def test_int8_is_measured_on_the_demo_model(demo: models.Model, results: tuple[dict, Path], monkeypatch) -> None:
+def test_int8_is_measured_on_the_demo_model(demo: article.Model, results: tuple[dict, Path], monkeypatch) -> None:
     monkeypatch.setattr(quality_demo, "OUTPUT_BATCH", 2)
     monkeypatch.setattr(int8, "demo_model", lambda steps: demo)
     # The same levels as in the article's experiment.

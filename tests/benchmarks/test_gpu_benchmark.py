@@ -13,8 +13,9 @@ pytest.importorskip("diffusers", reason="the steps are computed in diffusers")
 from samples import TINY
 
 from benchmarks.speed.gpu import __main__ as gpu
-from benchmarks.speed.gpu import decode, files, step
-from benchmarks.speed.gpu.part import Part, random_state, without_device
+from benchmarks.speed.gpu import decode, step
+from benchmarks.speed.gpu.__main__ import without_device
+from benchmarks.speed.gpu.part import Part, random_state
 from nfq_core.layers import packed_layers
 from nfq_core.models.unet_keys import SDXL_BASE
 from nfq_core.packed import backends, torch_decode
@@ -43,8 +44,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict:
         patch.setattr(step, "added_bytes", lambda device, work: 1)
         for module in (decode, step):
             patch.setattr(module, "unavailable", lambda package: f"{package} is left out")
-        for module in (decode, files):
-            patch.setattr(module, "ROUNDS", 1)
+        patch.setattr(decode, "ROUNDS", 1)
+        patch.setattr(step, "FILE_ROUNDS", 1)
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
         triton = backends.Backend("triton", "a stand-in", torch_decode.dequantize_into)
         patch.setattr(backends, "backend_for", lambda *_: triton)

@@ -275,16 +275,19 @@ def test_the_command_runs_without_any_peer(tmp_path, monkeypatch):
     ours = [Contestant(id, "NFQ", partial(rounded, id), id, "fast") for id in WRITABLE_IDS]
     monkeypatch.setattr(quality, "peers", lambda: ([], {"GGUF": "xllamacpp is not installed"}))
     monkeypatch.setattr(quality, "our_formats", lambda effort: ours)
-    monkeypatch.setattr(quality_weights, "QUICK_SHAPE", (64, 512))
-    monkeypatch.setattr(quality_weights, "QUICK_CONVOLUTION", (64, 64, 3, 3))
-    arguments = ["--quick", "--out", str(tmp_path / "quality.json")]
+    weights = quality_weights.random_weights((64, 512), (64, 64, 3, 3))
+    monkeypatch.setattr(quality, "random_weights", lambda: weights)
+    monkeypatch.setattr(quality, "collect_demo", lambda prompts: None)
+    monkeypatch.setattr(quality, "demo_rows", lambda contestants, calibration: [])
+    monkeypatch.setattr(quality, "plot", lambda results: None)
+    arguments = ["--out", str(tmp_path / "quality.json")]
     monkeypatch.setattr(sys, "argv", [quality.__file__, *arguments])
     quality.main(arguments)
     results = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))
     assert {row["source"] for row in results["rows"]} == {"gaussian", "student_t5", "convolution"}
     assert {check["met"] for check in results["checks"]} == {None}
     assert results["skipped"] == {"GGUF": "xllamacpp is not installed"}
-    assert results["command"] == "python -m benchmarks.quality --quick --out quality.json"
+    assert results["command"] == "python -m benchmarks.quality --out quality.json"
 
 
 def test_the_curve_is_what_nothing_smaller_equals():

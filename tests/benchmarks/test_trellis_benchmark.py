@@ -58,7 +58,7 @@ def test_every_format_is_measured_at_both_efforts_and_missing_peers_are_named(mo
     monkeypatch.setattr(quality_peers, "PACKAGES", families)
     for name, value in (("SHAPE", (8, 64)), ("TIMED_BLOCKS", 2), ("ROUNDS", 1), ("WINDOWS", (8,))):
         monkeypatch.setattr(trellis, name, value)
-    monkeypatch.setattr(trellis, "sources", lambda: {"gaussian": gaussian((8, 64), 1)})
+    monkeypatch.setattr(trellis, "random_weights", lambda *shapes: {"gaussian": gaussian((8, 64), 1)})
     threads = torch.get_num_threads()
     try:
         results = trellis.run()

@@ -1,28 +1,26 @@
 """Correctness and speed on a GPU, in one run: `python -m benchmarks.speed.gpu`.
 
-It checks the bits of every format, and measures the decode, compared with copies of as many bytes; a whole step of
-SDXL's UNet (packed, with LoRAs, resident, compiled), compared with fp16, bitsandbytes' NF4 and Q4_0 in torch
-operations; quantising and loading. It writes the results after each part, with failures and skipped measurements. The
-exit status is 1 if anything failed. After a failure that breaks the GPU's context, run the other parts with --only.
-
-`--device cpu --small --out FILE` tries the script without a GPU. Needs diffusers; bitsandbytes is used if installed.
+It checks the bits of every format, and measures the decode, steps of SDXL's UNet, quantising and loading. It writes the
+results after each part, with failures and skipped measurements; the exit status is 1 if anything failed. After a
+failure that breaks the GPU's context, run the other parts with --only. `--device cpu --small --out FILE` tries the
+script without a GPU. Needs diffusers; bitsandbytes is used if installed.
 """
-
-from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from time import monotonic
+from time import perf_counter
 
 import torch
 
 from ...shared import argument_parser, write_results
 from .decode import correctness, decode
-from .files import files
-from .part import Part, describe, without_device
-from .step import compiled, step
+from .part import Part
+from .step import compiled, files, step
 
+# Most important first.
 PARTS: dict[str, Callable[[Part], None]] = {
     "correctness": correctness,
     "decode": decode,
@@ -30,22 +28,39 @@ PARTS: dict[str, Callable[[Part], None]] = {
     "files": files,
     "compile": compiled,
 }
-"""Most important first."""
+
+
+def without_device(device: torch.device) -> str:
+    """Why nothing can be measured on a device; empty if it can."""
+    if device.type != "cuda" or (device.index or 0) < torch.cuda.device_count():
+        return ""
+    hint = "try the script with --device cpu --small --out FILE"
+    return f"cannot measure {device}: torch sees {torch.cuda.device_count()} CUDA devices here; {hint}"
+
+
+def describe(device: torch.device) -> dict:
+    """The device, and the versions of the packages used."""
+    packages = ("triton", "diffusers", "bitsandbytes")
+    versions = {name: version(name) if find_spec(name) else None for name in packages}
+    if device.type != "cuda":
+        return {"name": str(device), "versions": versions}
+    found, cuda = torch.cuda.get_device_properties(device), torch.version.cuda or torch.version.hip
+    memory = round(found.total_memory / 2**30, 1)
+    facts = {"name": found.name, "capability": f"{found.major}.{found.minor}", "memory_gib": memory, "cuda": cuda}
+    return {**facts, "versions": versions}
 
 
 def run(device: torch.device, small: bool, out: Path | None, only: Sequence[str] = tuple(PARTS)) -> bool:
     """Run parts and write the results after each; returns whether nothing failed."""
     results = {"small": small, "device": describe(device), "parts": {}}
     for name in only:
-        part, started = Part(device, small), monotonic()
+        part, started = Part(device, small), perf_counter()
         part.attempt(name, lambda name=name, part=part: PARTS[name](part))
-        seconds = round(monotonic() - started, 1)
+        seconds = round(perf_counter() - started, 1)
         problems = {"skipped": part.skipped, "failures": part.failures}
         results["parts"][name] = {"seconds": seconds, **part.results, **problems}
         write_results("gpu", results, out)
-        print(
-            f"{name}: {seconds} s", *(f"{key} {one}: {why}" for key in problems for one, why in problems[key].items())
-        )
+        print(f"{name}: {seconds} s", problems)
         if part.on_gpu:
             torch.cuda.empty_cache()
     return not any(found["failures"] for found in results["parts"].values())

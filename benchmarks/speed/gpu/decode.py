@@ -1,7 +1,5 @@
 """The decode on a GPU: are the bits right, and how long does it take compared with copies?"""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import product
 
@@ -14,16 +12,12 @@ from nfq_core.packed import backends, op, torch_decode
 from nfq_core.packed.formats import FORMATS, LEVELS, format_by_id
 
 from ...shared import channel_spread, milliseconds, unavailable
-from .part import Part, graphed, random_state
-from .rivals import dequantize_q4_0, random_q4_0
+from .part import Part, dequantize_q4_0, graphed, random_q4_0, random_state
 
 ODD_SIZES = (1, 63, 64, 65, 24 * 64 + 1, 256 * 64 + 1)
 LARGE_SIZES = (1280 * 1280, torch_decode.CHUNK_WEIGHTS + 65)
 INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
-
-HUGE_BYTES = 14 << 30
-"""Free memory that the largest tensor of the kernel needs."""
-
+HUGE_BYTES = 14 << 30  # Free memory that the largest tensor of the kernel needs
 ROUNDS = 15
 
 
@@ -92,67 +86,56 @@ def decode(part: Part) -> None:
     outs = [buffer[: tensor.numel()].view(tensor.shape) for tensor in tensors]
     moved = sum(tensor.nbytes + 2 * tensor.numel() for tensor in tensors)
     part.results |= {"layers": len(tensors), "bytes_moved": moved, "eager": {}}
+    blocks = [random_q4_0(tensor.shape, 0.03, part.device) for tensor in tensors]
+    nf4: list = []
 
-    def ours() -> None:
-        for tensor, out in zip(tensors, outs, strict=True):
-            tensor.dequantize(out=out)
+    def each(work: Callable[..., object], *lists: list) -> Callable[[], None]:
+        def call() -> None:
+            for items in zip(*lists, strict=True):
+                work(*items)
 
-    def through_operation() -> None:
-        for tensor in tensors:
-            op.dequantize(tensor.data, tensor.format.id, tensor.shape, torch.float16)
+        return call
 
-    def torch_only() -> None:
-        for tensor, out in zip(tensors, outs, strict=True):
-            torch_decode.dequantize_into(out, tensor.data, tensor.format)
+    def bitsandbytes() -> None:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    works = {"decode": ours, "copies": _copies(tensors, buffer)}
+        if not nf4:
+            for tensor, out in zip(tensors, outs, strict=True):
+                nf4.append(quantize_4bit(tensor.dequantize(out=out), blocksize=64, quant_type="nf4"))
+        for (data, state), out in zip(nf4, outs, strict=True):
+            dequantize_4bit(data, state, out=out) if part.on_gpu else dequantize_4bit(data, state)
+
+    works = {"decode": each(lambda tensor, out: tensor.dequantize(out=out), tensors, outs)}
+    works["copies"] = each(_copy, *_copies(tensors, buffer))
 
     def as_graphs() -> dict[str, dict]:
         return milliseconds({name: graphed(part.device, work) for name, work in works.items()}, part.device, ROUNDS)
 
     part.results["graph"] = part.attempt("CUDA graphs", as_graphs) or {}
-    works |= {"operation": through_operation, "torch": torch_only, **_rivals(part, tensors, outs)}
+    works |= {
+        "operation": each(lambda t: op.dequantize(t.data, t.format.id, t.shape, torch.float16), tensors),
+        "torch": each(lambda t, out: torch_decode.dequantize_into(out, t.data, t.format), tensors, outs),
+        "bitsandbytes NF4": bitsandbytes,
+        "Q4_0 in torch": each(lambda data, tensor: dequantize_q4_0(data, tensor.shape), blocks, tensors),
+    }
+    if reason := unavailable("bitsandbytes"):
+        part.skipped["bitsandbytes NF4"] = reason
+        del works["bitsandbytes NF4"]
     for name, work in works.items():
         # One at a time, so that one that fails leaves the others.
         found = part.attempt(name, lambda name=name, work=work: milliseconds({name: work}, part.device, ROUNDS))
         part.results["eager"] |= found or {}
 
 
-def _copies(tensors: list[NFTensor], buffer: torch.Tensor) -> Callable[[], None]:
-    """For each weight a copy that reads its packed bytes, and a fill: together they write as much as the decode."""
+def _copies(tensors: list[NFTensor], buffer: torch.Tensor) -> tuple[list[torch.Tensor], ...]:
+    """For each weight its packed bytes, a target for them, and words to fill: as many bytes as the decode writes."""
     # Fills are fastest with whole aligned words, so that copies need a target of their own; the last word may be long.
     target = torch.empty(max(tensor.nbytes for tensor in tensors), dtype=torch.uint8, device=buffer.device)
     words = torch.empty(-(-buffer.nbytes // 8), dtype=torch.int64, device=buffer.device)
-    pairs = [(t.data, target[: t.nbytes], words[: -(-(2 * t.numel() - t.nbytes) // 8)]) for t in tensors]
-
-    def work() -> None:
-        for packed, to, rest in pairs:
-            to.copy_(packed)
-            rest.zero_()
-
-    return work
+    fills = [words[: -(-(2 * tensor.numel() - tensor.nbytes) // 8)] for tensor in tensors]
+    return [tensor.data for tensor in tensors], [target[: tensor.nbytes] for tensor in tensors], fills
 
 
-def _rivals(part: Part, tensors: list[NFTensor], outs: list[torch.Tensor]) -> dict[str, Callable[[], None]]:
-    blocks = [random_q4_0(tensor.shape, 0.03, part.device) for tensor in tensors]
-
-    def q4_0() -> None:
-        for data, tensor in zip(blocks, tensors, strict=True):
-            dequantize_q4_0(data, tensor.shape)
-
-    reason = unavailable("bitsandbytes")
-    if reason:
-        part.skipped["bitsandbytes NF4"] = reason
-        return {"Q4_0 in torch": q4_0}
-    packed: list = []
-
-    def nf4() -> None:
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-        if not packed:
-            for tensor, out in zip(tensors, outs, strict=True):
-                packed.append(quantize_4bit(tensor.dequantize(out=out), blocksize=64, quant_type="nf4"))
-        for (data, state), out in zip(packed, outs, strict=True):
-            dequantize_4bit(data, state, out=out) if part.on_gpu else dequantize_4bit(data, state)
-
-    return {"bitsandbytes NF4": nf4, "Q4_0 in torch": q4_0}
+def _copy(packed: torch.Tensor, target: torch.Tensor, words: torch.Tensor) -> None:
+    target.copy_(packed)
+    words.zero_()

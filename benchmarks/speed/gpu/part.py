@@ -1,18 +1,17 @@
-"""What the parts of the GPU benchmark share: results and failures, CUDA graphs, memory."""
-
-from __future__ import annotations
+"""What the parts of the GPU benchmark share: results, random weights, CUDA graphs, memory, other 4-bit layers."""
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from models import packed_unet
 from samples import TINY
+from torch import nn
 
 from nfq_core import NFTensor
 from nfq_core.models.unet_keys import SDXL_BASE, UNetArchitecture
@@ -20,7 +19,7 @@ from nfq_core.planning.settings import DEFAULTS, Settings
 
 from ...shared import synchronize
 
-PACKAGES = ("triton", "diffusers", "safetensors", "zstandard", "numpy", "bitsandbytes")
+Q4_0_BLOCK = 32
 
 Result = TypeVar("Result")
 State = Mapping[str, NFTensor | torch.Tensor]
@@ -67,31 +66,6 @@ def random_state(part: Part, settings: Settings = DEFAULTS) -> State:
     return {name: tensor.to(part.device) for name, tensor in _random_state(part.architecture, settings).items()}
 
 
-def without_device(device: torch.device) -> str:
-    """Why nothing can be measured on a device; empty if it can."""
-    if device.type != "cuda" or (device.index or 0) < torch.cuda.device_count():
-        return ""
-    hint = "try the script with --device cpu --small --out FILE"
-    return f"cannot measure {device}: torch sees {torch.cuda.device_count()} CUDA devices here; {hint}"
-
-
-def describe(device: torch.device) -> dict:
-    """The device, and the versions of the packages used."""
-    facts: dict[str, object] = {"name": str(device)}
-    if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        memory, cuda = round(found.total_memory / 2**30, 1), torch.version.cuda or torch.version.hip
-        facts = {"name": found.name, "capability": f"{found.major}.{found.minor}", "memory_gib": memory, "cuda": cuda}
-    return facts | {"versions": {name: _version(name) for name in PACKAGES}}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def graphed(device: torch.device, work: Callable[[], object]) -> Callable[[], object]:
     """`work`, which uses the same memory at every call, as the replay of a CUDA graph; `work` on a CPU."""
     if device.type != "cuda":
@@ -117,3 +91,50 @@ def added_bytes(device: torch.device, work: Callable[[], object]) -> int:
     work()
     synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def random_q4_0(shape: Sequence[int], std: float, device: torch.device) -> torch.Tensor:
+    """Q4_0 blocks of random codes with about this standard deviation: uint8 of shape (blocks, 18)."""
+    size = -(-prod(shape) // Q4_0_BLOCK), 2 + Q4_0_BLOCK // 2
+    data = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
+    # Codes are -8 … 7, all equally likely: a variance of 21.25.
+    data[:, :2] = torch.full((1,), std / 21.25**0.5, dtype=torch.float16, device=device).view(torch.uint8)
+    return data
+
+
+def dequantize_q4_0(data: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Q4_0 blocks as fp16 of `shape`; as in the plugins, each call makes the shifts anew."""
+    scales, codes = data.split([2, Q4_0_BLOCK // 2], dim=1)
+    shifts = torch.tensor([0, 4], device=data.device, dtype=torch.uint8).view(1, 2, 1)
+    digits = (codes.unsqueeze(1) >> shifts) & 15
+    values = digits.view(len(data), Q4_0_BLOCK).to(torch.int8) - 8
+    return (scales.view(torch.float16) * values).view(-1)[: prod(shape)].view(tuple(shape))
+
+
+class Q4Layer(nn.Module):
+    """A Linear or Conv2d layer that dequantises its weight from random Q4_0 blocks at every call."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        self.shape, self.bias = tuple(layer.weight.shape), layer.bias
+        self.convolution = (layer.stride, layer.padding) if isinstance(layer, nn.Conv2d) else None
+        blocks = random_q4_0(self.shape, prod(self.shape[1:]) ** -0.5, layer.weight.device)
+        self.register_buffer("blocks", blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The result with the dequantised weight."""
+        weight = dequantize_q4_0(self.blocks, self.shape)
+        if self.convolution is None:
+            return nn.functional.linear(x, weight, self.bias)
+        return nn.functional.conv2d(x, weight, self.bias, *self.convolution)
+
+
+def nf4_layer(layer: nn.Linear) -> nn.Module:
+    """bitsandbytes' 4-bit layer with the weight of a dense fp16 one."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    sizes = layer.in_features, layer.out_features, layer.bias is not None
+    packed = Linear4bit(*sizes, torch.float16, quant_type="nf4", device="meta")
+    packed.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4").to(layer.weight.device)
+    packed.bias = layer.bias
+    return packed

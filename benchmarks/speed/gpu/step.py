@@ -1,41 +1,32 @@
-"""A sampling step of SDXL's UNet in diffusers on a GPU: packed, with LoRAs, resident, compiled, and other layers."""
+"""SDXL's UNet in diffusers on a GPU: a step (packed, with LoRAs, compiled, other layers); quantising and loading."""
 
-from __future__ import annotations
-
+import tempfile
 from collections.abc import Callable, Mapping
-from functools import partial
-from time import perf_counter
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from samples import unet_config
 from torch import nn
 
+import nfq_core
 from nfq_core import NFTensor
 from nfq_core.layers import PackedLinear, assign_state, dense_layers, packed_layers
 from nfq_core.layers.low_rank import LowRank
 from nfq_core.models.unet_keys import UNetArchitecture, tensor_shapes
 from nfq_core.planning.allocation import PRESETS
-from nfq_core.planning.settings import BitsPerWeight, Settings
+from nfq_core.planning.settings import DEFAULTS, BitsPerWeight, Settings
 
-from ...shared import milliseconds, unavailable
-from .part import Part, State, added_bytes, random_state
-from .rivals import Q4Layer, nf4_layer
+from ...shared import milliseconds, synchronize, timed, unavailable
+from .part import Part, Q4Layer, State, added_bytes, nf4_layer, random_state
 
-BATCH = 2
-"""With and without the prompt, for CFG."""
-
-SIDE, SMALL_SIDE = 128, 16
-"""Sides of the latents; SDXL draws 1024 pixels from 128."""
-
-TOKENS = 77
-LORA_RANK = 32
-
-LORA_CHANGE = 0.01
-"""Root mean square of a LoRA's change of a weight, relative to the weight's."""
-
+BATCH = 2  # With and without the prompt, for CFG
+SIDE, SMALL_SIDE = 128, 16  # Sides of the latents; SDXL draws 1024 pixels from 128
+TOKENS, LORA_RANK = 77, 32
+LORA_CHANGE = 0.01  # Root mean square of a LoRA's change of a weight, relative to the weight's
 ONE_LORA, FOUR_LORAS = "packed, 1 LoRA", "packed, 4 LoRAs"
 SAME_WEIGHTS = ("fp16", "packed", ONE_LORA, FOUR_LORAS, "resident")
-ROUNDS = 12
+ROUNDS, FILE_ROUNDS = 12, 3
 
 
 def dense_state(state: State) -> dict[str, torch.Tensor]:
@@ -103,19 +94,56 @@ def own_bytes(unet: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers(), *(state.absmax for state in states)))
 
 
+def contestants(part: Part) -> dict[str, Callable[[], nn.Module]]:
+    """The makers of the UNets by name; SAME_WEIGHTS share their weights."""
+    architecture, state = part.architecture, random_state(part)
+
+    def packed(loras: int = 0) -> nn.Module:
+        return add_low_rank(make_unet(architecture, state), loras) if loras else make_unet(architecture, state)
+
+    def resident() -> nn.Module:
+        unet = packed()
+        dense_layers(unet)
+        return unet
+
+    def replaced(kinds: tuple[type, ...], replace: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        unet = make_unet(architecture, dense_state(state))
+        for name in [name for name, tensor in state.items() if isinstance(tensor, NFTensor)]:
+            path, _, attribute = name.removesuffix(".weight").rpartition(".")
+            parent = unet.get_submodule(path)
+            if isinstance(layer := getattr(parent, attribute), kinds):
+                setattr(parent, attribute, replace(layer))
+        return unet
+
+    balanced = Settings(BitsPerWeight(PRESETS["balanced"]))
+    makers = {
+        "fp16": lambda: make_unet(architecture, dense_state(state)),
+        "packed": packed,
+        ONE_LORA: lambda: packed(1),
+        FOUR_LORAS: lambda: packed(4),
+        "resident": resident,
+        "packed, preset balanced": lambda: make_unet(architecture, random_state(part, balanced)),
+        "Q4_0 in torch": lambda: replaced((nn.Linear, nn.Conv2d), Q4Layer),
+        "bitsandbytes NF4": lambda: replaced((nn.Linear,), nf4_layer),
+    }
+    if reason := unavailable("bitsandbytes"):
+        part.skipped["bitsandbytes NF4"] = reason
+        del makers["bitsandbytes NF4"]
+    return makers
+
+
 def step(part: Part) -> None:
     """All contestants in turns; the memory of each by itself."""
-    unets = _contestants(part)
+    unets = {name: part.attempt(name, make) for name, make in contestants(part).items()}
     steps: dict[str, Callable[[], torch.Tensor]] = {}
-    contestants = part.results["contestants"] = {}
-    for name, unet in unets.items():
+    found = part.results["contestants"] = {}
+    for name, unet in ((name, unet) for name, unet in unets.items() if unet is not None):
         call = step_of(part, unet)
         if part.attempt(name, lambda call=call: _finite(call())) is not None:
             steps[name] = call
-            contestants[name] = {"own_bytes": own_bytes(unet), **_step_bytes(part, call)}
+            found[name] = {"own_bytes": own_bytes(unet), **_step_bytes(part, call)}
     part.attempt("difference", lambda: _compare(part, steps))
-    for name, found in milliseconds(steps, part.device, 2 if part.small else ROUNDS).items():
-        contestants[name]["ms"] = found
+    _add_times(part, steps, found)
 
 
 def _finite(result: torch.Tensor) -> torch.Tensor:
@@ -128,42 +156,9 @@ def _step_bytes(part: Part, call: Callable[[], object]) -> dict[str, int]:
     return {"step_bytes": added_bytes(part.device, call)} if part.on_gpu else {}
 
 
-def _contestants(part: Part) -> dict[str, nn.Module]:
-    """The UNets by name; SAME_WEIGHTS share their weights."""
-    architecture, state = part.architecture, random_state(part)
-
-    def resident() -> nn.Module:
-        unet = make_unet(architecture, state)
-        dense_layers(unet)
-        return unet
-
-    def replaced(kinds: tuple[type, ...], replace: Callable[[nn.Module], nn.Module]) -> nn.Module:
-        unet = make_unet(architecture, dense_state(state))
-        for name in [name for name, tensor in state.items() if isinstance(tensor, NFTensor)]:
-            path, _, attribute = name.removesuffix(".weight").rpartition(".")
-            parent = unet.get_submodule(path)
-            layer = getattr(parent, attribute)
-            if isinstance(layer, kinds):
-                setattr(parent, attribute, replace(layer))
-        return unet
-
-    balanced = Settings(BitsPerWeight(PRESETS["balanced"]))
-    makers = {
-        "fp16": lambda: make_unet(architecture, dense_state(state)),
-        "packed": lambda: make_unet(architecture, state),
-        ONE_LORA: lambda: add_low_rank(make_unet(architecture, state), 1),
-        FOUR_LORAS: lambda: add_low_rank(make_unet(architecture, state), 4),
-        "resident": resident,
-        "packed, preset balanced": lambda: make_unet(architecture, random_state(part, balanced)),
-        "Q4_0 in torch": lambda: replaced((nn.Linear, nn.Conv2d), Q4Layer),
-        "bitsandbytes NF4": lambda: replaced((nn.Linear,), nf4_layer),
-    }
-    reason = unavailable("bitsandbytes")
-    if reason:
-        part.skipped["bitsandbytes NF4"] = reason
-        del makers["bitsandbytes NF4"]
-    made = {name: part.attempt(name, make) for name, make in makers.items()}
-    return {name: unet for name, unet in made.items() if unet is not None}
+def _add_times(part: Part, steps: Mapping[str, Callable[[], object]], found: dict[str, dict]) -> None:
+    for name, ms in milliseconds(steps, part.device, 2 if part.small else ROUNDS).items():
+        found[name]["ms"] = ms
 
 
 def _compare(part: Part, steps: Mapping[str, Callable[[], torch.Tensor]]) -> None:
@@ -180,13 +175,31 @@ def compiled(part: Part) -> None:
     state = random_state(part)
     steps: dict[str, Callable[[], torch.Tensor]] = {}
     found = part.results["compiled"] = {}
-    for name, make in {"fp16": partial(dense_state, state), "packed": lambda: state}.items():
-        unet = make_unet(part.architecture, make())
+    for name, make in {"fp16": dense_state, "packed": lambda state: state}.items():
+        unet = make_unet(part.architecture, make(state))
         for module in unet.modules():
             if type(module).__name__ == "BasicTransformerBlock":
                 module.compile(backend="inductor" if part.on_gpu else "eager", fullgraph=True)
-        steps[name], started = step_of(part, unet), perf_counter()
-        _finite(steps[name]())
-        found[name] = {"first_call_s": perf_counter() - started, **_step_bytes(part, steps[name])}
-    for name, reading in milliseconds(steps, part.device, 2 if part.small else ROUNDS).items():
-        found[name]["ms"] = reading
+        steps[name] = step_of(part, unet)
+        first_call = timed(lambda call=steps[name]: _finite(call()))
+        found[name] = {"first_call_s": first_call, **_step_bytes(part, steps[name])}
+    _add_times(part, steps, found)
+
+
+def files(part: Part) -> None:
+    """Quantise SDXL's layers on the device, write both files (6.5 GB), load each from the page cache."""
+    weights, packed = dense_state(random_state(part)), {}
+    quantise = {"quantise": lambda: packed.update(nfq_core.quantize_state_dict(weights))}
+    part.results |= milliseconds(quantise, part.device, FILE_ROUNDS)
+    with tempfile.TemporaryDirectory() as folder:
+        packed_file, dense_file = Path(folder) / "unet.nfq.safetensors", Path(folder) / "unet.safetensors"
+        nfq_core.save(packed, packed_file, settings=DEFAULTS.as_dict())
+        save_file({name: weight.cpu() for name, weight in weights.items()}, dense_file)
+        weights.clear()
+        packed.clear()
+        works = {
+            "NFQ": lambda: (nfq_core.load(packed_file, device=part.device), synchronize(part.device)),
+            "fp16, safetensors": lambda: (load_file(dense_file, device=str(part.device)), synchronize(part.device)),
+        }
+        part.results["first_load_s"] = {name: timed(work) for name, work in works.items()}
+        part.results["load"] = milliseconds(works, part.device, FILE_ROUNDS)

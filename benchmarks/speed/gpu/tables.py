@@ -1,7 +1,5 @@
 """The results of `benchmarks.speed.gpu` as Markdown."""
 
-from __future__ import annotations
-
 from ...shared import markdown_table, spread
 
 LABELS = {

@@ -1,1 +1,0 @@
-"""The experiment of the article that this project starts from."""
