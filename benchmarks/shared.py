@@ -38,15 +38,9 @@ def machine() -> dict:
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         model = names[0] if names else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    return {
-        "processor": model,
-        "processors": default_threads(),
-        "memory_gib": round(memory / 2**30, 1),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-    }
+    hardware = {"processor": model, "processors": default_threads(), "memory_gib": round(memory / 2**30, 1)}
+    software = {"system": platform.system(), "python": platform.python_version(), "torch": torch.__version__}
+    return {**hardware, **software, "date": date.today().isoformat()}
 
 
 def process_status(pid: int | str = "self") -> dict[str, int]:

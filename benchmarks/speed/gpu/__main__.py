@@ -8,8 +8,8 @@ script without a GPU. Needs diffusers; bitsandbytes is used if installed.
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 
@@ -40,8 +40,11 @@ def without_device(device: torch.device) -> str:
 
 def describe(device: torch.device) -> dict:
     """The device, and the versions of the packages used."""
-    packages = ("triton", "diffusers", "bitsandbytes")
-    versions = {name: version(name) if find_spec(name) else None for name in packages}
+    versions: dict[str, str | None] = dict.fromkeys(("triton", "diffusers", "bitsandbytes"))
+    for name in versions:
+        # ROCm's Triton is another package.
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     if device.type != "cuda":
         return {"name": str(device), "versions": versions}
     found, cuda = torch.cuda.get_device_properties(device), torch.version.cuda or torch.version.hip
