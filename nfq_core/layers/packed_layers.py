@@ -162,28 +162,22 @@ class PackedLayer:
         if change is not None and change.up.dtype != dtype and _is_autocast(change.up.device.type):
             # autocast then casts the sum, as it casts a stock layer's weight.
             dtype = change.up.dtype
-        return self._with_low_rank(self._dequantized(dtype))
-
-    def _dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         if torch.jit.is_tracing():
             raise NFQError(CANNOT_SCRIPT)
-        return dequantize_for_one_use(self.buffer, self.format_id, self.weight_shape, dtype)
+        return self._with_low_rank(dequantize_for_one_use(self.buffer, self.format_id, self.weight_shape, dtype))
 
     def _with_low_rank(self, weight: torch.Tensor) -> torch.Tensor:
-        change = self._low_rank_for(weight)
-        return weight if change is None else change.add_to(weight)
-
-    def _low_rank_for(self, tensor: torch.Tensor) -> LowRank | None:
-        """`low_rank`; NFQError if its dtype or device does not match `tensor`."""
+        """Add `low_rank` to a weight in place; NFQError if their dtypes or devices do not match."""
         change = self.low_rank
-        if change is None or (change.up.dtype == tensor.dtype and change.up.device == tensor.device):
-            return change
-        if change.up.device != tensor.device or not _is_autocast(tensor.device.type):
+        if change is None:
+            return weight
+        other_device, other_dtype = change.up.device != weight.device, change.up.dtype != weight.dtype
+        if other_device or (other_dtype and not _is_autocast(weight.device.type)):
             raise NFQError(
                 f"the low-rank change is {change.up.dtype} on {change.up.device}, the layer computes in "
-                f"{tensor.dtype} on {tensor.device}; create it again for these"
+                f"{weight.dtype} on {weight.device}; create it again for these"
             )
-        return change
+        return change.add_to(weight)
 
     def extra_repr(self) -> str:
         """The stock layer's text, and the format."""

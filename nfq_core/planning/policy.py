@@ -54,7 +54,8 @@ def plan_tensors(
         NFQError: the size is too small, or no format has so many bits.
     """
     info = detect({key: entry.shape for key, entry in entries.items()})
-    shapes = {key: entry.shape for key, entry in entries.items() if _is_quantized(key, entry, info, settings)}
+    spared = first_and_last_convolution(info) if info and not settings.quantize_first_last else frozenset()
+    shapes = {key: entry.shape for key, entry in entries.items() if _is_quantized(key, entry, info, spared)}
     choice = settings.choice
     if isinstance(choice, Formats):
         formats = {
@@ -77,13 +78,13 @@ def plan_tensors(
     return info, plans
 
 
-def _is_quantized(key: str, entry: Entry, info: UNetInfo | None, settings: Settings) -> bool:
+def _is_quantized(key: str, entry: Entry, info: UNetInfo | None, spared: frozenset[str]) -> bool:
     return (
         len(entry.shape) >= 2
         and entry.dtype in _QUANTIZABLE | _FP8
         and "emb" not in key
+        and key not in spared
         and (info is None or is_unet_key(info, key))
-        and (info is None or settings.quantize_first_last or key not in first_and_last_convolution(info))
         and prod(entry.shape) >= MIN_WEIGHTS
     )
 

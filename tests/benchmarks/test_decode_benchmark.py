@@ -8,7 +8,7 @@ from nfq_core.packed.formats import LEVELS
 
 def test_missing_peers_are_left_out_and_named(monkeypatch, capsys) -> None:
     monkeypatch.setattr(decode, "SHAPE", (8, 640))
-    # torch stands in for an installed package.
+    # torch plays an installed package.
     peers = {"here": ("torch", decode.copied), "missing": ("no_such_package", decode.copied)}
     monkeypatch.setattr(decode, "PEERS", peers)
     results = decode.run(1)
