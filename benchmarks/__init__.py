@@ -1,5 +1,7 @@
 """Benchmarks; README.md in this folder lists the commands, their duration, results files and tables."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

@@ -6,6 +6,8 @@ quantisation. The default model is the bundled demo model, with captions that it
 folder of diffusers' layout. The picture has a row for each model and a column for each prompt.
 """
 
+from __future__ import annotations
+
 import sys
 import tempfile
 from collections.abc import Callable, Mapping

@@ -1,5 +1,7 @@
 """What every benchmark uses: facts about the machine, timing, results files, table cells, random weights."""
 
+from __future__ import annotations
+
 import argparse
 import importlib
 import json

@@ -3,6 +3,8 @@
 A table goes between `<!-- NAME -->` and `<!-- /NAME -->`, in whichever of these pages has the two markers.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Callable

@@ -6,6 +6,8 @@ a UNet of Segmind Vega's shapes and random weights. Peak memory is less the idle
 linear layers of every transformer block. For Linux.
 """
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 from statistics import median_high

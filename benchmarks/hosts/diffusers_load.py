@@ -5,6 +5,8 @@ way in a process of its own. The peaks are Linux's: of all resident memory (VmHW
 files, and of the process's own memory (anonymous pages, read fifty times per second).
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import threading

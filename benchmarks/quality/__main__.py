@@ -5,6 +5,8 @@ not see. The peers' own code runs: ggml (`xllamacpp`), bitsandbytes, hqq, sdnq, 
 is left out and named (`pip install -e ".[bench]"`).
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,6 +5,8 @@ levels, every weight has the given number of levels; the article's format is com
 4.15 packed bits per weight), a calibration chooses formats by measured sensitivity, and codes by error feedback.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from functools import partial
 

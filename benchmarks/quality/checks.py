@@ -1,5 +1,7 @@
 """Promises about size and error compared with each peer, checked on the rows of the results; the results' tables."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from itertools import product
 

@@ -1,5 +1,7 @@
 """The demo model in every contestant's format, at every size and calibrated: its rows in the results."""
 
+from __future__ import annotations
+
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial

@@ -1,5 +1,7 @@
 """ggml's own quantisers, called by ctypes in the shared library of the `xllamacpp` wheel."""
 
+from __future__ import annotations
+
 import ctypes
 from functools import lru_cache
 from importlib.util import find_spec

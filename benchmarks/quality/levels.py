@@ -4,6 +4,8 @@ Gaussian, Student-t and the demo model's weights; convolutions have the given nu
 bytes of a tensor on disk.
 """
 
+from __future__ import annotations
+
 from itertools import product
 from math import log2
 

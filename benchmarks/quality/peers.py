@@ -3,6 +3,8 @@
 Bytes of a weight are its codes, scales, zero points, codebooks and padding, but no tables that all weights share.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple

@@ -5,6 +5,8 @@ the run has a fixed length and is repeatable to the bit on one machine. If other
 OMP_WAIT_POLICY=PASSIVE.
 """
 
+from __future__ import annotations
+
 import json
 import time
 from argparse import Namespace

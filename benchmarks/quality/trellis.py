@@ -5,6 +5,8 @@ SDXL's layers would have, if their weights were of these kinds, at the sizes in 
 (`xllamacpp`) and bitsandbytes' NF4. Times are processor seconds on one thread.
 """
 
+from __future__ import annotations
+
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial

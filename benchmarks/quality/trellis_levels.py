@@ -4,6 +4,8 @@ Lloyd's algorithm on Gaussian blocks, from many starts, each the Gaussian quanti
 hash: the levels that can follow a state are spread over the whole range. The best starts continue with more blocks.
 """
 
+from __future__ import annotations
+
 import math
 from pathlib import Path
 

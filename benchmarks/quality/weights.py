@@ -1,5 +1,7 @@
 """Error of weights in every contestant's format: random weights, the demo model's, any other model's."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import log10, prod
@@ -38,7 +40,7 @@ class Layer:
     sqnr_db: float
 
     @classmethod
-    def of(cls, weight: torch.Tensor, stored: Stored) -> "Layer":
+    def of(cls, weight: torch.Tensor, stored: Stored) -> Layer:
         """Compare a weight with its stored form."""
         return cls(weight.numel(), stored.disk_bytes, stored.packed_bytes, sqnr_db(weight, stored.weight))
 

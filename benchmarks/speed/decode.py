@@ -5,6 +5,8 @@ formats; bitsandbytes' NF4, which allocates its result; gguf-py's Q4_0 and Q4_K,
 use one thread. A package that is not installed is left out and named (`pip install -e ".[bench]"`).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
 

@@ -1,5 +1,7 @@
 """Time of `nfq demo` as a whole process, imports included: `python -m benchmarks.speed.demo`."""
 
+from __future__ import annotations
+
 import tempfile
 
 from ..shared import json_of, run_command, summary, timed

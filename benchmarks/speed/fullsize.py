@@ -4,6 +4,8 @@ Writes a synthetic fp16 file of SDXL's shapes (5.14 GB) to DIR if there is none,
 both files, every byte touched, with the files in the page cache and after a request to drop them. For Linux.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os

@@ -5,6 +5,8 @@ weights with floating-point activations; the layers whose products lose most; th
 pixels, CFG): the time of a Linear layer. A CPU computes in fp32; `--device cuda` times the layers on a GPU in fp16.
 """
 
+from __future__ import annotations
+
 import copy
 from functools import partial
 

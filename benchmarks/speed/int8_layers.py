@@ -4,6 +4,8 @@ Each row of a weight and each token of an input is rounded to 255 steps with a s
 in int32. This is LLM.int8()'s vector-wise quantisation (arXiv 2208.07339, section 3.1) without its outliers.
 """
 
+from __future__ import annotations
+
 import copy
 import warnings
 

@@ -6,6 +6,8 @@ failure that breaks the GPU's context, run the other parts with --only. `--devic
 script without a GPU. Needs diffusers; bitsandbytes is used if installed.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress

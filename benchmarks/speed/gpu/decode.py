@@ -1,5 +1,7 @@
 """The decode on a GPU: are the bits right, and how long does it take compared with copies?"""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from itertools import product
 

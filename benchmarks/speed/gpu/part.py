@@ -1,5 +1,7 @@
 """What the parts of the GPU benchmark share: results, random weights, CUDA graphs, memory, other 4-bit layers."""
 
+from __future__ import annotations
+
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,5 +1,7 @@
 """SDXL's UNet in diffusers on a GPU: a step (packed, with LoRAs, compiled, other layers); quantising and loading."""
 
+from __future__ import annotations
+
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path

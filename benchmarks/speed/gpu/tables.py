@@ -1,5 +1,7 @@
 """The results of `benchmarks.speed.gpu` as Markdown."""
 
+from __future__ import annotations
+
 from ...shared import markdown_table, spread
 
 LABELS = {
