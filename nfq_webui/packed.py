@@ -15,7 +15,7 @@ from ..nfq_core import NFTensor
 from ..nfq_core.checkpoints.state_dict import StateDict
 from ..nfq_core.checkpoints.whole_checkpoint import dequantize_state_dict
 from ..nfq_core.models.unet_keys import CHECKPOINT_PREFIX
-from ..nfq_core.packed.formats import BlockFormat
+from ..nfq_core.packed.layout import BlockFormat
 
 
 class NFQ:

@@ -17,7 +17,7 @@ from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layo
 from comfy_kitchen.tensor.base import BaseLayoutParams
 
 from ..nfq_core import NFTensor
-from ..nfq_core.packed.formats import BlockFormat
+from ..nfq_core.packed.layout import BlockFormat
 from ..nfq_core.packed.op import dequantize, dequantize_for_one_use
 
 LAYOUT = f"{__name__}.NFLayout"

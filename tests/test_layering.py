@@ -89,7 +89,7 @@ def top_names(names: set[str]) -> set[str]:
 def test_the_modules_are_found():
     assert {"nfq_core", "nfq_core.packed.formats", "nfq_core.cli"} <= MODULES.keys()
     assert "nfq_core.errors" in all_imports("nfq_core.packed.formats")
-    assert "torch" in imports_at_import("nfq_core.packed.formats")
+    assert "torch" in imports_at_import("nfq_core.packed.layout")
     assert {ROOT / "nodes" / "host.py", ROOT / "nfq_webui" / "page.py"} <= set(PROGRAMS)
 
 

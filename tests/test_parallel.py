@@ -16,7 +16,7 @@ from nfq_core.checkpoints import convert
 from nfq_core.checkpoints import state_dict as state
 from nfq_core.fitting import quantizer, trellis
 from nfq_core.fitting.trellis_fit import TRELLIS_EFFORTS
-from nfq_core.packed.formats import BLOCK
+from nfq_core.packed.layout import BLOCK
 from nfq_core.parallel import (
     DEVICE_BYTES,
     IN_FLIGHT_BYTES,

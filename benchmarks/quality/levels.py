@@ -15,7 +15,8 @@ from nfq_core import NFTensor, quantize
 from nfq_core.demo.model import bundled_weights_path
 from nfq_core.fitting.codebook import EFFORTS
 from nfq_core.packed.codec import encode, frame_spans
-from nfq_core.packed.formats import BLOCK, LEVELS
+from nfq_core.packed.formats import LEVELS
+from nfq_core.packed.layout import BLOCK
 from nfq_core.packed.packing import unpack_codes
 
 from ..shared import markdown_table, run_command
@@ -26,9 +27,9 @@ from .weights import DEMO, GAUSSIAN, SHAPE, STUDENT_T, Layer, figures, model_lay
 
 def code_entropy(tensor: NFTensor) -> float:
     """Order-0 entropy of a tensor's codes, bits per weight."""
-    sections = tensor.format.sections(tensor.numel())
+    sections = tensor.sections
     coarse = tensor.data[sections.coarse : sections.fine]
-    fine = tensor.data[sections.fine : sections.superblock_scales]
+    fine = tensor.data[sections.fine : sections.scales]
     codes = unpack_codes(coarse, fine, -(-tensor.numel() // BLOCK), tensor.format)
     shares = torch.bincount(codes.view(-1).int()).double() / codes.numel()
     return -sum(share * log2(share) for share in shares.tolist() if share)
@@ -43,7 +44,7 @@ def measure_ours(weights: list[torch.Tensor], levels: int, effort: str) -> dict:
         frames = encode(tensor.data, sections)
         layers.append(Layer.of(weight, Stored(tensor.dequantize(), sum(map(len, frames)), tensor.nbytes)))
         spans = zip(frames, frame_spans(sections), strict=True)
-        planes += sum(len(frame) for frame, (start, _) in spans if sections.coarse <= start < sections.block_scales)
+        planes += sum(len(frame) for frame, (start, _) in spans if sections.coarse <= start < sections.scales)
         entropy += weight.numel() * code_entropy(tensor)
     return {**figures(layers), "codes_above_entropy": 8 * planes / entropy - 1}
 

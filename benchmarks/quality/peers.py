@@ -51,7 +51,7 @@ class Contestant(NamedTuple):
 
 def stored(tensor: NFTensor) -> Stored:
     """One of our packed weights."""
-    frames = encode(tensor.data, tensor.format.sections(tensor.numel()))
+    frames = encode(tensor.data, tensor.sections)
     return Stored(tensor.dequantize(), sum(map(len, frames)), tensor.nbytes)
 
 

@@ -22,7 +22,8 @@ from nfq_core.files.safetensors_io import Entry
 from nfq_core.fitting.codebook import EFFORTS
 from nfq_core.fitting.trellis import TrellisCoder
 from nfq_core.models.unet_keys import SDXL_BASE, tensor_shapes
-from nfq_core.packed.formats import BLOCK, FORMATS, TRELLIS_IDS, BlockFormat, Scales
+from nfq_core.packed.formats import FORMATS, TRELLIS_IDS
+from nfq_core.packed.layout import BLOCK, BlockFormat
 from nfq_core.planning.allocation import allocate
 from nfq_core.planning.policy import plan_tensors
 from nfq_core.planning.settings import DEFAULTS
@@ -57,7 +58,7 @@ def search_seconds() -> dict[str, dict]:
     """Seconds per million weights of one search with four-bit codes, by window."""
     blocks, searches = torch.randn(TIMED_BLOCKS, BLOCK, generator=torch.Generator().manual_seed(0)), {}
     for window in WINDOWS:
-        fmt = BlockFormat("", 1 << window, 16, 2, 0, Scales.LOGARITHMIC, window)
+        fmt = BlockFormat("", 1 << window, 16, 2, 0, window)
         levels = torch.randn(fmt.levels, generator=torch.Generator().manual_seed(1))
         searches[str(window)] = partial(TrellisCoder(levels, fmt, blocks.device).encode, blocks)
     taken = in_turns(searches, ROUNDS, processor_seconds)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from math import prod
 from time import perf_counter
 
 import torch
@@ -22,7 +21,8 @@ from ..files.safetensors_io import Entry, SafetensorsFile, tensor_bytes
 from ..files.writer import ContainerWriter, Plan
 from ..models.unet import detect
 from ..packed.codec import encode
-from ..packed.formats import BLOCK, LEVELS, article_format
+from ..packed.formats import LEVELS, article_format
+from ..packed.layout import BLOCK
 from ..packed.packing import pack_codes
 from ..packed.tensor import NFTensor
 from ..parallel import Progress, no_progress, ordered_map
@@ -109,9 +109,10 @@ def pack_article(tensor: ArticleTensor) -> NFTensor:
     data = torch.zeros(sections.end, dtype=torch.uint8, device="cpu")
     data[: 2 * fmt.levels].view(torch.float16).copy_(article_codebook(fmt.levels))
     data[sections.coarse : sections.fine] = coarse
-    data[sections.fine : sections.superblock_scales] = fine
-    data[sections.superblock_scales : sections.block_scales].view(torch.float32).copy_(tensor.c2)
-    data[sections.block_scales :] = tensor.c1[:blocks]
+    data[sections.fine : sections.scales] = fine
+    maxima, scales = fmt.split_scales(data, tensor.weights)
+    maxima.copy_(tensor.c2)
+    scales.copy_(tensor.c1[:blocks])
     return NFTensor(data, fmt, tensor.shape, torch.float16)
 
 
@@ -133,4 +134,4 @@ def _convert(tensor: ArticleTensor, plan: Plan) -> tuple[list[bytes] | torch.Ten
     if plan.format is None:
         return article_dequantize(tensor), ""
     packed = pack_article(tensor)
-    return encode(packed.data, packed.format.sections(prod(tensor.shape))), ""
+    return encode(packed.data, packed.sections), ""

@@ -95,7 +95,7 @@ def quantize_file(
         made_from = Source(source_name(original.path), original.file_bytes, NO_SHA256, metadata)
         conversion = _Conversion(original, entries, settings, source_hash, device, calibration, progress)
         choice = settings.choice
-        size = SizeSearch(choice.nbytes if isinstance(choice, FileSize) else None)
+        size = SizeSearch(choice.nbytes if isinstance(choice, FileSize) else None, settings.effort)
         while True:
             info, plans = conversion.plan(size.packed_bytes)
             recorded = conversion.recorded_settings() | recorded_extras(drop_extras, original.entries)
@@ -212,7 +212,7 @@ class _Conversion:
                 packed = quantize(
                     weight, format=plan.format.id, effort=self._settings.effort, device=self._device, **statistics
                 )
-                return key, encode(packed.data.cpu(), plan.format.sections(weight.numel())), raw, ""
+                return key, encode(packed.data.cpu(), packed.sections), raw, ""
             except CannotQuantizeError as error:
                 reason = str(error)
         return key, None, tensor_bytes(weight.to(TORCH_DTYPES[plan.dtype])), reason

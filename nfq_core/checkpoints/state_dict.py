@@ -191,7 +191,7 @@ def save(
 
     def work(key: str) -> tuple[str, list[bytes]]:
         tensor = state_dict[key]
-        return key, encode(tensor.data.cpu(), tensor.format.sections(tensor.numel()))
+        return key, encode(tensor.data.cpu(), tensor.sections)
 
     done, total = 0, sum(value.nbytes for value in state_dict.values())
 

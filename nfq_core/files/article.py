@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import CannotQuantizeError, CorruptFileError, UnsupportedFileError
-from ..packed.formats import ARTICLE_MIN_SCALE, ARTICLE_SCALE_STEPS, BLOCK, SUPERBLOCK
+from ..packed.article import SCALE_STEPS, SUPERBLOCK, scale_of
+from ..packed.layout import BLOCK
 from .untrusted import MAX_DIMENSIONS
 
 SHIFT = 50
@@ -77,9 +78,7 @@ class ArticleTensor:
 
     def block_scales(self) -> torch.Tensor:
         """Scale of each block, without padding; fp32, each operation rounded to fp32 in this order."""
-        maxima = self.c2.repeat_interleave(SUPERBLOCK)
-        scales = maxima * self.c1.float().clamp(min=ARTICLE_MIN_SCALE) / ARTICLE_SCALE_STEPS
-        return scales[: -(-self.weights // BLOCK)]
+        return scale_of(self.c2, self.c1[: -(-self.weights // BLOCK)])
 
     def corrupt_weights(self) -> int:
         """Number of weights that the bug has corrupted: those without a code that do not decode to 0."""
@@ -124,8 +123,8 @@ def article_quantize(weight: torch.Tensor, levels: int) -> ArticleTensor:
     blocks = padded.view(-1, SUPERBLOCK, BLOCK)
     block_maxima = blocks.abs().amax(dim=-1)
     c2 = block_maxima.amax(dim=-1)
-    c1 = torch.round(ARTICLE_SCALE_STEPS * block_maxima / c2[:, None]).to(torch.uint8)
-    scales = c2[:, None] * c1.float().clamp(min=ARTICLE_MIN_SCALE) / ARTICLE_SCALE_STEPS
+    c1 = torch.round(SCALE_STEPS * block_maxima / c2[:, None]).to(torch.uint8)
+    scales = scale_of(c2, c1.flatten()).view(c1.shape)
     ratios = blocks / scales[..., None]
     codebook = article_codebook(levels)
     thresholds = (codebook + torch.cat((codebook[1:], torch.tensor([SENTINEL])))) / 2

@@ -21,7 +21,8 @@ import torch
 
 from ..errors import CorruptFileError, NFQError, UnsupportedFileError
 from ..packed.codec import decode, frame_count
-from ..packed.formats import BlockFormat, format_by_id
+from ..packed.formats import format_by_id
+from ..packed.layout import BlockFormat, Sections
 from ..packed.tensor import QUANTIZABLE_DTYPES, NFTensor
 from .safetensors_io import METADATA_KEY, TORCH_DTYPES, SafetensorsFile, dtype_bytes
 from .untrusted import element_count, is_count, is_number, parse_error_message, parse_json
@@ -99,9 +100,17 @@ class QuantizedEntry:
         return prod(self.shape)
 
     @property
+    def sections(self) -> Sections:
+        """Where each section of the packed buffer begins; without levels of its own it has one frame less."""
+        sections = self.format.sections(self.weights)
+        if not self.format.has_common_levels or len(self.frames) == frame_count(sections):
+            return sections
+        return self.format.sections(self.weights, own_levels=False)
+
+    @property
     def packed_bytes(self) -> int:
         """Bytes of the packed buffer."""
-        return self.format.packed_bytes(self.weights)
+        return self.sections.end
 
 
 def checksum_text(crc32: int) -> str:
@@ -231,12 +240,11 @@ class NFQFile(SafetensorsFile):
 
     def _load_quantized(self, key: str, codes: bool = False) -> NFTensor:
         entry = self.quantized[key]
-        sections = entry.format.sections(entry.weights)
         stored = _scratch(self.stored_bytes(key))
         self.read_into(PREFIX + key, stored)
         self._verify_checksum(key, zlib.crc32(stored), entry.crc32)
         try:
-            data = decode(stored, list(entry.frames), sections)
+            data = decode(stored, list(entry.frames), entry.sections)
             tensor = NFTensor(data, entry.format, entry.shape, TORCH_DTYPES[entry.dtype])
             tensor.validate(codes=codes)
         except NFQError as error:
@@ -312,7 +320,7 @@ class NFQFile(SafetensorsFile):
             raise ValueError(f"tensor {key!r} is stored as {stored.dtype} {list(stored.shape)}, not as 1-D U8")
         if entry.weights == 0 or TORCH_DTYPES.get(entry.dtype) not in QUANTIZABLE_DTYPES:
             raise ValueError(f"tensor {key!r} has an impossible shape or dtype")
-        spans = frame_count(entry.format.sections(entry.weights))
+        spans = frame_count(entry.sections)
         if len(entry.frames) != spans or min(entry.frames) <= 0 or sum(entry.frames) != stored.nbytes:
             raise ValueError(
                 f"tensor {key!r} needs {spans} frames for {entry.format.id} {entry.shape}, found {len(entry.frames)} "

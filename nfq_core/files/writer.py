@@ -11,7 +11,7 @@ from math import prod
 
 from ..errors import NFQError
 from ..packed.codec import frame_spans, max_frame_bytes
-from ..packed.formats import BlockFormat
+from ..packed.layout import BlockFormat
 from ..version import __version__
 from .atomic import AtomicFile
 from .container import (

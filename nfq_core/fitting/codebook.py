@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ..packed.codec import FRAME_BYTES, expected_code_bits
-from ..packed.formats import BLOCK, BlockFormat
+from ..packed.layout import BLOCK, BlockFormat
+from .own_levels import own_levels_pay
 from .search import BlockQuantizer, ScaleGrid, largest_magnitudes
 
 STORED_BITS = {32: 4.93, 24: 4.50, 16: 3.915, 12: 3.49, 7: 2.78}
@@ -77,8 +78,9 @@ def fit_codebook(
     effort: Effort,
     weights: int,
     importance: torch.Tensor | None = None,
+    common: torch.Tensor | None = None,
 ) -> Codebook:
-    """Fit levels to a sample of a tensor.
+    """Fit levels to a sample of a tensor, unless the common ones are as good for their size.
 
     Args:
         blocks: the sample, fp32 of shape (blocks, 64), finite.
@@ -87,6 +89,7 @@ def fit_codebook(
         effort: how much work this may take.
         weights: number of weights of the whole tensor.
         importance: factor of each weight's squared error, fp32 of shape (blocks, 64), about 1 on average; None: all 1.
+        common: the common levels, ascending, fp32 of shape (n,), if the tensor may use them.
     """
     largest = largest_magnitudes(blocks)
     used = largest > 0
@@ -94,8 +97,11 @@ def fit_codebook(
     importance = None if importance is None else importance[used]
     levels = _starting_levels(blocks, fmt.levels)
     if not len(blocks):
-        return Codebook(levels, torch.zeros_like(levels), torch.ones_like(levels, dtype=torch.int64), 0.0)
+        return _unused(levels if common is None else common)
     book = _lloyd(blocks, largest, grid, levels, 0.0, effort.rounds, importance)
+    if common is not None:
+        common_error = _lloyd(blocks, largest, grid, common, 0.0, 1, importance).error
+        return book if own_levels_pay(book.error, common_error, fmt, weights) else _unused(common)
     if not effort.limit_size or fmt.levels not in STORED_BITS:
         return book
 
@@ -107,6 +113,11 @@ def fit_codebook(
         return expected_code_bits(uses, fmt, counted_weights) <= STORED_BITS[fmt.levels]
 
     return book if fits(book) else _cheapest(blocks, largest, grid, book, fits, importance)
+
+
+def _unused(levels: torch.Tensor) -> Codebook:
+    """Levels in their own order, without prices."""
+    return Codebook(levels, torch.zeros_like(levels), torch.ones_like(levels, dtype=torch.int64), 0.0)
 
 
 def _cheapest(

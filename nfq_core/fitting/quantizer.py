@@ -8,7 +8,9 @@ from math import prod
 import torch
 
 from ..errors import CannotQuantizeError
-from ..packed.formats import BLOCK, BlockFormat, nf_format, writable_format
+from ..packed.common_levels import common_levels
+from ..packed.formats import nf_format, writable_format
+from ..packed.layout import BLOCK, BlockFormat
 from ..packed.packing import pack_codes
 from ..packed.tensor import QUANTIZABLE_DTYPES, NFTensor
 from .codebook import Codebook, effort_by_name, fit_codebook
@@ -98,9 +100,13 @@ def quantize(
     grid, factor = grid_and_factor(largest, finest_stride)
     if factor != 1:
         flat, largest = flat.float() * factor, largest * factor
+    # Common levels cannot be divided by a factor.
+    may_be_common = fmt.has_common_levels and factor == 1
+    common = common_levels(fmt.id, torch.device("cpu")).float() if may_be_common else None
     if fmt.window:
         work = TRELLIS_EFFORTS[effort]
-        trellis = fit_trellis(_sample(flat, work.sample_blocks)[0], fmt, work)
+        weights = flat.numel() if may_be_common else None
+        trellis = fit_trellis(_sample(flat, work.sample_blocks)[0], fmt, work, weights)
         quantizer = TrellisQuantizer(trellis, fmt, grid, flat.device, work.scale_steps)
         fitted = trellis.levels
         if moment is None:
@@ -114,9 +120,10 @@ def quantize(
         if importance is not None and moment is None:
             columns = _column_importance(importance, weight.shape).to(flat.device)
         sample, sampled_importance = _sample(flat, work.sample_blocks, columns)
-        book = fit_codebook(sample, grid, fmt, work, flat.numel(), sampled_importance)
+        book = fit_codebook(sample, grid, fmt, work, flat.numel(), sampled_importance, common)
         fitted, parts = _scalar(flat, largest, grid, book, columns, moment)
-    data = _encode(parts, flat.numel(), fmt, grid, fitted / factor, flat.device)
+    stored = None if may_be_common and torch.equal(fitted, common) else fitted / factor
+    data = _encode(parts, flat.numel(), fmt, grid, stored, flat.device)
     packed = NFTensor(data, fmt, weight.shape, weight.dtype)
     _refuse_lost_blocks(packed, original, grid.magnitudes[0].item() / factor)
     return packed
@@ -275,7 +282,7 @@ def _rounded_with_feedback(
 
 
 def _encode(
-    parts: Parts, weights: int, fmt: BlockFormat, grid: ScaleGrid, levels: torch.Tensor, device: torch.device
+    parts: Parts, weights: int, fmt: BlockFormat, grid: ScaleGrid, levels: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
     """Build the packed buffer of a weight.
 
@@ -284,17 +291,17 @@ def _encode(
         weights: number of weights.
         fmt: the format.
         grid: the scales that were used.
-        levels: in the order of their numbers; stored in the head as fp16.
+        levels: in the order of their numbers, to be stored as fp16; None: the common ones.
         device: device of the parts and of the buffer.
     """
-    sections = fmt.sections(weights)
+    sections = fmt.sections(weights, levels is not None)
     data = torch.zeros(sections.end, dtype=torch.uint8, device=device)
-    data[: 2 * fmt.levels].view(torch.float16).copy_(levels)
-    data[2 * fmt.levels] = grid.exponent % 256
-    data[2 * fmt.levels + 1] = grid.stride
+    if levels is not None:
+        fmt.levels_in(data, sections).copy_(levels)
+    fmt.scale_parameters(data).copy_(torch.tensor([grid.exponent, grid.stride], device="cpu"))
     first = 0
     for scale_codes, codes in parts:
-        start = sections.block_scales + first
+        start = sections.scales + first
         data[start : start + len(scale_codes)] = scale_codes
         coarse, fine = pack_codes(codes, fmt)
         start = sections.coarse + first // fmt.coarse_digits * BLOCK

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import embedding_bag
 
-from ..packed.formats import (
-    BLOCK,
+from ..packed.layout import BLOCK
+from ..packed.scales import (
     FP16_MAX_EXPONENT,
     FP16_MIN_EXPONENT,
     SCALE_MAGNITUDES,

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from ..packed.formats import BLOCK, BlockFormat
+from ..packed.layout import BLOCK, BlockFormat
 from .search import store_index_in_low_bits
 
 LEAD_BITS = 96

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..packed.formats import BLOCK, BlockFormat
+from ..packed.layout import BLOCK, BlockFormat
 from .feedback import DAMPING, MAX_COLUMNS, SecondMoment, inverse_factor, relative_moment
 from .search import store_index_in_low_bits
 from .trellis import CACHED_BYTES, DEVICE_BYTES, lead_steps

@@ -5,17 +5,24 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
-from ..packed.formats import BLOCK, SCALE_STEPS_PER_OCTAVE, TRELLIS_IDS, BlockFormat
+from ..packed.common_levels import common_levels
+from ..packed.layout import BLOCK, BlockFormat
+from ..packed.scales import SCALE_STEPS_PER_OCTAVE
+from .own_levels import own_levels_pay
 from .search import ZERO_BELOW, ScaleGrid, largest_magnitudes
 from .trellis import TrellisCoder
 
-STARTING_LEVELS = Path(__file__).with_name("trellis_levels.safetensors")
-"""Levels and `ratio` (see Trellis) fitted to Gaussian blocks, for each trellis format."""
+GAUSSIAN_RATIOS = {
+    "t2w8_b64": 1.9902,
+    "t3w8_b64": 2.2175,
+    "t4w8_b64": 2.3069,
+    "t5w9_b64": 2.3888,
+    "t6w9_b64": 2.424,
+}
+"""The `ratio` (see Trellis) of the common levels, by format id."""
 
 RATIO_STEPS = (-3, 0, 3, 6)
 """Ratios to try, in sixteenths of an octave from the Gaussian one; heavy tails need larger ratios."""
@@ -114,22 +121,22 @@ def usual_scales(blocks: torch.Tensor, ratio: float) -> torch.Tensor:
     return relative.mul_(ratio).clamp_min_(MIN_RELATIVE_SCALE).mul_(largest)
 
 
-@lru_cache(1)
-def starting_trellises() -> dict[str, Trellis]:
-    """Levels and ratio for Gaussian blocks, by format id."""
-    stored = load_file(STARTING_LEVELS)
-    return {id: Trellis(stored[id].float(), stored[f"{id}.ratio"].item()) for id in TRELLIS_IDS}
+@lru_cache(16)
+def gaussian_trellis(fmt: BlockFormat) -> Trellis:
+    """The common levels and their ratio, which suit Gaussian blocks."""
+    return Trellis(common_levels(fmt.id, torch.device("cpu")).float(), GAUSSIAN_RATIOS[fmt.id])
 
 
-def fit_trellis(blocks: torch.Tensor, fmt: BlockFormat, effort: TrellisEffort) -> Trellis:
-    """Fit levels and the ratio to a sample of a tensor.
+def fit_trellis(blocks: torch.Tensor, fmt: BlockFormat, effort: TrellisEffort, weights: int | None = None) -> Trellis:
+    """Fit the ratio, and levels unless the common ones are as good for their size, to a sample of a tensor.
 
     Args:
         blocks: the sample, fp32 of shape (blocks, 64), finite.
         fmt: a trellis format.
         effort: how much work this may take.
+        weights: number of weights of the whole tensor; None: levels are always fitted.
     """
-    start = starting_trellises()[fmt.id]
+    start = gaussian_trellis(fmt)
     blocks = blocks[largest_magnitudes(blocks) > 0]
     if not len(blocks):
         return start
@@ -138,7 +145,11 @@ def fit_trellis(blocks: torch.Tensor, fmt: BlockFormat, effort: TrellisEffort) -
     scales = torch.stack([usual_scales(few, ratio) for ratio in ratios])
     errors = TrellisCoder(start.levels, fmt, few.device).encode((few / scales[:, :, None]).view(-1, BLOCK))[1]
     best = (errors.view(scales.shape) * scales.square()).sum(dim=1).argmin().item()
-    return lloyd(blocks, Trellis(start.levels, ratios[best]), fmt, effort.rounds, PRIOR_USES)[0]
+    common = Trellis(start.levels, ratios[best])
+    fitted, error = lloyd(blocks, common, fmt, effort.rounds, PRIOR_USES)
+    if weights is None or own_levels_pay(error, _coded(blocks, common, fmt)[0], fmt, weights):
+        return fitted
+    return common
 
 
 def lloyd(

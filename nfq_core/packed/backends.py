@@ -12,7 +12,8 @@ from importlib.util import find_spec
 import torch
 
 from . import torch_decode
-from .formats import BlockFormat, nf_format
+from .formats import nf_format
+from .layout import BlockFormat
 
 log = logging.getLogger("nfq")
 
@@ -44,9 +45,10 @@ class Backend:
 
 def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> None:
     """`torch_decode.dequantize_into`, with the back-end for the device and dtype."""
-    backend = backend_for(data.device, out.dtype)
-    decode = backend.dequantize_into if out.numel() <= MAX_WEIGHTS else torch_decode.dequantize_into
-    decode(out, data, fmt)
+    if fmt.has_kernel and out.numel() <= MAX_WEIGHTS:
+        backend_for(data.device, out.dtype).dequantize_into(out, data, fmt)
+    else:
+        torch_decode.dequantize_into(out, data, fmt)
 
 
 @lru_cache(32)
@@ -104,10 +106,11 @@ def _fails(device: torch.device, dtype: torch.dtype = torch.float16) -> str:
     from . import triton_decode
 
     fmt = nf_format(16)
-    # Head of the buffer: the levels 0 … 15, scale exponent 0, scale stride 1. On the CPU, whatever torch's default is.
+    # The levels 0 … 15, scale exponent 0, scale stride 1. On the CPU, whatever torch's default is.
     with torch.device("cpu"):
         data = torch.arange(fmt.packed_bytes(PROBE_WEIGHTS), dtype=torch.int32).to(torch.uint8)
-        data[: 2 * fmt.levels + 2] = torch.cat([torch.arange(16).half().view(torch.uint8), torch.tensor([0, 1])])
+        data[: 2 * fmt.levels] = torch.arange(16).half().view(torch.uint8)
+        data[-2:] = torch.tensor([0, 1])
     data = data.to(device)
     expected, actual = (torch.empty(PROBE_WEIGHTS, dtype=dtype, device=device) for _ in range(2))
     torch_decode.dequantize_into(expected, data, fmt)

@@ -12,7 +12,7 @@ import torch
 import zstandard
 
 from ..errors import CorruptFileError, NFQError
-from .formats import BlockFormat, Sections
+from .layout import BlockFormat, Sections
 
 FRAME_BYTES = 256 * 1024
 """Decoded bytes per frame, except the last of a section."""

@@ -7,7 +7,7 @@ have digit 0.
 
 import torch
 
-from .formats import BLOCK, BlockFormat
+from .layout import BLOCK, BlockFormat
 
 
 def pack_codes(codes: torch.Tensor, fmt: BlockFormat) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,9 +9,8 @@ import torch
 
 from ..errors import CorruptFileError
 from .backends import dequantize_into
-from .formats import BLOCK, BlockFormat, Scales, check_scale_parameters
+from .layout import BLOCK, BlockFormat, Sections
 from .packing import unpack_codes
-from .torch_decode import head_levels, scale_parameters
 
 QUANTIZABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes of weights that can be quantised, and to which they can be dequantised."""
@@ -21,7 +20,7 @@ class NFTensor:
     """A quantised weight: packed buffer, format, shape and original dtype.
 
     Args:
-        data: the packed buffer, 1-D uint8, `fmt.packed_bytes(weights)` long, on any device.
+        data: the packed buffer, 1-D uint8, on any device.
         fmt: its format.
         shape: shape of the weight; blocks are cut from the row-major flattened weight.
         dtype: dtype of the weight before it was quantised.
@@ -36,7 +35,7 @@ class NFTensor:
         self.format = fmt
         self.shape = torch.Size(shape)
         self.dtype = dtype
-        wanted = fmt.packed_bytes(self.numel())
+        wanted = self.sections.end
         if data.dtype != torch.uint8 or data.dim() != 1 or data.numel() != wanted:
             raise CorruptFileError(
                 f"a packed {fmt.id} weight of shape {tuple(shape)} is a 1-D uint8 buffer of {wanted:,} bytes, "
@@ -46,6 +45,11 @@ class NFTensor:
             raise CorruptFileError(
                 "a packed buffer must be contiguous, with a storage offset that is a multiple of four bytes; clone it"
             )
+
+    @property
+    def sections(self) -> Sections:
+        """Where each section of the packed buffer begins."""
+        return self.format.sections_of(self.data, self.numel())
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +69,7 @@ class NFTensor:
     @property
     def levels(self) -> torch.Tensor:
         """The levels of this weight by level number, fp16 of shape (format.levels,)."""
-        return head_levels(self.data, self.format)
+        return self.format.levels_in(self.data, self.sections)
 
     def numel(self) -> int:
         """Number of weights."""
@@ -105,22 +109,17 @@ class NFTensor:
         Raises:
             CorruptFileError: a value is invalid.
         """
-        sections = self.format.sections(self.numel())
-        if self.format.scales is Scales.LOGARITHMIC:
-            try:
-                check_scale_parameters(*scale_parameters(self.data, self.format))
-            except ValueError as error:
-                raise CorruptFileError(str(error)) from None
-        superblock_scales = self.data[sections.superblock_scales : sections.block_scales].view(torch.float32)
-        if not (torch.isfinite(self.levels).all() and torch.isfinite(superblock_scales).all()):
-            raise CorruptFileError("its levels or scales are not finite")
+        sections = self.sections
+        self.format.check_scales(self.data, self.numel())
+        if not torch.isfinite(self.levels).all():
+            raise CorruptFileError("its levels are not finite")
         if not codes:
             return
         coarse = self.data[sections.coarse : sections.fine]
         if int(coarse.amax()) >= self.format.coarse_radix**self.format.coarse_digits:
             raise CorruptFileError("its coarse plane holds an invalid byte")
         blocks = -(-self.numel() // BLOCK)
-        fine = self.data[sections.fine : sections.superblock_scales]
+        fine = self.data[sections.fine : sections.scales]
         if int(unpack_codes(coarse, fine, blocks, self.format).amax()) >= self.format.codes:
             raise CorruptFileError("it holds a code without a level")
 

@@ -10,17 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from .formats import (
-    ARTICLE_MIN_SCALE,
-    ARTICLE_SCALE_STEPS,
-    BLOCK,
-    SUPERBLOCK,
-    BlockFormat,
-    Scales,
-    cached_tensor,
-    scale_table,
-    unchecked_scale_table,
-)
+from .layout import BLOCK, BlockFormat
+from .scales import cached_tensor
 
 THREAD_WEIGHTS = 1 << 19
 """Weights per chunk and CPU thread: enough to hide call overhead, few enough for the caches."""
@@ -30,39 +21,6 @@ CHUNK_WEIGHTS = 1 << 22
 
 TEMPORARY_BYTES = 10
 """Most bytes of temporaries per weight of a chunk."""
-
-
-def head_levels(data: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
-    """The levels in a packed buffer's head by level number, fp16 of shape (fmt.levels,)."""
-    return data[: 2 * fmt.levels].view(torch.float16)
-
-
-def scale_parameters(data: torch.Tensor, fmt: BlockFormat) -> tuple[int, int]:
-    """Scale exponent and stride in a packed buffer's head, unchecked; see `scale_table`. Not for article formats."""
-    exponent, stride = data[2 * fmt.levels : 2 * fmt.levels + 2].view(torch.int8).tolist()
-    return exponent, stride
-
-
-def block_scales(data: torch.Tensor, fmt: BlockFormat, weights: int) -> torch.Tensor:
-    """The scale of each block of a packed buffer, shape (blocks,): fp16, or fp32 for the article's formats.
-
-    Raises:
-        ValueError: the scale parameters are out of bounds. Checked on the CPU only, because it would synchronise other
-            devices.
-    """
-    sections = fmt.sections(weights)
-    codes = data[sections.block_scales : sections.end]
-    if fmt.scales is Scales.LOGARITHMIC:
-        if data.device.type == "cpu":
-            table = scale_table(*scale_parameters(data, fmt))
-        else:
-            table = unchecked_scale_table(*data[2 * fmt.levels : 2 * fmt.levels + 2].view(torch.int8).int())
-        return table.index_select(0, codes.int())
-    largest = data[sections.superblock_scales : sections.block_scales].view(torch.float32)
-    per_block = largest.repeat_interleave(SUPERBLOCK)[: len(codes)]
-    # A tensor, because some devices divide by a number as multiplication by its reciprocal, which rounds differently.
-    steps = torch.full((), ARTICLE_SCALE_STEPS, dtype=torch.float32, device=data.device)
-    return per_block * codes.float().clamp(min=ARTICLE_MIN_SCALE) / steps
 
 
 def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> None:
@@ -76,12 +34,11 @@ def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> 
     """
     weights = out.numel()
     flat = out.view(-1)
-    sections = fmt.sections(weights)
-    scales = block_scales(data, fmt, weights).unsqueeze(1)
+    sections = fmt.sections_of(data, weights)
+    scales = fmt.block_scales(data, weights).unsqueeze(1)
     coarse = _words(data[sections.coarse : sections.fine])
-    fine = _words(data[sections.fine : sections.superblock_scales])
-    levels = head_levels(data, fmt)
-    pairs = levels.index_select(0, _level_pairs(fmt, data.device)).view(torch.int32)
+    fine = _words(data[sections.fine : sections.scales])
+    pairs = fmt.levels_in(data, sections).index_select(0, _level_pairs(fmt, data.device)).view(torch.int32)
     group = fmt.blocks_per_group
     wanted = THREAD_WEIGHTS * torch.get_num_threads() if data.device.type == "cpu" else CHUNK_WEIGHTS
     chunk = max(1, min(wanted, CHUNK_WEIGHTS) // BLOCK // group) * group

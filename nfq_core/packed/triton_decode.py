@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .formats import ARTICLE_MIN_SCALE, ARTICLE_SCALE_STEPS, BLOCK, SUPERBLOCK, BlockFormat, Scales, scale_mantissas
+from .layout import BLOCK, BlockFormat
+from .scales import scale_mantissas
 
 BLOCKS_PER_PROGRAM = 32
 """Approximate number of blocks per program, rounded to a power of two of coarse groups."""
@@ -25,20 +26,20 @@ def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> 
     Scale parameters are not checked here; `NFTensor.validate` checks them when a file is read.
     """
     weights = out.numel()
-    sections = fmt.sections(weights)
+    sections = fmt.sections_of(data, weights)
     groups = (sections.fine - sections.coarse) // BLOCK
     programs = -(-groups // groups_per_program(fmt))
     with _current(data.device):
         _decode[(programs,)](
             data,
+            fmt.levels_in(data, sections),
             scale_mantissas(data.device),
             out.view(-1),
             weights,
             groups,
             sections.coarse,
             sections.fine,
-            sections.superblock_scales,
-            sections.block_scales,
+            sections.scales,
             **constants(fmt),
             num_warps=WARPS,
         )
@@ -68,11 +69,7 @@ def constants(fmt: BlockFormat) -> dict[str, int | float | bool]:
         "DIGITS": fmt.coarse_digits,
         "FINE_BITS": fmt.fine_bits,
         "WINDOW": fmt.window,
-        "ARTICLE": fmt.scales is Scales.ARTICLE,
-        "ARTICLE_MIN": ARTICLE_MIN_SCALE,
-        "ARTICLE_STEPS": ARTICLE_SCALE_STEPS,
         "BLOCK": BLOCK,
-        "SUPERBLOCK": SUPERBLOCK,
         "GROUPS": groups_per_program(fmt),
     }
 
@@ -87,34 +84,28 @@ def _current(device: torch.device) -> AbstractContextManager:
 @triton.jit
 def _decode(
     data,
+    levels,
     mantissas,
     out,
     weights,
     groups,
     coarse,
     fine,
-    superblock_scales,
-    block_scales,
+    scales,
     LEVELS: tl.constexpr,
     RADIX: tl.constexpr,
     DIGITS: tl.constexpr,
     FINE_BITS: tl.constexpr,
     WINDOW: tl.constexpr,
-    ARTICLE: tl.constexpr,
-    ARTICLE_MIN: tl.constexpr,
-    ARTICLE_STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
-    SUPERBLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    halves = data.to(tl.pointer_type(tl.float16))
     group = (tl.program_id(0) * GROUPS + tl.arange(0, GROUPS))[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     rest = tl.load(data + coarse + group * BLOCK + column, mask=group < groups, other=0).to(tl.int32)
-    if not ARTICLE:
-        parameters = tl.load(halves + LEVELS).to(tl.int16, bitcast=True).to(tl.int32)
-        exponent = (parameters << 24) >> 24
-        stride = (parameters >> 8) & 255
+    parameters = data + scales + (weights + BLOCK - 1) // BLOCK
+    exponent = tl.load(parameters).to(tl.int8, bitcast=True).to(tl.int32)
+    stride = tl.load(parameters + 1).to(tl.int32)
     for place in tl.static_range(DIGITS):
         block = group * DIGITS + place
         inside = block * BLOCK < weights
@@ -130,19 +121,14 @@ def _decode(
             rest = rest // RADIX
         if FINE_BITS > 0 and WINDOW == 0:
             number = _with_fine(data, fine, number, block, column, inside, FINE_BITS, BLOCK)
-        level = tl.load(halves + tl.minimum(number, LEVELS - 1)).to(tl.float32)
-        scale_code = tl.load(data + block_scales + block, mask=inside, other=0)
-        if ARTICLE:
-            maxima = (data + superblock_scales).to(tl.pointer_type(tl.float32))
-            largest = tl.load(maxima + block // SUPERBLOCK, mask=inside, other=0)
-            scale = tl.div_rn(largest * tl.maximum(scale_code.to(tl.float32), ARTICLE_MIN), ARTICLE_STEPS)
-        else:
-            magnitude = (scale_code & 127).to(tl.int32)
-            step = (magnitude - 1) * stride
-            fraction = tl.load(mantissas + (step & 15))
-            bits = ((exponent + 15 + (step >> 4)) << 10) + fraction
-            bits = tl.where(magnitude == 0, 0, bits | ((scale_code & 128).to(tl.int32) << 8))
-            scale = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        level = tl.load(levels + tl.minimum(number, LEVELS - 1)).to(tl.float32)
+        scale_code = tl.load(data + scales + block, mask=inside, other=0)
+        magnitude = (scale_code & 127).to(tl.int32)
+        step = (magnitude - 1) * stride
+        fraction = tl.load(mantissas + (step & 15))
+        bits = ((exponent + 15 + (step >> 4)) << 10) + fraction
+        bits = tl.where(magnitude == 0, 0, bits | ((scale_code & 128).to(tl.int32) << 8))
+        scale = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         value = (level * scale).to(tl.float16)
         position = block * BLOCK + column
         tl.store(out + position, value.to(out.dtype.element_ty), mask=position < weights)

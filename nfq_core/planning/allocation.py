@@ -19,30 +19,37 @@ from math import prod
 from ..errors import NFQError
 from ..files.writer import Plan
 from ..models.roles import expected_sensitivity
-from ..packed.formats import FORMATS, BlockFormat
+from ..packed.formats import FORMATS
+from ..packed.layout import BlockFormat
 from ..sizes import size_in_words
 
 EXPECTED_SQNR_DB = {
-    "t2w8_b64": 11.6,
-    "t2w10_b64": 11.7,
-    "t3w8_b64": 17.57,
-    "t3w10_b64": 17.7,
-    "t4w8_b64": 23.43,
-    "t4w10_b64": 23.62,
+    "nf4_b64": 9.74,
+    "nf7_b64": 14.42,
+    "nf12_b64": 19.17,
+    "nf16_b64": 21.83,
+    "nf24_b64": 25.41,
+    "nf32_b64": 27.91,
+    "t2w8_b64": 11.59,
+    "t3w8_b64": 17.56,
+    "t4w8_b64": 23.44,
     "t5w9_b64": 29.42,
-    "t5w10_b64": 29.54,
-    "nf256_b64": 45.5,
+    "t6w9_b64": 35.15,
+    "nf256_b64": 45.53,
 }
-"""Formats to choose from, with the signal-to-quantisation-noise ratio (SQNR) of Gaussian weights, in dB.
+"""Signal-to-quantisation-noise ratio (SQNR) of Gaussian weights in each format, in dB.
 
-Measured by `benchmarks.quality.trellis` with effort `best`; `fast` loses 0.1 to 0.3 dB in each format.
+Measured by `benchmarks.quality.trellis`: scalar formats with effort `fast`, trellis formats with `best`.
 Weights with heavier tails lose about the same in every format, so the choice stays the same.
 """
 
-LARGEST = list(EXPECTED_SQNR_DB)[-1]
+LARGEST = "nf256_b64"
 
-FAST_WINDOW = 9
-"""Widest trellis window, in bits, that effort `fast` uses: each further bit doubles the search time."""
+MENUS = {
+    effort: tuple(FORMATS[id] for id in EXPECTED_SQNR_DB if id == LARGEST or id.startswith(prefix))
+    for effort, prefix in (("fast", "nf"), ("best", "t"))
+}
+"""Formats to choose from at each effort, smallest first: scalar formats take seconds, trellis formats minutes."""
 
 PRESETS = {"best": 4.9, "balanced": 4.1, "small": 3.4, "tiny": 2.8}
 """Packed bits per weight by preset."""
@@ -71,12 +78,6 @@ class _Step:
     nbytes: int
 
 
-def candidate_formats(effort: str) -> list[BlockFormat]:
-    """Formats that `allocate` chooses from at an effort, "fast" or "best"; see FAST_WINDOW."""
-    formats = [FORMATS[id] for id in EXPECTED_SQNR_DB]
-    return [fmt for fmt in formats if effort == "best" or fmt.window <= FAST_WINDOW]
-
-
 def lower_convex_hull(weights: int, formats: Sequence[BlockFormat]) -> list[BlockFormat]:
     """Lower convex hull of (packed bytes, noise) for a layer of `weights` weights, smallest format first."""
     points = sorted((fmt.packed_bytes(weights), expected_noise(fmt), fmt.id) for fmt in formats)
@@ -90,9 +91,9 @@ def lower_convex_hull(weights: int, formats: Sequence[BlockFormat]) -> list[Bloc
     return [FORMATS[id] for _, _, id in hull]
 
 
-def packed_bounds(shapes: Mapping[str, Sequence[int]], effort: str = "fast") -> tuple[int, int]:
+def packed_bounds(shapes: Mapping[str, Sequence[int]], effort: str) -> tuple[int, int]:
     """Fewest and most packed bytes that layers of these shapes can take together; see `candidate_formats`."""
-    counts, formats = [prod(shape) for shape in shapes.values()], candidate_formats(effort)
+    counts, formats = [prod(shape) for shape in shapes.values()], MENUS[effort]
     return tuple(sum(limit(fmt.packed_bytes(n) for fmt in formats) for n in counts) for limit in (min, max))
 
 
@@ -119,7 +120,7 @@ def allocate(
         shapes: shape of each layer's weight by name.
         budget: most packed bytes that all layers may take together.
         sensitivities: measured sensitivities by layer name. A layer without one gets the value expected for its role.
-        effort: "fast" or "best", see `candidate_formats`.
+        effort: "fast" or "best", see MENUS.
 
     Returns:
         Format of each layer and its sensitivity per weight, relative to the mean over all weights, to four digits.
@@ -136,7 +137,7 @@ def allocate(
     if budget < 0:
         raise NFQError(f"the tensors that are kept exceed the target size by {-budget:,} bytes; choose a larger target")
     counts = {name: prod(shape) for name, shape in shapes.items()}
-    hull_of = lru_cache(None)(partial(lower_convex_hull, formats=tuple(candidate_formats(effort))))
+    hull_of = lru_cache(None)(partial(lower_convex_hull, formats=MENUS[effort]))
     hulls = {name: hull_of(count) for name, count in counts.items()}
     sensitivity_of = _complete(sensitivities, shapes)
     left = budget - sum(hull[0].packed_bytes(counts[name]) for name, hull in hulls.items())
@@ -171,12 +172,14 @@ class SizeSearch:
 
     Args:
         target: most bytes of the file, of which it should take at least `NEAR`; None accepts any size.
+        effort: "fast" or "best", see MENUS.
     """
 
-    def __init__(self, target: int | None) -> None:
+    def __init__(self, target: int | None, effort: str) -> None:
         self.packed_bytes: int | None = None
         self.warnings: list[str] = []
         self._target = target
+        self._effort = effort
         self._tries = 0
         self._best = 0
         """Bytes of the largest file so far that is within the target ..."""
@@ -211,7 +214,7 @@ class SizeSearch:
         if fits and file_bytes > self._best:
             self._best, self._best_packed = file_bytes, packed
         self._tries += 1
-        smallest, _ = packed_bounds({key: plan.shape for key, plan in plans.items() if plan.format})
+        smallest, _ = packed_bounds({key: plan.shape for key, plan in plans.items() if plan.format}, self._effort)
         if not fits and packed == smallest:
             self._tries = MAX_TRIES
         if self._tries < MAX_TRIES:
@@ -223,10 +226,9 @@ class SizeSearch:
             raise NFQError(f"no file of at most {self._target:,} bytes was found; {possible}; choose a larger target")
         return False
 
-    @staticmethod
-    def _possible(file_bytes: int, packed: int, plans: Mapping[str, Plan]) -> str:
+    def _possible(self, file_bytes: int, packed: int, plans: Mapping[str, Plan]) -> str:
         """The sizes that a model's file can have, estimated from one of its files and that file's packed bytes."""
-        bounds = packed_bounds({key: plan.shape for key, plan in plans.items() if plan.format})
+        bounds = packed_bounds({key: plan.shape for key, plan in plans.items() if plan.format}, self._effort)
         smallest, largest = (size_in_words(file_bytes - packed + bound) for bound in bounds)
         return f"this model's file can have about {smallest} to {largest}"
 

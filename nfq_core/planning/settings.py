@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..fitting.codebook import effort_by_name
-from ..packed.formats import LEVELS, BlockFormat, nf_format, writable_format
+from ..packed.formats import LEVELS, nf_format, writable_format
+from ..packed.layout import BlockFormat
 
 DEFAULT_LEVELS = 16
 DEFAULT_CONV_LEVELS = 32

@@ -37,9 +37,9 @@ def save(path, **tensors: torch.Tensor):
 def test_info_by_hand(original, container):
     info = file_info(container)
     stored = {key: nfq_core.NFQFile(container).stored_bytes(key) for key in ("linear.weight", "conv.weight")}
-    # 6,400 and 2,304 weights: 100 and 36 blocks. nf16: head 64, 50 groups of 64, 100 scales. nf32: head 96, coarse
-    # plane of 18 groups, fine plane of 5 (8 blocks each), 36 scales.
-    packed = {"linear.weight": 64 + 50 * 64 + 100, "conv.weight": 96 + 18 * 64 + 5 * 64 + 36}
+    # 6,400 and 2,304 weights: 100 and 36 blocks. nf16: head 32, 50 groups of 64, 100 scales and their
+    # parameters. nf32: head 64, coarse plane of 18 groups, fine plane of 5 (8 blocks each), 36 scales and parameters.
+    packed = {"linear.weight": 32 + 50 * 64 + 102, "conv.weight": 64 + 18 * 64 + 5 * 64 + 38}
     assert info["weights"] == 6400 + 2304
     assert info["bits_per_weight"] == sum(stored.values()) * 8 / 8704
     assert info["packed_bits_per_weight"] == sum(packed.values()) * 8 / 8704
@@ -128,7 +128,7 @@ def test_verify_finds_a_code_that_names_no_level(tmp_path):
     weight = nfq_core.quantize(random_half(64, 64), 7)
     sections = weight.format.sections(4096)
     # nf7 has coarse digits 0 … 3 and one fine bit: all ones are code 3 · 2 + 1 = 7, the levels are 0 … 6.
-    weight.data[sections.coarse : sections.superblock_scales] = 255
+    weight.data[sections.coarse : sections.scales] = 255
     nfq_core.save({"a.weight": weight}, tmp_path / "a")
     result = verify_file(tmp_path / "a")
     assert not result["ok"]

@@ -49,8 +49,8 @@ def test_what_the_tensors_of_a_file_take(tmp_path):
         packed = nfq_core.load(tmp_path / "a")
         wanted = sum(tensor.nbytes for tensor in SMALL_MODEL.values()), sum(value.nbytes for value in packed.values())
         assert needed_bytes(file) == wanted
-        # 6,400 weights in 100 blocks: a head of 64 bytes, 4 bits a weight, a byte a block; the bias is kept.
-        assert needed_bytes(file, ["linear.weight", "norm.bias"]) == (2 * 6400 + 14, 64 + 3200 + 100 + 14)
+        # 6,400 weights in 100 blocks: a head of 32 bytes, 4 bits a weight, a byte a block, two more; the bias is kept.
+        assert needed_bytes(file, ["linear.weight", "norm.bias"]) == (2 * 6400 + 14, 32 + 3200 + 102 + 14)
         assert needed_bytes(file, []) == (0, 0)
 
 

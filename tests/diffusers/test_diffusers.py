@@ -67,7 +67,9 @@ def quantised(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
     def pack(weight: torch.Tensor, *, format: str, **arguments: object) -> NFTensor:
         calls.append({"format": format, **arguments})
-        return NFTensor(random_buffer(format, weight.numel()), format_by_id(format), weight.shape, weight.dtype)
+        fmt, count = format_by_id(format), weight.numel()
+        data = random_buffer(format, count, own_levels=fmt.expects_own_levels(count))
+        return NFTensor(data, fmt, weight.shape, weight.dtype)
 
     monkeypatch.setattr(nfq_diffusers.quantizer, "quantize", pack)
     return calls

@@ -15,7 +15,7 @@ from nfq_core.fitting.search import (
     ScaleGrid,
     largest_magnitudes,
 )
-from nfq_core.packed.formats import SCALE_STRIDES
+from nfq_core.packed.scales import SCALE_STRIDES
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from reference import TRELLIS_IDS, numbers_of_levels, parse_trellis
 from samples import random_weight
 
 from nfq_core.fitting.trellis import TrellisCoder
-from nfq_core.fitting.trellis_fit import level_numbers, starting_trellises
+from nfq_core.fitting.trellis_fit import gaussian_trellis, level_numbers
 from nfq_core.packed.formats import format_by_id
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ def coder(format_id: str) -> TrellisCoder:
 
 def levels_of(format_id: str) -> torch.Tensor:
     """Levels for Gaussian values of variance 1, about."""
-    return starting_trellises()[format_id].levels * 3
+    return gaussian_trellis(format_by_id(format_id)).levels * 3
 
 
 def least_errors(values: np.ndarray, levels: np.ndarray, bits: int, first: np.ndarray) -> np.ndarray:

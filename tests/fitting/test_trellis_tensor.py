@@ -7,10 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from reference import TRELLIS_IDS, decode, sqnr_db
-from samples import gaussian, random_weight
+from independent_reader import common_levels
+from reference import COMMON_IDS, TRELLIS_IDS, sqnr_db
+from samples import decoded_by_reference, gaussian, random_weight
 
 from nfq_core import quantize
+from nfq_core.fitting.codebook import EFFORTS
 from nfq_core.packed.formats import format_by_id
 
 
@@ -22,10 +24,36 @@ def test_round_trip_of_any_size(format_id, shape):
     assert (tensor.shape, tensor.dtype, tensor.format) == (weight.shape, weight.dtype, format_by_id(format_id))
     tensor.validate()
     decoded = tensor.dequantize()
-    expected = decode(tensor.data.numpy(), format_id, weight.numel())
+    expected = decoded_by_reference(tensor)
     assert (decoded.numpy().view(np.uint16).ravel() == expected.view(np.uint16)).all()
     # Two bits leave 11 dB of many Gaussian weights; the error of single blocks strays.
     assert sqnr_db(weight.numpy(), decoded.float().numpy()) > 8
+
+
+@pytest.mark.parametrize("format_id", COMMON_IDS)
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_a_small_weight_uses_the_common_levels_unless_others_gain_much(format_id, effort):
+    fmt = format_by_id(format_id)
+    small, large = gaussian(64, 64), gaussian(512, 256)
+    large[large.abs() < 0.5 * large.std()] = 0
+    tensor = quantize(small, format=format_id, effort=effort)
+    assert tensor.nbytes == fmt.packed_bytes(64 * 64) == fmt.sections(64 * 64, own_levels=False).end
+    assert torch.equal(tensor.levels, torch.from_numpy(common_levels()[format_id]))
+    assert (tensor.dequantize().numpy().ravel() == decoded_by_reference(tensor)).all()
+    # So many zeros are worth levels of their own, in a small weight too.
+    tensor = quantize(large, format=format_id, effort=effort)
+    assert tensor.sections.coarse == 2 * fmt.levels
+    assert not torch.equal(tensor.levels, torch.from_numpy(common_levels()[format_id]))
+
+
+@pytest.mark.parametrize("format_id", COMMON_IDS)
+def test_a_small_weight_beyond_the_table_of_scales_has_its_own_levels(format_id):
+    weight = gaussian(64, 64) * 2.0**-4
+    weight[::2] *= 2.0**-9
+    tensor = quantize(weight, format=format_id)
+    assert tensor.sections.coarse
+    assert (tensor.dequantize().numpy().ravel() == decoded_by_reference(tensor)).all()
+    assert sqnr_db(weight[::2].numpy(), tensor.dequantize()[::2].float().numpy()) > 8
 
 
 @pytest.mark.parametrize("format_id", TRELLIS_IDS)
@@ -33,7 +61,7 @@ def test_zeros_come_back_as_zeros(format_id):
     weight = gaussian(20, 64)
     weight[3], weight[19] = 0, 0
     tensor = quantize(weight, format=format_id)
-    assert (tensor.data[-20:] == 0).nonzero().flatten().tolist() == [3, 19]
+    assert (tensor.data[-22:-2] == 0).nonzero().flatten().tolist() == [3, 19]
     assert (tensor.dequantize()[[3, 19]] == 0).all()
     assert (quantize(torch.zeros(3, 50), format=format_id).dequantize() == 0).all()
 

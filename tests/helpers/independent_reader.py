@@ -21,6 +21,7 @@ import zstandard
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "FORMAT.md"
 ROW = re.compile(r"^\| (`\w+`(?:, `\w+`)*) \| ([\d,]+) \| (\d+) \| (\d+) \| (\d+) \| (?:\d+|–) \|", re.MULTILINE)
+TABLE = re.compile(r"^`(\w+)`:\n\n((?: {4}[\da-f ]+\n)+)", re.MULTILINE)
 MANTISSAS = re.compile(r"^ +M = ([\d ]+)$", re.MULTILINE)
 
 BLOCK = 64
@@ -65,14 +66,12 @@ class Parameters:
         return (int(name[1]), int(name[2])) if name else None
 
     def sections(self, blocks: int) -> list[int]:
-        """The bytes of head, coarse plane, fine plane, superblock scales and block scales."""
-        head = 2 * self.levels + (0 if self.article else 2)
+        """The bytes of head, coarse plane, fine plane and scales."""
         return [
-            -(-head // 32) * 32,
+            -(-2 * self.levels // 32) * 32,
             BLOCK * -(-blocks // self.coarse_per_byte),
             BLOCK * -(-blocks * self.fine_bits // 8),
-            4 * -(-blocks // SUPERBLOCK) if self.article else 0,
-            blocks,
+            blocks + (4 * -(-blocks // SUPERBLOCK) if self.article else 2),
         ]
 
 
@@ -85,6 +84,13 @@ def document() -> tuple[dict[str, Parameters], np.ndarray]:
         for name in re.findall(r"\w+", names):
             formats[name] = Parameters(name, *(int(number.replace(",", "")) for number in numbers))
     return formats, np.array(MANTISSAS.search(text)[1].split(), dtype=np.int64)
+
+
+@lru_cache(1)
+def common_levels() -> dict[str, np.ndarray]:
+    """The document's tables of common levels, fp16, by format id."""
+    tables = TABLE.findall(DOCUMENT.read_text(encoding="utf-8"))
+    return {name: np.array([int(bits, 16) for bits in text.split()], "<u2").view("<f2") for name, text in tables}
 
 
 def read(path: Path) -> dict[str, np.ndarray | Kept]:
@@ -121,8 +127,11 @@ def decode(fmt: Parameters, stored: bytes, frames: list[int], size: int) -> np.n
     """The `size` weights, fp16 and flat, of a quantised tensor's bytes."""
     require(size > 0, "a weight without elements")
     blocks = -(-size // BLOCK)
-    head, coarse, fine, superscales, scales = unpack(stored, frames, fmt.sections(blocks))
-    levels = head[: 2 * fmt.levels].view("<f2")
+    sections = fmt.sections(blocks)
+    if fmt.id in common_levels() and len(frames) == sum(-(-size // PIECE) for size in sections[1:]):
+        sections[0] = 0
+    head, coarse, fine, scales = unpack(stored, frames, sections)
+    levels = head[: 2 * fmt.levels].view("<f2") if head.size else common_levels()[fmt.id]
     require(bool(np.isfinite(levels).all()), "levels")
     require(int(coarse.max()) < fmt.radix**fmt.coarse_per_byte, "coarse plane")
     codes = digits(coarse, fmt.radix, fmt.coarse_per_byte, blocks)
@@ -134,10 +143,10 @@ def decode(fmt: Parameters, stored: bytes, frames: list[int], size: int) -> np.n
         require(int(codes.max()) < fmt.levels, "codes")
         numbers = codes
     if fmt.article:
-        scale = article_scales(superscales.view("<f4"), scales)
+        scale = article_scales(scales[:-blocks].view("<f4"), scales[-blocks:])
     else:
-        exponent, stride = int(head[2 * fmt.levels :].view(np.int8)[0]), int(head[2 * fmt.levels + 1])
-        scale = logarithmic_scales(exponent, stride)[scales]
+        exponent, stride = int(scales[-2:].view(np.int8)[0]), int(scales[-1])
+        scale = logarithmic_scales(exponent, stride)[scales[:-2]]
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         product = levels.astype(np.float32)[numbers] * scale.astype(np.float32)[:, None]
         return product.astype(np.float16).ravel()[:size]

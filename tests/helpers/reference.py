@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-GEOMETRY = {32: (16, 2, 1), 24: (6, 3, 2), 16: (16, 2, 0), 12: (6, 3, 1), 7: (4, 4, 1), 256: (256, 1, 0)}
+GEOMETRY = {32: (16, 2, 1), 24: (6, 3, 2), 16: (16, 2, 0), 12: (6, 3, 1), 7: (4, 4, 1), 256: (256, 1, 0), 4: (4, 4, 0)}
 """Levels: radix of a coarse digit, coarse digits per byte, fine bits."""
 
-TRELLIS_GEOMETRY = {2: (4, 4, 0), 3: (4, 4, 1), 4: (16, 2, 0), 5: (16, 2, 1)}
+TRELLIS_GEOMETRY = {2: (4, 4, 0), 3: (4, 4, 1), 4: (16, 2, 0), 5: (16, 2, 1), 6: (16, 2, 2)}
 """Bits of a trellis format's code: the same."""
 
-ARTICLE_IDS = [f"article{levels}_b64" for levels in GEOMETRY if levels != 256]
+ARTICLE_IDS = [f"article{levels}_b64" for levels in (32, 24, 16, 12, 7)]
 NF_IDS = [f"nf{levels}_b64" for levels in GEOMETRY]
-TRELLIS_IDS = [f"t{bits}w{window}_b64" for bits in TRELLIS_GEOMETRY for window in (8 if bits < 5 else 9, 10)]
-FORMAT_IDS = NF_IDS[:-1] + ARTICLE_IDS + NF_IDS[-1:] + TRELLIS_IDS
+TRELLIS_IDS = [f"t{bits}w{8 if bits < 5 else 9}_b64" for bits in TRELLIS_GEOMETRY]
+FORMAT_IDS = NF_IDS + TRELLIS_IDS + ARTICLE_IDS
+COMMON_IDS = ["nf256_b64", *TRELLIS_IDS]
+"""Formats with common levels."""
 
 
 def parse(format_id: str) -> tuple[bool, int]:
@@ -60,14 +62,14 @@ def unpack_plane(plane: np.ndarray, radix: int, per_byte: int, blocks: int) -> n
     return np.stack([rows[b // per_byte] // radix ** (b % per_byte) % radix for b in range(blocks)])
 
 
-def decode(data: np.ndarray, format_id: str, weights: int) -> np.ndarray:
-    """A packed buffer (uint8) as its fp16 weights, flat."""
+def decode(data: np.ndarray, format_id: str, weights: int, common: np.ndarray | None = None) -> np.ndarray:
+    """A packed buffer (uint8) as its fp16 weights, flat; `common` are the levels (fp16) of a buffer without a head."""
     article, levels = parse(format_id)
     trellis = format_id.startswith("t")
     radix, per_byte, fine_bits = TRELLIS_GEOMETRY[parse_trellis(format_id)[0]] if trellis else GEOMETRY[levels]
     blocks = -(-weights // 64)
-    level_values = data[: 2 * levels].view(np.float16)
-    position = -(-(2 * levels + (0 if article else 2)) // 32) * 32
+    level_values = data[: 2 * levels].view(np.float16) if common is None else common
+    position = -(-2 * levels // 32) * 32 if common is None else 0
     coarse_bytes = -(-blocks // per_byte) * 64
     codes = unpack_plane(data[position : position + coarse_bytes], radix, per_byte, blocks)
     position += coarse_bytes
@@ -84,9 +86,9 @@ def decode(data: np.ndarray, format_id: str, weights: int) -> np.ndarray:
         clamped = np.maximum(data[position:].astype(np.float32), np.float32(1e-12))
         scales = np.repeat(maxima, 256)[:blocks] * clamped / np.float32(255)
     else:
-        exponent, stride = data[2 * levels : 2 * levels + 2].view(np.int8).tolist()
-        scales = np.array([scale(code, exponent, stride) for code in data[position:].tolist()], dtype=np.float32)
-    assert len(data) - position == blocks
+        exponent, stride = data[-2:].view(np.int8).tolist()
+        scales = np.array([scale(code, exponent, stride) for code in data[position:-2].tolist()], dtype=np.float32)
+    assert len(scales) == blocks
     values = level_values.astype(np.float32)[codes] * scales[:, None]
     return values.astype(np.float16).ravel()[:weights]
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from reference import pack_plane, parse
+from independent_reader import common_levels
+from reference import decode, pack_plane, parse
 
+from nfq_core import NFTensor
 from nfq_core.models.unet_keys import UNetArchitecture, tensor_shapes
 from nfq_core.packed.formats import format_by_id
 
@@ -88,26 +90,35 @@ SMALL_MODEL = {
 }
 
 
-def random_buffer(format_id: str, weights: int, seed: int = 0) -> torch.Tensor:
-    """A packed buffer of the format with random levels, codes and scales, every scale code among them."""
+def random_buffer(format_id: str, weights: int, seed: int = 0, own_levels: bool = True) -> torch.Tensor:
+    """A packed buffer of the format with random codes and scales, every scale code among them, and random levels."""
     rng = np.random.default_rng(seed)
     fmt = format_by_id(format_id)
     article, levels = parse(format_id)
-    sections, blocks = fmt.sections(weights), -(-weights // 64)
+    sections, blocks = fmt.sections(weights, own_levels), -(-weights // 64)
     codes = rng.integers(0, fmt.codes, (blocks, 64))
     data = np.zeros(sections.end, dtype=np.uint8)
-    data[: 2 * levels].view(np.float16)[:] = rng.uniform(-1, 1, levels)
+    if own_levels:
+        data[: 2 * levels].view(np.float16)[:] = rng.uniform(-1, 1, levels)
     data[sections.coarse : sections.fine] = pack_plane(codes >> fmt.fine_bits, fmt.coarse_radix, fmt.coarse_digits)
     if fmt.fine_bits:
         fine = pack_plane(codes % 2**fmt.fine_bits, 2**fmt.fine_bits, fmt.fine_digits)
-        data[sections.fine : sections.superblock_scales] = fine
+        data[sections.fine : sections.scales] = fine
     if article:
         maxima = rng.uniform(0.001, 3, -(-blocks // 256)).astype(np.float32)
-        data[sections.superblock_scales : sections.block_scales] = maxima.view(np.uint8)
+        data[sections.scales : -blocks] = maxima.view(np.uint8)
+        scales = data[-blocks:]
     else:
-        data[2 * levels : 2 * levels + 2] = [256 - 12, rng.integers(1, 4)]
-    data[sections.block_scales :] = rng.permutation(np.arange(blocks) % 256)
+        data[-2:] = [256 - 12, rng.integers(1, 4)]
+        scales = data[sections.scales : -2]
+    scales[:] = rng.permutation(np.arange(blocks) % 256)
     return torch.from_numpy(data)
+
+
+def decoded_by_reference(tensor: NFTensor) -> np.ndarray:
+    """The fp16 weights of a packed tensor, flat, by the reference; common levels are those of the document."""
+    common = None if tensor.sections.coarse else common_levels()[tensor.format.id]
+    return decode(tensor.data.numpy(), tensor.format.id, tensor.numel(), common)
 
 
 def correlated(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -92,9 +92,9 @@ def packed_unet(
             continue
         # Levels and scale parameters come from a small weight. For 16 and 32 levels and trellises every byte is valid.
         sample = quantize(torch.empty(64, 64).normal_(generator=generator) / sqrt(prod(shape[1:])), format=fmt.id)
-        sections, small = fmt.sections(prod(shape)), fmt.sections(sample.numel())
-        data = torch.randint(0, 256, (sections.end,), dtype=torch.uint8, generator=generator)
-        data[: sections.coarse] = sample.data[: small.coarse]
-        data[sections.block_scales :] = sample.data[small.block_scales : small.end].mode().values
+        data = torch.randint(0, 256, (fmt.packed_bytes(prod(shape)),), dtype=torch.uint8, generator=generator)
         result[name] = NFTensor(data, fmt, shape, torch.float16)
+        result[name].levels.copy_(sample.levels)
+        data[result[name].sections.scales : -2] = sample.data[sample.sections.scales : -2].mode().values
+        data[-2:] = sample.data[-2:]
     return result

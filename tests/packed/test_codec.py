@@ -22,11 +22,12 @@ from nfq_core.packed.codec import (
     frame_spans,
     max_frame_bytes,
 )
-from nfq_core.packed.formats import LEVELS, Sections, format_by_id, nf_format
+from nfq_core.packed.formats import LEVELS, format_by_id, nf_format
+from nfq_core.packed.layout import Sections
 from nfq_core.packed.packing import pack_codes, unpack_codes
 
-SECTIONS = Sections(0, 16, 1016, 1016, 1024, 1100)
-"""A head, a coarse plane, no fine plane, superblock scales and block scales."""
+SECTIONS = Sections(0, 16, 1016, 1016, 1100)
+"""A head, a coarse plane, no fine plane, and scales."""
 
 
 def buffer(sections: Sections, values: int = 256, seed: int = 0) -> torch.Tensor:
@@ -44,19 +45,17 @@ def quantized(levels: int, weights: int, seed: int = 0) -> NFTensor:
 
 def code_frames(tensor: NFTensor) -> list[bytes]:
     """The frames of the two planes."""
-    sections = tensor.format.sections(tensor.numel())
+    sections = tensor.sections
     frames = encode(tensor.data, sections)
     spans = frame_spans(sections)
     return [
-        frame
-        for frame, (start, _) in zip(frames, spans, strict=True)
-        if sections.coarse <= start < sections.superblock_scales
+        frame for frame, (start, _) in zip(frames, spans, strict=True) if sections.coarse <= start < sections.scales
     ]
 
 
 def test_spans_by_hand(monkeypatch):
     monkeypatch.setattr(codec, "FRAME_BYTES", 400)
-    expected = [(0, 16), (16, 416), (416, 816), (816, 1016), (1016, 1024), (1024, 1100)]
+    expected = [(0, 16), (16, 416), (416, 816), (816, 1016), (1016, 1100)]
     assert frame_spans(SECTIONS) == expected
     assert frame_count(SECTIONS) == len(expected)
 
@@ -77,8 +76,8 @@ def test_frames_cover_every_section_and_cross_none(format_id, weights):
 
 
 def test_the_number_of_frames_of_an_impossible_tensor_needs_no_list():
-    # 2**60 weights of 4 bits in frames of 2**18 bytes; 2**54 scales; the head.
-    assert frame_count(nf_format(16).sections(2**60)) == 2**41 + 2**36 + 1
+    # 2**60 weights of 4 bits in frames of 2**18 bytes; 2**54 scales and two bytes; the head.
+    assert frame_count(nf_format(16).sections(2**60)) == 2**41 + 2**36 + 2
 
 
 @pytest.mark.parametrize("values", [1, 7, 256])
@@ -103,14 +102,14 @@ def test_round_trip_of_quantised_weights(levels, weights):
 
 @pytest.mark.parametrize("size", [1, 100, FRAME_BYTES])
 def test_incompressible_bytes_stay_within_the_bound(size):
-    sections = Sections(0, size, size, size, size, size)
+    sections = Sections(0, size, size, size, size)
     (frame,) = encode(buffer(sections), sections)
     assert size < len(frame) <= max_frame_bytes(size)
 
 
 def test_zeros_shrink_to_next_to_nothing():
     tensor = quantize(torch.zeros(64 * 8192))
-    assert sum(map(len, encode(tensor.data, tensor.format.sections(tensor.numel())))) < 200
+    assert sum(map(len, encode(tensor.data, tensor.sections))) < 200
 
 
 @pytest.mark.parametrize("levels", LEVELS)
@@ -119,7 +118,7 @@ def test_codes_take_little_more_than_their_entropy(levels):
     weights = FRAME_BYTES * nf_format(levels).coarse_digits // 64 * 64
     tensor = quantized(levels, weights)
     sections = tensor.format.sections(weights)
-    fine = tensor.data[sections.fine : sections.superblock_scales]
+    fine = tensor.data[sections.fine : sections.scales]
     codes = unpack_codes(tensor.data[sections.coarse : sections.fine], fine, weights // 64, tensor.format)
     uses = torch.bincount(codes.flatten(), minlength=levels)
     shares = uses.numpy() / weights
@@ -144,7 +143,7 @@ def test_codes_used_evenly_are_expected_not_to_shrink(levels):
     codes = torch.randint(0, levels, (weights // 64, 64), generator=torch.Generator().manual_seed(0))
     coarse, fine = pack_codes(codes.to(torch.uint8), fmt)
     tensor.data[sections.coarse : sections.fine] = coarse
-    tensor.data[sections.fine : sections.superblock_scales] = fine
+    tensor.data[sections.fine : sections.scales] = fine
     found = 8 * sum(map(len, code_frames(tensor))) / weights
     assert found == pytest.approx(expected, rel=2 * (PAIRING_LOSS - 1))
 
@@ -224,7 +223,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(monkeypatch):
 def test_a_buffer_beyond_all_memory_is_refused():
     end = 1 << 60
     with pytest.raises(NFQError, match=r"^it needs 1,152,921,504,606,846,976 bytes of memory, more than there is$"):
-        decode(memoryview(b""), [], Sections(0, end, end, end, end, end))
+        decode(memoryview(b""), [], Sections(0, end, end, end, end))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError])

@@ -7,24 +7,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from reference import FORMAT_IDS, GEOMETRY, TRELLIS_GEOMETRY, parse_trellis, scale
+from reference import COMMON_IDS, FORMAT_IDS, GEOMETRY, TRELLIS_GEOMETRY, parse_trellis, scale
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from nfq_core.errors import UnsupportedFileError
-from nfq_core.packed.formats import (
-    FORMATS,
-    LEVELS,
-    SCALE_MANTISSAS,
-    SCALE_STRIDES,
-    TRELLIS_IDS,
-    WRITABLE_IDS,
-    Scales,
-    article_format,
-    cached_tensor,
-    format_by_id,
-    nf_format,
-    scale_table,
-)
+from nfq_core.packed.formats import FORMATS, LEVELS, TRELLIS_IDS, WRITABLE_IDS, article_format, format_by_id, nf_format
+from nfq_core.packed.layout import OWN_LEVELS_FROM
+from nfq_core.packed.scales import SCALE_MANTISSAS, SCALE_STRIDES, cached_tensor, scale_table
 
 WHOLE = 64 * 256 * 24
 """Weights that fill every group and superblock."""
@@ -42,14 +31,13 @@ def test_eight_bits_are_a_byte_for_each_code():
     fmt = format_by_id("nf256_b64")
     assert (fmt.levels, fmt.codes, fmt.window) == (256, 256, 0)
     assert (fmt.coarse_radix, fmt.coarse_digits, fmt.fine_bits) == GEOMETRY[256]
-    assert fmt.packed_bytes(WHOLE) == 2 * 256 + 32 + WHOLE + WHOLE / 64
+    assert fmt.packed_bytes(WHOLE) == 2 * 256 + WHOLE + WHOLE / 64 + 2
 
 
 @pytest.mark.parametrize(("levels", "code_bits"), [(32, 5), (24, 14 / 3), (16, 4), (12, 11 / 3), (7, 3)])
 def test_packed_bits_per_weight(levels, code_bits):
-    head = -(-(2 * levels + 2) // 32) * 32
-    assert nf_format(levels).packed_bytes(WHOLE) == head + WHOLE * code_bits / 8 + WHOLE / 64
     head = -(-2 * levels // 32) * 32
+    assert nf_format(levels).packed_bytes(WHOLE) == head + WHOLE * code_bits / 8 + WHOLE / 64 + 2
     expected = head + WHOLE * code_bits / 8 + WHOLE / 64 + 4 * WHOLE / (64 * 256)
     assert article_format(levels).packed_bytes(WHOLE) == expected
 
@@ -60,7 +48,7 @@ def test_a_trellis_takes_the_bits_of_its_codes(format_id):
     fmt = format_by_id(format_id)
     assert (fmt.code_bits, fmt.codes, fmt.window, fmt.levels) == (bits, 2**bits, window, 2**window)
     assert (fmt.coarse_radix, fmt.coarse_digits, fmt.fine_bits) == TRELLIS_GEOMETRY[bits]
-    assert fmt.packed_bytes(WHOLE) == 2 * 2**window + 32 + WHOLE * bits / 8 + WHOLE / 64
+    assert fmt.packed_bytes(WHOLE) == 2 * 2**window + WHOLE * bits / 8 + WHOLE / 64 + 2
 
 
 @pytest.mark.parametrize("levels", LEVELS)
@@ -80,12 +68,12 @@ def test_both_planes_start_a_byte_after_blocks_per_group(levels, blocks):
 def test_sections_by_hand():
     # 130 weights are 3 blocks: 1 group of three coarse digits, 1 group of four fine digits.
     sections = nf_format(24).sections(130)
-    assert sections.spans() == [(0, 64), (64, 128), (128, 192), (192, 195)]
+    assert sections.spans() == [(0, 64), (64, 128), (128, 192), (192, 197)]
     # The example of docs/FORMAT.md.
-    assert nf_format(7).sections(2).spans() == [(0, 32), (32, 96), (96, 160), (160, 161)]
+    assert nf_format(7).sections(2).spans() == [(0, 32), (32, 96), (96, 160), (160, 163)]
     # 257 blocks: 129 groups of two digits, no fine plane, 2 superblocks.
     sections = article_format(16).sections(257 * 64)
-    assert sections.spans() == [(0, 32), (32, 32 + 8256), (8288, 8296), (8296, 8553)]
+    assert sections.spans() == [(0, 32), (32, 32 + 8256), (8288, 8553)]
 
 
 @pytest.mark.parametrize("format_id", FORMAT_IDS)
@@ -95,12 +83,30 @@ def test_sections_are_contiguous(format_id, weights):
     sections = fmt.sections(weights)
     spans = sections.spans()
     assert spans[0][0] == 0
-    assert spans[-1][1] == fmt.packed_bytes(weights)
+    assert spans[-1][1] == sections.end
     assert all(end == start for (_, end), (start, _) in pairwise(spans))
-    assert len(spans) == 3 + (fmt.fine_bits > 0) + (fmt.scales is Scales.ARTICLE)
+    assert len(spans) == 3 + (fmt.fine_bits > 0)
     assert sections.coarse % 32 == 0
     # Superblock maxima are read in place as fp32.
-    assert sections.superblock_scales % 4 == 0
+    assert sections.scales % 4 == 0
+
+
+@pytest.mark.parametrize("format_id", COMMON_IDS)
+def test_without_levels_of_its_own_a_buffer_is_shorter_by_the_head(format_id):
+    fmt = format_by_id(format_id)
+    own, common = (fmt.sections(1000, own_levels) for own_levels in (True, False))
+    assert own.end - common.end == own.coarse == 2 * fmt.levels
+    assert common.coarse == 0
+    assert fmt.sections_of(torch.empty(own.end), 1000) == own
+    assert fmt.sections_of(torch.empty(common.end), 1000) == common
+    sizes = (OWN_LEVELS_FROM - 1, OWN_LEVELS_FROM)
+    assert [fmt.packed_bytes(size) - fmt.sections(size, False).end for size in sizes] == [0, own.coarse]
+
+
+def test_formats_with_few_levels_always_have_their_own():
+    for fmt in FORMATS.values():
+        assert fmt.has_common_levels == (fmt.id in COMMON_IDS)
+        assert fmt.expects_own_levels(1) == (fmt.id not in COMMON_IDS)
 
 
 @pytest.mark.parametrize("levels", [0, 1, 8, 33, -7])

@@ -11,11 +11,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from golden.make import FOLDER, paths
-from independent_reader import Kept, document, read
+from golden.make import FOLDER, NAMES, OWN, paths
+from independent_reader import Kept, common_levels, document, read
 
 import nfq_core
-from nfq_core.packed.formats import FORMATS, SCALE_MANTISSAS
+from nfq_core.packed import layout
+from nfq_core.packed.formats import FORMATS
+from nfq_core.packed.scales import SCALE_MANTISSAS
 
 
 def bits(values: np.ndarray) -> np.ndarray:
@@ -25,18 +27,20 @@ def bits(values: np.ndarray) -> np.ndarray:
 
 
 def test_there_is_a_file_for_each_format_and_no_other():
-    expected = {path.name for format_id in FORMATS for path in paths(format_id)} | {"make.py"}
+    expected = {path.name for name in NAMES for path in paths(name)} | {"make.py"}
     assert {path.name for path in FOLDER.iterdir() if path.name != "__pycache__"} == expected
 
 
-@pytest.mark.parametrize("format_id", FORMATS)
-def test_golden_file_is_read_to_the_bit(format_id):
-    container, values = paths(format_id)
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_file_is_read_to_the_bit(name):
+    container, values = paths(name)
     expected = np.load(values)
     assert expected.size % 64, "the last block should be short"
     tensors = nfq_core.load(container)
     assert sorted(tensors) == ["bias", "weight"]
-    assert tensors["weight"].format.id == format_id
+    fmt = tensors["weight"].format
+    assert fmt.id == name.removesuffix(OWN)
+    assert bool(tensors["weight"].sections.coarse) == (name.endswith(OWN) or not fmt.has_common_levels)
     assert tensors["weight"].shape == expected.shape
     assert (bits(tensors["weight"].dequantize().numpy()) == bits(expected)).all()
     assert torch.equal(tensors["bias"], torch.tensor([0.5, -2.0, 0.0], dtype=torch.bfloat16))
@@ -45,9 +49,9 @@ def test_golden_file_is_read_to_the_bit(format_id):
         file.verify("bias")
 
 
-@pytest.mark.parametrize("format_id", FORMATS)
-def test_a_second_implementation_reads_the_golden_file(format_id):
-    container, values = paths(format_id)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_implementation_reads_the_golden_file(name):
+    container, values = paths(name)
     tensors = read(container)
     assert list(tensors) == ["bias", "weight"]
     assert (bits(tensors["weight"]) == bits(np.load(values))).all()
@@ -58,6 +62,13 @@ def test_the_document_tells_of_every_format():
     formats, mantissas = document()
     assert formats.keys() == FORMATS.keys()
     assert tuple(mantissas) == SCALE_MANTISSAS
+
+
+def test_the_document_lists_the_common_levels():
+    tables = common_levels()
+    assert tables.keys() == {fmt.id for fmt in FORMATS.values() if fmt.has_common_levels}
+    for name, levels in tables.items():
+        assert (bits(levels) == bits(layout.common_levels(name, torch.device("cpu")).numpy())).all()
 
 
 def test_the_script_never_replaces_a_file():

@@ -59,7 +59,7 @@ def test_planes_equal_the_reference_and_come_back(levels, blocks):
         assert fine.numel() == 0
     sections = fmt.sections(blocks * 64)
     assert len(coarse) == sections.fine - sections.coarse
-    assert len(fine) == sections.superblock_scales - sections.fine
+    assert len(fine) == sections.scales - sections.fine
     assert torch.equal(unpack_codes(coarse, fine, blocks, fmt), torch.from_numpy(codes))
 
 

@@ -9,7 +9,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from reference import FORMAT_IDS, decode, sqnr_db
+from independent_reader import common_levels
+from reference import COMMON_IDS, FORMAT_IDS, decode, sqnr_db
 from samples import gaussian, random_buffer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,8 +22,9 @@ from nfq_core.files.article import article_dequantize, article_quantize
 from nfq_core.fitting.codebook import effort_by_name, fit_codebook
 from nfq_core.fitting.search import ScaleGrid, largest_magnitudes
 from nfq_core.packed import torch_decode
-from nfq_core.packed.formats import LEVELS, SCALE_STEPS_PER_OCTAVE, format_by_id, nf_format
+from nfq_core.packed.formats import LEVELS, format_by_id, nf_format
 from nfq_core.packed.packing import unpack_codes
+from nfq_core.packed.scales import SCALE_STEPS_PER_OCTAVE
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -36,6 +38,16 @@ def test_decode_equals_the_reference_bit_for_bit(format_id, weights):
     data = random_buffer(format_id, weights, seed=weights)
     found = NFTensor(data, format_by_id(format_id), (weights,), torch.float16).dequantize()
     assert (found.numpy().view(np.uint16) == decode(data.numpy(), format_id, weights).view(np.uint16)).all()
+
+
+@pytest.mark.parametrize("format_id", COMMON_IDS)
+@pytest.mark.parametrize("weights", [1, 64, 1000, 64 * 300 + 17])
+def test_decode_with_common_levels_equals_the_reference_bit_for_bit(format_id, weights):
+    data = random_buffer(format_id, weights, seed=weights, own_levels=False)
+    found = NFTensor(data, format_by_id(format_id), (weights,), torch.float16)
+    found.validate()
+    expected = decode(data.numpy(), format_id, weights, common_levels()[format_id])
+    assert (found.dequantize().numpy().view(np.uint16) == expected.view(np.uint16)).all()
 
 
 @pytest.mark.parametrize("format_id", FORMAT_IDS)
@@ -55,10 +67,10 @@ def test_decode_by_hand():
     fmt = nf_format(16)
     data = torch.zeros(fmt.packed_bytes(66), dtype=torch.uint8)
     data[:32].view(torch.float16)[:3] = torch.tensor([0.5, -1.0, 0.1])
-    data[32:34] = torch.tensor([0, 1])
-    data[64:66] = torch.tensor([1 + 0 * 16, 0 + 1 * 16])
-    data[67] = 2
-    data[-2:] = torch.tensor([1, 128 + 17])
+    data[-2:] = torch.tensor([0, 1])
+    data[32:34] = torch.tensor([1 + 0 * 16, 0 + 1 * 16])
+    data[35] = 2
+    data[-4:-2] = torch.tensor([1, 128 + 17])
     weights = NFTensor(data, fmt, (66,), torch.float16).dequantize().tolist()
     assert weights[:4] == [-1.0, 0.5, 0.5, float(np.float16(0.1))]
     assert weights[63:] == [0.5, -1.0, 2.0]
@@ -67,12 +79,11 @@ def test_decode_by_hand():
 def test_decode_of_a_trellis_by_hand():
     # Level i is i / 256; element 63 has code 10, elements 0, 1 and 2 have codes 15, 3 and 0, all others code 0.
     fmt = format_by_id("t4w8_b64")
-    data = torch.zeros(fmt.packed_bytes(64), dtype=torch.uint8)
+    data = torch.zeros(fmt.sections(64).end, dtype=torch.uint8)
     data[:512].view(torch.float16)[:] = torch.arange(256) / 256
-    data[512:514] = torch.tensor([0, 1])
-    data[544:546] = torch.tensor([15, 3])
-    data[544 + 63] = 10
-    data[-1] = 1
+    data[512:514] = torch.tensor([15, 3])
+    data[512 + 63] = 10
+    data[-3:] = torch.tensor([1, 0, 1])
     numbers = [weight * 256 for weight in NFTensor(data, fmt, (64,), torch.float16).dequantize().tolist()]
     assert numbers[:4] == [10 * 16 + 15, 15 * 16 + 3, 3 * 16, 0]
     assert numbers[61:] == [0, 0, 10]
@@ -92,13 +103,11 @@ def test_any_bytes_decode_to_some_levels(format_id):
     fmt = format_by_id(format_id)
     data = random_buffer(format_id, 1000)
     sections = fmt.sections(1000)
-    planes = torch.randint(
-        0, 256, (sections.superblock_scales - sections.coarse,), generator=torch.Generator().manual_seed(0)
-    )
-    data[sections.coarse : sections.superblock_scales] = planes
+    planes = torch.randint(0, 256, (sections.scales - sections.coarse,), generator=torch.Generator().manual_seed(0))
+    data[sections.coarse : sections.scales] = planes
     decoded = NFTensor(data, fmt, (1000,), torch.float16).dequantize()
-    scales = torch_decode.block_scales(data, fmt, 1000).float().repeat_interleave(64)[:1000]
-    possible = (torch_decode.head_levels(data, fmt).float() * scales[:, None]).half()
+    scales = fmt.block_scales(data, 1000).float().repeat_interleave(64)[:1000]
+    possible = (fmt.levels_in(data, sections).float() * scales[:, None]).half()
     assert (decoded[:, None] == possible).any(dim=1).all()
 
 
@@ -238,9 +247,9 @@ def test_quantising_on_a_cuda_device_is_as_good(levels):
 @pytest.mark.parametrize("levels", LEVELS)
 def test_levels_are_numbered_from_the_most_used_to_the_least(levels):
     tensor = quantize(gaussian(512, 64), levels)
-    sections = tensor.format.sections(tensor.numel())
+    sections = tensor.sections
     coarse = tensor.data[sections.coarse : sections.fine]
-    fine = tensor.data[sections.fine : sections.superblock_scales]
+    fine = tensor.data[sections.fine : sections.scales]
     uses = torch.bincount(unpack_codes(coarse, fine, 512, tensor.format).flatten(), minlength=levels)
     assert (uses.diff() <= 0).all()
     assert uses[-1] < uses[0]
@@ -260,7 +269,7 @@ def test_zero_blocks_come_back_as_zeros(levels):
     weight[3], weight[19] = 0, 0
     tensor = quantize(weight, levels)
     decoded = tensor.dequantize()
-    assert (tensor.data[-20:] == 0).nonzero().flatten().tolist() == [3, 19]
+    assert (tensor.data[-22:-2] == 0).nonzero().flatten().tolist() == [3, 19]
     assert (decoded[[3, 19]] == 0).all()
     assert (decoded != 0).any(dim=1).sum() == 18
 
@@ -352,7 +361,7 @@ def test_one_tiny_block_costs_the_others_nothing(levels):
     before = sqnr_db(weight[others].numpy(), without.dequantize(torch.float32)[others].numpy())
     weight[1234] *= 1e-5
     tensor = quantize(weight, levels)
-    assert tensor.data[2 * levels + 1] == without.data[2 * levels + 1] == (1 if levels >= 16 else 2)
+    assert tensor.data[-1] == without.data[-1] == (1 if levels >= 16 else 2)
     decoded = tensor.dequantize(torch.float32)
     assert sqnr_db(weight[others].numpy(), decoded[others].numpy()) > before - 0.02
     # The block itself lies far below the smallest scale: zero is nearest.
@@ -366,7 +375,7 @@ def test_many_tiny_blocks_keep_their_precision(levels):
     before = sqnr_db(weight[tiny].numpy(), quantize(weight, levels).dequantize(torch.float32)[tiny].numpy())
     weight[tiny] *= 2**-9
     tensor = quantize(weight, levels)
-    assert tensor.data[2 * levels + 1] == 2
+    assert tensor.data[-1] == 2
     # Twice the step between scales costs 0.15 to 0.25 dB.
     found = sqnr_db(weight[tiny].numpy(), tensor.dequantize(torch.float32)[tiny].numpy())
     assert found > before - 0.4
@@ -530,7 +539,7 @@ def test_an_integer_out_or_dtype_is_refused():
 @pytest.mark.parametrize("change", [-1, 1])
 def test_a_buffer_of_another_length_is_refused(change):
     data = torch.zeros(nf_format(16).packed_bytes(500) + change, dtype=torch.uint8)
-    with pytest.raises(CorruptFileError, match=r"nf16_b64 weight of shape \(5, 100\) is .* buffer of 328 bytes"):
+    with pytest.raises(CorruptFileError, match=r"nf16_b64 weight of shape \(5, 100\) is .* buffer of 298 bytes"):
         NFTensor(data, nf_format(16), (5, 100), torch.float16)
 
 
@@ -544,7 +553,7 @@ def test_a_buffer_of_another_kind_is_refused(reshape):
 @pytest.mark.parametrize(("exponent", "stride"), [(-15, 1), (9, 1), (0, 0), (-14, 4), (-7, 3)])
 def test_scale_parameters_out_of_bounds_are_refused(exponent, stride):
     tensor = quantize(gaussian(500))
-    tensor.data[32:34] = torch.tensor([exponent % 256, stride])
+    tensor.data[-2:] = torch.tensor([exponent % 256, stride])
     with pytest.raises(CorruptFileError, match="scale"):
         tensor.validate(codes=False)
 
@@ -555,7 +564,7 @@ def test_levels_that_are_not_finite_are_refused(format_id, value):
     tensor = NFTensor(random_buffer(format_id, 500), format_by_id(format_id), (500,), torch.float16)
     tensor.validate(codes=False)
     tensor.levels[-1] = value
-    with pytest.raises(CorruptFileError, match="its levels or scales are not finite"):
+    with pytest.raises(CorruptFileError, match="its levels are not finite"):
         tensor.validate(codes=False)
 
 
@@ -566,9 +575,8 @@ def test_superblock_scales_that_are_not_finite_are_refused(levels, value):
     fmt = format_by_id(format_id)
     tensor = NFTensor(random_buffer(format_id, weights), fmt, (weights,), torch.float16)
     tensor.validate()
-    sections = fmt.sections(weights)
-    tensor.data[sections.superblock_scales : sections.block_scales].view(torch.float32)[1] = value
-    with pytest.raises(CorruptFileError, match="its levels or scales are not finite"):
+    fmt.split_scales(tensor.data, weights)[0][1] = value
+    with pytest.raises(CorruptFileError, match="its superblock scales are not finite"):
         tensor.validate(codes=False)
 
 

@@ -22,21 +22,21 @@ from nfq_core.files.writer import Plan
 from nfq_core.fitting.codebook import EFFORTS
 from nfq_core.models.roles import expected_sensitivity
 from nfq_core.models.unet_keys import SDXL_BASE, tensor_shapes
-from nfq_core.packed.formats import FORMATS
+from nfq_core.packed.formats import TRELLIS_IDS
 from nfq_core.planning.allocation import (
     EXPECTED_SQNR_DB,
     MAX_TRIES,
+    MENUS,
     PRESETS,
     SizeSearch,
     allocate,
-    candidate_formats,
     expected_noise,
     lower_convex_hull,
 )
 from nfq_core.planning.policy import plan_tensors
 from nfq_core.planning.settings import BitsPerWeight, FileSize, Formats, Settings
 
-MENU = [FORMATS[id] for id in ("t2w8_b64", "t3w8_b64", "t4w8_b64", "t5w9_b64", "nf256_b64")]
+MENU = MENUS["best"]
 NOISE = [10 ** (-EXPECTED_SQNR_DB[fmt.id] / 10) for fmt in MENU]
 
 
@@ -48,58 +48,53 @@ def noise(chosen: dict, sensitivities: dict) -> float:
     return sum(sensitivities[name] * 10 ** (-EXPECTED_SQNR_DB[fmt.id] / 10) for name, (fmt, _) in chosen.items())
 
 
-def test_wide_windows_are_for_the_patient() -> None:
-    assert candidate_formats("fast") == MENU
-    assert [fmt.id for fmt in candidate_formats("best")] == list(EXPECTED_SQNR_DB)
+def test_trellises_are_for_the_patient() -> None:
+    levels = (4, 7, 12, 16, 24, 32, 256)
+    assert [fmt.id for fmt in MENUS["fast"]] == [f"nf{number}_b64" for number in levels]
+    assert [fmt.id for fmt in MENUS["best"]] == [*TRELLIS_IDS, "nf256_b64"]
+    for menu in MENUS.values():
+        assert list(menu) == sorted(menu, key=lambda fmt: fmt.packed_bytes(1 << 20))
+        assert list(menu) == sorted(menu, key=expected_noise, reverse=True)
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
 @pytest.mark.parametrize("weights", [4096, 1 << 14, 1 << 17, 1 << 20, 1 << 24])
 def test_the_hull_is_convex(effort: str, weights: int) -> None:
     """Each further byte gains less than the one before, and no format lies below the line that they form."""
-    found = lower_convex_hull(weights, candidate_formats(effort))
+    found = lower_convex_hull(weights, MENUS[effort])
     points = [(fmt.packed_bytes(weights), expected_noise(fmt)) for fmt in found]
     gains = [(a[1] - b[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(points)]
     assert gains == sorted(gains, reverse=True) and gains[-1] > 0
     sizes, levels = zip(*points, strict=True)
-    for fmt in candidate_formats(effort):
+    for fmt in MENUS[effort]:
         assert expected_noise(fmt) >= np.interp(fmt.packed_bytes(weights), sizes, levels) * (1 - 1e-12)
 
 
-def test_small_layers_get_narrow_windows() -> None:
-    """1,024 levels take 12,288 bits more than 256: 3 for each weight of a small layer, next to none of a large one."""
-    formats = candidate_formats("best")
-    small, large = ([fmt.window for fmt in lower_convex_hull(weights, formats)] for weights in (4096, 1 << 24))
-    assert 10 not in small
-    # The smallest of all stays the first.
-    assert large == [8, 10, 10, 10, 10, 0]
-
-
-def test_best_gets_wide_windows_for_the_same_bytes() -> None:
+def test_best_gets_trellises_for_the_same_bytes() -> None:
     shapes = {"a": (2048, 2048), "b": (2048, 2048)}
     budget = int(3.85 / 8 * 2 * 2048 * 2048)
-    assert [fmt.id for fmt, _ in allocate(shapes, budget).values()] == ["t4w8_b64", "t3w8_b64"]
-    assert [fmt.id for fmt, _ in allocate(shapes, budget, effort="best").values()] == ["t4w10_b64", "t3w10_b64"]
+    assert [fmt.id for fmt, _ in allocate(shapes, budget).values()] == ["nf12_b64", "nf12_b64"]
+    assert [fmt.id for fmt, _ in allocate(shapes, budget, effort="best").values()] == ["t4w8_b64", "t3w8_b64"]
 
 
 def test_the_sensitive_layer_gets_the_bits() -> None:
     shapes = {"dull": (256, 256), "keen": (256, 256)}
     budget = MENU[1].packed_bytes(1 << 16) + MENU[3].packed_bytes(1 << 16)
-    chosen = allocate(shapes, budget, {"dull": 1.0, "keen": 1000.0})
+    chosen = allocate(shapes, budget, {"dull": 1.0, "keen": 30.0}, effort="best")
     assert chosen["keen"][0] is MENU[3] and chosen["dull"][0] is MENU[1]
-    # Per weight, in terms of the mean: 1 and 1,000 of 500.5.
-    assert chosen["keen"][1] == 1.998 and chosen["dull"][1] == 0.001998
+    # Per weight, in terms of the mean: 1 and 30 of 15.5.
+    assert chosen["keen"][1] == 1.935 and chosen["dull"][1] == 0.06452
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
 @pytest.mark.parametrize("seed", range(10))
 def test_no_other_choice_of_that_size_has_less_noise(seed: int, effort: str) -> None:
     """Against all choices: what going by gains leaves over is less than one step of the largest layer."""
-    formats = candidate_formats(effort)
+    formats = MENUS[effort]
     draw = random.Random(seed)
     shapes = {f"layer{number}": (64, draw.choice([64, 128, 640, 6400])) for number in range(4)}
     sensitivities = {name: draw.lognormvariate(0, 2) for name in shapes}
-    least, most = (sum(fmt.packed_bytes(prod(shape)) for shape in shapes.values()) for fmt in (MENU[0], MENU[-1]))
+    least, most = (sum(fmt.packed_bytes(prod(shape)) for shape in shapes.values()) for fmt in (formats[0], formats[-1]))
     budget = draw.randint(least, most)
     found = allocate(shapes, budget, sensitivities, effort=effort)
     assert packed(found, shapes) <= budget
@@ -116,7 +111,7 @@ def test_the_order_of_the_tensors_does_not_matter() -> None:
     shapes = {f"layer{number}": (64, 64) for number in range(9)}
     backwards = dict(reversed(shapes.items()))
     budget = sum(fmt.packed_bytes(64 * 64) for fmt in MENU[:4]) * 9 // 4
-    assert allocate(shapes, budget) == allocate(backwards, budget)
+    assert allocate(shapes, budget, effort="best") == allocate(backwards, budget, effort="best")
 
 
 @pytest.mark.parametrize("bits", PRESETS.values())
@@ -153,7 +148,7 @@ def test_a_size_below_what_is_kept_is_told() -> None:
 
 
 def test_nothing_to_quantise_is_no_reason_to_warn() -> None:
-    search = SizeSearch(10**9)
+    search = SizeSearch(10**9, "best")
     assert search.accepts(1000, {"a": Plan("F16", (4,))}) and not search.warnings
 
 
@@ -166,13 +161,13 @@ def test_impossible_sensitivities_are_told(value: float) -> None:
 def test_layers_that_change_nothing_get_the_least() -> None:
     shapes = dict.fromkeys("abc", (64, 64))
     budget = 2 * MENU[0].packed_bytes(64 * 64) + MENU[3].packed_bytes(64 * 64)
-    found = allocate(shapes, budget, {"a": 0.0, "b": 5.0, "c": 0.0})
+    found = allocate(shapes, budget, {"a": 0.0, "b": 5.0, "c": 0.0}, effort="best")
     assert [fmt for fmt, _ in found.values()] == [MENU[0], MENU[3], MENU[0]]
 
 
 def search(*sizes: int) -> SizeSearch:
     """A search for a file of 1,000,000 bytes that was told these sizes of files, none of which it took."""
-    found = SizeSearch(1_000_000)
+    found = SizeSearch(1_000_000, "best")
     for size in sizes:
         assert not found.accepts(size, LAYER)
     return found
@@ -183,7 +178,7 @@ PACKED = MENU[1].packed_bytes(10**6)
 
 
 def test_the_size_search_takes_what_is_near() -> None:
-    assert SizeSearch(None).accepts(1, LAYER)
+    assert SizeSearch(None, "best").accepts(1, LAYER)
     assert all(search().accepts(size, LAYER) for size in (990_000, 1_000_000))
     once = search(1_100_000)
     assert once.packed_bytes == PACKED + 995_000 - 1_100_000
@@ -199,7 +194,7 @@ def test_the_size_search_ends() -> None:
     best = search(900_000, *[1_100_000] * (MAX_TRIES - 1))
     assert best.packed_bytes == PACKED
     assert best.accepts(900_000, LAYER) and "no size nearer" in best.warnings[0]
-    full = SizeSearch(1_000_000)
+    full = SizeSearch(1_000_000, "best")
     assert full.accepts(900_000, {"a": Plan("F16", (1000, 1000), MENU[-1])})
     assert "the largest format" in full.warnings[0]
 
@@ -293,7 +288,7 @@ def test_limits_that_are_told_can_be_had(small_model: Path, tmp_path: Path) -> N
     least = quantize_file(
         small_model,
         tmp_path / "least",
-        Settings(Formats.of(format="t2w8_b64", conv_format="t2w8_b64")),
+        Settings(Formats.of(format="nf4_b64", conv_format="nf4_b64")),
     )
     # Its header says more: how sensitive each layer is.
     near = int(1.02 * least["file_bytes"])

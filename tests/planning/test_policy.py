@@ -153,7 +153,7 @@ def test_settings_are_recorded_whole():
     [
         ({"levels": 20}, "levels must be one of 32, 24, 16, 12, 7, got 20"),
         ({"conv_levels": 8}, "got 8"),
-        ({"format": "t9w8_b64"}, "format must be one of nf32_b64, .*, t5w10_b64, got 't9w8_b64'"),
+        ({"format": "t9w8_b64"}, "format must be one of nf32_b64, .*, t6w9_b64, got 't9w8_b64'"),
         ({"conv_format": "article16_b64"}, "got 'article16_b64'"),
     ],
 )

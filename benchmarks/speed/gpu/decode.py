@@ -63,6 +63,7 @@ def _largest(part: Part) -> None:
     sections, sample = fmt.sections(backends.MAX_WEIGHTS), random_buffer(fmt.id, 64)
     data = torch.randint(0, 256, (sections.end,), dtype=torch.uint8, device=part.device)
     data[: sections.coarse] = sample[: sections.coarse].to(part.device)
+    data[-2:] = sample[-2:].to(part.device)
     found, wanted = (torch.empty(backends.MAX_WEIGHTS, dtype=torch.float16, device=part.device) for _ in range(2))
     backends.dequantize_into(found, data, fmt)
     torch_decode.dequantize_into(wanted, data, fmt)
