@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import article
 from .hosts import comfyui, diffusers_load
-from .quality import calibration, checks, levels, trellis
+from .quality import calibration, checks, levels, prediction, trellis
 from .shared import RESULTS, ROOT, argument_parser
 from .speed import decode, fullsize, int8
 from .speed.gpu import tables as gpu
@@ -22,6 +22,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "levels": ("levels", levels.table),
     "calibrated": ("calibrated", calibration.levels_table),
     "sizes": ("sizes", calibration.sizes_table),
+    "prediction": ("prediction", prediction.table),
     "trellis_windows": ("trellis", trellis.windows_table),
     "trellis_eight_bits": ("trellis", trellis.eight_bits_table),
     "trellis_goals": ("trellis", trellis.goals_table),

@@ -212,7 +212,7 @@ class Calibration:
         missing = [key for key in sized if names[key] not in self.sensitivities]
         if missing:
             which = "" if len(missing) == len(sized) else f" for {len(missing):,} weights, such as {missing[0]!r}"
-            warnings.append(f"the calibration has no sensitivities{which}; they are estimated")
+            warnings.append(f"the calibration has no sensitivities{which}; they are estimated from SDXL's")
         return usable, warnings
 
     def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> int:

@@ -36,7 +36,7 @@ from ..packed.codec import encode
 from ..parallel import Progress, no_progress, ordered_map, threads_for
 from ..planning.allocation import SizeSearch
 from ..planning.facts import facts_about
-from ..planning.policy import plan_tensors
+from ..planning.policy import estimate_warnings, plan_tensors
 from ..planning.settings import DEFAULTS, FileSize, Settings
 from .extras import recorded_extras, split_extras
 from .memory import refuse_beyond_memory
@@ -146,18 +146,20 @@ class _Conversion:
         self._sensitivities = measured_sensitivities(entries, settings, calibration)
         self._plans: dict[str, Plan] = {}
         self._inputs: dict[str, LayerInputs] = {}
+        self._estimated: list[str] = []
         self._uncalibrated: list[str] = []
         self._unfit: list[str] = []
         self._done = 0
 
     @property
     def warnings(self) -> list[str]:
-        """Of the last pass: weights without calibration, then tensors kept unexpectedly."""
-        return self._uncalibrated + self._unfit
+        """Of the last pass: estimated sensitivities, weights without calibration, tensors kept unexpectedly."""
+        return self._estimated + self._uncalibrated + self._unfit
 
     def plan(self, packed_bytes: int | None) -> tuple[UNetInfo | None, dict[str, Plan]]:
         """Choose the formats of the next pass; see `policy.plan_tensors`."""
         info, self._plans = plan_tensors(self._entries, self._settings, self._sensitivities, packed_bytes)
+        self._estimated = estimate_warnings(info, self._plans, self._sensitivities)
         if self._calibration:
             self._inputs, self._uncalibrated = self._calibration.for_plans(info, self._plans)
         return info, self._plans

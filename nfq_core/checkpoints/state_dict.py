@@ -25,7 +25,7 @@ from ..packed.tensor import NFTensor
 from ..packed.torch_decode import CHUNK_WEIGHTS, TEMPORARY_BYTES
 from ..parallel import Progress, no_progress, ordered_map, threads_for
 from ..planning.facts import facts_about
-from ..planning.policy import plan_tensors
+from ..planning.policy import estimate_warnings, plan_tensors
 from ..planning.settings import Formats, Settings
 from .examine import sqnr_db
 from .memory import check_device, choose_memory_mode, free_bytes, is_out_of_memory, needed_bytes, refuse_beyond_memory
@@ -115,9 +115,10 @@ def quantize_tensors(
     Returns:
         As `quantize_state_dict`; packed weights are on the CPU if `device` is given.
     """
-    info, plans = plan_tensors(entries, settings, measured_sensitivities(entries, settings, calibration))
+    measured = measured_sensitivities(entries, settings, calibration)
+    info, plans = plan_tensors(entries, settings, measured)
     inputs, warnings = calibration.for_plans(info, plans) if calibration else ({}, [])
-    for warning in warnings:
+    for warning in estimate_warnings(info, plans, measured) + warnings:
         log.warning("%s", warning)
 
     def work(key: str) -> tuple[NFTensor | torch.Tensor, float | None]:

@@ -22,7 +22,7 @@ from ..fitting.quantizer import quantize
 from ..layers.packed_layers import PACKED_KINDS, pack_layers
 from ..packed.tensor import QUANTIZABLE_DTYPES, NFTensor
 from ..planning.facts import facts_about
-from ..planning.policy import plan_tensors
+from ..planning.policy import estimate_warnings, plan_tensors
 from .foreign import EIGHT_BIT_FLOATS, refuse_foreign, refuse_integers
 from .model import check_fits, make_packed, make_stock, names_in_model
 
@@ -176,10 +176,11 @@ class NFQQuantizer(DiffusersQuantizer):
         entries = {name: Entry("F16", tuple(tensor.shape), 0, 0) for name, tensor in model.state_dict().items()}
         measured = measured_sensitivities(entries, settings, calibration)
         info, plans = plan_tensors(entries, settings, measured)
+        estimated = estimate_warnings(info, plans, measured)
         layers = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, tuple(PACKED_KINDS))}
         plans = {name: plan for name, plan in plans.items() if plan.format and name in layers}
         inputs, warnings = calibration.for_plans(info, plans) if calibration else ({}, [])
-        for warning in warnings:
+        for warning in estimated + warnings:
             log.warning("%s", warning)
         self._formats = {name: plan.format.id for name, plan in plans.items()}
         self._statistics = {name: statistics.arguments() for name, statistics in inputs.items()}

@@ -1,4 +1,4 @@
-"""The role of a layer in a UNet, its sensitivity to quantisation noise, and its stage: all derived from its name.
+"""The role of a layer in a UNet, and its stage: both derived from its name.
 
 Names may be in any layout.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
 from .unet import UNetInfo, diffusers_names, known_ldm_names
 from .unet_keys import ldm_to_diffusers
@@ -23,8 +22,6 @@ class Role:
     """Roles of one group share a colour in the plots."""
     pattern: str
     """Regular expression to search for in a layer's name."""
-    sensitivity: float
-    """Noise in the model's output per unit of noise in one weight, in an arbitrary unit."""
 
 
 QUERY_KEY, VALUE_OUT, FEED_FORWARD = "attention q, k", "attention v, out", "feed-forward"
@@ -33,41 +30,33 @@ PROJECTION, CONVOLUTION, RESAMPLING, OTHER = "projections", "convolutions", "sho
 GROUPS = (QUERY_KEY, VALUE_OUT, FEED_FORWARD, PROJECTION, CONVOLUTION, RESAMPLING, OTHER)
 
 ROLES = (
-    Role("self-attention q", QUERY_KEY, r"\battn1\.to_q\b", 1.0),
-    Role("self-attention k", QUERY_KEY, r"\battn1\.to_k\b", 1.0),
-    Role("self-attention v", VALUE_OUT, r"\battn1\.to_v\b", 9.0),
-    Role("self-attention out", VALUE_OUT, r"\battn1\.to_out\b", 9.0),
-    Role("cross-attention q", QUERY_KEY, r"\battn2\.to_q\b", 1.0),
-    Role("cross-attention k", QUERY_KEY, r"\battn2\.to_k\b", 2.0),
-    Role("cross-attention v", VALUE_OUT, r"\battn2\.to_v\b", 4.0),
-    Role("cross-attention out", VALUE_OUT, r"\battn2\.to_out\b", 4.0),
-    Role("feed-forward in", FEED_FORWARD, r"\bff\.net\.0\b", 1.7),
-    Role("feed-forward out", FEED_FORWARD, r"\bff\.net\.2\b", 0.6),
-    Role("projection in", PROJECTION, r"\bproj_in\b", 56.0),
-    Role("projection out", PROJECTION, r"\bproj_out\b", 56.0),
-    Role("convolution 1", CONVOLUTION, r"\b(in_layers\.2|conv1)\b", 16.0),
-    Role("convolution 2", CONVOLUTION, r"\b(out_layers\.3|conv2)\b", 16.0),
-    Role("shortcut", RESAMPLING, r"\b(skip_connection|conv_shortcut)\b", 500.0),
-    Role("downsampling", RESAMPLING, r"\b(0\.op|downsamplers)\b", 16.0),
-    Role("upsampling", RESAMPLING, r"\b([12]\.conv|upsamplers)\b", 16.0),
+    Role("self-attention q", QUERY_KEY, r"\battn1\.to_q\b"),
+    Role("self-attention k", QUERY_KEY, r"\battn1\.to_k\b"),
+    Role("self-attention v", VALUE_OUT, r"\battn1\.to_v\b"),
+    Role("self-attention out", VALUE_OUT, r"\battn1\.to_out\b"),
+    Role("cross-attention q", QUERY_KEY, r"\battn2\.to_q\b"),
+    Role("cross-attention k", QUERY_KEY, r"\battn2\.to_k\b"),
+    Role("cross-attention v", VALUE_OUT, r"\battn2\.to_v\b"),
+    Role("cross-attention out", VALUE_OUT, r"\battn2\.to_out\b"),
+    Role("feed-forward in", FEED_FORWARD, r"\bff\.net\.0\b"),
+    Role("feed-forward out", FEED_FORWARD, r"\bff\.net\.2\b"),
+    Role("projection in", PROJECTION, r"\bproj_in\b"),
+    Role("projection out", PROJECTION, r"\bproj_out\b"),
+    Role("convolution 1", CONVOLUTION, r"\b(in_layers\.2|conv1)\b"),
+    Role("convolution 2", CONVOLUTION, r"\b(out_layers\.3|conv2)\b"),
+    Role("shortcut", RESAMPLING, r"\b(skip_connection|conv_shortcut)\b"),
+    Role("downsampling", RESAMPLING, r"\b(0\.op|downsamplers)\b"),
+    Role("upsampling", RESAMPLING, r"\b([12]\.conv|upsamplers)\b"),
 )
-"""Sensitivities were measured per role on the demo model. Keys of cross-attention are set higher than measured there,
-because published work finds them sensitive in SDXL (MixDQ, arXiv 2405.17873).
-"""
 
-OTHER_LINEAR = Role("other linear", OTHER, "", 1.0)
-OTHER_CONVOLUTION = Role("other convolution", OTHER, "", 16.0)
+OTHER_LINEAR = Role("other linear", OTHER, "")
+OTHER_CONVOLUTION = Role("other convolution", OTHER, "")
 
 
 def role(name: str, shape: Sequence[int]) -> Role:
     """The role of a layer: one of ROLES, OTHER_LINEAR or OTHER_CONVOLUTION."""
     match = next((each for each in ROLES if re.search(each.pattern, name)), None)
     return match or (OTHER_LINEAR if len(shape) <= 2 else OTHER_CONVOLUTION)
-
-
-def expected_sensitivity(name: str, shape: Sequence[int]) -> float:
-    """Estimate a whole layer's sensitivity from its name and shape, without a measurement, in an arbitrary unit."""
-    return role(name, shape).sensitivity * prod(shape)
 
 
 def common_names(info: UNetInfo | None, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:

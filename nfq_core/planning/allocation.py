@@ -1,10 +1,10 @@
 """Choose each layer's format so that a model of a given size has the least noise in its output.
 
-A layer's *sensitivity* is the relative noise power in the model's output ÷ that in the layer's weight. The noise of the
-layers adds up. Layers move to their next larger format in the order of noise saved per byte, until nothing more fits.
-Only formats on the lower convex hull of (bytes, noise) are used, which makes this greedy order a Lagrangian solution
-(Shoham and Gersho 1988). The hull depends on the layer's size, because a stored codebook takes as many bytes in a small
-layer as in a large one.
+A layer adds noise to the model's output: its sensitivity (see `models.sensitivities`) times the relative noise power of
+its weight. Layers move to their next larger format in the order of noise saved per byte, until nothing more fits. Only
+formats on the lower convex hull of (bytes, noise) are used, which makes this greedy order a Lagrangian solution (Shoham
+and Gersho 1988). The hull depends on the layer's size, because a stored codebook takes as many bytes in a small layer
+as in a large one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from math import prod
 
 from ..errors import NFQError
 from ..files.writer import Plan
-from ..models.roles import expected_sensitivity
+from ..models.sensitivities import Sensitivities
 from ..packed.formats import FORMATS
 from ..packed.layout import BlockFormat
 from ..sizes import size_in_words
@@ -92,7 +92,7 @@ def lower_convex_hull(weights: int, formats: Sequence[BlockFormat]) -> list[Bloc
 
 
 def packed_bounds(shapes: Mapping[str, Sequence[int]], effort: str) -> tuple[int, int]:
-    """Fewest and most packed bytes that layers of these shapes can take together; see `candidate_formats`."""
+    """Fewest and most packed bytes that layers of these shapes can take together; see MENUS."""
     counts, formats = [prod(shape) for shape in shapes.values()], MENUS[effort]
     return tuple(sum(limit(fmt.packed_bytes(n) for fmt in formats) for n in counts) for limit in (min, max))
 
@@ -100,6 +100,26 @@ def packed_bounds(shapes: Mapping[str, Sequence[int]], effort: str) -> tuple[int
 def expected_noise(fmt: BlockFormat) -> float:
     """Noise power of Gaussian weights in one of the formats of EXPECTED_SQNR_DB, relative to their variance."""
     return 10 ** (-EXPECTED_SQNR_DB[fmt.id] / 10)
+
+
+def predicted_output_db(formats: Mapping[str, BlockFormat], sensitivities: Sensitivities) -> float | None:
+    """Predict the signal-to-noise ratio of a quantised model's output: -10·log10(Σ sensitivity · noise of the format).
+
+    Assumes weights with the noise of Gaussian ones, quantised without error feedback, and independent effects on the
+    output.
+
+    Args:
+        formats: format of each quantised layer by name.
+        sensitivities: those of the same layers, at least.
+
+    Returns:
+        The ratio in dB. None if the sensitivities are only relative, if the noise of a format is not known, or if there
+        is no noise.
+    """
+    if not sensitivities.absolute or any(fmt.id not in EXPECTED_SQNR_DB for fmt in formats.values()):
+        return None
+    noise = sum(sensitivities.values[name] * expected_noise(fmt) for name, fmt in formats.items())
+    return -10 * math.log10(noise) if noise else None
 
 
 def _slope(smaller: tuple[int, float, str], larger: tuple[int, float, str]) -> float:
@@ -119,7 +139,7 @@ def allocate(
     Args:
         shapes: shape of each layer's weight by name.
         budget: most packed bytes that all layers may take together.
-        sensitivities: measured sensitivities by layer name. A layer without one gets the value expected for its role.
+        sensitivities: sensitivity of each layer by name, in any unit; by default all weights count alike.
         effort: "fast" or "best", see MENUS.
 
     Returns:
@@ -129,17 +149,17 @@ def allocate(
     Raises:
         NFQError: even the smallest formats exceed the budget, or a sensitivity is NaN, infinite or negative.
     """
-    for name, value in (sensitivities or {}).items():
+    counts = {name: prod(shape) for name, shape in shapes.items()}
+    sensitivities = counts if sensitivities is None else sensitivities
+    for name, value in sensitivities.items():
         if not 0 <= value < math.inf:
             raise NFQError(f"the sensitivity of {name!r} is {value}; it must be finite and not negative")
     if not shapes:
         return {}
     if budget < 0:
         raise NFQError(f"the tensors that are kept exceed the target size by {-budget:,} bytes; choose a larger target")
-    counts = {name: prod(shape) for name, shape in shapes.items()}
     hull_of = lru_cache(None)(partial(lower_convex_hull, formats=MENUS[effort]))
     hulls = {name: hull_of(count) for name, count in counts.items()}
-    sensitivity_of = _complete(sensitivities, shapes)
     left = budget - sum(hull[0].packed_bytes(counts[name]) for name, hull in hulls.items())
     if left < 0:
         raise NFQError(
@@ -150,7 +170,7 @@ def allocate(
     for name, hull in hulls.items():
         for index, (smaller, larger) in enumerate(pairwise(hull), 1):
             nbytes = larger.packed_bytes(counts[name]) - smaller.packed_bytes(counts[name])
-            noise_saved = sensitivity_of[name] * (expected_noise(smaller) - expected_noise(larger)) / nbytes
+            noise_saved = sensitivities[name] * (expected_noise(smaller) - expected_noise(larger)) / nbytes
             steps.append(_Step(noise_saved, name, index, nbytes))
     chosen = dict.fromkeys(shapes, 0)
     # Names break ties, so that the order of the tensors does not matter.
@@ -158,9 +178,9 @@ def allocate(
         if step.nbytes <= left and chosen[step.layer] == step.index - 1:
             chosen[step.layer] = step.index
             left -= step.nbytes
-    mean = sum(sensitivity_of.values()) / sum(counts.values()) or 1.0
+    mean = sum(sensitivities[name] for name in shapes) / sum(counts.values()) or 1.0
     return {
-        name: (hulls[name][index], float(f"{sensitivity_of[name] / counts[name] / mean:.4g}"))
+        name: (hulls[name][index], float(f"{sensitivities[name] / counts[name] / mean:.4g}"))
         for name, index in chosen.items()
     }
 
@@ -231,13 +251,3 @@ class SizeSearch:
         bounds = packed_bounds({key: plan.shape for key, plan in plans.items() if plan.format}, self._effort)
         smallest, largest = (size_in_words(file_bytes - packed + bound) for bound in bounds)
         return f"this model's file can have about {smallest} to {largest}"
-
-
-def _complete(sensitivities: Mapping[str, float] | None, shapes: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """A sensitivity for every layer: missing ones are the values expected for their roles, scaled to the measured."""
-    expected = {name: expected_sensitivity(name, shape) for name, shape in shapes.items()}
-    known = {name: value for name, value in (sensitivities or {}).items() if name in shapes}
-    if not known:
-        return expected
-    unit = sum(known.values()) / sum(expected[name] for name in known)
-    return {name: known.get(name, expected[name] * unit) for name in shapes}

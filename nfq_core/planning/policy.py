@@ -10,7 +10,9 @@ from ..errors import NFQError
 from ..files.prequantized import compute_dtype
 from ..files.safetensors_io import DTYPE_NAMES, Entry
 from ..files.writer import Plan
-from ..models.unet import UNetInfo, detect, first_and_last_convolution, is_unet_key
+from ..models.roles import OTHER, role
+from ..models.sensitivities import layer_sensitivities
+from ..models.unet import UNKNOWN, UNetInfo, detect, first_and_last_convolution, is_unet_key
 from ..packed.tensor import QUANTIZABLE_DTYPES
 from ..sizes import size_in_words
 from .allocation import allocate, packed_bounds
@@ -44,7 +46,7 @@ def plan_tensors(
     Args:
         entries: dtype and shape of every tensor by name.
         settings: which formats, or which size.
-        sensitivities: see `allocation.allocate`.
+        sensitivities: measured sensitivities by name, see `models.sensitivities`.
         packed_bytes: bytes of all packed weights, at most; by default what `settings` ask for.
 
     Returns:
@@ -66,7 +68,8 @@ def plan_tensors(
         beside = sum(kept) + HEADER_BYTES * len(entries)
         budget = _budget(choice, shapes, beside) if packed_bytes is None else packed_bytes
         budget = _possible_budget(choice, shapes, budget, beside, settings.effort)
-        formats = allocate(shapes, budget, sensitivities, effort=settings.effort)
+        found = layer_sensitivities(info, shapes, sensitivities)
+        formats = allocate(shapes, budget, found.values, effort=settings.effort)
     computed = compute_dtype(entries) if any(entry.dtype in _FP8 for entry in entries.values()) else ""
     plans = {}
     for key, entry in entries.items():
@@ -76,6 +79,25 @@ def plan_tensors(
         else:
             plans[key] = Plan(entry.dtype, entry.shape, None)
     return info, plans
+
+
+def estimate_warnings(
+    info: UNetInfo | None, plans: Mapping[str, Plan], sensitivities: Mapping[str, float] | None
+) -> list[str]:
+    """A warning if formats were chosen by size for an unknown architecture without measured sensitivities.
+
+    Args:
+        info: what `plan_tensors` recognised.
+        plans: its plans.
+        sensitivities: the measured sensitivities that it was given.
+    """
+    sized = {key: plan.shape for key, plan in plans.items() if plan.sensitivity is not None}
+    if not sized or sensitivities or (info and info.name != UNKNOWN):
+        return []
+    basis = layer_sensitivities(info, sized).basis
+    others = sum(role(key, shape).group == OTHER for key, shape in sized.items())
+    mean = f" ({others:,} of {len(sized):,} layers have none of SDXL's roles and get a mean)" if others else ""
+    return [f"the architecture is unknown, so its layers' sensitivities are {basis}{mean}; a calibration measures them"]
 
 
 def _is_quantized(key: str, entry: Entry, info: UNetInfo | None, spared: frozenset[str]) -> bool:
@@ -108,10 +130,11 @@ def _possible_budget(
         return budget
     smallest, largest = packed_bounds(shapes, effort)
     if isinstance(size, BitsPerWeight):
-        low, high = (bound * 8 / sum(map(prod, shapes.values())) for bound in (smallest, largest))
+        # Rounded up, so that a file of each limit exists.
+        weights = sum(map(prod, shapes.values()))
+        low, high = (math.ceil(bound * 8000 / weights) / 1000 for bound in (smallest, largest))
         if budget < smallest or size.bits > high:
             much, way = ("few", "more") if budget < smallest else ("many", "fewer")
-            low, high = math.ceil(low * 1000) / 1000, math.floor(high * 1000) / 1000
             raise NFQError(
                 f"{size.bits:g} packed bits per weight are too {much}; this model's can have {low:.3f} to "
                 f"{high:.3f}, choose {way}"

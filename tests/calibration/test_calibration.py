@@ -283,7 +283,7 @@ def test_a_size_met_by_several_files_warns_once(saved, model_file, tmp_path, mon
     settings = Settings(FileSize(11000))
     result = quantize_file(model_file, tmp_path / "nfq", settings, calibration=Calibration.load(saved))
     assert len(tries) > 1
-    told = "the calibration has no sensitivities; they are estimated"
+    told = "the calibration has no sensitivities; they are estimated from SDXL's"
     assert result["warnings"].count(told) == 1
 
 
@@ -322,7 +322,7 @@ def test_sizes_use_sensitivities(calibration, model_file, tmp_path):
         Settings(BitsPerWeight(5.5)),
         calibration=calibration,
     )
-    told = "the calibration has no sensitivities for 1 weights, such as 'unused.weight'; they are estimated"
+    told = "the calibration has no sensitivities for 1 weights, such as 'unused.weight'; they are estimated from SDXL's"
     assert told in result["warnings"]
     layers = {layer["name"]: layer for layer in file_info(tmp_path / "nfq")["layers"]}
     # Per weight, as the header has them.

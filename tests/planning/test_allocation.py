@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import re
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -20,9 +22,10 @@ from nfq_core.cli import main
 from nfq_core.files.safetensors_io import Entry
 from nfq_core.files.writer import Plan
 from nfq_core.fitting.codebook import EFFORTS
-from nfq_core.models.roles import expected_sensitivity
-from nfq_core.models.unet_keys import SDXL_BASE, tensor_shapes
-from nfq_core.packed.formats import TRELLIS_IDS
+from nfq_core.models.sensitivities import BY_BLOCK, BY_LAYER, BY_ROLE, MEASURED, Sensitivities, layer_sensitivities
+from nfq_core.models.unet import detect
+from nfq_core.models.unet_keys import KOALA_700M, SDXL_BASE, UNetArchitecture, tensor_shapes
+from nfq_core.packed.formats import FORMATS, TRELLIS_IDS
 from nfq_core.planning.allocation import (
     EXPECTED_SQNR_DB,
     MAX_TRIES,
@@ -32,8 +35,9 @@ from nfq_core.planning.allocation import (
     allocate,
     expected_noise,
     lower_convex_hull,
+    predicted_output_db,
 )
-from nfq_core.planning.policy import plan_tensors
+from nfq_core.planning.policy import estimate_warnings, plan_tensors
 from nfq_core.planning.settings import BitsPerWeight, FileSize, Formats, Settings
 
 MENU = MENUS["best"]
@@ -124,16 +128,68 @@ def test_sdxl_in_every_preset(bits: float) -> None:
     assert 0.99 * bits <= found <= bits
 
 
-def test_names_of_both_layouts_mean_the_same() -> None:
-    for ldm, diffusers in (("a.skip_connection.weight", "a.conv_shortcut.weight"), ("a.proj_in.weight",) * 2):
-        assert expected_sensitivity(ldm, (8, 8, 1, 1)) == expected_sensitivity(diffusers, (8, 8, 1, 1))
+def test_sdxl_s_sensitivities_choose_its_formats() -> None:
+    """In each layout: the worst inner layer gets the largest format, a cross-attention's queries the smallest."""
+    queries = "transformer_blocks.9.attn2.to_q"
+    for layout, worst, dull in (
+        ("ldm", "output_blocks.8.0.out_layers.3", f"output_blocks.2.1.{queries}"),
+        ("diffusers", "up_blocks.2.resnets.2.conv2", f"up_blocks.0.attentions.2.{queries}"),
+    ):
+        entries = {key: Entry("F16", shape, 0, 0) for key, shape in tensor_shapes(SDXL_BASE, layout).items()}
+        plans = plan_tensors(entries, Settings(BitsPerWeight(3.4)))[1]
+        assert plans[f"{worst}.weight"].format.id == "nf256_b64"
+        smallest = MENUS["fast"][0]
+        assert plans[f"{dull}.weight"].format == smallest
 
 
-def test_what_was_not_measured_counts_as_its_role_does() -> None:
-    """Two like layers, one of them measured: the other is taken to be as sensitive."""
-    shapes = {"a.to_q.weight": (64, 64), "b.to_q.weight": (64, 64)}
-    chosen = allocate(shapes, 10**6, {"a.to_q.weight": 7.0})
-    assert chosen["a.to_q.weight"][1] == chosen["b.to_q.weight"][1] == 1.0
+@pytest.mark.parametrize(
+    ("architecture", "warned"),
+    [
+        (SDXL_BASE, ""),
+        (KOALA_700M, ""),
+        (replace(SDXL_BASE, added_width=5632), "are SDXL's, layer by layer; a calibration"),
+        (replace(SDXL_BASE, channels=(160, 320, 640)), "are SDXL's, by role; a calibration"),
+        (None, "are SDXL's, by role (3 of 4 layers have none of SDXL's roles and get a mean); a calibration"),
+    ],
+)
+def test_an_unknown_architecture_says_which_sensitivities_are_used(
+    architecture: UNetArchitecture | None, warned: str
+) -> None:
+    shapes = dict.fromkeys(("a.attn1.to_q", "b", "c", "d"), (640, 640))
+    shapes = shapes if architecture is None else tensor_shapes(architecture, "ldm")
+    entries = {key: Entry("F16", shape, 0, 0) for key, shape in shapes.items()}
+    info, plans = plan_tensors(entries, Settings(BitsPerWeight(3.4)))
+    (warning,) = estimate_warnings(info, plans, None) or [""]
+    assert warning.startswith("the architecture is unknown") == bool(warned) and warned in warning
+    assert not estimate_warnings(info, plans, dict.fromkeys(shapes, 1.0))
+    assert not estimate_warnings(*plan_tensors(entries, Settings()), None)
+
+
+def test_the_output_is_predicted_by_hand() -> None:
+    formats = {"a": FORMATS["nf256_b64"], "b": FORMATS["t2w8_b64"], "c": FORMATS["t2w8_b64"]}
+    large, small = (10 ** (-EXPECTED_SQNR_DB[id] / 10) for id in ("nf256_b64", "t2w8_b64"))
+    values = {"a": 0.5, "b": 0.01, "c": 0.02, "not quantised": 9.0}
+    wanted = -10 * math.log10(0.5 * large + 0.03 * small)
+    for basis in (BY_LAYER, MEASURED):
+        assert predicted_output_db(formats, Sensitivities(values, basis)) == pytest.approx(wanted)
+    for basis in (BY_BLOCK, BY_ROLE):
+        assert predicted_output_db(formats, Sensitivities(values, basis)) is None
+    assert predicted_output_db({}, Sensitivities(values, BY_LAYER)) is None
+    unknown = {"a": FORMATS["article16_b64"]}
+    assert predicted_output_db(unknown, Sensitivities(values, BY_LAYER)) is None
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_larger_presets_predict_a_better_output(effort: str) -> None:
+    shapes = tensor_shapes(SDXL_BASE, "ldm")
+    entries = {key: Entry("F16", shape, 0, 0) for key, shape in shapes.items()}
+    found = []
+    for bits in sorted(PRESETS.values()):
+        plans = plan_tensors(entries, Settings(BitsPerWeight(bits), effort))[1]
+        formats = {key: plan.format for key, plan in plans.items() if plan.format}
+        sensitivities = layer_sensitivities(detect(shapes), {key: shapes[key] for key in formats})
+        found.append(predicted_output_db(formats, sensitivities))
+    assert all(larger - smaller > 3 for smaller, larger in itertools.pairwise(found))
 
 
 def test_too_small_a_size_is_told() -> None:
@@ -277,7 +333,8 @@ def test_limits_that_are_told_can_be_had(small_model: Path, tmp_path: Path) -> N
         quantize_file(small_model, tmp_path / "a", Settings(FileSize(1)))
     smallest, largest = (float(number) for number in re.findall("([0-9.]+) MB", str(caught.value))[1:])
     result = quantize_file(small_model, tmp_path / "large", Settings(FileSize(10**9)))
-    assert "the largest format; this model's file can have about" in result["warnings"][0]
+    assert "the largest format; this model's file can have about" in result["warnings"][-1]
+    assert "the architecture is unknown" in result["warnings"][0]
     assert 0.95 * largest < result["file_bytes"] / 1e6 < 1.05 * largest
     result = quantize_file(
         small_model,
