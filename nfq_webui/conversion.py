@@ -13,7 +13,6 @@ from ..nfq_core.checkpoints.convert import quantize_file
 from ..nfq_core.checkpoints.extras import DROP_HINT
 from ..nfq_core.checkpoints.targets import MODEL_ENDINGS, complete_name, container_name
 from ..nfq_core.parallel import fraction_done, seconds_left
-from ..nfq_core.planning.settings import Formats
 from .loading import SUFFIX
 
 DROP_EXTRAS = "Leave out extras"
@@ -27,9 +26,9 @@ class _Stopped(Exception):
     """Raised by the progress callback to end the work."""
 
 
-def default_name(source: str, levels: int) -> str:
+def default_name(source: str, settings: Settings) -> str:
     """Name of a checkpoint's file, without its ending, if the user gives none."""
-    return container_name(source, Settings(Formats.of(levels))).removesuffix(SUFFIX)
+    return container_name(source, settings).removesuffix(SUFFIX)
 
 
 def target_path(folder: str, name: str) -> str:
@@ -44,7 +43,7 @@ def target_path(folder: str, name: str) -> str:
     path = Path(os.path.abspath(os.path.join(folder, name)))
     stem = name.rpartition("/")[2].removesuffix(SUFFIX).strip(". ")
     if not stem or not path.is_relative_to(os.path.abspath(folder)):
-        raise NFQError(f"{name!r} is not a file name in {folder}; enter one such as 'my-model-NF16'")
+        raise NFQError(f"{name!r} is not a file name in {folder}; enter one such as 'my-model-small'")
     return str(complete_name(path))
 
 
@@ -67,7 +66,7 @@ class Converter:
         Args:
             source: the `.safetensors` checkpoint.
             target: the file to write, completely or not at all; missing folders are created.
-            settings: levels and effort.
+            settings: size or levels, and effort.
             overwrite: whether an existing target may be replaced.
             drop_extras: whether tensors that no loader uses are left out.
 

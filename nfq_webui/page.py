@@ -16,7 +16,14 @@ from ..nfq_core import NFQError, Settings
 from ..nfq_core.checkpoints.examine import file_info, info_lines
 from ..nfq_core.fitting.codebook import EFFORTS
 from ..nfq_core.packed.formats import LEVELS
-from ..nfq_core.planning.settings import DEFAULT_CONV_LEVELS, DEFAULT_LEVELS, DEFAULTS, Formats
+from ..nfq_core.planning.settings import (
+    BY_LEVELS,
+    DEFAULT_CONV_LEVELS,
+    DEFAULT_LEVELS,
+    DEFAULT_PRESET,
+    DEFAULTS,
+    PRESETS,
+)
 from .conversion import DROP_EXTRAS, Converter, default_name, target_path
 from .loading import KEEP_PACKED, is_ours
 
@@ -41,6 +48,10 @@ def facts(path: str) -> str:
         return _refusal(error)
     lines = (f"<tr><td>{name}</td><td>{html.escape(text)}</td></tr>" for name, text in rows)
     return f"<table>{''.join(lines)}</table>"
+
+
+def _presets_in_words() -> str:
+    return f"bits per weight: {', '.join(f'{name} {bits}' for name, bits in PRESETS.items())}"
 
 
 def _refusal(error: NFQError) -> str:
@@ -86,13 +97,20 @@ def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
         return gr.update(choices=titles(), value=chosen), show(chosen)
 
     def lines(
-        title: str, levels: int, conv_levels: int, effort: str, name: str, overwrite: bool, drop_extras: bool
+        title: str,
+        preset: str,
+        effort: str,
+        levels: int,
+        conv_levels: int,
+        name: str,
+        overwrite: bool,
+        drop_extras: bool,
     ) -> Iterator[str]:
         try:
             source = path_of(title)
             folder = shared.cmd_opts.ckpt_dir or sd_models.model_path
-            target = target_path(folder, name or default_name(source, int(levels)))
-            settings = Settings(Formats.of(int(levels), int(conv_levels)), effort)
+            settings = Settings.from_form(preset, int(levels), int(conv_levels), effort)
+            target = target_path(folder, name or default_name(source, settings))
             yield from converter.run(source, target, settings, overwrite, drop_extras)
             sd_models.list_models()
         except NFQError as error:
@@ -107,12 +125,14 @@ def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
             again = gr.Button("Refresh", elem_id="nfq_refresh")
         about = gr.HTML(elem_id="nfq_facts")
         with gr.Row():
-            levels = gr.Dropdown(list(LEVELS), value=DEFAULT_LEVELS, label="Levels of Linear layers")
-            conv_levels = gr.Dropdown(list(LEVELS), value=DEFAULT_CONV_LEVELS, label="Levels of convolutions")
-            effort = gr.Dropdown(list(EFFORTS), value=DEFAULTS.effort, label="Effort")
+            preset = gr.Dropdown([*PRESETS, BY_LEVELS], value=DEFAULT_PRESET, label=f"Preset ({_presets_in_words()})")
+            effort = gr.Dropdown(list(EFFORTS), value=DEFAULTS.effort, label="Effort (best takes many minutes)")
+            only = f"(only with preset {BY_LEVELS})"
+            levels = gr.Dropdown(list(LEVELS), value=DEFAULT_LEVELS, label=f"Levels of Linear layers {only}")
+            conv_levels = gr.Dropdown(list(LEVELS), value=DEFAULT_CONV_LEVELS, label=f"Levels of convolutions {only}")
         with gr.Row():
             name = gr.Textbox(
-                label="Name of the new checkpoint", placeholder="default: the source name with -NF and the levels"
+                label="Name of the new checkpoint", placeholder="default: the source name with the preset or levels"
             )
             overwrite = gr.Checkbox(False, label="Overwrite")
             drop_extras = gr.Checkbox(
@@ -127,6 +147,6 @@ def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
         again.click(refresh, [], [chosen, about], queue=False)
         # Without the program's queue the page can show only the last line.
         handler = last_line if shared.cmd_opts.no_gradio_queue else lines
-        start.click(handler, [chosen, levels, conv_levels, effort, name, overwrite, drop_extras], [status])
+        start.click(handler, [chosen, preset, effort, levels, conv_levels, name, overwrite, drop_extras], [status])
         stop.click(converter.stop, [], [], queue=False)
     return tab

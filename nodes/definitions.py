@@ -14,16 +14,23 @@ from ..nfq_core import Calibration, Settings
 from ..nfq_core.checkpoints.memory import MODES
 from ..nfq_core.fitting.codebook import EFFORTS
 from ..nfq_core.packed.formats import LEVELS
-from ..nfq_core.planning.allocation import PRESETS
-from ..nfq_core.planning.settings import DEFAULT_CONV_LEVELS, DEFAULT_LEVELS, DEFAULTS, BitsPerWeight, Formats
+from ..nfq_core.planning.settings import (
+    BY_LEVELS,
+    DEFAULT_CONV_LEVELS,
+    DEFAULT_LEVELS,
+    DEFAULT_PRESET,
+    DEFAULTS,
+    PRESETS,
+)
 from . import bake, host, load, report, save
 from .calibration_nodes import NFCollectCalibration, NFSaveCalibration
 from .measurement_nodes import NFCompare, NFInspect, NFQualityReport
 from .recipe import missing_file, origin_in_graph
-from .schema import DEFAULT_PREFIX, NOTHING, filename_prefix_input, schema
+from .schema import DEFAULT_PREFIX, NOTHING, advanced, filename_prefix_input, schema
 
-NO_PRESET = "none"
-"""The option that selects levels instead of a preset."""
+
+def _presets_in_words() -> str:
+    return ", ".join(f"{name} {bits}" for name, bits in PRESETS.items())
 
 
 def _file_input(name: str, folder: str) -> io.Combo.Input:
@@ -142,53 +149,55 @@ class NFQuantizeUNet(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="From any loader of fp16, bf16 or fp32 weights. It is not changed."),
                 io.Combo.Input(
-                    "levels",
-                    options=levels,
-                    default=DEFAULT_LEVELS,
+                    "preset",
+                    options=[*PRESETS, BY_LEVELS],
+                    default=DEFAULT_PRESET,
                     optional=True,
-                    tooltip="Levels for Linear layers: 32, 24, 16, 12 and 7 take about 5.1, 4.8, 4.1, 3.8 and 3.1 bits "
-                    "per weight. More levels are closer to the original.",
-                ),
-                io.Combo.Input(
-                    "conv_levels",
-                    options=levels,
-                    default=DEFAULT_CONV_LEVELS,
-                    optional=True,
-                    tooltip="Levels for convolutions, which are few and sensitive.",
-                ),
-                io.Combo.Input(
-                    "device",
-                    options=["auto", "cpu", "gpu"],
-                    default="auto",
-                    optional=True,
-                    tooltip="Where to quantise. auto uses the CPU, which takes about one minute for SDXL.",
+                    tooltip=f"The size: {_presets_in_words()} bits per weight. Each layer gets the format that its "
+                    f"sensitivity asks for. With {BY_LEVELS}, every layer gets the number of levels chosen below.",
                 ),
                 io.Combo.Input(
                     "effort",
                     options=list(EFFORTS),
                     default=DEFAULTS.effort,
                     optional=True,
-                    tooltip="best takes five to ten times as long and slightly improves layers with outlying weights.",
+                    tooltip="fast chooses among scalar codebooks. best chooses among trellis codes, which are closer "
+                    "to the original at the same size, but take many minutes.",
                 ),
-                io.Boolean.Input(
+                advanced(
+                    io.Combo,
+                    "levels",
+                    options=levels,
+                    default=DEFAULT_LEVELS,
+                    tooltip=f"Counts only with preset {BY_LEVELS}. Levels for Linear layers: 32, 24, 16, 12 and 7 take "
+                    "about 5.1, 4.8, 4.1, 3.8 and 3.1 bits per weight.",
+                ),
+                advanced(
+                    io.Combo,
+                    "conv_levels",
+                    options=levels,
+                    default=DEFAULT_CONV_LEVELS,
+                    tooltip=f"Counts only with preset {BY_LEVELS}. Levels for convolutions, which are few and "
+                    "sensitive.",
+                ),
+                advanced(
+                    io.Combo,
+                    "device",
+                    options=["auto", "cpu", "gpu"],
+                    default="auto",
+                    tooltip="Where to quantise. auto uses the CPU.",
+                ),
+                advanced(
+                    io.Boolean,
                     "quantize_first_last",
                     default=False,
-                    optional=True,
                     tooltip="Also quantise the first and last convolution. Saves almost no space and tints pictures.",
                 ),
-                io.Combo.Input(
-                    "preset",
-                    options=[NO_PRESET, *PRESETS],
-                    default=NO_PRESET,
-                    optional=True,
-                    tooltip="A size instead of levels, from best to tiny: each layer gets a format of 2 to 5 or 8 bits "
-                    "according to its sensitivity. Closer to the original at the same size, but takes far longer.",
-                ),
-                io.Combo.Input(
+                advanced(
+                    io.Combo,
                     "calibration",
                     options=[NOTHING, *host.calibration_names()],
                     default=NOTHING,
-                    optional=True,
                     tooltip="A file of this architecture from Save NFQ Calibration or `nfq`. Brings the output closer "
                     "to the original at the same size, but takes several times as long.",
                 ),
@@ -206,17 +215,16 @@ class NFQuantizeUNet(io.ComfyNode):
     def execute(
         cls,
         model: Any,
+        preset: str = DEFAULT_PRESET,
+        effort: str = DEFAULTS.effort,
         levels: int = DEFAULT_LEVELS,
         conv_levels: int = DEFAULT_CONV_LEVELS,
         device: str = "auto",
-        effort: str = DEFAULTS.effort,
         quantize_first_last: bool = DEFAULTS.quantize_first_last,
-        preset: str = NO_PRESET,
         calibration: str = NOTHING,
     ) -> io.NodeOutput:
         """Quantise."""
-        choice = BitsPerWeight(PRESETS[preset]) if preset in PRESETS else Formats.of(int(levels), int(conv_levels))
-        settings = Settings(choice, effort, quantize_first_last)
+        settings = Settings.from_form(preset, int(levels), int(conv_levels), effort, quantize_first_last)
         where = comfy.model_management.get_torch_device() if device == "gpu" else None
         origin = origin_in_graph(cls.hidden.prompt, cls.hidden.unique_id)
         statistics = None if calibration == NOTHING else Calibration.load(host.calibration_path(calibration))

@@ -176,7 +176,7 @@ def output_path(filename_prefix: str, folder: str, suffix: str) -> str:
     if not prefix.startswith(f"{folder}/"):
         prefix = f"{folder}/{prefix}"
     if not prefix.rpartition("/")[2].strip(". "):
-        raise NFQError(f"filename_prefix {filename_prefix!r} has no file name; add one, such as 'my-model-NF16'")
+        raise NFQError(f"filename_prefix {filename_prefix!r} has no file name; add one, such as 'my-model-small'")
     output = folder_paths.get_output_directory()
     listed = os.path.join(os.path.abspath(output), folder)
     # The host replaces %…% in a prefix, so only the host knows where the prefix leads.

@@ -19,18 +19,19 @@ from ..nfq_core import NFQFile
 from ..nfq_core.checkpoints import extras
 from ..nfq_core.errors import printable
 from ..nfq_core.files.container import BAKED, IMPORTED, Source
-from ..nfq_core.planning.allocation import PRESETS
+from ..nfq_core.planning.settings import BY_LEVELS, PRESETS, without_repetition
 from .host import CHECKPOINTS, SUFFIX, UNETS, listed_name
 
 LOADER_INPUTS = {"unet_name": UNETS, "ckpt_name": CHECKPOINTS, "model_name": "", "model_path": ""}
 """Inputs that name a loader's file, of stock loaders and others, and the host's folder for it; empty if unknown."""
 
-_NODE_INPUTS = ("levels", "conv_levels", "effort", "quantize_first_last", "calibration")
-"""Settings that are inputs of NFQuantizeUNet under the same names."""
+_NODE_INPUTS = ("effort", "levels", "conv_levels", "quantize_first_last", "calibration")
+"""Settings that are inputs of NFQuantizeUNet under the same names and with the same values."""
 
 _OPTIONS = {
-    **{name: name.replace("_", "-") for name in (*_NODE_INPUTS, "format", "conv_format", "target_bpw", extras.SETTING)},
     "target_bytes": "target-size",
+    **{name: name.replace("_", "-") for name in ("preset", "target_bpw", *_NODE_INPUTS)},
+    **{name: name.replace("_", "-") for name in ("format", "conv_format", extras.SETTING)},
 }
 """Options of `nfq quantize` by setting. Other settings are left out: a stranger's workflow must not reach a shell."""
 
@@ -163,17 +164,18 @@ def missing_file(folder: str, name: object, recipe_text: str) -> str:
 def node_inputs(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """The inputs of NFQuantizeUNet for recorded settings; None if the node does not offer these settings."""
     inputs = {key: settings[key] for key in _NODE_INPUTS if key in settings}
-    presets = {bits: preset for preset, bits in PRESETS.items()}
-    if settings.get("target_bpw") in presets:
-        inputs["preset"] = presets[settings["target_bpw"]]
-    elif any(key in settings for key in ("format", "conv_format", "target_bpw", "target_bytes")):
+    preset = next((name for name, bits in PRESETS.items() if bits == settings.get("target_bpw")), None)
+    if preset is None and any(key in settings for key in ("format", "conv_format", "target_bpw", "target_bytes")):
         return None
-    return inputs
+    if preset is None and "levels" in settings:
+        preset = BY_LEVELS
+    return inputs if preset is None else {"preset": preset} | inputs
 
 
 def command_options(settings: Mapping[str, Any]) -> str:
     """The options of `nfq quantize` for recorded settings."""
-    given = {_OPTIONS[key]: value for key, value in settings.items() if key in _OPTIONS and value is not False}
+    given = without_repetition(settings)
+    given = {_OPTIONS[key]: value for key, value in given.items() if key in _OPTIONS and value is not False}
     if isinstance(size := given.get("target-size"), int):
         given["target-size"] = f"{size}B"
     return " ".join(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from comfy_api.latest import io
@@ -27,6 +28,18 @@ def schema(*, search_aliases: list[str], **arguments: Any) -> io.Schema:
     newer = {"search_aliases": search_aliases, "has_intermediate_output": True}
     known = {name: value for name, value in newer.items() if name in io.Schema.__dataclass_fields__}
     return io.Schema(category=CATEGORY, **known, **arguments)
+
+
+def advanced(kind: Any, name: str, **options: Any) -> Any:
+    """An optional input that the page shows among the advanced ones, where the host's version has these.
+
+    Args:
+        kind: its kind, such as `io.Combo`.
+        name: its name.
+        options: further options of the input.
+    """
+    known = {"advanced": True} if "advanced" in signature(kind.Input).parameters else {}
+    return kind.Input(name, optional=True, **known, **options)
 
 
 def filename_prefix_input(suffix: str, folder: str) -> io.String.Input:

@@ -179,7 +179,9 @@ def conversion(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_where_a_new_checkpoint_goes(conversion, tmp_path: Path) -> None:
-    assert conversion.default_name("/models/some model.v2.safetensors", 12) == "some model.v2-NF12"
+    assert (
+        conversion.default_name("/models/some model.v2.safetensors", conversion.Settings()) == "some model.v2-balanced"
+    )
     assert conversion.target_path(str(tmp_path), "new v9.Turbo") == str(tmp_path / "new v9.Turbo.nfq.safetensors")
     for name in ("new", "new.nfq.safetensors", " new "):
         assert conversion.target_path(str(tmp_path), name) == str(tmp_path / "new.nfq.safetensors")

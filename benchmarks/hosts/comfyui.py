@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.models.unet_keys import SEGMIND_VEGA
+from nfq_core.planning.settings import Formats, Settings
 
 from ..shared import argument_parser, dated_table, spread, summary, write_results
 
@@ -100,7 +101,7 @@ def prepare(directory: Path) -> tuple[Path, list[str]]:
     if not base.exists():
         make_base(base)
         write_unet(unets / FP16, SEGMIND_VEGA)
-        quantize_file(unets / FP16, unets / NFQ)
+        quantize_file(unets / FP16, unets / NFQ, Settings(Formats()))
         for number in range(1, LORAS + 1):
             lora = random_adapter(SEGMIND_VEGA, "lora", number, RANK)
             save_file(lora, adapters / f"lora-{number}.safetensors")

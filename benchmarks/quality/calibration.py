@@ -13,8 +13,7 @@ from functools import partial
 from nfq_core import quantize
 from nfq_core.demo.calibrate import collect_demo
 from nfq_core.packed.formats import LEVELS
-from nfq_core.planning.allocation import PRESETS
-from nfq_core.planning.settings import BitsPerWeight, Formats, Settings
+from nfq_core.planning.settings import PRESETS, BitsPerWeight, Formats, Settings
 
 from ..shared import argument_parser, machine, markdown_table, write_results
 from .demo import FACTS, PROMPTS, DemoModel

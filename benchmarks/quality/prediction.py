@@ -18,9 +18,9 @@ from nfq_core.models.sensitivities import BY_BLOCK, BY_LAYER, BY_ROLE, Sensitivi
 from nfq_core.models.unet import UNKNOWN, UNetInfo
 from nfq_core.models.unet_keys import SDXL_BASE, Shape, tensor_shapes
 from nfq_core.packed.layout import BlockFormat
-from nfq_core.planning.allocation import MENUS, PRESETS, allocate, predicted_output_db
+from nfq_core.planning.allocation import MENUS, allocate, predicted_output_db
 from nfq_core.planning.policy import plan_tensors
-from nfq_core.planning.settings import DEFAULTS
+from nfq_core.planning.settings import DEFAULTS, PRESETS
 
 from ..shared import markdown_table, run_command
 

@@ -65,7 +65,7 @@ def quantize_file(
     Args:
         source: the file to convert; for a sharded model its index or folder.
         target: the file to write.
-        settings: formats or a size, and effort.
+        settings: a size or formats, and effort.
         device: device to quantise on, such as "cuda"; by default the CPU.
         calibration: statistics of the layers' inputs. A weight without statistics is quantised without them, with a
             warning that names it. If it was used, the header records the name and hash of its file.
@@ -82,16 +82,10 @@ def quantize_file(
     """
     started = perf_counter()
     with Original(source) as original, SourceHash() as source_hash:
-        refuse_container(original)
-        refuse_same(original.files, target)
-        refuse_name(target)
-        if is_article_file(original.entries):
-            raise UnsupportedFileError(
-                f"{original.path} was written by the article's code; `nfq import-article` converts it"
-            )
+        refuse_unconvertible(original, target)
         metadata, extra, warnings = split_metadata(original.metadata)
         entries, about_extras = split_extras(original.entries, drop_extras)
-        warnings += about_extras + _about_unet(original, entries)
+        warnings += about_extras + about_unet(original, entries)
         made_from = Source(source_name(original.path), original.file_bytes, NO_SHA256, metadata)
         conversion = _Conversion(original, entries, settings, source_hash, device, calibration, progress)
         choice = settings.choice
@@ -118,7 +112,7 @@ class _Conversion:
     Args:
         original: the source, open.
         entries: the tensors of the source that are converted.
-        settings: formats or a size, and effort.
+        settings: a size or formats, and effort.
         source_hash: hashes the source during the first pass.
         device: where to quantise; None: on the CPU.
         calibration: statistics of the layers' inputs, if any.
@@ -307,6 +301,17 @@ def dequantize_file(
     }
 
 
+def refuse_unconvertible(original: Original, target: str | os.PathLike) -> None:
+    """Raise NFQError if the source is quantised already, or the target's name is not one for its container."""
+    refuse_container(original)
+    refuse_same(original.files, target)
+    refuse_name(target)
+    if is_article_file(original.entries):
+        raise UnsupportedFileError(
+            f"{original.path} was written by the article's code; `nfq import-article` converts it"
+        )
+
+
 def refuse_container(file: SafetensorsFile | Original) -> None:
     """Raise NFQError if the source is a container."""
     if FACTS_KEY in file.metadata:
@@ -319,7 +324,7 @@ def refuse_same(sources: Iterable[SafetensorsFile], target: str | os.PathLike) -
         raise NFQError(f"{target} is the source itself; name another target")
 
 
-def _about_unet(original: Original, entries: dict[str, Entry]) -> list[str]:
+def about_unet(original: Original, entries: dict[str, Entry]) -> list[str]:
     """Warnings about a model's UNet; CorruptFileError if it is incomplete. `entries` are the tensors to convert."""
     shapes = {key: entry.shape for key, entry in entries.items()}
     info = detect(shapes)

@@ -26,7 +26,7 @@ from ..packed.torch_decode import CHUNK_WEIGHTS, TEMPORARY_BYTES
 from ..parallel import Progress, no_progress, ordered_map, threads_for
 from ..planning.facts import facts_about
 from ..planning.policy import estimate_warnings, plan_tensors
-from ..planning.settings import Formats, Settings
+from ..planning.settings import Settings
 from .examine import sqnr_db
 from .memory import check_device, choose_memory_mode, free_bytes, is_out_of_memory, needed_bytes, refuse_beyond_memory
 
@@ -37,13 +37,15 @@ StateDict = dict[str, NFTensor | torch.Tensor]
 
 def quantize_state_dict(
     state_dict: Mapping[str, torch.Tensor],
-    levels: int = 16,
+    levels: int | None = None,
     *,
-    conv_levels: int = 32,
+    conv_levels: int | None = None,
     effort: str = "fast",
     quantize_first_last: bool = False,
     format: str | None = None,
     conv_format: str | None = None,
+    preset: str | None = None,
+    target_bpw: float | None = None,
     device: torch.device | str | None = None,
     calibration: Calibration | None = None,
 ) -> StateDict:
@@ -52,12 +54,14 @@ def quantize_state_dict(
     Args:
         state_dict: tensors by name, which stay unchanged; kept tensors are shared with the result. fp8 and int8 weights
             with scales are dequantised first, see `prequantized`.
-        levels: levels of 2-D weights: 32, 24, 16, 12 or 7.
+        levels: levels of 2-D weights, instead of a preset: 32, 24, 16, 12 or 7.
         conv_levels: levels of weights of three and more dimensions.
-        effort: "fast" or "best".
+        effort: see `Settings`.
         quantize_first_last: whether a UNet's first and last convolution are quantised too.
         format: the format of 2-D weights instead of `levels`, one of `formats.WRITABLE_IDS`.
         conv_format: the format of weights of more dimensions instead of `conv_levels`.
+        preset: a size, one of `settings.PRESETS`; by default "balanced".
+        target_bpw: most packed bits per weight, instead of a preset.
         device: device to quantise on; by default the tensor's own.
         calibration: statistics of the layers' inputs; weights without any are quantised without it, and logged.
 
@@ -69,7 +73,16 @@ def quantize_state_dict(
         ValueError: a setting is not allowed.
         NFQError: safetensors lacks a tensor's dtype, or the calibration belongs to another architecture.
     """
-    settings = Settings(Formats.of(levels, conv_levels, format, conv_format), effort, quantize_first_last)
+    settings = Settings.of(
+        preset=preset,
+        target_bpw=target_bpw,
+        levels=levels,
+        conv_levels=conv_levels,
+        format=format,
+        conv_format=conv_format,
+        effort=effort,
+        quantize_first_last=quantize_first_last,
+    )
     stored = describe(state_dict)
     found = find_prequantized(stored, (), state_dict.__getitem__, "the state dict")
     others = (tensor.device for tensor in state_dict.values() if tensor.device.type != "cpu")
@@ -105,7 +118,7 @@ def quantize_tensors(
         entries: dtype and shape of every tensor by name, see `describe`. They alone decide which tensors are quantised,
             and with which recorded dtype.
         read: returns a tensor by name, in any floating dtype; called from several threads.
-        settings: formats and effort.
+        settings: a size or formats, and effort.
         device: device to quantise on; by default the tensor's own.
         progress: see `parallel.Progress`; an error raised in it ends the work.
         sqnr: receives the signal-to-quantisation-noise ratio in dB of each quantised weight, by name.

@@ -52,10 +52,10 @@ def model_name(source: str | os.PathLike) -> tuple[str, Path]:
 
 
 def settings_tag(settings: Settings) -> str:
-    """Settings as part of a file name, such as `NF16`, `NF12-NF24` (Linear, convolutions), `3.4bpw` or `1.2GB`."""
+    """Settings as part of a file name: `small`, `3.4bpw`, `1.2GB`, `NF16` or `NF12-NF24` (Linear, convolutions)."""
     choice = settings.choice
     if isinstance(choice, BitsPerWeight):
-        return f"{choice.bits:g}bpw"
+        return choice.preset or f"{choice.bits:g}bpw"
     if isinstance(choice, FileSize):
         return f"{choice.nbytes / 1e9:g}GB"
     linear, convolution = (fmt.id.removesuffix("_b64").upper() for fmt in (choice.linear, choice.convolution))
@@ -63,7 +63,7 @@ def settings_tag(settings: Settings) -> str:
 
 
 def container_name(source: str | os.PathLike, settings: Settings) -> str:
-    """File name of the container for a model and settings: `<Model>-NF16.nfq.safetensors`."""
+    """File name of the container for a model and settings: `<Model>-balanced.nfq.safetensors`."""
     return f"{model_name(source)[0]}-{settings_tag(settings)}{SUFFIX}"
 
 

@@ -16,6 +16,7 @@ from ..calibration.statistics import CALIBRATION_SUFFIX, Calibration
 from ..checkpoints import convert, examine
 from ..checkpoints.article_import import import_article
 from ..checkpoints.batch import batch_lines, convert_folders
+from ..checkpoints.dry_run import forecast_file, forecast_lines
 from ..checkpoints.memory import is_out_of_memory
 from ..checkpoints.targets import PLAIN_SUFFIX, container_name, dense_name, model_name, target_path
 from ..errors import DEBUG, NFQError, internal_fault, printable, reason_of
@@ -99,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{NEW_CONTAINER} (default: next to SRC, named after SRC and the settings)",
     )
     add_conversion_options(sub)
+    sub.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print each layer's format and the expected size, error and time, and write nothing",
+    )
     sub.add_argument("--force", action="store_true", help="overwrite DST if it exists")
 
     sub = command("batch", _batch, "convert all SDXL-type models in folders, except those that are converted already")
@@ -175,6 +181,12 @@ def _quantize(options: argparse.Namespace) -> int:
     arguments = conversion(options)
     name = container_name(options.source, arguments["settings"])
     options.target = target_path(options.target, options.source, name)
+    if options.dry_run:
+        with progress_bar("sampling", options, "layer") as progress:
+            result = forecast_file(options.source, options.target, **arguments, progress=progress)
+        for warning in result["warnings"]:
+            log.warning("%s: %s", options.source, warning)
+        return show(options, result, "\n".join(forecast_lines(result)))
     with progress_bar("quantising", options) as progress:
         result = convert.quantize_file(
             options.source, options.target, **arguments, overwrite=options.force, progress=progress

@@ -8,48 +8,55 @@ from typing import Any
 
 from ..calibration.statistics import Calibration
 from ..checkpoints.memory import check_device
-from ..errors import NFQError
 from ..fitting.codebook import EFFORTS
 from ..fitting.quantizer import FIT_DTYPE
 from ..packed.formats import LEVELS, WRITABLE_IDS
-from ..planning.allocation import PRESETS
-from ..planning.settings import (
-    DEFAULT_CONV_LEVELS,
-    DEFAULT_LEVELS,
-    BitsPerWeight,
-    FileSize,
-    Formats,
-    Settings,
-)
+from ..planning.settings import DEFAULT_CONV_LEVELS, DEFAULT_LEVELS, DEFAULT_PRESET, DEFAULTS, PRESETS, Settings
 from ..sizes import UNITS, parse_size
 
 
 def add_conversion_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that set formats, effort, calibration and device."""
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument(
-        "--preset", choices=tuple(PRESETS), help=f"a size, with a format for each layer: {_presets_in_words()}"
+    """Add the options that set size or formats, effort, calibration and device."""
+    dial = parser.add_argument_group("how large", "Give one size, or levels and formats.")
+    # No defaults: a preset that repeats the default must not be combined with levels either.
+    dial.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help=f"size in packed bits per weight: {_presets_in_words()} (default: {DEFAULT_PRESET})",
     )
-    either.add_argument(
-        "--target-size",
-        type=_size,
-        metavar="SIZE",
-        help=f"size of the whole file, such as 1.2GB, with a format for each layer; {UNITS}",
+    dial.add_argument(
+        "--target-size", type=_size, metavar="SIZE", help=f"most bytes of the whole file, such as 1.2GB; {UNITS}"
     )
-    either.add_argument(
-        "--target-bpw", type=_positive, metavar="X", help="packed bits per weight, with a format for each layer"
+    dial.add_argument(
+        "--target-bpw", type=_positive, metavar="X", help="most packed bits per weight, averaged over all layers"
     )
-    # No defaults: argparse would ignore a conflict with an option that repeats its default.
-    either.add_argument("--levels", type=int, choices=LEVELS, help="levels of Linear weights (default: 16)")
+    either = dial.add_mutually_exclusive_group()
+    either.add_argument(
+        "--levels",
+        type=int,
+        choices=LEVELS,
+        help=f"number of levels of every Linear weight (default with --conv-levels: {DEFAULT_LEVELS})",
+    )
     either.add_argument(
         "--format", choices=WRITABLE_IDS, metavar="ID", help=f"format of Linear weights: {', '.join(WRITABLE_IDS)}"
     )
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--conv-levels", type=int, choices=LEVELS, help="levels of convolutions (default: 32)")
+    either = dial.add_mutually_exclusive_group()
     either.add_argument(
-        "--conv-format", choices=WRITABLE_IDS, metavar="ID", help="format of convolutions, one of the same"
+        "--conv-levels",
+        type=int,
+        choices=LEVELS,
+        help=f"number of levels of every convolution (default with --levels: {DEFAULT_CONV_LEVELS})",
     )
-    parser.add_argument("--effort", choices=tuple(EFFORTS), default="fast", help="how long to fit (default: fast)")
+    either.add_argument(
+        "--conv-format", choices=WRITABLE_IDS, metavar="ID", help="format of convolutions, one of those of --format"
+    )
+    parser.add_argument(
+        "--effort",
+        choices=tuple(EFFORTS),
+        default=DEFAULTS.effort,
+        help="a size: fast chooses among scalar codebooks (seconds), best among trellis codes (minutes); with levels "
+        "or formats, best fits levels longer (default: %(default)s)",
+    )
     parser.add_argument(
         "--quantize-first-last", action="store_true", help="quantise a UNet's outermost convolutions too"
     )
@@ -58,21 +65,30 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--calibration", metavar="F", help="statistics of layer inputs, see docs/CALIBRATION.md")
     parser.add_argument("--device", metavar="D", help="device to quantise on, such as cuda (default: cpu)")
+    parser.set_defaults(wrong_usage=parser.error)
 
 
 def conversion(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `convert.quantize_file` that the options set, by name.
 
     Raises:
-        NFQError: the device is missing, the calibration cannot be read, or formats are combined with a size.
+        NFQError: the device is missing, or the calibration cannot be read.
+        SystemExit: options exclude each other.
     """
-    by_size = options.preset or options.target_size or options.target_bpw
-    if by_size and (options.conv_levels or options.conv_format):
-        raise NFQError(
-            "--preset, --target-size and --target-bpw choose the formats of convolutions too; leave out "
-            f"--conv-{'levels' if options.conv_levels else 'format'}"
+    try:
+        settings = Settings.of(
+            preset=options.preset,
+            target_bpw=options.target_bpw,
+            target_bytes=options.target_size,
+            levels=options.levels,
+            conv_levels=options.conv_levels,
+            format=options.format,
+            conv_format=options.conv_format,
+            effort=options.effort,
+            quantize_first_last=options.quantize_first_last,
         )
-    settings = Settings(_choice(options), options.effort, options.quantize_first_last)
+    except ValueError as error:
+        options.wrong_usage(str(error))
     if options.device is not None:
         check_device(options.device, FIT_DTYPE)
     calibration = Calibration.load(options.calibration) if options.calibration else None
@@ -84,21 +100,8 @@ def conversion(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _choice(options: argparse.Namespace) -> Formats | BitsPerWeight | FileSize:
-    if options.target_size:
-        return FileSize(options.target_size)
-    if options.preset or options.target_bpw:
-        return BitsPerWeight(PRESETS[options.preset] if options.preset else options.target_bpw)
-    return Formats.of(
-        options.levels or DEFAULT_LEVELS,
-        options.conv_levels or DEFAULT_CONV_LEVELS,
-        options.format,
-        options.conv_format,
-    )
-
-
 def _presets_in_words() -> str:
-    return ", ".join(f"{name} ({bits} packed bits per weight)" for name, bits in PRESETS.items())
+    return ", ".join(f"{name} {bits}" for name, bits in PRESETS.items())
 
 
 def _positive(text: str) -> float:

@@ -10,8 +10,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from ..calibration.statistics import Calibration
 from ..checkpoints.extras import SETTING
-from ..planning.allocation import PRESETS
-from ..planning.settings import BitsPerWeight, Formats, Settings
+from ..planning.settings import Settings, without_repetition
 from .foreign import refuse_other_method
 from .patches import wrap_config_merging
 from .quantizer import NFQQuantizer
@@ -30,14 +29,14 @@ class NFQConfig(QuantizationConfigMixin):
     """Settings for `from_pretrained(…, quantization_config=NFQConfig(…))`, which quantises a model at load.
 
     Args:
-        levels: levels of Linear weights: 32, 24, 16, 12 or 7.
+        levels: levels of Linear weights, instead of a preset: 32, 24, 16, 12 or 7.
         conv_levels: levels of convolutions.
-        effort: "fast" or "best".
+        effort: see `Settings`.
         quantize_first_last: whether a UNet's first and last convolution are quantised too.
         format: the format of Linear weights instead of `levels`, one of `formats.WRITABLE_IDS`.
         conv_format: the format of convolutions instead of `conv_levels`.
-        preset: a size instead of formats: one of `allocation.PRESETS`.
-        target_bpw: most packed bits per weight, instead of formats.
+        preset: a size, one of `settings.PRESETS`; by default "balanced".
+        target_bpw: most packed bits per weight, instead of a preset.
         calibration: statistics of the layers' inputs, or their file; see `nfq_core.collect`.
         quant_method: "nfq", as in `config.json`.
 
@@ -47,9 +46,9 @@ class NFQConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        levels: int = 16,
+        levels: int | None = None,
         *,
-        conv_levels: int = 32,
+        conv_levels: int | None = None,
         effort: str = "fast",
         quantize_first_last: bool = False,
         format: str | None = None,
@@ -61,14 +60,17 @@ class NFQConfig(QuantizationConfigMixin):
     ) -> None:
         if quant_method != METHOD:
             raise ValueError(f"quant_method must be {METHOD.value!r}, got {quant_method!r}")
-        if preset is not None and preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-        if preset is not None and target_bpw is not None:
-            raise ValueError("preset and target_bpw exclude each other")
-        bits = PRESETS[preset] if preset is not None else target_bpw
         self.quant_method = METHOD
-        formats = Formats.of(levels, conv_levels, format, conv_format)
-        self.settings = Settings(formats if bits is None else BitsPerWeight(bits), effort, quantize_first_last)
+        self.settings = Settings.of(
+            preset=preset,
+            target_bpw=target_bpw,
+            levels=levels,
+            conv_levels=conv_levels,
+            format=format,
+            conv_format=conv_format,
+            effort=effort,
+            quantize_first_last=quantize_first_last,
+        )
         self.calibration = calibration
         self._invalid = ""
         """Why the settings of a `config.json` cannot quantise a model; empty if they can."""
@@ -94,7 +96,8 @@ class NFQConfig(QuantizationConfigMixin):
         """
         try:
             # A model that diffusers builds has no extras.
-            config = cls(**{name: value for name, value in config_dict.items() if name != SETTING})
+            given = without_repetition(config_dict)
+            config = cls(**{name: value for name, value in given.items() if name != SETTING})
         except (TypeError, ValueError) as error:
             config = cls()
             config._invalid = str(error).removeprefix("NFQConfig.__init__() ")

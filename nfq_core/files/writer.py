@@ -90,8 +90,8 @@ class ContainerWriter:
         self._kept: dict[str, str] = {}
         try:
             # Do not write what the reader would refuse.
-            parse_json(self._facts_text({}, {}))
-            self._reserved = self._longest_header()
+            parse_json(_facts_text(facts, {}, {}))
+            self._reserved = longest_header_bytes(plans, facts, self._extra)
         except (TypeError, ValueError, RecursionError) as error:
             raise NFQError(f"{path}: a name or setting cannot be written to the header: {error}") from None
         if self._reserved > MAX_CONTAINER_HEADER_BYTES:
@@ -156,7 +156,8 @@ class ContainerWriter:
             Size of the file in bytes.
         """
         self._facts = facts or self._facts
-        header = self._header(self._entries, self._quantized, self._kept, self._reserved)
+        text = _facts_text(self._facts, self._quantized, self._kept)
+        header = _header(self._entries, text, self._extra, self._reserved)
         assert len(header) == self._reserved and len(self._entries) == len(self._plans)
         recorded = header_hash(header, NO_SHA256)
         self._file.write_at(0, header.replace(NO_SHA256.encode(), recorded.encode(), 1))
@@ -168,35 +169,40 @@ class ContainerWriter:
         self._end = entry.end
         return entry
 
-    def _header(
-        self, entries: Mapping[str, Entry], quantized: Mapping[str, dict], kept: Mapping[str, str], reserve: int
-    ) -> bytes:
-        text = self._facts_text(quantized, kept)
-        metadata = {HASH_KEY: NO_SHA256, "format": "pt", FACTS_KEY: text, **self._extra}
-        return header_bytes(entries, metadata, reserve)
 
-    def _facts_text(self, quantized: Mapping[str, dict], kept: Mapping[str, str]) -> str:
-        facts = {"container_version": CONTAINER_VERSION, "writer": f"ComfyUI-NFQ {__version__}"}
-        facts |= asdict(self._facts) | {"quantized": quantized, "kept": kept}
-        return json.dumps(facts, separators=(",", ":"), ensure_ascii=False)
+def longest_header_bytes(plans: Mapping[str, Plan], facts: Facts, extra: Mapping[str, str]) -> int:
+    """Bytes of the header that a writer reserves: as if every number in it had as many digits as possible.
 
-    def _longest_header(self) -> int:
-        """Bytes of the header if every number in it had as many digits as possible."""
-        bound = {
-            key: [max_frame_bytes(end - start) for start, end in frame_spans(plan.format.sections(prod(plan.shape)))]
-            for key, plan in self._plans.items()
-            if plan.format
-        }
-        last = sum(sum(frames) for frames in bound.values()) + sum(plan.nbytes for plan in self._plans.values())
-        entries, quantized, kept = {}, {}, {}
-        for key, plan in self._plans.items():
-            if plan.format:
-                entries[PREFIX + key] = Entry("U8", (last,), last, last)
-                quantized[key] = _described(plan, bound[key], 0)
-            else:
-                entries[key] = Entry(plan.dtype, plan.shape, last, last)
-                kept[key] = checksum_text(0)
-        return len(self._header(entries, quantized, kept, 0))
+    Args:
+        plans: see `ContainerWriter`, also for `facts`.
+        extra: further metadata.
+    """
+    bound = {
+        key: [max_frame_bytes(end - start) for start, end in frame_spans(plan.format.sections(prod(plan.shape)))]
+        for key, plan in plans.items()
+        if plan.format
+    }
+    last = sum(sum(frames) for frames in bound.values()) + sum(plan.nbytes for plan in plans.values())
+    entries, quantized, kept = {}, {}, {}
+    for key, plan in plans.items():
+        if plan.format:
+            entries[PREFIX + key] = Entry("U8", (last,), last, last)
+            quantized[key] = _described(plan, bound[key], 0)
+        else:
+            entries[key] = Entry(plan.dtype, plan.shape, last, last)
+            kept[key] = checksum_text(0)
+    return len(_header(entries, _facts_text(facts, quantized, kept), extra, 0))
+
+
+def _header(entries: Mapping[str, Entry], facts_text: str, extra: Mapping[str, str], reserve: int) -> bytes:
+    metadata = {HASH_KEY: NO_SHA256, "format": "pt", FACTS_KEY: facts_text, **extra}
+    return header_bytes(entries, metadata, reserve)
+
+
+def _facts_text(facts: Facts, quantized: Mapping[str, dict], kept: Mapping[str, str]) -> str:
+    described = {"container_version": CONTAINER_VERSION, "writer": f"ComfyUI-NFQ {__version__}"}
+    described |= asdict(facts) | {"quantized": quantized, "kept": kept}
+    return json.dumps(described, separators=(",", ":"), ensure_ascii=False)
 
 
 def _described(plan: Plan, frames: list[int], crc32: int) -> dict:

@@ -63,10 +63,15 @@ def expected_code_bits(uses: torch.Tensor, fmt: BlockFormat, weights: int) -> fl
     shares = torch.nn.functional.pad(uses.double() / uses.sum(), (0, -fmt.levels % (1 << fmt.fine_bits)))
     digits = shares.view(-1, 1 << fmt.fine_bits).sum(dim=1)
     entropy = float(-(digits * digits.clamp_min(1e-12).log2()).sum())
+    return stored_code_bits(entropy, float(digits.amax()), fmt, weights)
+
+
+def stored_code_bits(entropy: float, largest_share: float, fmt: BlockFormat, weights: int) -> float:
+    """`expected_code_bits` from the entropy of a coarse digit in bits and the share of the most frequent digit."""
     raw = 8 / fmt.coarse_digits
     frame = min(FRAME_BYTES, weights / fmt.coarse_digits)
     coded = entropy * PAIRING_LOSS + CODE_TABLE_BITS / (frame * fmt.coarse_digits)
-    shrinks = coded < raw * (1 - 1 / 64) and float(digits.amax()) ** fmt.coarse_digits > 1 / 128 + 4 / frame
+    shrinks = coded < raw * (1 - 1 / 64) and largest_share**fmt.coarse_digits > 1 / 128 + 4 / frame
     return (coded if shrinks else raw) + fmt.fine_bits
 
 

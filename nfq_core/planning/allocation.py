@@ -51,9 +51,6 @@ MENUS = {
 }
 """Formats to choose from at each effort, smallest first: scalar formats take seconds, trellis formats minutes."""
 
-PRESETS = {"best": 4.9, "balanced": 4.1, "small": 3.4, "tiny": 2.8}
-"""Packed bits per weight by preset."""
-
 NEAR = 0.99
 """Smallest accepted file, as a share of the target size."""
 

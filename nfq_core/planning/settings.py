@@ -1,7 +1,8 @@
-"""How a model is quantised: formats or a size, and how long to fit."""
+"""How a model is quantised: a size or formats, and how long to fit."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,14 @@ from ..packed.layout import BlockFormat
 
 DEFAULT_LEVELS = 16
 DEFAULT_CONV_LEVELS = 32
+
+PRESETS = {"large": 4.9, "balanced": 4.1, "small": 3.4, "tiny": 2.8}
+"""Packed bits per weight by preset."""
+
+DEFAULT_PRESET = "balanced"
+
+BY_LEVELS = "levels"
+"""The choice next to the presets in a form, with which the form's levels count."""
 
 _LINEAR, _CONVOLUTION = nf_format(DEFAULT_LEVELS), nf_format(DEFAULT_CONV_LEVELS)
 
@@ -61,18 +70,30 @@ class Formats:
 class BitsPerWeight:
     """A size: packed bits per weight, at most. Each layer gets its own format, see `allocation`.
 
+    Args:
+        bits: the number.
+        preset: the preset that chose the number; empty if none did.
+
     Raises:
         ValueError: the number is not above 0 and below 2**63.
     """
 
     bits: float
+    preset: str = ""
 
     def __post_init__(self) -> None:
         _check_size("target_bpw", self.bits)
 
+    @classmethod
+    def of_preset(cls, name: str) -> BitsPerWeight:
+        """The size of one of PRESETS; ValueError for any other name."""
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {str(name)[:20]!r}")
+        return cls(PRESETS[name], name)
+
     def as_dict(self) -> dict[str, Any]:
-        """For a header."""
-        return {"target_bpw": self.bits}
+        """For a header: the bits too, because a later version may give a preset another number."""
+        return ({"preset": self.preset} if self.preset else {}) | {"target_bpw": self.bits}
 
 
 @dataclass(frozen=True)
@@ -98,13 +119,17 @@ def _check_size(name: str, value: float) -> None:
         raise ValueError(f"{name} must be above zero and below 2**63, got {str(value)[:20]}")
 
 
+_DEFAULT_SIZE = BitsPerWeight.of_preset(DEFAULT_PRESET)
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a model is quantised.
 
     Args:
-        choice: `Formats`, or a size: `BitsPerWeight` or `FileSize`.
-        effort: how long to fit: "fast" or "best".
+        choice: a size, `BitsPerWeight` or `FileSize`, or `Formats`.
+        effort: "fast" or "best". With a size: whether layers get scalar codebooks or trellis formats. With formats: how
+            long levels are fitted.
         quantize_first_last: quantise a UNet's first and last convolution too. They hold 0.001 % of SDXL's weights, and
             rounding the last one tints the whole picture.
 
@@ -112,12 +137,65 @@ class Settings:
         ValueError: the effort is unknown.
     """
 
-    choice: Formats | BitsPerWeight | FileSize = Formats()
+    choice: BitsPerWeight | FileSize | Formats = _DEFAULT_SIZE
     effort: str = "fast"
     quantize_first_last: bool = False
 
     def __post_init__(self) -> None:
         effort_by_name(self.effort)
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        preset: str | None = None,
+        target_bpw: float | None = None,
+        target_bytes: int | None = None,
+        levels: int | None = None,
+        conv_levels: int | None = None,
+        format: str | None = None,
+        conv_format: str | None = None,
+        effort: str = "fast",
+        quantize_first_last: bool = False,
+    ) -> Settings:
+        """Settings from what a user gives; without any choice, the default preset.
+
+        Args:
+            preset: one of PRESETS.
+            target_bpw: most packed bits per weight.
+            target_bytes: most bytes of the whole file.
+            levels: see `Formats.of`, also for `conv_levels`, `format` and `conv_format`.
+            effort: see `Settings`, also for `quantize_first_last`.
+
+        Raises:
+            ValueError: a value is not allowed, or two of a preset, a size and formats are given.
+        """
+        sizes = {"preset": preset, "target_bpw": target_bpw, "target_size": target_bytes}
+        formats = {"levels": levels, "conv_levels": conv_levels, "format": format, "conv_format": conv_format}
+        by_size = [name for name, value in sizes.items() if value is not None]
+        by_format = {name: value for name, value in formats.items() if value is not None}
+        if len(by_size) + bool(by_format) > 1:
+            given = " and ".join([*by_size, *by_format])
+            raise ValueError(
+                f"a preset, target_bpw, target_size, and levels or formats exclude each other; got {given}"
+            )
+        if by_format:
+            choice = Formats.of(**by_format)
+        elif target_bpw is not None:
+            choice = BitsPerWeight(target_bpw)
+        elif target_bytes is not None:
+            choice = FileSize(target_bytes)
+        else:
+            choice = BitsPerWeight.of_preset(DEFAULT_PRESET if preset is None else preset)
+        return cls(choice, effort, quantize_first_last)
+
+    @classmethod
+    def from_form(
+        cls, preset: str, levels: int, conv_levels: int, effort: str, quantize_first_last: bool = False
+    ) -> Settings:
+        """Settings from a form that always shows every input: levels count only if `preset` is BY_LEVELS."""
+        chosen = {"levels": levels, "conv_levels": conv_levels} if preset == BY_LEVELS else {"preset": preset}
+        return cls.of(**chosen, effort=effort, quantize_first_last=quantize_first_last)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as a file's header records them."""
@@ -125,3 +203,11 @@ class Settings:
 
 
 DEFAULTS = Settings()
+
+
+def without_repetition(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings as `Settings.of` takes them: with a preset, or with its bits if it has others by now."""
+    if not recorded.keys() >= {"preset", "target_bpw"}:
+        return dict(recorded)
+    is_current = (recorded["preset"], recorded["target_bpw"]) in tuple(PRESETS.items())
+    return {name: value for name, value in recorded.items() if name != ("target_bpw" if is_current else "preset")}

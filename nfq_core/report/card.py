@@ -16,7 +16,7 @@ from ..files.container import NFQFile
 from ..files.untrusted import parse_json
 from ..models.unet import UNKNOWN
 from ..parallel import Progress, no_progress
-from ..planning.allocation import PRESETS
+from ..planning.settings import DEFAULT_PRESET, PRESETS
 from ..sizes import size_in_words
 from .markdown import as_code, as_text, markdown_table, ratio_in_words
 from .measure import label, measure, short_names
@@ -27,7 +27,7 @@ PLACEHOLDERS = {"base_model": "FILL-IN/BASE-MODEL", "license": "FILL-IN-LICENSE-
 
 OPTIONS = {"base_model": "--base-model", "license": "--license"}
 
-RECOMMENDED_BITS = PRESETS["balanced"]
+RECOMMENDED_BITS = PRESETS[DEFAULT_PRESET]
 """The recommended file is the one nearest to these packed bits per weight."""
 
 MEASUREMENTS = ("sqnr_db", "pictures", "latents")

@@ -26,7 +26,7 @@ from nfq_core.files.atomic import AtomicFile
 from nfq_core.files.safetensors_io import SafetensorsFile
 from nfq_core.planning.settings import BitsPerWeight, Formats
 
-TAGGED = "-NF16.nfq.safetensors"
+TAGGED = "-balanced.nfq.safetensors"
 
 
 @pytest.fixture(scope="module")

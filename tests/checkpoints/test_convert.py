@@ -58,14 +58,14 @@ def mixed(tmp_path):
 
 @pytest.fixture
 def container(mixed, tmp_path):
-    quantize_file(mixed, tmp_path / "mixed.nfq.safetensors")
+    quantize_file(mixed, tmp_path / "mixed.nfq.safetensors", Settings(Formats()))
     return tmp_path / "mixed.nfq.safetensors"
 
 
 def test_every_tensor_there_and_back(mixed, tmp_path):
     before = mixed.read_bytes()
     target, back = tmp_path / "a.nfq.safetensors", tmp_path / "back.safetensors"
-    result = quantize_file(mixed, target)
+    result = quantize_file(mixed, target, Settings(Formats()))
     assert (result["quantized"], result["kept"]) == (5, 7)
     assert result["file_bytes"] == target.stat().st_size
     assert result["original_bytes"] == mixed.stat().st_size == len(before)

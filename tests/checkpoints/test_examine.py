@@ -15,6 +15,7 @@ from nfq_core.checkpoints.convert import dequantize_file, quantize_file
 from nfq_core.checkpoints.examine import MAX_LINE, compare_files, file_info, info_lines, sqnr_db, verify_file
 from nfq_core.errors import CorruptFileError, NFQError, UnsupportedFileError
 from nfq_core.files.container import Source
+from nfq_core.planning.settings import Formats, Settings
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def original(tmp_path):
 
 @pytest.fixture
 def container(original, tmp_path):
-    quantize_file(original, tmp_path / "model.nfq.safetensors")
+    quantize_file(original, tmp_path / "model.nfq.safetensors", Settings(Formats()))
     return tmp_path / "model.nfq.safetensors"
 
 

@@ -107,16 +107,16 @@ def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
 
 
 TARGETS = {
-    "a.safetensors": "a-NF16.nfq.safetensors",
-    "sub/a.b.v1.0.SAFETENSORS": "sub/a.b.v1.0-NF16.nfq.safetensors",
-    "pipe/unet/diffusion_pytorch_model.safetensors": "pipe-NF16.nfq.safetensors",
-    "pipe/unet/diffusion_pytorch_model.fp16.safetensors": "pipe.fp16-NF16.nfq.safetensors",
-    "x/pipe/vae/diffusion_pytorch_model.safetensors": "x/pipe/vae-NF16.nfq.safetensors",
-    "x/pipe/unet/mine.safetensors": "x/pipe/unet/mine-NF16.nfq.safetensors",
-    "hub/models--me--xl-1/snapshots/0123/unet/diffusion_pytorch_model.safetensors": "hub/xl-1-NF16.nfq.safetensors",
-    "blobs/0a1b": "blobs/0a1b-NF16.nfq.safetensors",
-    "diffusion_pytorch_model.safetensors": "models-NF16.nfq.safetensors",
-    "unet/diffusion_pytorch_model.safetensors": "models-NF16.nfq.safetensors",
+    "a.safetensors": "a-balanced.nfq.safetensors",
+    "sub/a.b.v1.0.SAFETENSORS": "sub/a.b.v1.0-balanced.nfq.safetensors",
+    "pipe/unet/diffusion_pytorch_model.safetensors": "pipe-balanced.nfq.safetensors",
+    "pipe/unet/diffusion_pytorch_model.fp16.safetensors": "pipe.fp16-balanced.nfq.safetensors",
+    "x/pipe/vae/diffusion_pytorch_model.safetensors": "x/pipe/vae-balanced.nfq.safetensors",
+    "x/pipe/unet/mine.safetensors": "x/pipe/unet/mine-balanced.nfq.safetensors",
+    "hub/models--me--xl-1/snapshots/0123/unet/diffusion_pytorch_model.safetensors": "hub/xl-1-balanced.nfq.safetensors",
+    "blobs/0a1b": "blobs/0a1b-balanced.nfq.safetensors",
+    "diffusion_pytorch_model.safetensors": "models-balanced.nfq.safetensors",
+    "unet/diffusion_pytorch_model.safetensors": "models-balanced.nfq.safetensors",
 }
 
 
@@ -128,11 +128,15 @@ def test_names(source):
 
 def test_the_name_of_a_pipeline_whose_unet_folder_is_given():
     source = Path("lib", "pipe", "unet", "diffusion_pytorch_model.safetensors")
-    assert target_for(ModelFile(source, source.parent), "out", Settings()) == Path("out", "pipe-NF16.nfq.safetensors")
+    assert target_for(ModelFile(source, source.parent), "out", Settings()) == Path(
+        "out", "pipe-balanced.nfq.safetensors"
+    )
 
 
 TAGS = {
-    "NF16": Settings(),
+    "balanced": Settings(),
+    "small": Settings.of(preset="small", effort="best"),
+    "NF16": Settings(Formats()),
     "NF12": Settings(Formats.of(12)),
     "NF12-NF24": Settings(Formats.of(12, 24)),
     "T4W8": Settings(Formats.of(format="t4w8_b64")),

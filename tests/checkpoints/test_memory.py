@@ -44,7 +44,7 @@ def test_an_unknown_mode_is_refused():
 
 
 def test_what_the_tensors_of_a_file_take(tmp_path):
-    nfq_core.save(nfq_core.quantize_state_dict(SMALL_MODEL), tmp_path / "a")
+    nfq_core.save(nfq_core.quantize_state_dict(SMALL_MODEL, levels=16), tmp_path / "a")
     with NFQFile(tmp_path / "a") as file:
         packed = nfq_core.load(tmp_path / "a")
         wanted = sum(tensor.nbytes for tensor in SMALL_MODEL.values()), sum(value.nbytes for value in packed.values())
@@ -76,7 +76,7 @@ def test_free_memory_of_other_devices_is_not_known():
 
 @pytest.mark.parametrize("read", [nfq_core.load, verify_file, lambda path: dequantize_file(path, path.parent / "b")])
 def test_what_no_memory_holds_is_refused_before_it_is_read(tmp_path, monkeypatch, read):
-    nfq_core.save(nfq_core.quantize_state_dict(SMALL_MODEL), tmp_path / "a")
+    nfq_core.save(nfq_core.quantize_state_dict(SMALL_MODEL, levels=16), tmp_path / "a")
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
     (tmp_path / "meminfo").write_text("MemAvailable:  1 kB\nSwapFree:  2 kB\n")
     with pytest.raises(NFQError, match=r"a: there is not enough memory: it needs [\d,]+ bytes, 3,072 are available"):

@@ -24,7 +24,7 @@ from nfq_core.checkpoints.state_dict import quantize_tensors
 from nfq_core.errors import NFQError, TargetExistsError
 from nfq_core.files.container import Source
 from nfq_core.files.safetensors_io import describe, tensor_bytes
-from nfq_core.planning.settings import DEFAULTS
+from nfq_core.planning.settings import DEFAULTS, Settings
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def same(one: NFTensor | torch.Tensor, other: NFTensor | torch.Tensor) -> bool:
 
 def test_quantises_by_the_rules_of_the_policy(model):
     before = {key: tensor.clone() for key, tensor in model.items()}
-    result = nfq_core.quantize_state_dict(model)
+    result = nfq_core.quantize_state_dict(model, 16)
     assert list(result) == list(model)
     assert same(result["z.weight"], quantize(before["z.weight"], 16))
     assert same(result["conv.weight"], quantize(before["conv.weight"], 32))
@@ -68,6 +68,15 @@ def test_formats(model):
     result = nfq_core.quantize_state_dict(model, format="t3w8_b64", conv_format="t5w9_b64")
     assert same(result["z.weight"], quantize(model["z.weight"], format="t3w8_b64"))
     assert result["conv.weight"].format.id == "t5w9_b64"
+
+
+def test_a_preset_chooses_the_formats(model):
+    large, tiny = (nfq_core.quantize_state_dict(model, preset=preset) for preset in ("large", "tiny"))
+    assert sum(tensor.nbytes for tensor in large.values()) > sum(tensor.nbytes for tensor in tiny.values())
+    both = (nfq_core.quantize_state_dict(model), nfq_core.quantize_state_dict(model, preset="balanced"))
+    assert all(same(both[0][key], both[1][key]) for key in model)
+    with pytest.raises(ValueError, match="exclude each other; got preset and levels"):
+        nfq_core.quantize_state_dict(model, 16, preset="small")
 
 
 @pytest.mark.parametrize("settings", [{"levels": 20}, {"conv_levels": 0}, {"effort": "slow"}, {"format": "nf5_b64"}])
@@ -91,7 +100,7 @@ def test_parameters_and_views_are_quantised_like_their_values():
         "transposed.weight": weight.T.contiguous().T,
         "slice.weight": torch.cat([weight, weight], dim=1)[:, :60],
     }
-    result = nfq_core.quantize_state_dict(views)
+    result = nfq_core.quantize_state_dict(views, levels=16)
     assert all(same(result[key], quantize(weight)) for key in views)
 
 
@@ -189,7 +198,7 @@ def test_loading_to_a_cuda_device(model, tmp_path, memory):
     ],
 )
 def test_too_little_memory_on_the_way_is_told_and_nothing_stays(model, tmp_path, monkeypatch, memory, told):
-    nfq_core.save(nfq_core.quantize_state_dict(model), tmp_path / "a")
+    nfq_core.save(nfq_core.quantize_state_dict(model, levels=16), tmp_path / "a")
     seen: list[weakref.ref] = []
 
     def load(self, key):
@@ -216,9 +225,10 @@ def test_too_little_memory_on_the_way_is_told_and_nothing_stays(model, tmp_path,
 
 def test_equals_what_quantising_the_file_gives(model, tmp_path):
     save_file(model, tmp_path / "source")
-    quantize_file(tmp_path / "source", tmp_path / "by file")
-    state = nfq_core.quantize_state_dict(model)
-    nfq_core.save(state, tmp_path / "by state", settings=DEFAULTS.as_dict())
+    settings = Settings.of(levels=16)
+    quantize_file(tmp_path / "source", tmp_path / "by file", settings)
+    state = nfq_core.quantize_state_dict(model, levels=16)
+    nfq_core.save(state, tmp_path / "by state", settings=settings.as_dict())
     files = [nfq_core.load(tmp_path / name) for name in ("by file", "by state")]
     assert files[0].keys() == files[1].keys() == model.keys()
     assert all(same(files[0][key], files[1][key]) for key in model)

@@ -18,7 +18,7 @@ from nfq_core.errors import NFQError
 from nfq_core.files.article import write_article_file
 from nfq_core.planning.settings import Formats, Settings
 
-MADE = "m-NF16.nfq.safetensors"
+MADE = "m-balanced.nfq.safetensors"
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_names_of_models(tmp_path, name):
 def test_a_folder_is_called_by_its_model(tmp_path):
     (tmp_path / "pipe" / "unet").mkdir(parents=True)
     for source in (tmp_path / "pipe", tmp_path / "pipe" / "unet"):
-        assert container_name(source, Settings()) == "pipe-NF16.nfq.safetensors"
+        assert container_name(source, Settings()) == "pipe-balanced.nfq.safetensors"
     assert target_path(None, tmp_path / "pipe", "x") == tmp_path / "x"
 
 

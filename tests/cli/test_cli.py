@@ -104,7 +104,14 @@ def test_quantize_with_a_calibration(capsys, folder):
     inputs = {"linear.weight": LayerInputs(torch.ones(100), 99), "conv.weight": LayerInputs(torch.ones(16), 99)}
     Calibration(inputs, prompts=1).save(folder / "calibration")
     code, _, error = run(
-        capsys, "quantize", folder / "model", folder / "a.nfq.safetensors", "--calibration", folder / "calibration"
+        capsys,
+        "quantize",
+        folder / "model",
+        folder / "a.nfq.safetensors",
+        "--levels",
+        16,
+        "--calibration",
+        folder / "calibration",
     )
     assert code == 0
     assert "only one prompt" in error
@@ -166,7 +173,7 @@ def test_the_whole_story_in_json(capsys, folder):
 
 def test_the_whole_story_in_text(capsys, folder):
     for arguments, wanted in [
-        (["quantize", folder / "model", folder / "a.nfq.safetensors"], "2 tensors quantised, 1 kept"),
+        (["quantize", folder / "model", folder / "a.nfq.safetensors", "--levels", 16], "2 tensors quantised, 1 kept"),
         (["info", folder / "a.nfq.safetensors"], "2 layers, 8,704 weights, 1 nf16_b64, 1 nf32_b64\n"),
         (["info", folder / "a.nfq.safetensors"], "kept          1 tensors, 14 bytes\n"),
         (["verify", folder / "a.nfq.safetensors"], "all 3 tensors are intact"),
@@ -194,8 +201,8 @@ def test_trellis_formats_in_json(capsys, folder):
 def test_effort_and_outermost_convolutions_are_recorded(capsys, folder):
     run(capsys, "quantize", folder / "model", folder / "a.nfq.safetensors", "--effort", "best", "--quantize-first-last")
     assert as_json(capsys, "info", folder / "a.nfq.safetensors")["settings"] == {
-        "levels": 16,
-        "conv_levels": 32,
+        "preset": "balanced",
+        "target_bpw": 4.1,
         "effort": "best",
         "quantize_first_last": True,
     }
@@ -203,7 +210,7 @@ def test_effort_and_outermost_convolutions_are_recorded(capsys, folder):
 
 def test_a_process_of_its_own_prints_json_alone(folder):
     save_file(SMALL_MODEL | {"bad.weight": torch.full((64, 64), torch.nan)}, folder / "bad")
-    command = [*COMMAND, "quantize", str(folder / "bad"), str(folder / "a.nfq.safetensors"), "--json"]
+    command = [*COMMAND, "quantize", str(folder / "bad"), str(folder / "a.nfq.safetensors"), "--levels", "16", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
     assert done.returncode == 0
     assert json.loads(done.stdout)["kept"] == 2
@@ -215,7 +222,8 @@ def test_a_calibration_whose_name_is_no_text(capsys, folder):
     name = os.fsdecode(os.fsencode(folder) + b"/\xff")
     inputs = {"linear.weight": LayerInputs(torch.ones(100), 99), "conv.weight": LayerInputs(torch.ones(16), 99)}
     Calibration(inputs, prompts=2).save(name)
-    assert run(capsys, "quantize", folder / "model", folder / "a.nfq.safetensors", "--calibration", name)[0] == 0
+    arguments = (folder / "model", folder / "a.nfq.safetensors", "--levels", 16, "--calibration", name)
+    assert run(capsys, "quantize", *arguments)[0] == 0
     assert as_json(capsys, "info", folder / "a.nfq.safetensors")["settings"]["calibration"] == "?"
 
 
@@ -241,7 +249,7 @@ def test_a_file_name_that_is_no_unicode_is_no_obstacle(capsys, folder):
 
 def test_warnings_are_marked_as_such(folder):
     save_file(SMALL_MODEL | {"bad.weight": torch.full((64, 64), torch.inf)}, folder / "bad")
-    command = [*COMMAND, "quantize", str(folder / "bad"), str(folder / "a.nfq.safetensors")]
+    command = [*COMMAND, "quantize", str(folder / "bad"), str(folder / "a.nfq.safetensors"), "--levels", "16"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
     assert done.returncode == 0
     assert one_line(done.stderr).startswith(f"nfq: warning: {folder / 'bad'}: tensor 'bad.weight' is kept as it is")
@@ -448,7 +456,8 @@ def test_an_existing_target_stays_without_force(capsys, folder, command, source,
     assert code == 1
     assert f"{target} exists already; --force overwrites it" in one_line(error)
     assert (folder / target).read_bytes() == b"old"
-    code, _, error = run(capsys, command, folder / source, folder / target, "--force")
+    levels = ("--levels", 16) if command == "quantize" else ()
+    code, _, error = run(capsys, command, folder / source, folder / target, "--force", *levels)
     assert (code, error) == (0, "")
     assert load_file(folder / target)
     assert leftovers(folder) == {target}
@@ -567,7 +576,8 @@ def test_two_processes_with_one_target_leave_a_sound_file(folder):
     codes = sorted(process.returncode for process in processes)
     # The second one to finish is refused, unless both looked just before the first one was renamed.
     assert codes in ([0, 1], [0, 0]), results
-    assert all("exists already" in one_line(error) for _, error in results if error)
+    for process, (_, error) in zip(processes, results, strict=True):
+        assert ("exists already" in error) == bool(process.returncode)
     assert (folder / "out.nfq.safetensors").read_bytes() == (folder / "nfq").read_bytes()
     assert leftovers(folder) == {"out.nfq.safetensors"}
 

@@ -170,6 +170,13 @@ def test_config_json_says_how(folders: Path, tmp_path: Path, quantised: list[dic
     assert NFQConfig.from_dict(written["quantization_config"]).settings == config.settings
 
 
+def test_a_preset_is_recorded_and_read_back() -> None:
+    for config, words in ((NFQConfig(), "balanced"), (NFQConfig(preset="tiny", effort="best"), "tiny")):
+        written = config.to_dict()
+        assert written["preset"] == words
+        assert NFQConfig.from_dict(written).settings == config.settings
+
+
 @pytest.mark.parametrize("size", [{"preset": "small"}, {"target_bpw": 3.4}])
 def test_sizes(folders: Path, quantised: list[dict], size: dict) -> None:
     unet = UNet.from_pretrained(folders / "stock", quantization_config=NFQConfig(**size, effort="best"))

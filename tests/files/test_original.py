@@ -106,7 +106,7 @@ def test_a_variants_index_is_named_as_diffusers_names_it(tmp_path, index):
             assert original.entries.keys() == random_unet().keys()
     report = convert_folders([tmp_path], tmp_path / "out")
     (made,) = [row for row in report["files"] if row["result"] == "converted"]
-    assert Path(made["source"]).name == variant.name and made["target"].endswith(".fp16-NF16.nfq.safetensors")
+    assert Path(made["source"]).name == variant.name and made["target"].endswith(".fp16-balanced.nfq.safetensors")
 
 
 def test_every_part_says_how_its_weights_are_quantised(tmp_path):
@@ -213,7 +213,7 @@ def test_a_library_converts_the_index_and_skips_the_parts(tmp_path, index):
     assert found.pop(INDEX) == ("converted", "")
     assert all(result == "skipped" and f"name {INDEX} instead" in reason for result, reason in found.values())
     assert len(found) == 3
-    assert [path.name for path in (tmp_path / "out").rglob("*.nfq.safetensors")] == ["tmp-NF16.nfq.safetensors"] or (
-        len(list((tmp_path / "out").rglob("*-NF16.nfq.safetensors"))) == 1
-    )
+    assert [path.name for path in (tmp_path / "out").rglob("*.nfq.safetensors")] == [
+        "tmp-balanced.nfq.safetensors"
+    ] or (len(list((tmp_path / "out").rglob("*-balanced.nfq.safetensors"))) == 1)
     assert convert_folders([tmp_path], tmp_path / "out")["totals"]["done"] == 1

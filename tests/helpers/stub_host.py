@@ -32,8 +32,9 @@ class _Kind:
     """A kind of input and output, such as `io.Model`; it keeps a node's declarations unchanged."""
 
     @staticmethod
-    def Input(name: str, **options: Any) -> SimpleNamespace:
-        return SimpleNamespace(id=name, optional=options.pop("optional", False), options=options)
+    def Input(name: str, advanced: bool | None = None, **options: Any) -> SimpleNamespace:
+        optional = options.pop("optional", False)
+        return SimpleNamespace(id=name, optional=optional, advanced=advanced, options=options)
 
     @staticmethod
     def Output(*_: Any, **options: Any) -> SimpleNamespace:

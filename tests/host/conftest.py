@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from nfq_core.checkpoints.convert import dequantize_file, quantize_file
 from nfq_core.models.unet_keys import SEGMIND_VEGA
+from nfq_core.planning.settings import Formats, Settings
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -48,7 +49,7 @@ def base(tmp_path_factory: pytest.TempPathFactory):
     base = make_base(tmp_path_factory.mktemp("comfyui") / "base")
     unets = base / "models" / "diffusion_models"
     write_unet(unets / "vega.safetensors", SEGMIND_VEGA)
-    quantize_file(unets / "vega.safetensors", unets / "vega.nfq.safetensors")
+    quantize_file(unets / "vega.safetensors", unets / "vega.nfq.safetensors", Settings(Formats()))
     dequantize_file(unets / "vega.nfq.safetensors", unets / "vega-dense.safetensors")
     for number, kind in enumerate(KINDS):
         save_file(random_adapter(SEGMIND_VEGA, kind, number), base / "models" / "loras" / f"{kind}.safetensors")

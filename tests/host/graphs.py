@@ -22,7 +22,9 @@ def lora(name: str, strength: float, model: list) -> dict:
 
 
 def quantize(model: list, **settings) -> dict:
-    return {"class_type": "NFQuantizeUNet", "inputs": {"model": model, **settings}}
+    """NFQ Quantize UNet; levels bring the preset with which they count."""
+    by_levels = {"preset": "levels"} if "levels" in settings else {}
+    return {"class_type": "NFQuantizeUNet", "inputs": {"model": model, **by_levels, **settings}}
 
 
 def save(model: list, prefix: str, **inputs) -> dict:

@@ -12,9 +12,12 @@ from nfq_core import NFTensor, quantize
 from nfq_core.files.safetensors_io import describe
 from nfq_core.models.unet_keys import UNetArchitecture, tensor_shapes
 from nfq_core.planning.policy import plan_tensors
-from nfq_core.planning.settings import DEFAULTS, Settings
+from nfq_core.planning.settings import Formats, Settings
 
 KINDS = ("lora", "locon", "loha", "lokr", "dora")
+
+BY_LEVELS = Settings(Formats())
+"""16 levels, 32 for convolutions: every byte is a valid code."""
 
 
 def random_unet(architecture: UNetArchitecture, layout: str = "ldm", seed: int = 0) -> dict[str, torch.Tensor]:
@@ -70,7 +73,7 @@ def random_adapter(architecture: UNetArchitecture, kind: str, seed: int, rank: i
 
 
 def packed_unet(
-    architecture: UNetArchitecture, layout: str, settings: Settings = DEFAULTS
+    architecture: UNetArchitecture, layout: str, settings: Settings = BY_LEVELS
 ) -> dict[str, NFTensor | torch.Tensor]:
     """A UNet with the formats of the usual rules and random codes, which is fast at any size.
 

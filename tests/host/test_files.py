@@ -191,7 +191,7 @@ def test_quantising_fp8_weights_and_merges(host) -> None:
 
 
 def test_inspect(host) -> None:
-    nodes = {"model": ORIGINAL, "packed": quantize(MODEL), "ours": OURS}
+    nodes = {"model": ORIGINAL, "packed": quantize(MODEL, levels=16), "ours": OURS}
     nodes["made"] = {"class_type": "NFInspect", "inputs": {"model": ["packed", 0]}}
     nodes["loaded"] = {"class_type": "NFInspect", "inputs": {"model": ["ours", 0], "original": MODEL}}
     nodes["file"] = {"class_type": "NFInspect", "inputs": {"file_name": "diffusion_models/vega.nfq.safetensors"}}

@@ -137,11 +137,12 @@ def test_missing_file_is_explained(host) -> None:
     model = {"class_type": "NFQuantizedUNetLoader", "inputs": inputs}
     with pytest.raises(HostError) as error:
         host.run(sample({"model": model}, MODEL))
-    for part in ("vega.safetensors", recipe["source_sha256"], "levels=16 conv_levels=32", "filename_prefix 'gone'"):
+    node_inputs = "preset=levels effort=fast levels=16 conv_levels=32"
+    for part in ("vega.safetensors", recipe["source_sha256"], node_inputs, "filename_prefix 'gone'"):
         assert part in str(error.value)
     recipe["settings"]["baked"] = ["LoRA style.safetensors at 0.8"]
     inputs["recipe"] = json.dumps(recipe)
-    with pytest.raises(HostError, match=r" plus LoRA style\.safetensors at 0\.8 with levels=16"):
+    with pytest.raises(HostError, match=rf" plus LoRA style\.safetensors at 0\.8 with {node_inputs}"):
         host.run(sample({"model": model}, MODEL))
     with pytest.raises(HostError, match="put it there, or choose another"):
         host.run(sample({"model": loader("gone.nfq.safetensors")}, MODEL))

@@ -192,7 +192,7 @@ def test_merges(host, node: str) -> None:
 def test_two_packed_models_in_one_graph(host) -> None:
     """Two models sampled one after the other, one with a LoRA, do not affect each other."""
     ours = {"model": OURS, "lora": lora("lora", 1.0, MODEL)}
-    quantised = {"class_type": "NFQuantizeUNet", "inputs": {"model": ["original", 0], "levels": 7}}
+    quantised = {"class_type": "NFQuantizeUNet", "inputs": {"model": ["original", 0], "preset": "levels", "levels": 7}}
     other = {"original": ORIGINAL, "packed": quantised}
     alone = [host.latent(sample(ours, ["lora", 0])), host.latent(sample(other, ["packed", 0]))]
     graph = sample(ours, ["lora", 0]) | sample(other, ["packed", 0], name="second")

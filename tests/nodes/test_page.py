@@ -97,7 +97,7 @@ def test_users_see_no_node_ids(plugin: ModuleType) -> None:
 def test_levels_have_advice() -> None:
     from nfq_core.fitting.codebook import EFFORTS
     from nfq_core.packed.formats import TRELLIS_IDS, WRITABLE_IDS, format_by_id
-    from nfq_core.planning.allocation import PRESETS
+    from nfq_core.planning.settings import PRESETS
 
     english = words("en")
     scalar = [format_by_id(id).levels for id in WRITABLE_IDS if id not in TRELLIS_IDS]

@@ -60,7 +60,7 @@ INPUTS = {
     "NFQuantizedCheckpointLoader": (["ckpt_name"], ["recipe", "memory"]),
     "NFQuantizeUNet": (
         ["model"],
-        ["levels", "conv_levels", "device", "effort", "quantize_first_last", "preset", "calibration"],
+        ["preset", "effort", "levels", "conv_levels", "device", "quantize_first_last", "calibration"],
     ),
     "NFSaveCheckpoint": (["model"], ["clip", "vae", "filename_prefix", "overwrite"]),
     "NFInspect": ([], ["model", "original", "file_name"]),
@@ -87,6 +87,15 @@ def test_the_plugin_gives_the_nodes_of_the_contract(plugin: ModuleType) -> None:
             assert item.options["tooltip"].strip()
             assert not item.optional or item.id in SOCKETS or "default" in item.options
     assert (ROOT / plugin.WEB_DIRECTORY).is_dir()
+
+
+def test_the_dial_comes_first_and_the_rest_is_advanced(plugin: ModuleType) -> None:
+    extension = asyncio.run(plugin.comfy_entrypoint())
+    nodes = {schema.node_id: schema for schema in map(schema_of, asyncio.run(extension.get_node_list()))}
+    _, preset, effort, *rest = nodes["NFQuantizeUNet"].inputs
+    assert preset.options["options"] == ["large", "balanced", "small", "tiny", "levels"]
+    assert (preset.options["default"], effort.options["default"]) == ("balanced", "fast")
+    assert not preset.advanced and not effort.advanced and all(item.advanced for item in rest)
 
 
 def schema_of(node: type) -> SimpleNamespace:

@@ -32,7 +32,7 @@ def merge(first: str, second: str) -> dict:
 
 
 def quantise(model: str) -> dict:
-    return {"class_type": "NFQuantizeUNet", "inputs": {"model": [model, 0], "levels": 16}}
+    return {"class_type": "NFQuantizeUNet", "inputs": {"model": [model, 0], "preset": "levels", "levels": 16}}
 
 
 def test_origin_of_a_loaded_model(recipe: ModuleType, tmp_path: Path) -> None:
@@ -71,9 +71,9 @@ def test_a_missing_file_is_explained(recipe: ModuleType) -> None:
     assert text == (
         "'deep/x.nfq.safetensors' is not in models/diffusion_models. It was made from 'a.safetensors' (SHA-256 "
         + "ab" * 32
-        + ") with levels=12 conv_levels=32 effort=fast quantize_first_last=False: load that with the stock loader, "
-        "connect NFQ Quantize UNet with these settings, then Save NFQ Checkpoint with filename_prefix 'deep/x'; or run "
-        "`nfq quantize` on it with --levels 12 --conv-levels 32 --effort fast"
+        + ") with preset=levels effort=fast levels=12 conv_levels=32 quantize_first_last=False: load that with the "
+        "stock loader, connect NFQ Quantize UNet with these settings, then Save NFQ Checkpoint with filename_prefix "
+        "'deep/x'; or run `nfq quantize` on it with --levels 12 --conv-levels 32 --effort fast"
     )
     text = recipe.missing_file(UNETS, "x.nfq.safetensors", recipe_json(settings={"baked": ["LoRA b at 1"]}, source=""))
     assert "made from an unrecorded model plus LoRA b at 1: load that" in text
@@ -86,9 +86,17 @@ def test_a_missing_file_is_explained(recipe: ModuleType) -> None:
 
 def test_the_size_of_a_preset_is_explained_as_the_preset(recipe: ModuleType) -> None:
     settings = {"effort": "best", "target_bpw": 3.4, "calibration": "c", "calibration_sha256": "ab"}
-    text = recipe.missing_file(UNETS, "x.nfq.safetensors", recipe_json(settings=settings))
-    assert " with effort=best calibration=c preset=small: load that" in text
-    assert text.endswith("; or run `nfq quantize` on it with --effort best --target-bpw 3.4 --calibration c")
+    for preset, option in (({}, "--target-bpw 3.4"), ({"preset": "small"}, "--preset small")):
+        text = recipe.missing_file(UNETS, "x.nfq.safetensors", recipe_json(settings=preset | settings))
+        assert " with preset=small effort=best calibration=c: load that" in text
+        assert sorted(text.partition("; or run `nfq quantize` on it with --")[2].split(" --")) == sorted(
+            ["effort best", option.removeprefix("--"), "calibration c"]
+        )
+
+
+def test_a_preset_that_had_other_bits_is_explained_as_a_command(recipe: ModuleType) -> None:
+    text = recipe.missing_file(UNETS, "x.nfq.safetensors", recipe_json(settings={"preset": "small", "target_bpw": 3.3}))
+    assert text.endswith(": run `nfq quantize` on it with --target-bpw 3.3") and "NFQ Quantize UNet" not in text
 
 
 @pytest.mark.parametrize(
@@ -140,4 +148,4 @@ def test_existing_files_and_foreign_names(recipe: ModuleType, tmp_path: Path) ->
 def test_dropped_extras_are_dropped_again(recipe: ModuleType) -> None:
     settings = {"levels": 12, "drop_extras": True}
     assert recipe.command_options(settings) == "--levels 12 --drop-extras"
-    assert recipe.node_inputs(settings) == {"levels": 12}
+    assert recipe.node_inputs(settings) == {"preset": "levels", "levels": 12}

@@ -30,7 +30,6 @@ from nfq_core.planning.allocation import (
     EXPECTED_SQNR_DB,
     MAX_TRIES,
     MENUS,
-    PRESETS,
     SizeSearch,
     allocate,
     expected_noise,
@@ -38,7 +37,7 @@ from nfq_core.planning.allocation import (
     predicted_output_db,
 )
 from nfq_core.planning.policy import estimate_warnings, plan_tensors
-from nfq_core.planning.settings import BitsPerWeight, FileSize, Formats, Settings
+from nfq_core.planning.settings import PRESETS, BitsPerWeight, FileSize, Formats, Settings
 
 MENU = MENUS["best"]
 NOISE = [10 ** (-EXPECTED_SQNR_DB[fmt.id] / 10) for fmt in MENU]
@@ -162,7 +161,7 @@ def test_an_unknown_architecture_says_which_sensitivities_are_used(
     (warning,) = estimate_warnings(info, plans, None) or [""]
     assert warning.startswith("the architecture is unknown") == bool(warned) and warned in warning
     assert not estimate_warnings(info, plans, dict.fromkeys(shapes, 1.0))
-    assert not estimate_warnings(*plan_tensors(entries, Settings()), None)
+    assert not estimate_warnings(*plan_tensors(entries, Settings(Formats())), None)
 
 
 def test_the_output_is_predicted_by_hand() -> None:
@@ -310,9 +309,11 @@ def test_packed_bits_asked_for_on_the_command_line(small_model: Path, tmp_path: 
         (["--target-bpw", "nan"], 2, "'nan' must be a number above zero"),
         (["--target-bpw", "1e308"], 2, "'1e308' must be a number above zero and below 2**63"),
         (["--target-size", "99999999999GB"], 2, "is too large"),
-        (["--preset", "small", "--conv-levels", "32"], 1, "leave out --conv-levels"),
-        (["--target-bpw", "3", "--conv-format", "t3w8_b64"], 1, "leave out --conv-format"),
-        (["--target-bpw", "3", "--levels", "16"], 2, "not allowed with"),
+        (["--preset", "small", "--conv-levels", "32"], 2, "exclude each other; got preset and conv_levels"),
+        (["--preset", "balanced", "--levels", "16"], 2, "exclude each other; got preset and levels"),
+        (["--preset", "small", "--target-bpw", "3.4"], 2, "exclude each other; got preset and target_bpw"),
+        (["--target-bpw", "3", "--conv-format", "t3w8_b64"], 2, "exclude each other"),
+        (["--target-bpw", "3", "--levels", "16"], 2, "exclude each other"),
         (["--format", "t3w8_b64", "--levels", "16"], 2, "not allowed with"),
         (["--preset", "huge"], 2, "invalid choice"),
     ],

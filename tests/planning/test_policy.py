@@ -10,7 +10,7 @@ import pytest
 from nfq_core.files.safetensors_io import Entry
 from nfq_core.models.unet_keys import CHECKPOINT_PREFIX, SDXL_BASE, tensor_shapes
 from nfq_core.planning.policy import MIN_WEIGHTS, plan_tensors
-from nfq_core.planning.settings import Formats, Settings
+from nfq_core.planning.settings import BitsPerWeight, FileSize, Formats, Settings, without_repetition
 
 LAYOUTS = ("ldm", "prefixed", "diffusers")
 OUTERMOST = {
@@ -44,7 +44,7 @@ def sdxl(layout: str) -> dict[str, Entry]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sdxl_has_771_quantised_tensors(layout):
     entries = sdxl(layout)
-    info, plans = plan_tensors(entries, Settings())
+    info, plans = plan_tensors(entries, Settings(Formats()))
     assert (info.name, info.layout) == ("SDXL", layout)
     chosen = {key: plan.format for key, plan in plans.items() if plan.format}
     assert len(chosen) == 771
@@ -86,7 +86,7 @@ def test_levels_go_by_dimensions():
         "conv1d": "nf12_b64",
         "conv": "nf12_b64",
     }
-    assert formats(entries) == {"linear": "nf16_b64", "conv1d": "nf32_b64", "conv": "nf32_b64"}
+    assert formats(entries, Settings(Formats())) == {"linear": "nf16_b64", "conv1d": "nf32_b64", "conv": "nf32_b64"}
 
 
 KEPT = {
@@ -112,7 +112,7 @@ def test_kept(key, shape, dtype):
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
 @pytest.mark.parametrize("shape", [(1, MIN_WEIGHTS), (MIN_WEIGHTS, 1), (33, 37)])
 def test_quantised(shape, dtype):
-    assert formats({"a.weight": entry(shape, dtype)}) == {"a.weight": "nf16_b64"}
+    assert formats({"a.weight": entry(shape, dtype)}, Settings(Formats())) == {"a.weight": "nf16_b64"}
 
 
 def test_formats_go_by_dimensions_too():
@@ -160,6 +160,74 @@ def test_settings_are_recorded_whole():
 def test_formats_out_of_range(settings, reason):
     with pytest.raises(ValueError, match=reason):
         Formats.of(**settings)
+
+
+def test_the_default_is_a_preset():
+    assert Settings() == Settings.of() == Settings.of(preset="balanced", effort="fast")
+    assert Settings().as_dict() == {
+        "preset": "balanced",
+        "target_bpw": 4.1,
+        "effort": "fast",
+        "quantize_first_last": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"preset": "tiny"}, BitsPerWeight(2.8, "tiny")),
+        ({"target_bpw": 3.4}, BitsPerWeight(3.4)),
+        ({"target_bytes": 10}, FileSize(10)),
+        ({"levels": 12}, Formats.of(12)),
+        ({"conv_levels": 12}, Formats.of(16, 12)),
+        ({"format": "t4w8_b64", "conv_levels": 24}, Formats.of(16, 24, format="t4w8_b64")),
+    ],
+)
+def test_one_choice(given, wanted):
+    assert Settings.of(**given, effort="best", quantize_first_last=True) == Settings(wanted, "best", True)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"preset": "balanced", "levels": 16}, "preset and levels"),
+        ({"preset": "small", "conv_format": "nf24_b64"}, "preset and conv_format"),
+        ({"preset": "small", "target_bpw": 3.4}, "preset and target_bpw"),
+        ({"target_bpw": 3.4, "target_bytes": 10}, "target_bpw and target_size"),
+        ({"target_bytes": 10, "format": "nf24_b64", "conv_levels": 7}, "target_size and conv_levels and format"),
+    ],
+)
+def test_two_choices_are_refused(given, named):
+    with pytest.raises(ValueError) as caught:
+        Settings.of(**given)
+    assert str(caught.value) == (
+        f"a preset, target_bpw, target_size, and levels or formats exclude each other; got {named}"
+    )
+
+
+def test_an_unknown_preset():
+    with pytest.raises(ValueError, match="preset must be one of large, balanced, small, tiny, got 'huge'"):
+        Settings.of(preset="huge")
+
+
+def test_levels_of_a_form_count_with_preset_levels_only():
+    assert Settings.from_form("small", 12, 24, "best") == Settings.of(preset="small", effort="best")
+    assert Settings.from_form("levels", 12, 24, "best") == Settings(Formats.of(12, 24), "best")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "wanted"),
+    [
+        ({"preset": "small", "target_bpw": 3.4}, {"preset": "small"}),
+        ({"preset": "small", "target_bpw": 3.3}, {"target_bpw": 3.3}),
+        ({"preset": ["small"], "target_bpw": 3.4}, {"target_bpw": 3.4}),
+        ({"preset": "small"}, {"preset": "small"}),
+        ({"target_bpw": 3.4}, {"target_bpw": 3.4}),
+        ({"levels": 16}, {"levels": 16}),
+    ],
+)
+def test_recorded_settings_make_the_same_file_again(recorded, wanted):
+    assert without_repetition(recorded | {"effort": "fast"}) == wanted | {"effort": "fast"}
 
 
 def test_effort_out_of_range():

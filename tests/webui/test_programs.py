@@ -30,7 +30,7 @@ def test_files_are_listed_with_hash_and_metadata(ask: Callable) -> None:
     assert {"tiny.nfq.safetensors", "unet.nfq.safetensors"} <= {title.split(" ")[0] for title in found["titles"]}
     assert found["short"] == found["sha256"][:10] and found["title"] == f"tiny.nfq.safetensors [{found['short']}]"
     assert found["by_hash"] == found["name"] == "tiny.nfq.safetensors"
-    assert found["metadata"] == ["format", "nfq", "nfq_header_sha256"] and found["settings"]["levels"] == 16
+    assert found["metadata"] == ["format", "nfq", "nfq_header_sha256"] and found["settings"]["preset"] == "balanced"
 
 
 def test_our_files_are_read_like_their_dequantised_versions(ask: Callable, program: str, tmp_path) -> None:
@@ -45,10 +45,10 @@ def test_the_page_describes_and_quantises(ask: Callable, tmp_path) -> None:
     folder = f"{tmp_path}/models/Stable-diffusion"
     assert found["tabs"] == [["NFQ", "nfq"]] and "nfq_facts" in found["options"]
     assert "tiny.nfq.safetensors" in found["settings"] and "newer.nfq.safetensors has container" in found["settings"]
-    assert "bits/weight" in found["shown"] and "levels 16" in found["shown"]
+    assert "bits/weight" in found["shown"] and "preset balanced" in found["shown"]
     assert found["plain"] == "<p>Not quantised with NFQ.</p>" and "update the plugin" in found["broken"]
-    assert found["made"].startswith(f"{folder}/dequantised-NF12.nfq.safetensors: 0.00 GB")
-    assert "dequantised-NF12.nfq.safetensors" in {title.split(" ")[0] for title in found["titles"]}
+    assert found["made"].startswith(f"{folder}/dequantised-NF12-NF24.nfq.safetensors: 0.00 GB")
+    assert "dequantised-NF12-NF24.nfq.safetensors" in {title.split(" ")[0] for title in found["titles"]}
     assert found["again"].endswith("exists already; choose another name, or tick Overwrite")
     assert found["outside"].startswith("Error: '../../outside' is not a file name in")
     assert "is quantised already" in found["twice"]

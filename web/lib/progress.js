@@ -27,7 +27,7 @@ export function addProgress(node) {
   const setting = (name) => node.widgets.find((widget) => widget.name === name);
   const advice = () => {
     const preset = setting("preset").value;
-    const fixed = preset === "none";
+    const fixed = preset === "levels";
     const calibrated = setting("calibration").value !== "(none)";
     panel.replaceChildren(
       element("p", {}, fixed ? text(`goodFor.${setting("levels").value}`) : text(`preset.${preset}`)),

@@ -17,11 +17,12 @@ from torch import nn
 
 from nfq_core import NFTensor
 from nfq_core.models.unet_keys import SDXL_BASE, UNetArchitecture
-from nfq_core.planning.settings import DEFAULTS, Settings
+from nfq_core.planning.settings import Formats, Settings
 
 from ...shared import synchronize
 
 Q4_0_BLOCK = 32
+BY_LEVELS = Settings(Formats())  # 16 levels, 32 for convolutions
 
 Result = TypeVar("Result")
 State = Mapping[str, NFTensor | torch.Tensor]
@@ -63,7 +64,7 @@ def _random_state(architecture: UNetArchitecture, settings: Settings) -> State:
     return packed_unet(architecture, "diffusers", settings)
 
 
-def random_state(part: Part, settings: Settings = DEFAULTS) -> State:
+def random_state(part: Part, settings: Settings = BY_LEVELS) -> State:
     """A UNet's tensors on the device, quantised by the usual rules, with random codes."""
     return {name: tensor.to(part.device) for name, tensor in _random_state(part.architecture, settings).items()}
 

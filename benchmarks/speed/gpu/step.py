@@ -16,11 +16,10 @@ from nfq_core import NFTensor
 from nfq_core.layers import PackedLinear, assign_state, dense_layers, packed_layers
 from nfq_core.layers.low_rank import LowRank
 from nfq_core.models.unet_keys import UNetArchitecture, tensor_shapes
-from nfq_core.planning.allocation import PRESETS
-from nfq_core.planning.settings import DEFAULTS, BitsPerWeight, Settings
+from nfq_core.planning.settings import Settings
 
 from ...shared import milliseconds, synchronize, timed, unavailable
-from .part import Part, Q4Layer, State, added_bytes, nf4_layer, random_state
+from .part import BY_LEVELS, Part, Q4Layer, State, added_bytes, nf4_layer, random_state
 
 BATCH = 2  # With and without the prompt, for CFG
 SIDE, SMALL_SIDE = 128, 16  # Sides of the latents; SDXL draws 1024 pixels from 128
@@ -117,7 +116,7 @@ def contestants(part: Part) -> dict[str, Callable[[], nn.Module]]:
                 setattr(parent, attribute, replace(layer))
         return unet
 
-    balanced = Settings(BitsPerWeight(PRESETS["balanced"]))
+    balanced = Settings()
     makers = {
         "fp16": lambda: make_unet(architecture, dense_state(state)),
         "packed": packed,
@@ -191,11 +190,11 @@ def compiled(part: Part) -> None:
 def files(part: Part) -> None:
     """Quantise SDXL's layers on the device, write both files (6.5 GB), load each from the page cache."""
     weights, packed = dense_state(random_state(part)), {}
-    quantise = {"quantise": lambda: packed.update(nfq_core.quantize_state_dict(weights))}
+    quantise = {"quantise": lambda: packed.update(nfq_core.quantize_state_dict(weights, 16))}
     part.results |= milliseconds(quantise, part.device, FILE_ROUNDS)
     with tempfile.TemporaryDirectory() as folder:
         packed_file, dense_file = Path(folder) / "unet.nfq.safetensors", Path(folder) / "unet.safetensors"
-        nfq_core.save(packed, packed_file, settings=DEFAULTS.as_dict())
+        nfq_core.save(packed, packed_file, settings=BY_LEVELS.as_dict())
         save_file({name: weight.cpu() for name, weight in weights.items()}, dense_file)
         weights.clear()
         packed.clear()

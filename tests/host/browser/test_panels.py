@@ -143,6 +143,10 @@ def test_another_file_of_the_same_name_gives_a_warning(page: Page) -> None:
 
 def test_live_progress_interrupt_and_chart(page: Page) -> None:
     page.build(load=ORIGINAL, quantize=QUANTIZE, look=INSPECT)
+    page.shows("progress", "balanced", "4.1 bits per weight")
+    page.set("NFQuantizeUNet", "preset", "tiny")
+    page.shows("progress", "tiny", "2.8 bits per weight")
+    page.set("NFQuantizeUNet", "preset", "levels")
     page.shows("progress", "16 levels", "a good balance")
     page.set("NFQuantizeUNet", "levels", 12)
     page.shows("progress", "12 levels")
@@ -215,7 +219,7 @@ def test_a_saved_file_dropped_on_the_canvas_opens_its_workflow(page: Page) -> No
     options = page.script("return app.graph._nodes[0].widgets[0].options.values;")
     assert f"{prefix}.nfq.safetensors" in options
     page.set("NFQuantizedUNetLoader", "unet_name", f"{prefix}.nfq.safetensors")
-    page.shows("facts", "16 levels", "vega.safetensors")
+    page.shows("facts", "a format chosen for each layer", "vega.safetensors", "preset=balanced")
 
 
 def test_pictures_are_compared_side_by_side(page: Page) -> None:

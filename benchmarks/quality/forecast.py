@@ -1,0 +1,62 @@
+"""Measures the constants of `nfq_core.planning.forecast`: `python -m benchmarks.quality.forecast`.
+
+Gaussian weights, one processor. Trellis searches take minutes.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from nfq_core import NFTensor, quantize
+from nfq_core.fitting.codebook import EFFORTS
+from nfq_core.packed.codec import encode, frame_spans
+from nfq_core.packed.formats import TRELLIS_IDS, WRITABLE_IDS
+from nfq_core.packed.layout import BLOCK
+
+from ..shared import argument_parser
+
+WEIGHTS, SEARCHED = 1 << 22, 1 << 20  # Weights to quantise in a scalar format, and in a trellis format
+
+
+def coarse_digits(tensor: NFTensor) -> tuple[float, float]:
+    """Entropy in bits of a digit of the coarse plane, and the share of the most frequent digit."""
+    planes = tensor.data[tensor.sections.coarse : tensor.sections.fine]
+    shares = torch.bincount(planes.int(), minlength=256).double() / planes.numel()
+    entropy = float(-(shares * shares.clamp_min(1e-12).log2()).sum())
+    digits = tensor.format.coarse_digits
+    return entropy / digits, float(shares.amax()) ** (1 / digits)
+
+
+def scale_bits(tensor: NFTensor) -> float:
+    """Bits on disk of a block's scale."""
+    lengths = zip(frame_spans(tensor.sections), encode(tensor.data, tensor.sections), strict=True)
+    stored = sum(len(frame) for (start, _), frame in lengths if start >= tensor.sections.scales)
+    return stored * 8 / (tensor.numel() // BLOCK)
+
+
+def main() -> None:
+    """Print a line for each format."""
+    argument_parser(__doc__).parse_args()
+    torch.set_num_threads(1)
+    for id in WRITABLE_IDS:
+        count = SEARCHED if id in TRELLIS_IDS else WEIGHTS
+        weight = torch.randn(count // 1024, 1024, generator=torch.Generator().manual_seed(0)).half()
+        for effort in EFFORTS:
+            started = time.perf_counter()
+            tensor = quantize(weight, format=id, effort=effort)
+            frames = encode(tensor.data, tensor.sections)
+            seconds = (time.perf_counter() - started) / count * 1e6
+            entropy, share = coarse_digits(tensor)
+            stored = sum(map(len, frames)) * 8 / count
+            print(
+                f"{id} {effort}: coarse digits {entropy:.3f} bits, most frequent {share:.4f}; scales "
+                f"{scale_bits(tensor):.2f} bits; stored {stored:.3f} of {tensor.bits_per_weight:.3f} bits per weight; "
+                f"{seconds:.3f} s per million",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

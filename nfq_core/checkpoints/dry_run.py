@@ -1,0 +1,140 @@
+"""What `quantize_file` would make of a source, estimated from samples of its weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import Any
+
+from ..calibration.statistics import Calibration, measured_sensitivities, recorded_settings
+from ..errors import CannotQuantizeError, printable
+from ..files.container import NO_SHA256, Source, source_name
+from ..files.original import Original
+from ..files.writer import Plan
+from ..packed.layout import BlockFormat
+from ..parallel import Progress, no_progress, ordered_map, threads_for
+from ..planning import forecast
+from ..planning.allocation import EXPECTED_SQNR_DB, SizeSearch
+from ..planning.facts import facts_about
+from ..planning.policy import estimate_warnings, plan_tensors
+from ..planning.settings import DEFAULTS, FileSize, Settings
+from ..sizes import size_in_words
+from .convert import about_unet, refuse_unconvertible
+from .extras import recorded_extras, split_extras
+from .metadata import split_metadata
+
+
+def forecast_file(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    settings: Settings = DEFAULTS,
+    *,
+    device: str | None = None,
+    calibration: Calibration | None = None,
+    drop_extras: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Estimate what `quantize_file` would write, without writing anything.
+
+    Args:
+        source: see `quantize_file`, also for the arguments not named here.
+        progress: see `parallel.Progress`; counts layers.
+
+    Returns:
+        `target`, `layers` (each `name`, `format`, `shape`, `bits_per_weight` on disk, `expected_sqnr_db`),
+        `file_bytes`, `original_bytes`, `weights`, `packed_bits_per_weight`, `expected_sqnr_db` (of Gaussian weights),
+        `expected_output_db` (None where it is not known), `seconds` and `warnings`.
+
+    Raises:
+        NFQError: as `quantize_file`, as far as it can be known before.
+    """
+    with Original(source) as original:
+        refuse_unconvertible(original, target)
+        metadata, extra, warnings = split_metadata(original.metadata)
+        entries, about_extras = split_extras(original.entries, drop_extras)
+        warnings += about_extras + about_unet(original, entries)
+        recorded = recorded_settings(settings, calibration) | recorded_extras(drop_extras, original.entries)
+        made_from = Source(source_name(original.path), original.file_bytes, NO_SHA256, metadata)
+        choice = settings.choice
+        size = SizeSearch(choice.nbytes if isinstance(choice, FileSize) else None, settings.effort)
+        measured = measured_sensitivities(entries, settings, calibration)
+        stored: dict[tuple[str, BlockFormat], float] = {}
+        while True:
+            info, plans = plan_tensors(entries, settings, measured, size.packed_bytes)
+            chosen = [(key, plan.format) for key, plan in plans.items() if plan.format]
+            new = [layer for layer in chosen if layer not in stored]
+            stored |= zip(new, _stored_bytes(original, new, plans, settings.effort, progress), strict=True)
+            facts = facts_about(info, recorded, made_from)
+            file_bytes = forecast.file_bytes(plans, facts, extra, sum(stored[layer] for layer in chosen))
+            if size.accepts(file_bytes, plans):
+                break
+    calibrated = calibration is not None and bool(calibration.for_plans(info, plans)[0])
+    quantized = {key: plan for key, plan in plans.items() if plan.format}
+    weights = sum(prod(plan.shape) for plan in quantized.values())
+    packed = sum(plan.format.packed_bytes(prod(plan.shape)) for plan in quantized.values())
+    return {
+        "target": str(target),
+        "layers": [_layer(key, plan, stored[key, plan.format]) for key, plan in quantized.items()],
+        "file_bytes": file_bytes,
+        "original_bytes": made_from.bytes,
+        "weights": weights,
+        "packed_bits_per_weight": packed * 8 / weights if weights else 0.0,
+        "expected_sqnr_db": forecast.expected_sqnr_db(plans),
+        "expected_output_db": forecast.expected_output_db(info, plans, measured),
+        "seconds": round(forecast.expected_seconds(plans, settings.effort, threads_for(device), calibrated), 1),
+        "warnings": list(map(printable, warnings + estimate_warnings(info, plans, measured) + size.warnings)),
+    }
+
+
+def _stored_bytes(
+    original: Original,
+    layers: list[tuple[str, BlockFormat]],
+    plans: Mapping[str, Plan],
+    effort: str,
+    progress: Progress,
+) -> Iterator[float]:
+    """Expected bytes on disk of each layer, given by name and format."""
+
+    def sample(layer: tuple[str, BlockFormat]) -> float:
+        key, fmt = layer
+        try:
+            return forecast.stored_bytes(original.tensor(key).float(), fmt, effort)
+        except CannotQuantizeError:
+            return plans[key].nbytes
+
+    results = ordered_map(sample, layers, size=lambda layer: plans[layer[0]].nbytes)
+    for done, ((key, _), nbytes) in enumerate(zip(layers, results, strict=True), 1):
+        yield nbytes
+        progress(done, len(layers), key)
+
+
+def _layer(key: str, plan: Plan, stored_bytes: float) -> dict[str, Any]:
+    weights = prod(plan.shape)
+    return {
+        "name": key,
+        "format": plan.format.id,
+        "shape": list(plan.shape),
+        "bits_per_weight": stored_bytes * 8 / weights,
+        "expected_sqnr_db": EXPECTED_SQNR_DB[plan.format.id],
+    }
+
+
+def forecast_lines(forecast: dict[str, Any]) -> list[str]:
+    """The result of `forecast_file` as lines of text: one for each layer, then the whole."""
+    width = max((len(printable(layer["name"])) for layer in forecast["layers"]), default=0)
+    lines = [
+        f"{printable(layer['name']):{width}}  {layer['format']:9}  {layer['bits_per_weight']:6.3f} bits"
+        for layer in forecast["layers"]
+    ]
+    share = forecast["file_bytes"] / forecast["original_bytes"]
+    error = forecast["expected_sqnr_db"]
+    whole = [
+        f"{forecast['target']}: about {size_in_words(forecast['file_bytes'])}, {share:.0%} of the original",
+        f"{forecast['packed_bits_per_weight']:.3f} packed bits per weight",
+        *([] if error is None else [f"expected SQNR of the weights {error:.1f} dB"]),
+        f"about {forecast['seconds']:.0f} s",
+    ]
+    if forecast["expected_output_db"] is not None:
+        whole.insert(-1, f"of the output {forecast['expected_output_db']:.1f} dB")
+    return [*lines, ", ".join(whole), "nothing was written"]

@@ -1,0 +1,154 @@
+"""What a conversion will make, estimated before it is made: bytes on disk, error and time.
+
+A scalar format's bytes depend on the weights, so a sample of each weight is quantised. The other constants are of
+Gaussian weights; `python -m benchmarks.quality.forecast` measures them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from math import prod
+
+import torch
+
+from ..files.container import Facts
+from ..files.safetensors_io import aligned_entries
+from ..files.writer import Plan, longest_header_bytes
+from ..fitting.codebook import EFFORTS, STORED_BITS
+from ..fitting.quantizer import quantize
+from ..models.sensitivities import layer_sensitivities
+from ..models.unet import UNetInfo
+from ..packed.codec import stored_code_bits
+from ..packed.layout import BLOCK, BlockFormat
+from .allocation import EXPECTED_SQNR_DB, predicted_output_db
+
+SAMPLE_BLOCKS = 512
+"""Blocks of a weight that are quantised to estimate its bytes on disk. Of a smaller weight, all are."""
+
+MANY_LEVELS = 256
+"""Number of levels from which four times as many blocks are sampled."""
+
+SCALES_LIKE = "nf16_b64"
+"""Format whose scales a trellis format's are like, at a hundredth of the time."""
+
+SCALAR_SECONDS = 0.035
+"""Seconds of one processor to quantise and write a million weights in a scalar format."""
+
+SEARCH_SECONDS = {"t2w8_b64": 0.79, "t3w8_b64": 0.46, "t4w8_b64": 0.34, "t5w9_b64": 0.58, "t6w9_b64": 1.1}
+"""Seconds of one processor to search the trellis codes of a million weights."""
+
+LAYER_SECONDS = 0.02
+"""Seconds that a layer of any size takes at least."""
+
+FITTING_SECONDS = {"fast": 0.02, "best": 0.6}
+"""Seconds to fit the levels of a layer of a million weights or more in a scalar format, by effort."""
+
+FITTING_SEARCHES = {"fast": 1.0, "best": 6.0}
+"""Millions of weights whose codes are searched to fit the levels of a layer in a trellis format, by effort."""
+
+CALIBRATION_FACTOR = 4.0
+"""How many times as long error feedback takes."""
+
+
+def stored_bytes(weight: torch.Tensor, fmt: BlockFormat, effort: str) -> float:
+    """Expected bytes on disk of a weight in a writable format.
+
+    Args:
+        weight: the whole weight, any shape.
+        fmt: the format.
+        effort: see `Settings`.
+
+    Raises:
+        CannotQuantizeError: the sample has NaN, Inf or magnitudes beyond fp16.
+    """
+    count = weight.numel()
+    blocks = weight.reshape(-1)[: count // BLOCK * BLOCK].view(-1, BLOCK)
+    # Frequencies of many levels need a large sample, which then also gets levels of its own.
+    wanted = SAMPLE_BLOCKS if fmt.levels < MANY_LEVELS or fmt.window else 4 * SAMPLE_BLOCKS
+    sample = blocks[:: max(1, len(blocks) // wanted)]
+    sampled = quantize(sample, format=SCALES_LIKE if fmt.window else fmt.id)
+    whole = fmt.sections(count, fmt.expects_own_levels(count))
+    scales, own = sampled.data[sampled.sections.scales : -2], sampled.sections
+    scale_entropy, _, values = _entropy(scales)
+    # The entropy of few samples is too low by this on average (Miller 1955). The coder's table takes about a byte each.
+    scale_bits = scale_entropy + (values - 1) / (2 * len(scales) * math.log(2))
+    scale_bytes = min(len(blocks), len(blocks) * scale_bits / 8 + values)
+    if fmt.window:
+        return whole.scales + scale_bytes
+    planes = sampled.data[own.coarse : own.fine].int()
+    digits = [planes // fmt.coarse_radix**place % fmt.coarse_radix for place in range(fmt.coarse_digits)]
+    entropy, share, _ = _entropy(torch.cat(digits))
+    # The largest of many counts is too high by about two standard deviations.
+    share -= 2 * math.sqrt(share / sample.numel())
+    code_bits = stored_code_bits(entropy, share, fmt, count)
+    if EFFORTS[effort].limit_size:
+        code_bits = min(code_bits, STORED_BITS.get(fmt.levels, math.inf))
+    return whole.coarse + count * code_bits / 8 + scale_bytes
+
+
+def _entropy(symbols: torch.Tensor) -> tuple[float, float, int]:
+    """Entropy in bits, share of the most frequent symbol, and number of different symbols."""
+    counts = torch.bincount(symbols.int()).double()
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * shares.log2()).sum()), float(shares.amax()), len(shares)
+
+
+def file_bytes(plans: Mapping[str, Plan], facts: Facts, extra: Mapping[str, str], quantized: float) -> int:
+    """Expected bytes of the file that a `ContainerWriter` makes of these plans, facts and further metadata.
+
+    Args:
+        plans: see `ContainerWriter`, also for `facts` and `extra`.
+        quantized: expected bytes on disk of all quantised weights.
+    """
+    kept = aligned_entries({key: (plan.dtype, plan.shape) for key, plan in plans.items() if not plan.format})
+    header = longest_header_bytes(plans, facts, extra)
+    return header + max((entry.end for entry in kept.values()), default=0) + round(quantized)
+
+
+def expected_sqnr_db(plans: Mapping[str, Plan]) -> float | None:
+    """Expected SQNR in dB of the quantised weights together, as `nfq compare` adds it up; None if there are none."""
+    quantized = [plan for plan in plans.values() if plan.format]
+    total = sum(prod(plan.shape) for plan in quantized)
+    noise = sum(prod(plan.shape) * 10 ** (-EXPECTED_SQNR_DB[plan.format.id] / 10) for plan in quantized)
+    return -10 * math.log10(noise / total) if total else None
+
+
+def expected_output_db(
+    info: UNetInfo | None, plans: Mapping[str, Plan], measured: Mapping[str, float] | None
+) -> float | None:
+    """Expected SQNR in dB of the model's output, see `allocation.predicted_output_db`; None if it is not known.
+
+    Args:
+        info: the recognised UNet, if any.
+        plans: what is quantised.
+        measured: sensitivities that a calibration measured, if any.
+    """
+    formats = {key: plan.format for key, plan in plans.items() if plan.format}
+    if not formats:
+        return None
+    shapes = {key: plans[key].shape for key in formats}
+    return predicted_output_db(formats, layer_sensitivities(info, shapes, measured))
+
+
+def expected_seconds(plans: Mapping[str, Plan], effort: str, threads: int, calibrated: bool = False) -> float:
+    """Expected seconds of a conversion on this many processors.
+
+    Args:
+        plans: what is quantised.
+        effort: see `Settings`.
+        threads: number of processors at work.
+        calibrated: whether statistics of the layers' inputs are used.
+    """
+    quantized = [plan for plan in plans.values() if plan.format]
+    seconds = sum(_seconds(plan.format, prod(plan.shape) / 1e6, effort) for plan in quantized)
+    return seconds / threads * (CALIBRATION_FACTOR if calibrated else 1)
+
+
+def _seconds(fmt: BlockFormat, millions: float, effort: str) -> float:
+    """Seconds of one processor for one layer of `millions` million weights."""
+    if fmt.window:
+        # A layer of fewer weights than the sample is its own sample.
+        searched = FITTING_SEARCHES[effort] * min(1.0, millions)
+        return LAYER_SECONDS + SEARCH_SECONDS[fmt.id] * (millions + searched)
+    return LAYER_SECONDS + SCALAR_SECONDS * millions + FITTING_SECONDS[effort] * min(1.0, millions)
