@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -14,9 +15,10 @@ from ..demo.painter import DemoPainter
 from ..errors import NFQError
 from ..files.atomic import AtomicFile, prepare_folder
 from ..report.card import RECOMMENDED_BITS, card, card_facts
+from ..report.drift import DRIFT, drift_in_words
 from ..report.markdown import ratio_in_words
 from ..report.measure import by_size, measure
-from ..report.pictures import Drawing, Painter, add_pictures
+from ..report.pictures import Drawing, Painter, add_pictures, work
 from ..report.pipeline_painter import PipelinePainter
 from ..report.plots import check_matplotlib
 from ..report.sheet import check_pillow
@@ -55,6 +57,14 @@ def add_report_command(command: AddCommand) -> None:
         "--side", type=int, metavar="N", help="width and height of pictures, in pixels (default: the model's)"
     )
     group.add_argument("--device", metavar="D", help=f"device to draw on, such as cuda (default: {Drawing.device})")
+    group.add_argument(
+        "--drift",
+        action="store_true",
+        help=f"also measure how far pictures drift over {len(DRIFT.seeds)} seeds, as published for other quantised "
+        "SDXL models: cosine of the final latents, SSIM and PSNR. It has its own prompt and settings "
+        f"({DRIFT.steps} steps, CFG {DRIFT.guidance:g}, {DRIFT.sampler}, {DRIFT.side} x {DRIFT.side}), and draws "
+        f"{len(DRIFT.seeds)} pictures more with the original and with each FILE",
+    )
     sub.set_defaults(wrong_usage=sub.error)
 
 
@@ -68,12 +78,19 @@ def _report(options: argparse.Namespace) -> int:
     original = bundled_weights_path() if options.original == DEMO else options.original
     files = by_size(options.files)
     painter = make_painter(options.pipeline, drawing) if drawing else None
+    drift = DRIFT if options.drift else None
+    if drift and not painter.has_latents:
+        raise NFQError("the demo model has no latents, which --drift compares; give an SDXL pipeline's folder")
+    if painter and not options.json:
+        pictures, steps = work(painter, drift)
+        total = f"{1 + len(files)} models, {(1 + len(files)) * steps:,} steps in all"
+        print(f"nfq: drawing {pictures} pictures in {steps:,} denoising steps with each of {total}", file=sys.stderr)
     with progress_bar("comparing", options) as progress:
         report = measure(original, files, progress=progress)
     drawn = []
     if painter:
-        with progress_bar("drawing", options, "model") as progress:
-            drawn = add_pictures(report, original, files, painter, progress=progress)
+        with progress_bar("drawing", options, "step") as progress:
+            drawn = add_pictures(report, original, files, painter, drift=drift, progress=progress)
     write_report(folder, report, drawn, overwrite=options.force)
     lines = []
     for file in report["files"]:
@@ -83,6 +100,10 @@ def _report(options: argparse.Namespace) -> int:
             line += f", PSNR {ratio_in_words(file['pictures']['psnr_db'])} dB, SSIM {file['pictures']['ssim']:.4f}"
         if "latents" in file:
             line += f", latent PSNR {ratio_in_words(file['latents']['psnr_db'], 1)} dB"
+        if "drift" in file:
+            words = drift_in_words(file["drift"])
+            line += f", over {len(report['drift']['seeds'])} seeds: cosine {words['cosine']}, "
+            line += f"SSIM {words['ssim']}, PSNR {words['psnr_db']} dB"
         lines.append(line + (f" ({file['note']})" if file["note"] else ""))
     return show(options, report, "\n".join([*lines, f"report: {folder / MARKDOWN_NAME}"]))
 
@@ -144,8 +165,9 @@ def _drawing(options: argparse.Namespace) -> Drawing | None:
     choices = {field.name: getattr(options, field.name) for field in fields(Drawing)}
     given = {name: choice for name, choice in choices.items() if choice is not None}
     if options.pipeline is None:
-        if given:
-            options.wrong_usage(f"--{next(iter(given))} is for pictures, which need --pipeline")
+        unused = [*given, *(["drift"] if options.drift else [])]
+        if unused:
+            options.wrong_usage(f"--{unused[0]} is for pictures, which need --pipeline")
         return None
     for name in ("steps", "side"):
         if name in given and given[name] < 1:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import os
-
-import numpy as np
+from collections.abc import Iterator
 
 from ..checkpoints.state_dict import load
 from ..checkpoints.whole_checkpoint import dequantize_state_dict
 from ..errors import NFQError
 from ..report.pictures import Drawing, is_packed
+from ..report.protocol import Sample, Series, consecutive
 from .model import GUIDANCE, build_pipeline, load_weights, sample
-from .shapes import CAPTIONS
+from .shapes import CAPTIONS, IMAGE_SIZE
 
 
 class DemoPainter:
     """Draws with the demo model. See `report.pictures.Painter`."""
 
+    has_latents = False
+    """The demo model works on pixels."""
+
     def __init__(self, drawing: Drawing) -> None:
-        captions = drawing.prompts or CAPTIONS
-        guidance = GUIDANCE if drawing.guidance is None else drawing.guidance
-        self.drawing = Drawing(captions, drawing.seed, drawing.steps, guidance)
         if drawing.side is not None or drawing.device != "cpu":
             raise NFQError("the demo model draws 32 × 32 pixels on the CPU; leave --side and --device out")
+        captions = drawing.prompts or CAPTIONS
+        guidance = GUIDANCE if drawing.guidance is None else drawing.guidance
+        seeds = consecutive(drawing.seed, len(captions))
+        self.chosen = Series(captions, seeds, drawing.steps, IMAGE_SIZE, guidance)
+        self.device = drawing.device
         self._pipeline = build_pipeline()
 
     def load(self, path: str | os.PathLike) -> None:
@@ -33,15 +38,12 @@ class DemoPainter:
         except (RuntimeError, KeyError):
             raise NFQError(f"{path} does not fit the demo model; give its own --pipeline") from None
 
-    def pictures(self) -> np.ndarray:
-        """Draw every caption."""
-        drawing = self.drawing
+    def draw(self, series: Series) -> Iterator[Sample]:
+        """Draw every caption, all at once."""
         try:
-            return sample(
-                self._pipeline, drawing.prompts, seed=drawing.seed, steps=drawing.steps, guidance=drawing.guidance
+            pictures = sample(
+                self._pipeline, series.prompts, seed=series.seeds, steps=series.steps, guidance=series.guidance
             )
         except ValueError as error:
             raise NFQError(f"the demo model cannot draw this: {error}") from None
-
-    def latents(self) -> None:
-        """None: the demo model works on pixels."""
+        yield from (Sample(None, picture) for picture in pictures)

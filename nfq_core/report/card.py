@@ -30,7 +30,7 @@ OPTIONS = {"base_model": "--base-model", "license": "--license"}
 RECOMMENDED_BITS = PRESETS[DEFAULT_PRESET]
 """The recommended file is the one nearest to these packed bits per weight."""
 
-MEASUREMENTS = ("sqnr_db", "pictures", "latents")
+MEASUREMENTS = ("sqnr_db", "pictures", "latents", "drift")
 """Keys of a file in a report that its header does not have."""
 
 
@@ -59,7 +59,7 @@ def card_facts(
         `base_model` and `license`, `placeholders` (which of the two were not given), `recommended` (a name),
         `report_folder` (its name, or None), `plots` (names of the plots in it) and `files`: each as
         `examine.container_info` without `layers`, with `name`, `sha256`, `header_sha256`, `whole_checkpoint`, and
-        `sqnr_db`, `pictures` and `latents` if they were measured.
+        `sqnr_db`, `pictures`, `latents` and `drift` if they were measured.
 
     Raises:
         NFQError: a file is missing, damaged or given twice, not made from the original, or not in the report.
@@ -174,6 +174,7 @@ def _files_table(facts: Mapping[str, Any]) -> str:
         ("PSNR, dB", "pictures", lambda figures: ratio_in_words(figures["psnr_db"])),
         ("SSIM", "pictures", lambda figures: f"{figures['ssim']:.4f}"),
         ("latent PSNR, dB", "latents", lambda figures: ratio_in_words(figures["psnr_db"], 1)),
+        ("latent cosine", "drift", lambda figures: f"{figures['cosine']['mean']:.3f}"),
     ]
     known = [column for column in columns if any(column[1] in one for one in facts["files"])]
     rows = []

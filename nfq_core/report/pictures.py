@@ -1,9 +1,9 @@
-"""Draw the same pictures with the weights of the original and of each file, by a diffusers pipeline or the demo."""
+"""Draw the same samples with the weights of the original and of each file, by a diffusers pipeline or the demo."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,9 @@ from ..files.container import FACTS_KEY
 from ..files.original import Original
 from ..parallel import Progress, no_progress
 from . import protocol
+from .drift import drift_facts, drift_figures
 from .metrics import psnr_db, ssim
+from .protocol import Sample, Series
 
 DEFAULT_STEPS = 20
 
@@ -36,17 +38,21 @@ class Drawing:
 class Painter(Protocol):
     """Draws with the weights of one file after another."""
 
-    drawing: Drawing
-    """What it draws, with all choices made."""
+    chosen: Series
+    """The pictures of its `Drawing`, with all choices made."""
+    device: str
+    has_latents: bool
+    """Whether it can draw other series than `chosen`, which need latents."""
 
     def load(self, path: str | os.PathLike) -> None:
         """Load a file's weights; NFQError if they do not fit this pipeline's model."""
 
-    def pictures(self) -> np.ndarray:
-        """Draw every prompt: uint8, shape (count, height, width, 3)."""
+    def draw(self, series: Series) -> Iterator[Sample]:
+        """Draw one sample after another; NFQError if one holds NaN or infinity."""
 
-    def latents(self) -> list[torch.Tensor] | None:
-        """One latent for each prompt of `protocol`; None if the model has no latents."""
+
+Figures = Callable[[Sequence[Sample], Sequence[Sample]], dict[str, Any]]
+"""Compares what a file drew (second) with what the original drew (first)."""
 
 
 def add_pictures(
@@ -55,20 +61,23 @@ def add_pictures(
     files: Sequence[str | os.PathLike],
     painter: Painter,
     *,
+    drift: Series | None = None,
     progress: Progress = no_progress,
 ) -> list[np.ndarray]:
-    """Draw with the original and with each file, and add measurements of the pictures to the report.
+    """Draw with the original and with each file, and add measurements to the report once all is drawn.
 
     `report["pictures"]` gets the settings of the drawing. Each of `report["files"]` gets `pictures`: `psnr_db` over all
     pictures, `ssim` (mean), and both for `each` picture. If the model has latents, `report["protocol"]` gets their
-    settings, and each file `latents`: `psnr_db` (mean over prompts) and `each`.
+    settings, and each file `latents`: `psnr_db` (mean over prompts) and `each`. With `drift`, `report["drift"]` gets
+    its settings (see `drift.drift_facts`), and each file `drift` (see `drift.drift_figures`).
 
     Args:
         report: the result of `measure.measure` for the same files; it is changed.
         original: the safetensors file.
         files: the files that were made from it.
         painter: draws the pictures.
-        progress: called with the number of models sampled.
+        drift: also draw this series, for example `drift.DRIFT`; only for a painter with latents.
+        progress: called with the denoising steps done.
 
     Returns:
         Pictures of the original and of each file: uint8, shape (count, height, width, 3).
@@ -76,48 +85,84 @@ def add_pictures(
     Raises:
         NFQError: weights do not fit the pipeline, or a result holds NaN or infinity.
     """
+    measured = _measured(painter, drift)
+    total, done = (1 + len(files)) * sum(series.all_steps() for series, _ in measured.values()), 0
     drawn: list[np.ndarray] = []
-    reference = None
-    for number, path in enumerate((original, *files)):
+    references: dict[str, list[Sample]] = {}
+    figures: list[dict[str, Any]] = []
+    for path in (original, *files):
         painter.load(path)
-        latents = painter.latents()
-        drawn.append(painter.pictures())
-        if number == 0:
-            reference = latents
-        else:
-            entry = report["files"][number - 1]
-            entry["pictures"] = _picture_figures(drawn[0], drawn[-1])
-            if reference is not None:
-                each = [protocol.latent_psnr_db(*pair) for pair in zip(reference, latents, strict=True)]
-                entry["latents"] = {"psnr_db": _mean(each), "each": each}
-        progress(number + 1, len(files) + 1, str(path))
-    drawing = painter.drawing
+        found: dict[str, Any] = {}
+        for name, (series, compare) in measured.items():
+            samples = []
+            for sample in painter.draw(series):
+                samples.append(sample)
+                done += series.steps
+                progress(done, total, str(path))
+            if name == "pictures":
+                drawn.append(np.stack([sample.picture for sample in samples]))
+            if name in references:
+                found[name] = compare(references[name], samples)
+            else:
+                references[name] = samples
+        figures.append(found)
+    for entry, found in zip(report["files"], figures[1:], strict=True):
+        entry.update(found)
+    chosen = painter.chosen
     report["pictures"] = {
-        "prompts": list(drawing.prompts),
-        "seed": drawing.seed,
-        "steps": drawing.steps,
-        "guidance": drawing.guidance,
+        "prompts": list(chosen.prompts),
+        "seed": chosen.seeds[0],
+        "steps": chosen.steps,
+        "guidance": chosen.guidance,
         "width": drawn[0].shape[2],
         "height": drawn[0].shape[1],
-        "device": drawing.device,
+        "device": painter.device,
     }
-    if reference is not None:
+    comparable = all(file["architecture"] == "SDXL" for file in report["files"])
+    if painter.has_latents:
+        series, _ = measured["latents"]
         report["protocol"] = {
-            "prompts": list(protocol.PROMPTS),
-            "seed": drawing.seed,
-            "steps": protocol.STEPS,
-            "width": protocol.SIDE,
-            "height": protocol.SIDE,
-            "comparable": all(file["architecture"] == "SDXL" for file in report["files"]),
+            "prompts": list(series.prompts),
+            "seed": series.seeds[0],
+            "steps": series.steps,
+            "width": series.side,
+            "height": series.side,
+            "comparable": comparable,
         }
+    if drift:
+        report["drift"] = drift_facts(drift, painter.device, comparable)
     return drawn
 
 
-def _picture_figures(reference: np.ndarray, other: np.ndarray) -> dict[str, Any]:
-    pairs = list(zip(*(torch.from_numpy(p).movedim(-1, 1).float().split(1) for p in (reference, other)), strict=True))
+def work(painter: Painter, drift: Series | None = None) -> tuple[int, int]:
+    """Number of samples that `add_pictures` draws with each model, and of their denoising steps."""
+    series = [series for series, _ in _measured(painter, drift).values()]
+    return sum(len(one.prompts) for one in series), sum(one.all_steps() for one in series)
+
+
+def _measured(painter: Painter, drift: Series | None) -> dict[str, tuple[Series, Figures]]:
+    """The series to draw and how to compare them, by the key in `report["files"]`."""
+    measured: dict[str, tuple[Series, Figures]] = {"pictures": (painter.chosen, _picture_figures)}
+    if painter.has_latents:
+        measured["latents"] = protocol.apple(painter.chosen.seeds[0]), _latent_figures
+    if drift:
+        measured["drift"] = drift, drift_figures
+    return measured
+
+
+def _picture_figures(reference: Sequence[Sample], other: Sequence[Sample]) -> dict[str, Any]:
+    stacks = [
+        torch.from_numpy(np.stack([sample.picture for sample in samples])).movedim(-1, 1).float()
+        for samples in (reference, other)
+    ]
+    pairs = list(zip(*(stack.split(1) for stack in stacks), strict=True))
     each = [{"psnr_db": psnr_db(*pair, 255), "ssim": ssim(*pair, 255)} for pair in pairs]
-    whole = psnr_db(torch.from_numpy(reference), torch.from_numpy(other), 255)
-    return {"psnr_db": whole, "ssim": sum(one["ssim"] for one in each) / len(each), "each": each}
+    return {"psnr_db": psnr_db(*stacks, 255), "ssim": sum(one["ssim"] for one in each) / len(each), "each": each}
+
+
+def _latent_figures(reference: Sequence[Sample], other: Sequence[Sample]) -> dict[str, Any]:
+    each = [protocol.latent_psnr_db(one.latent, two.latent) for one, two in zip(reference, other, strict=True)]
+    return {"psnr_db": _mean(each), "each": each}
 
 
 def _mean(ratios: Sequence[float | None]) -> float | None:

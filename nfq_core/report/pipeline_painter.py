@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,36 +19,63 @@ from ..files.untrusted import parse_error_message
 from ..models.unet import detect, diffusers_names
 from ..packed.tensor import NFTensor
 from . import protocol
+from .drift import DPMPP_2M_KARRAS
 from .pictures import Drawing, is_packed
+from .protocol import Sample, Series
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import SchedulerMixin, StableDiffusionXLPipeline
 
 PIPELINE = "StableDiffusionXLPipeline"
 
 PIPELINE_GUIDANCE = 5.0
 """The pipeline's default."""
 
+NOISE_LEVELS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+"""Settings of a diffusers scheduler that belong to the model, whichever sampler is used."""
+
+SAMPLERS = {
+    DPMPP_2M_KARRAS: {
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 2,
+        "solver_type": "midpoint",
+        "use_karras_sigmas": True,
+        "final_sigmas_type": "zero",
+    }
+}
+"""Settings of `DPMSolverMultistepScheduler` that sample as ComfyUI's sampler and schedule of that name."""
+
 
 class PipelinePainter:
     """Draws with a diffusers folder of SDXL; the UNet weights in it are not read. See `pictures.Painter`."""
+
+    has_latents = True
 
     def __init__(self, folder: str | os.PathLike, drawing: Drawing) -> None:
         check_device(drawing.device, torch.float32)
         self._folder = Path(folder)
         _check_folder(self._folder)
         self._pipeline = _load_pipeline(self._folder, torch.device(drawing.device))
-        own = self._pipeline.unet.config.sample_size * self._pipeline.vae_scale_factor
-        self.drawing = Drawing(
-            drawing.prompts or protocol.PROMPTS,
-            drawing.seed,
+        self._own_scheduler = self._pipeline.scheduler
+        self.device = drawing.device
+        prompts = drawing.prompts or protocol.PROMPTS
+        self.chosen = Series(
+            prompts,
+            protocol.consecutive(drawing.seed, len(prompts)),
             drawing.steps,
+            drawing.side or self._pipeline.unet.config.sample_size * self._pipeline.vae_scale_factor,
             PIPELINE_GUIDANCE if drawing.guidance is None else drawing.guidance,
-            drawing.side or own,
-            drawing.device,
         )
-        if self.drawing.side % 8:
-            raise NFQError(f"--side must be a multiple of 8, got {self.drawing.side}")
+        if self.chosen.side % 8:
+            raise NFQError(f"--side must be a multiple of 8, got {self.chosen.side}")
 
     def load(self, path: str | os.PathLike) -> None:
         """Load a file's weights, tensor by tensor."""
@@ -75,48 +103,58 @@ class PipelinePainter:
                     dense_tensor = tensor.dequantize() if isinstance(tensor, NFTensor) else tensor
                     parameter.copy_(dense_tensor.view(parameter.shape))
 
-    def pictures(self) -> np.ndarray:
-        """Draw every prompt, one at a time."""
-        choice = self.drawing
-        drawn = []
-        for number, prompt in enumerate(choice.prompts):
-            picture = self._draw(prompt, choice.seed + number, choice.steps, choice.side, "np", choice.guidance)
-            if not np.isfinite(picture).all():
-                raise NFQError(
-                    f"a picture of {self._path} in {self._folder} holds NaN or infinity; it cannot be compared"
-                )
-            drawn.append((picture * 255).round().astype(np.uint8))
-        return np.stack(drawn)
+    def draw(self, series: Series) -> Iterator[Sample]:
+        """Draw one sample after another."""
+        self._pipeline.scheduler = self._scheduler(series.sampler)
+        for prompt, seed in zip(series.prompts, series.seeds, strict=True):
+            yield self._sample(series, prompt, seed)
 
-    def latents(self) -> list[torch.Tensor]:
-        """One latent for each of the protocol's prompts."""
-        drawn = []
-        for number, prompt in enumerate(protocol.PROMPTS):
-            seed = self.drawing.seed + number
-            latent = self._draw(prompt, seed, protocol.STEPS, protocol.SIDE, "latent", None).float().cpu()
-            if not latent.isfinite().all() or not latent.any():
-                raise NFQError(
-                    f"a latent of {self._path} in {self._folder} is all zero, or holds NaN or infinity; it cannot be "
-                    "compared"
-                )
-            drawn.append(latent)
-        return drawn
+    def _sample(self, series: Series, prompt: str, seed: int) -> Sample:
+        latents = torch.empty(0)
 
-    def _draw(self, prompt: str, seed: int, steps: int, side: int, kind: str, guidance: float | None) -> Any:
-        options = {} if guidance is None else {"guidance_scale": guidance}
+        def keep_latents(pipeline: object, step: int, timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
+            nonlocal latents
+            latents = tensors["latents"]
+            return tensors
+
+        options = {} if series.guidance is None else {"guidance_scale": series.guidance}
         try:
-            return self._pipeline(
+            drawn = self._pipeline(
                 prompt,
                 negative_prompt="",
-                num_inference_steps=steps,
-                height=side,
-                width=side,
-                output_type=kind,
+                num_inference_steps=series.steps,
+                height=series.side,
+                width=series.side,
+                output_type="np" if series.decoded else "latent",
                 generator=torch.Generator().manual_seed(seed),
+                callback_on_step_end=keep_latents,
                 **options,
             ).images[0]
         except ValueError as error:
             raise NFQError(f"{self._folder} cannot draw this: {error}") from None
+        latent = latents[0].float().cpu()
+        if not latent.isfinite().all() or not latent.any():
+            raise NFQError(
+                f"a latent of {self._path} in {self._folder} is all zero, or holds NaN or infinity; it cannot be "
+                "compared"
+            )
+        if not series.decoded:
+            return Sample(latent, None)
+        if not np.isfinite(drawn).all():
+            raise NFQError(f"a picture of {self._path} in {self._folder} holds NaN or infinity; it cannot be compared")
+        return Sample(latent, (drawn * 255).round().astype(np.uint8))
+
+    def _scheduler(self, sampler: str | None) -> SchedulerMixin:
+        """The pipeline's own scheduler, or a sampler of SAMPLERS on the model's noise levels."""
+        if sampler is None:
+            return self._own_scheduler
+        from diffusers import DPMSolverMultistepScheduler
+
+        own = self._own_scheduler.config
+        if "beta_schedule" not in own:
+            raise NFQError(f"{self._folder} cannot draw with {sampler}: its scheduler has no beta_schedule")
+        levels = {name: own[name] for name in NOISE_LEVELS if name in own}
+        return DPMSolverMultistepScheduler.from_config({**levels, **SAMPLERS[sampler]})
 
 
 def _check_folder(folder: Path) -> None:

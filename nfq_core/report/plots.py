@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import missing_package
 from ..models.roles import GROUPS, OTHER
+from .drift import PUBLISHED
 from .measure import label
 from .protocol import APPLE_SDXL
 from .sheet import FONTS
@@ -55,7 +56,8 @@ def plots(report: Mapping[str, Any]) -> dict[str, Figure]:
     """Plot the result of `measure.measure`, with or without that of `pictures.add_pictures`.
 
     Returns:
-        Figures by file name without suffix: `size`, `layers`, and `roles` if there is more than one role.
+        Figures by file name without suffix: `size`, `layers`, `roles` if there is more than one role, and `drift` if
+        it was measured.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -70,6 +72,8 @@ def plots(report: Mapping[str, Any]) -> dict[str, Figure]:
         drawn = {"size": _size_plot(report, styles), "layers": _layers_plot(report)}
         if len({row["role"] for file in files for row in file["roles"]}) > 1:
             drawn["roles"] = _roles_plot(report, styles)
+        if "drift" in report:
+            drawn["drift"] = _drift_plot(report, styles)
     return drawn
 
 
@@ -256,4 +260,42 @@ def _roles_plot(report: Mapping[str, Any], styles: Sequence[Style]) -> Figure:
     axes.set_ylim(len(roles) - 0.4, -0.6)
     axes.set(xlabel=f"{SQNR_LABEL}, mean over the layers by weights", ylabel="kind of layer (how many)")
     _legend(figure, [(label(file["name"]), style) for file, style in zip(files, styles, strict=True)], "file")
+    return figure
+
+
+def _drift_plot(report: Mapping[str, Any], styles: Sequence[Style]) -> Figure:
+    """Every seed, mean and range of each file; below them, in grey, the published figures of other formats."""
+    files, facts = report["files"], report["drift"]
+    published = PUBLISHED if facts["comparable"] else ()
+    names = [_plain(label(file["name"]), 32) for file in files] + [f"{one.name} (published)" for one in published]
+    figure = _figure(1.6 + 0.35 * len(names))
+    seeds = "1 seed" if len(facts["seeds"]) == 1 else f"{len(facts['seeds'])} seeds"
+    figure.suptitle(
+        f"Drift over {seeds} (higher is better): {_plain(label(report['original']['name']))}", fontweight="bold"
+    )
+    panels = {"cosine": "cosine of final latents", "ssim": "SSIM, 3 × 3 windows", "psnr_db": "PSNR in dB"}
+    columns = figure.subplots(1, len(panels), sharey=True)
+    for axes, (name, title) in zip(columns, panels.items(), strict=True):
+        _style_axes(axes)
+        axes.set_xlabel(title)
+        axes.locator_params(axis="x", nbins=5)
+        for row, (file, (colour, marker)) in enumerate(zip(files, styles, strict=True)):
+            values = [one[name] for one in file["drift"]["each"] if one[name] is not None]
+            if not values:
+                axes.text(0.5, row, "all equal", ha="center", va="center", transform=axes.get_yaxis_transform())
+                continue
+            axes.plot(values, [row] * len(values), "|", color=colour, markersize=11, alpha=0.6)
+            axes.plot([min(values), max(values)], [row, row], color=colour, linewidth=1)
+            axes.plot(file["drift"][name]["mean"], row, marker, color=colour, markersize=8)
+        for row, one in enumerate(published, len(files)):
+            if spread := getattr(one, name):
+                axes.plot(spread[1:], [row] * len(spread[1:]), color=GREY, linewidth=1)
+                axes.plot(spread[0], row, "x", color=GREY, markersize=7)
+    columns[0].set_yticks(range(len(names)), names)
+    columns[0].set_ylim(len(names) - 0.5, -0.5)
+    if published:
+        figure.supxlabel(
+            "Grey: published for SDXL fine-tunes, activations rounded too; ranges over fine-tunes, not seeds.",
+            fontsize=9,
+        )
     return figure

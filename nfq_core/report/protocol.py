@@ -1,18 +1,55 @@
-"""PSNR of latents after one step, as Apple measured palettised SDXL models, and Apple's figures.
+"""Series of samples that are drawn with each model, and Apple's: latents after one step.
 
-Eight prompts, one denoising step, pictures of 768 × 768, the pipeline's own scheduler and guidance, mean over the
-prompts. The prompts and seeds are this project's own, so figures are similar to Apple's (mixed-bit palettisation in
-`ml-stable-diffusion`) but not exactly comparable.
+Apple measured palettised SDXL models by the PSNR of latents: eight prompts, one denoising step, pictures of 768 × 768,
+the pipeline's own scheduler and guidance, mean over the prompts. The prompts and seeds are this project's own, so
+figures are similar to Apple's (mixed-bit palettisation in `ml-stable-diffusion`) but not exactly comparable.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+
+@dataclass(frozen=True)
+class Series:
+    """The samples to draw with each model."""
+
+    prompts: tuple[str, ...]
+    """The prompt of each sample."""
+    seeds: tuple[int, ...]
+    """The seed of each sample's noise; as many as prompts."""
+    steps: int
+    """Denoising steps of each sample."""
+    side: int
+    """Width and height, in pixels."""
+    guidance: float | None = None
+    """CFG scale; None for the pipeline's default."""
+    sampler: str | None = None
+    """Sampler and schedule by ComfyUI's names; None for the pipeline's own."""
+    decoded: bool = True
+    """Whether latents are decoded to pictures."""
+
+    def all_steps(self) -> int:
+        """Denoising steps of all samples."""
+        return self.steps * len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model drew."""
+
+    latent: torch.Tensor | None
+    """The final latent, fp32, shape (channels, height, width); None if the model has no latents."""
+    picture: np.ndarray | None
+    """uint8, shape (height, width, 3); None if it was not decoded."""
+
+
 SIDE = 768
-"""Width and height of the pictures, in pixels."""
+"""Width and height of Apple's pictures, in pixels."""
 
 STEPS = 1
 
@@ -41,6 +78,16 @@ APPLE_SDXL = (
     (2.71, 66.3),
 )
 """Bits per weight and dB that Apple published for SDXL base 1.0; the bits count codes only."""
+
+
+def apple(seed: int) -> Series:
+    """The series of samples for Apple's measure; sample i starts from the noise of seed `seed + i`."""
+    return Series(PROMPTS, consecutive(seed, len(PROMPTS)), STEPS, SIDE, decoded=False)
+
+
+def consecutive(seed: int, count: int) -> tuple[int, ...]:
+    """`count` seeds from `seed` on."""
+    return tuple(range(seed, seed + count))
 
 
 def latent_psnr_db(reference: torch.Tensor, other: torch.Tensor) -> float | None:

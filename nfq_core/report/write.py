@@ -12,6 +12,7 @@ import numpy as np
 
 from ..files.atomic import prepare_folder, write_whole
 from ..sizes import size_in_words
+from .drift import drift_section
 from .markdown import as_code, as_text, markdown_table, ratio_in_words
 from .measure import label
 from .plots import plots, png
@@ -23,6 +24,7 @@ PLOT_TITLES = {
     "size": "Error against size",
     "layers": "Error of each layer",
     "roles": "Error of each kind of layer",
+    "drift": "Drift over seeds",
     "pictures": "The same prompts and seeds, drawn with each file's weights",
 }
 """Titles of the plots and pictures by file name without suffix, in the order of the report."""
@@ -120,6 +122,8 @@ def markdown(report: Mapping[str, Any], images: Sequence[str]) -> str:
         parts += ["### Pictures", *_image("pictures", images), _how_drawn(report), _pictures_table(report)]
     if "protocol" in report:
         parts += ["### Latents after one step", _about_protocol(report)]
+    if "drift" in report:
+        parts += ["### Drift over seeds", *_image("drift", images), drift_section(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

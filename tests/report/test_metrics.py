@@ -1,4 +1,4 @@
-"""PSNR by hand; SSIM against its definition written out window by window."""
+"""PSNR and cosine by hand; SSIM against its definition written out window by window."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nfq_core.report.metrics import psnr_db, ssim
+from nfq_core.report.metrics import cosine, psnr_db, ssim, ssim_uniform
 
 
 def test_psnr_by_hand():
@@ -18,18 +18,34 @@ def test_psnr_by_hand():
     assert psnr_db(reference, reference, 255) is None
 
 
-def ssim_by_definition(x: np.ndarray, y: np.ndarray, peak: float, side: int) -> float:
-    """One channel; every position of the window by itself, with centred moments."""
+def test_cosine_by_hand():
+    # 3·4 + 4·3 = 24, and both are 5 long; the shape does not matter.
+    assert cosine(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]])) == pytest.approx(24 / 25, rel=1e-12)
+    assert cosine(torch.tensor([3.0, 4.0]), torch.tensor([-6.0, -8.0])) == pytest.approx(-1, rel=1e-12)
+    # In fp16, 300² overflows.
+    assert cosine(torch.full((2, 2), 300.0).half(), torch.full((2, 2), 1.0).half()) == pytest.approx(1, rel=1e-12)
+
+
+def gaussian(side: int) -> np.ndarray:
     distance = np.arange(side) - side // 2
     weights = np.exp(-(distance[:, None] ** 2 + distance[None, :] ** 2) / (2 * 1.5**2))
-    weights /= weights.sum()
+    return weights / weights.sum()
+
+
+def ssim_by_definition(
+    x: np.ndarray, y: np.ndarray, peak: float, weights: np.ndarray, correction: float = 1.0
+) -> float:
+    """One channel; every position of the window by itself, with centred moments times the correction."""
+    side = len(weights)
     values = []
     for row in range(x.shape[0] - side + 1):
         for column in range(x.shape[1] - side + 1):
             a, b = (picture[row : row + side, column : column + side] for picture in (x, y))
             mean_a, mean_b = (weights * a).sum(), (weights * b).sum()
-            variance_a, variance_b = (weights * (a - mean_a) ** 2).sum(), (weights * (b - mean_b) ** 2).sum()
-            covariance = (weights * (a - mean_a) * (b - mean_b)).sum()
+            variance_a, variance_b = (
+                correction * (weights * (v - v_mean) ** 2).sum() for v, v_mean in ((a, mean_a), (b, mean_b))
+            )
+            covariance = correction * (weights * (a - mean_a) * (b - mean_b)).sum()
             c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
             luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
             values.append(luminance * (2 * covariance + c2) / (variance_a + variance_b + c2))
@@ -41,9 +57,25 @@ def test_ssim_is_its_definition(height, width, side):
     generator = np.random.default_rng(height)
     pictures = generator.random((2, 2, 3, height, width))
     expected = np.mean(
-        [ssim_by_definition(*pictures[:, count, channel], 1.0, side) for count in range(2) for channel in range(3)]
+        [
+            ssim_by_definition(*pictures[:, count, channel], 1.0, gaussian(side))
+            for count in range(2)
+            for channel in range(3)
+        ]
     )
     found = ssim(torch.from_numpy(pictures[0]), torch.from_numpy(pictures[1]), 1.0)
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("height", "width", "side"), [(8, 9, 3), (3, 3, 3), (8, 8, 7)])
+def test_uniform_ssim_is_that_of_scikit_image(height, width, side):
+    """Uniform weights, and sample moments: those of n values times n / (n - 1)."""
+    pictures = np.random.default_rng(height).random((2, 1, 2, height, width))
+    uniform, n = np.full((side, side), 1 / side**2), side**2
+    expected = np.mean(
+        [ssim_by_definition(*pictures[:, 0, channel], 1.0, uniform, n / (n - 1)) for channel in range(2)]
+    )
+    found = ssim_uniform(torch.from_numpy(pictures[0]), torch.from_numpy(pictures[1]), 1.0, side)
     assert found == pytest.approx(expected, rel=1e-9)
 
 

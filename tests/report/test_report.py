@@ -288,9 +288,11 @@ def test_latent_psnr_by_hand():
 
 
 class Artist:
-    """Draws two prompts: grey of the number of models before it."""
+    """Draws a ramp that is brighter by one for each model before it."""
 
-    drawing = pictures.Drawing(("one", "two|three"), 7, 3, 2.5, 16)
+    chosen = protocol.Series(("one", "two|three"), (7, 8), 3, 16, 2.5)
+    device = "cpu"
+    has_latents = True
 
     def __init__(self) -> None:
         self.loaded: list[Path] = []
@@ -298,19 +300,22 @@ class Artist:
     def load(self, path) -> None:
         self.loaded.append(path)
 
-    def pictures(self) -> np.ndarray:
-        ramp = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3) // 2
-        return np.stack([ramp, ramp]) + np.uint8(len(self.loaded) - 1)
-
-    def latents(self) -> list[torch.Tensor]:
-        return [torch.full((4, 2, 2), 1.0 + 0.1 * len(self.loaded))] * 2
+    def draw(self, series):
+        ramp = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3) // 2 + np.uint8(len(self.loaded) - 1)
+        for _ in series.prompts:
+            latent = torch.full((4, 2, 2), 1.0 + 0.1 * len(self.loaded))
+            yield protocol.Sample(latent, ramp if series.decoded else None)
 
 
 def test_pictures_against_the_originals(folder, files, report, tmp_path):
     found, artist = json.loads(json.dumps(report)), Artist()
     seen = []
     drawn = pictures.add_pictures(found, "original", files, artist, progress=lambda *args: seen.append(args[:2]))
-    assert artist.loaded == ["original", *files] and seen == [(1, 3), (2, 3), (3, 3)]
+    assert artist.loaded == ["original", *files]
+    # Each model draws two pictures of three steps and eight latents of one.
+    per_model = [3, 6, *range(7, 15)]
+    assert seen == [(14 * model + steps, 42) for model in range(3) for steps in per_model]
+    assert pictures.work(artist) == (10, 14)
     one, two = found["files"]
     reference = torch.from_numpy(drawn[0]).movedim(-1, 1).float()
     # Every value is one off, then two.
@@ -319,7 +324,7 @@ def test_pictures_against_the_originals(folder, files, report, tmp_path):
     assert two["pictures"]["psnr_db"] == pytest.approx(psnr_db(reference, reference + 2, 255))
     assert two["pictures"]["ssim"] == pytest.approx(ssim(reference, reference + 2, 255))
     assert one["latents"]["psnr_db"] == pytest.approx(20 * log10(1.2 / 0.1), abs=1e-4)
-    assert two["latents"]["each"] == pytest.approx([20 * log10(1.3 / 0.2)] * 2, abs=1e-4)
+    assert two["latents"]["each"] == pytest.approx([20 * log10(1.3 / 0.2)] * 8, abs=1e-4)
     # The tiny UNet is no SDXL: Apple's figures do not belong beside it.
     assert found["protocol"]["comparable"] is False
     json.dumps(found, allow_nan=False)
@@ -348,17 +353,17 @@ def test_demo_pictures(tmp_path):
     )
     artist = make_painter("demo", pictures.Drawing(("a large red circle on a white background",), steps=1))
     artist.load(bundled_weights_path())
-    before = artist.pictures()
+    (before,) = artist.draw(artist.chosen)
     artist.load(tmp_path / "demo.nfq.safetensors")
-    after = artist.pictures()
-    assert before.shape == after.shape == (1, 32, 32, 3) and (before != after).any()
-    assert artist.latents() is None and artist.drawing.guidance == 3.0
+    (after,) = artist.draw(artist.chosen)
+    assert before.picture.shape == after.picture.shape == (32, 32, 3) and (before.picture != after.picture).any()
+    assert before.latent is None and not artist.has_latents and artist.chosen.guidance == 3.0
     save_file(SMALL_MODEL, tmp_path / "other")
     with pytest.raises(NFQError, match="other does not fit the demo model"):
         artist.load(tmp_path / "other")
     wrong = make_painter("demo", pictures.Drawing(("a cat",)))
     with pytest.raises(NFQError, match=r"the demo model cannot draw this: .*unknown word 'cat'"):
-        wrong.pictures()
+        list(wrong.draw(wrong.chosen))
     with pytest.raises(NFQError, match="leave --side and --device out"):
         make_painter("demo", pictures.Drawing(side=64))
 
@@ -399,7 +404,7 @@ def test_a_diffusers_folder(capsys, sdxl, tmp_path, monkeypatch):
     with pytest.raises(NFQError, match="cannot draw this: "):
         broken = make_painter(sdxl, pictures.Drawing((1,), steps=1))
         broken.load(original)
-        broken.pictures()
+        list(broken.draw(broken.chosen))
     save_file(SMALL_MODEL, tmp_path / "other")
     with pytest.raises(NFQError, match=r"other does not fit .*: the UNet's 'conv_in.weight' has shape \(32, "):
         artist.load(tmp_path / "other")
@@ -436,7 +441,16 @@ def test_prompts_with_and_without_a_byte_order_mark(tmp_path, encoding):
 
 
 @pytest.mark.parametrize(
-    "option", [("--prompts", "p"), ("--steps", 0), ("--guidance", 1), ("--seed", 0), ("--side", 8), ("--device", "cpu")]
+    "option",
+    [
+        ("--prompts", "p"),
+        ("--steps", 0),
+        ("--guidance", 1),
+        ("--seed", 0),
+        ("--side", 8),
+        ("--device", "cpu"),
+        ("--drift",),
+    ],
 )
 def test_choices_of_pictures_without_pictures(capsys, folder, files, tmp_path, option):
     arguments = ["report", folder / "ldm.safetensors", files[0], "--out", tmp_path / "out"]
