@@ -18,7 +18,7 @@ from nfq_core.errors import NFQError
 from nfq_core.files.article import write_article_file
 from nfq_core.planning.settings import Formats, Settings
 
-MADE = "m-balanced.nfq.safetensors"
+MADE = "m-NF16.nfq.safetensors"
 
 
 @pytest.fixture
@@ -50,13 +50,13 @@ QUANTIZED = {
 
 @pytest.mark.parametrize("given", QUANTIZED)
 def test_quantize(folder, capsys, given):
-    result = as_json(capsys, "quantize", "m.safetensors", *([] if given is None else [given]))
+    result = as_json(capsys, "quantize", "m.safetensors", *([] if given is None else [given]), "--levels", 16)
     assert Path(result["target"]) == Path(QUANTIZED[given])
     assert as_json(capsys, "verify", QUANTIZED[given])["ok"]
 
 
 def test_a_name_that_begins_with_a_dash(folder, capsys):
-    code, _, error = run(capsys, "quantize", "--", "m.safetensors", "-x")
+    code, _, error = run(capsys, "quantize", "--levels", 16, "--", "m.safetensors", "-x")
     assert (code, error) == (0, "")
     assert run(capsys, "verify", "--", "-x.nfq.safetensors")[0] == 0
 

@@ -35,7 +35,7 @@ from nfq_core.demo.shapes import (
 from nfq_core.files.safetensors_io import describe as describe_tensors
 from nfq_core.packed.formats import LEVELS
 from nfq_core.planning.policy import plan_tensors
-from nfq_core.planning.settings import DEFAULTS
+from nfq_core.planning.settings import Formats, Settings
 
 CAPTIONS = ("a large red circle on a white background", "a large purple heart on a yellow background")
 
@@ -96,7 +96,7 @@ def test_the_demo_model_is_calibrated(tmp_path, monkeypatch):
     assert len(contexts) == 1
     weights = load_weights()
     entries = describe_tensors(weights)
-    info, plans = plan_tensors(entries, DEFAULTS)
+    info, plans = plan_tensors(entries, Settings(Formats()))
     found, warnings = calibration.for_plans(info, plans)
     assert found.keys() == {key for key, plan in plans.items() if plan.format}
     assert not warnings

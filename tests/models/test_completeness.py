@@ -21,6 +21,7 @@ from nfq_core.models.unet_keys import (
     diffusers_to_ldm,
     tensor_shapes,
 )
+from nfq_core.planning.settings import Formats, Settings
 
 LAYOUTS = ("ldm", "prefixed", "diffusers")
 
@@ -150,7 +151,7 @@ def test_anything_else_is_no_incomplete_unet(shapes):
 def test_quantising_refuses_and_warns(tmp_path):
     tensors = random_unet(architecture=TINY)
     save_file(tensors, tmp_path / "whole")
-    (warning,) = quantize_file(tmp_path / "whole", tmp_path / "a")["warnings"]
+    (warning,) = quantize_file(tmp_path / "whole", tmp_path / "a", Settings(Formats()))["warnings"]
     assert "ComfyUI and the web UIs load no model of its sizes" in warning
     del tensors["out.0.bias"]
     save_file(tensors, tmp_path / "part")
