@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from nfq_core import NFQError, NFTensor, load, quantize_state_dict, save
-from nfq_core.checkpoints.examine import file_info, sqnr_db
+from nfq_core.checkpoints.examine import file_info
+from nfq_core.decibels import sqnr_db
 from nfq_core.demo.model import GUIDANCE as DEMO_GUIDANCE
 from nfq_core.demo.model import STEPS as DEMO_STEPS
 from nfq_core.demo.model import TinyPipeline, build_pipeline, import_diffusers, load_weights, sample, split_weights

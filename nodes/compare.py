@@ -10,6 +10,7 @@ import comfy.latent_formats
 import torch
 
 from ..nfq_core import NFQError
+from ..nfq_core.decibels import EQUAL
 from ..nfq_core.report.metrics import psnr_db, ssim
 from ..nfq_core.report.sheet import comparison_sheet
 
@@ -31,7 +32,7 @@ class ComparedInput:
         """PSNR and SSIM as text; empty for the reference."""
         if self.ssim is None:
             return ""
-        return f"{'equal' if self.psnr_db is None else f'PSNR {self.psnr_db:.2f} dB'}, SSIM {self.ssim:.4f}"
+        return f"{EQUAL if self.psnr_db is None else f'PSNR {self.psnr_db:.2f} dB'}, SSIM {self.ssim:.4f}"
 
 
 def compare(inputs: Mapping[str, Any], labels: str, vae: Any = None) -> list[ComparedInput]:

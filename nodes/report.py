@@ -11,7 +11,8 @@ import comfy.lora
 import torch
 
 from ..nfq_core import NFQError, NFQFile
-from ..nfq_core.checkpoints.examine import container_info, mean_sqnr_db, settings_in_words, sqnr_db
+from ..nfq_core.checkpoints.examine import container_info, settings_in_words
+from ..nfq_core.decibels import decibels_in_words, pooled_sqnr_db, sqnr_db
 from ..nfq_core.errors import printable
 from ..nfq_core.packed.formats import format_by_id
 from .bake import without_dynamic_vram
@@ -57,15 +58,17 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
     Returns:
         `name` (of its file; empty if it was quantised in this workflow), `settings`, `source`, `weights` (count of
         quantised weights), `packed_bits_per_weight`, `model_bytes` (in memory), `fp16_bytes` (the same with its
-        quantised weights as fp16), `sqnr_db` (mean over layers by count of weights, None if no error was measured) and
-        `layers` (each `name`, `format`, `shape`, `bits_per_weight`, `sqnr_db`).
+        quantised weights as fp16), `sqnr_db` (over all layers, see `decibels.pooled_sqnr_db`) and `layers` (each
+        `name`, `format`, `shape`, `bits_per_weight`, `sqnr_db`). A `sqnr_db` is None if the weights are equal, and left
+        out if no error was measured.
 
     Raises:
-        NFQError: the MODEL is not packed, or the original does not have the same layers.
+        NFQError: the MODEL is not packed, or was not quantised from the original.
     """
     facts = provenance(model, "this MODEL is not quantised; connect one from NFQ Quantize UNet or an NFQ loader")
     before = key_patches(without_dynamic_vram(original)) if original is not None else {}
     layers, weights, packed_bytes = [], 0, 0
+    measured: list[tuple[int, float]] = []
     for key, layer in nf_layers(model.model):
         packed, name = unwrap(layer.weight), key.removeprefix(UNET)
         sqnr = facts.sqnr.get(name)
@@ -80,17 +83,22 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
             if patches:
                 wanted = comfy.lora.calculate_weight(patches, wanted.clone(), key)
             sqnr = sqnr_db(wanted, packed.to("cpu").dequantize(torch.float32))
+            if math.isnan(sqnr) or sqnr == -math.inf:
+                raise NFQError(
+                    f"the original's weight {name!r} is not what was quantised; connect the MODEL that was quantised"
+                )
         weights += packed.numel()
         packed_bytes += packed.nbytes
-        layers.append(
-            {
-                "name": name,
-                "format": packed.format.id,
-                "shape": list(packed.shape),
-                "bits_per_weight": round(packed.bits_per_weight, 4),
-                "sqnr_db": json_decibels(sqnr),
-            }
-        )
+        layer = {
+            "name": name,
+            "format": packed.format.id,
+            "shape": list(packed.shape),
+            "bits_per_weight": round(packed.bits_per_weight, 4),
+        }
+        if sqnr is not None:
+            layer["sqnr_db"] = json_decibels(sqnr)
+            measured.append((packed.numel(), sqnr))
+        layers.append(layer)
     return {
         "name": facts.file_name,
         "settings": dict(facts.settings),
@@ -99,7 +107,7 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
         "packed_bits_per_weight": packed_bytes * 8 / weights if weights else 0.0,
         "model_bytes": model.model_size(),
         "fp16_bytes": model.model_size() - packed_bytes + 2 * weights,
-        "sqnr_db": mean_sqnr_db((math.prod(layer["shape"]), layer["sqnr_db"]) for layer in layers),
+        **({"sqnr_db": json_decibels(pooled_sqnr_db(measured))} if measured else {}),
         "layers": layers,
     }
 
@@ -118,9 +126,10 @@ def as_text(facts: Mapping[str, Any]) -> str:
         lines.append(f"{facts['file_bytes'] / 1e9:,.3f} GB in the file, {facts['fp16_bytes'] / 1e9:,.3f} GB as fp16")
     else:
         lines.append(f"{facts['model_bytes'] / 1e9:,.3f} GB in memory")
-    if facts.get("sqnr_db") is not None:
-        lines.append(f"{facts['sqnr_db']:.2f} dB mean signal-to-quantisation-noise ratio (SQNR), higher is better")
+    if "sqnr_db" in facts:
+        error = decibels_in_words(facts["sqnr_db"])
+        lines.append(f"SQNR {error} over all layers (signal-to-quantisation-noise ratio, higher is better)")
     for layer in facts["layers"]:
-        error = f"  {layer['sqnr_db']:6.2f} dB" if layer.get("sqnr_db") is not None else ""
+        error = f"  {decibels_in_words(layer['sqnr_db']):>9}" if "sqnr_db" in layer else ""
         lines.append(f"{layer['format']:>9}  {layer['bits_per_weight']:.3f} bits{error}  {printable(layer['name'])}")
     return "\n".join(lines)

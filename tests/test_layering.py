@@ -136,7 +136,7 @@ FLOORS = (
     {"files", "fitting", "layers"},
     {"packed"},
     {"models"},
-    {"errors", "parallel", "sizes", "version"},
+    {"decibels", "errors", "parallel", "sizes", "version"},
 )
 """The rooms of the core from top to bottom: each imports only from floors below its own."""
 

@@ -13,7 +13,7 @@ import torch
 
 from nfq_core.calibration.statistics import Calibration
 from nfq_core.checkpoints.convert import quantize_file
-from nfq_core.checkpoints.examine import sqnr_db
+from nfq_core.decibels import sqnr_db
 from nfq_core.demo import shapes as scenes
 from nfq_core.demo.calibrate import HELD_OUT_SEED, noisy_pictures, random_captions
 from nfq_core.demo.model import SCHEDULER_CONFIG, TinyPipeline, build_pipeline, bundled_weights_path, load_weights

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from nfq_core.checkpoints.examine import sqnr_db
+from nfq_core.decibels import sqnr_db
 from nfq_core.errors import NFQError
 from nfq_core.files.safetensors_io import SafetensorsFile
 from nfq_core.parallel import ordered_map

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nfq_core import quantize, quantize_state_dict
-from nfq_core.checkpoints.examine import sqnr_db
+from nfq_core.decibels import sqnr_db
 from nfq_core.demo.model import TinyPipeline, build_pipeline, load_weights
 from nfq_core.layers import PackedLinear, pack_layers, packed_layers
 from nfq_core.packed.op import dequantize_for_one_use

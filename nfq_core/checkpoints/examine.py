@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ..decibels import pooled_sqnr_db, sqnr_db
 from ..errors import CorruptFileError, NFQError, printable
 from ..files.container import NFQFile
 from ..files.original import Original
@@ -130,27 +131,6 @@ def verify_file(path: str | os.PathLike, *, progress: Progress = no_progress) ->
         return {"ok": not errors, "tensors": len(file.keys()), "errors": errors}
 
 
-def sqnr_db(original: torch.Tensor, approximation: torch.Tensor) -> float:
-    """Signal-to-quantisation-noise ratio, ``10 * log10(var(original) / mse)`` in dB; infinite if both are equal.
-
-    For a constant tensor, whose variance is 0, the mean square is used instead.
-    """
-    total = squares = error = 0.0
-    for part, other in zip(original.reshape(-1).split(1 << 20), approximation.reshape(-1).split(1 << 20), strict=True):
-        part = part.double()
-        total += part.sum().item()
-        squares += part.square().sum().item()
-        error += (part - other.double()).square_().sum().item()
-    if error == 0:
-        return math.inf
-    weights = original.numel()
-    variance = squares - total * total / weights
-    # A variance below the rounding error of the sums means that all weights are equal.
-    signal = variance if variance > 1e-12 * squares else squares
-    ratio = signal / error
-    return 10 * math.log10(ratio) if ratio else -math.inf
-
-
 def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progress: Progress = no_progress) -> dict:
     """Measure the error of a container's quantised weights against the original.
 
@@ -161,8 +141,8 @@ def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progr
         progress: see `parallel.Progress`.
 
     Returns:
-        `sqnr_db` (mean over layers, weighted by their numbers of weights) and `layers` (each `name`, `format`,
-        `bits_per_weight` as stored, and `sqnr_db`, which is None if the weights are equal).
+        `sqnr_db` (of all layers together, see `decibels.pooled_sqnr_db`) and `layers` (each `name`, `format`,
+        `bits_per_weight` as stored, and `sqnr_db`). A `sqnr_db` is None if the weights are equal.
 
     Raises:
         NFQError: a file is missing or damaged, or the original lacks a tensor or has it in another shape.
@@ -196,19 +176,9 @@ def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progr
             done += before.entries[names[key]].nbytes
             progress(done, total, key)
         return {
-            "sqnr_db": mean_sqnr_db((after.quantized[each["name"]].weights, each["sqnr_db"]) for each in layers),
+            "sqnr_db": pooled_sqnr_db((after.quantized[each["name"]].weights, each["sqnr_db"]) for each in layers),
             "layers": layers,
         }
-
-
-def mean_sqnr_db(layers: Iterable[tuple[int, float | None]]) -> float | None:
-    """Mean ratio in dB over layers, given as (number of weights, ratio), weighted by the number of weights.
-
-    Layers without a ratio are ignored; None if no layer has one.
-    """
-    known = [(weights, ratio) for weights, ratio in layers if ratio is not None]
-    total = sum(weights for weights, _ in known)
-    return sum(weights * ratio for weights, ratio in known) / total if total else None
 
 
 def _counterparts(before: Original, after: NFQFile) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..calibration.statistics import Calibration, measured_sensitivities
+from ..decibels import sqnr_db
 from ..errors import CannotQuantizeError, NFQError
 from ..files.container import UNRECORDED, NFQFile, Source
 from ..files.prequantized import find_prequantized
@@ -27,7 +28,6 @@ from ..parallel import Progress, no_progress, ordered_map, threads_for
 from ..planning.facts import facts_about
 from ..planning.policy import estimate_warnings, plan_tensors
 from ..planning.settings import Settings
-from .examine import sqnr_db
 from .memory import check_device, choose_memory_mode, free_bytes, is_out_of_memory, needed_bytes, refuse_beyond_memory
 
 log = logging.getLogger("nfq")

@@ -19,13 +19,14 @@ from ..checkpoints.batch import batch_lines, convert_folders
 from ..checkpoints.dry_run import forecast_file, forecast_lines
 from ..checkpoints.memory import is_out_of_memory
 from ..checkpoints.targets import PLAIN_SUFFIX, container_name, dense_name, model_name, target_path
+from ..decibels import decibels_in_words
 from ..errors import DEBUG, NFQError, internal_fault, printable, reason_of
 from ..files.container import SUFFIX
 from ..packed import backends
 from ..version import __version__
 from .conversion_options import add_conversion_options, conversion
 from .report_commands import add_card_command, add_report_command
-from .terminal import Run, decibels, progress_bar, show
+from .terminal import Run, progress_bar, show
 
 log = logging.getLogger("nfq")
 
@@ -264,11 +265,11 @@ def _compare(options: argparse.Namespace) -> int:
         result = examine.compare_files(options.original, options.file, progress=progress)
     names = [printable(layer["name"], examine.MAX_LINE) for layer in result["layers"]]
     width = max(map(len, names), default=0)
-    lines = [
-        f"{name:{width}}  {layer['format']:12}  {layer['bits_per_weight']:6.3f} bits  {decibels(layer['sqnr_db'])}"
-        for name, layer in zip(names, result["layers"], strict=True)
-    ]
-    lines.append(f"mean over {len(result['layers'])} layers, by weights: {decibels(result['sqnr_db'])}")
+    lines = []
+    for name, layer in zip(names, result["layers"], strict=True):
+        figures = f"{layer['bits_per_weight']:6.3f} bits  {decibels_in_words(layer['sqnr_db']):>9}"
+        lines.append(f"{name:{width}}  {layer['format']:12}  {figures}")
+    lines.append(f"all {len(result['layers'])} layers together: {decibels_in_words(result['sqnr_db'])}")
     return show(options, result, "\n".join(lines))
 
 
@@ -280,7 +281,7 @@ def _demo(options: argparse.Namespace) -> int:
     lines = ["levels  bits/weight  file bytes  SQNR dB  picture PSNR dB"]
     for row in report["levels"]:
         figures = f"{row['levels']:6}  {row['bits_per_weight']:11.3f}  {row['file_bytes']:10,}  {row['sqnr_db']:7.2f}"
-        lines.append(f"{figures}  {decibels(row['psnr_db']):>15}")
+        lines.append(f"{figures}  {decibels_in_words(row['psnr_db']):>15}")
     lines.append(f"pictures: {report['comparison']}")
     return show(options, report, "\n".join(lines))
 

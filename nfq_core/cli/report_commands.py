@@ -10,13 +10,13 @@ from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
+from ..decibels import decibels_in_words
 from ..demo.model import bundled_weights_path
 from ..demo.painter import DemoPainter
 from ..errors import NFQError
 from ..files.atomic import AtomicFile, prepare_folder
 from ..report.card import RECOMMENDED_BITS, card, card_facts
 from ..report.drift import DRIFT, drift_in_words
-from ..report.markdown import ratio_in_words
 from ..report.measure import by_size, measure
 from ..report.pictures import Drawing, Painter, add_pictures, work
 from ..report.pipeline_painter import PipelinePainter
@@ -95,11 +95,11 @@ def _report(options: argparse.Namespace) -> int:
     lines = []
     for file in report["files"]:
         line = f"{file['name']}: {size_in_words(file['file_bytes'])}, {file['bits_per_weight']:.3f} bits per weight, "
-        line += f"SQNR {ratio_in_words(file['sqnr_db'])} dB"
+        line += f"SQNR {decibels_in_words(file['sqnr_db'])}"
         if "pictures" in file:
-            line += f", PSNR {ratio_in_words(file['pictures']['psnr_db'])} dB, SSIM {file['pictures']['ssim']:.4f}"
+            line += f", PSNR {decibels_in_words(file['pictures']['psnr_db'])}, SSIM {file['pictures']['ssim']:.4f}"
         if "latents" in file:
-            line += f", latent PSNR {ratio_in_words(file['latents']['psnr_db'], 1)} dB"
+            line += f", mean over prompts of latent PSNR {decibels_in_words(file['latents']['mean_psnr_db'], 1)}"
         if "drift" in file:
             words = drift_in_words(file["drift"])
             line += f", over {len(report['drift']['seeds'])} seeds: cosine {words['cosine']}, "

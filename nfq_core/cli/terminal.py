@@ -42,11 +42,6 @@ def show(options: argparse.Namespace, result: Any, text: str, *, document: bool 
     return 0
 
 
-def decibels(ratio: float | None) -> str:
-    """A ratio in dB as a text of fixed width; None means that both sides are equal."""
-    return "  equal" if ratio is None else f"{ratio:6.2f} dB"
-
-
 @contextmanager
 def progress_bar(title: str, options: argparse.Namespace, unit: str = "B") -> Iterator[Progress]:
     """A progress callback that draws a bar on a terminal; without one, or with `--json`, it draws nothing."""

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from ..checkpoints.examine import container_info, settings_in_words
 from ..checkpoints.whole_checkpoint import missing_companions
+from ..decibels import ratio_in_words
 from ..errors import CorruptFileError, NFQError
 from ..files.container import NFQFile
 from ..files.untrusted import parse_json
@@ -18,9 +19,9 @@ from ..models.unet import UNKNOWN
 from ..parallel import Progress, no_progress
 from ..planning.settings import DEFAULT_PRESET, PRESETS
 from ..sizes import size_in_words
-from .markdown import as_code, as_text, markdown_table, ratio_in_words
+from .markdown import as_code, as_text, markdown_table
 from .measure import label, measure, short_names
-from .write import JSON_NAME, MARKDOWN_NAME, MEANINGS, PLOT_TITLES, markdown
+from .write import JSON_NAME, LATENT_PSNR, MARKDOWN_NAME, MEANINGS, PLOT_TITLES, markdown
 
 PLACEHOLDERS = {"base_model": "FILL-IN/BASE-MODEL", "license": "FILL-IN-LICENSE-OF-THE-BASE-MODEL"}
 """Placeholders for facts that only the author of the card knows."""
@@ -170,10 +171,10 @@ def _is_unet(one: Mapping[str, Any]) -> bool:
 
 def _files_table(facts: Mapping[str, Any]) -> str:
     columns = [
-        ("SQNR, dB", "sqnr_db", lambda ratio: ratio_in_words(ratio)),
+        ("SQNR, dB", "sqnr_db", ratio_in_words),
         ("PSNR, dB", "pictures", lambda figures: ratio_in_words(figures["psnr_db"])),
         ("SSIM", "pictures", lambda figures: f"{figures['ssim']:.4f}"),
-        ("latent PSNR, dB", "latents", lambda figures: ratio_in_words(figures["psnr_db"], 1)),
+        (LATENT_PSNR, "latents", lambda figures: ratio_in_words(figures["mean_psnr_db"], 1)),
         ("latent cosine", "drift", lambda figures: f"{figures['cosine']['mean']:.3f}"),
     ]
     known = [column for column in columns if any(column[1] in one for one in facts["files"])]

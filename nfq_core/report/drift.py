@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .markdown import as_code, markdown_table, ratio_in_words
+from ..decibels import ratio_in_words
+from .markdown import as_code, markdown_table
 from .metrics import cosine, psnr_db, ssim_uniform
 from .protocol import Sample, Series
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-EQUAL = "equal"
-"""Shown instead of an infinite ratio."""
-
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; cells must be Markdown already, see `as_text`."""
@@ -25,8 +22,3 @@ def as_code(words: str) -> str:
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", words)), default=0))
     space = " " if "`" in words else ""
     return f"{fence}{space}{' '.join(words.split())}{space}{fence}".replace("|", r"\|")
-
-
-def ratio_in_words(decibels: float | None, digits: int = 2) -> str:
-    """A ratio in dB as a text without the unit; None means infinite."""
-    return EQUAL if decibels is None else f"{decibels:.{digits}f}"

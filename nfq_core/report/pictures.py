@@ -68,8 +68,9 @@ def add_pictures(
 
     `report["pictures"]` gets the settings of the drawing. Each of `report["files"]` gets `pictures`: `psnr_db` over all
     pictures, `ssim` (mean), and both for `each` picture. If the model has latents, `report["protocol"]` gets their
-    settings, and each file `latents`: `psnr_db` (mean over prompts) and `each`. With `drift`, `report["drift"]` gets
-    its settings (see `drift.drift_facts`), and each file `drift` (see `drift.drift_figures`).
+    settings, and each file `latents`: `mean_psnr_db` (mean over prompts, as published) and `each`.
+    With `drift`, `report["drift"]` gets its settings (see `drift.drift_facts`), and each file `drift` (see
+    `drift.drift_figures`).
 
     Args:
         report: the result of `measure.measure` for the same files; it is changed.
@@ -162,10 +163,11 @@ def _picture_figures(reference: Sequence[Sample], other: Sequence[Sample]) -> di
 
 def _latent_figures(reference: Sequence[Sample], other: Sequence[Sample]) -> dict[str, Any]:
     each = [protocol.latent_psnr_db(one.latent, two.latent) for one, two in zip(reference, other, strict=True)]
-    return {"psnr_db": _mean(each), "each": each}
+    return {"mean_psnr_db": _mean(each), "each": each}
 
 
 def _mean(ratios: Sequence[float | None]) -> float | None:
+    """The mean of dB; None if all are infinite. Single infinite ones are left out."""
     known = [ratio for ratio in ratios if ratio is not None]
     return sum(known) / len(known) if known else None
 

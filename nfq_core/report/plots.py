@@ -152,8 +152,9 @@ def _size_plot(report: Mapping[str, Any], styles: Sequence[Style]) -> Figure:
         panels.append(("Pictures", "PSNR to the original's in dB", f"file size in {name}", sizes, psnr))
     if "protocol" in report:
         bits = [file["unet_bits_per_weight"] for file in files]
-        latents = [file["latents"]["psnr_db"] for file in files]
-        panels.append(("Latents after one step", "PSNR in dB", "bits per weight of the whole UNet", bits, latents))
+        latents = [file["latents"]["mean_psnr_db"] for file in files]
+        y_label, x_label = "mean over prompts of PSNR in dB", "bits per weight of the whole UNet"
+        panels.append(("Latents after one step", y_label, x_label, bits, latents))
     figure = _figure(4.6 + 0.2 * (len(files) // 4))
     figure.suptitle(f"Error against size: {_plain(label(report['original']['name']))}", fontweight="bold")
     columns = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -196,10 +197,10 @@ def _layers_plot(report: Mapping[str, Any]) -> Figure:
             axes.scatter(xs, [layer["sqnr_db"] for layer in members], s=size, c=colour, marker=marker, linewidths=0)
         if file["sqnr_db"] is not None:
             axes.axhline(file["sqnr_db"], color=GREY, linewidth=1, linestyle="--")
-            mean = f", mean {file['sqnr_db']:.2f} dB (dashed)"
+            error = f"{file['sqnr_db']:.2f} dB over all layers (dashed)"
         else:
-            mean = ", equal to the original"
-        title = f"{_plain(label(file['name']))}: {file['bits_per_weight']:.2f} bits per weight{mean}"
+            error = "equal to the original"
+        title = f"{_plain(label(file['name']))}: {file['bits_per_weight']:.2f} bits per weight, {error}"
         axes.set_title(title, fontsize=10, loc="left")
         axes.grid(False, axis="x")
         axes.set_ylabel("SQNR in dB")
@@ -244,7 +245,7 @@ def _stage_axis(rows: Sequence[Axes], stages: Sequence[str]) -> None:
 
 
 def _roles_plot(report: Mapping[str, Any], styles: Sequence[Style]) -> Figure:
-    """The mean error of the layers of each role, one mark per file."""
+    """The error of the layers of each role together, one mark per file."""
     files = report["files"]
     roles = list(dict.fromkeys(row["role"] for file in files for row in file["roles"]))
     figure = _figure(1.6 + 0.3 * len(roles) + 0.2 * (len(files) // 4))
@@ -258,7 +259,7 @@ def _roles_plot(report: Mapping[str, Any], styles: Sequence[Style]) -> Figure:
     counts = {row["role"]: row["layers"] for file in reversed(files) for row in file["roles"]}
     axes.set_yticks(range(len(roles)), [f"{role} ({counts[role]})" for role in roles])
     axes.set_ylim(len(roles) - 0.4, -0.6)
-    axes.set(xlabel=f"{SQNR_LABEL}, mean over the layers by weights", ylabel="kind of layer (how many)")
+    axes.set(xlabel=f"{SQNR_LABEL}, all layers of a kind together", ylabel="kind of layer (how many)")
     _legend(figure, [(label(file["name"]), style) for file, style in zip(files, styles, strict=True)], "file")
     return figure
 

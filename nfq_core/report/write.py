@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from ..decibels import decibels_in_words, ratio_in_words
 from ..files.atomic import prepare_folder, write_whole
 from ..sizes import size_in_words
 from .drift import drift_section
-from .markdown import as_code, as_text, markdown_table, ratio_in_words
+from .markdown import as_code, as_text, markdown_table
 from .measure import label
 from .plots import plots, png
 from .sheet import comparison_sheet
@@ -36,11 +37,14 @@ SHEET_SIDE = 256
 
 MEANINGS = (
     "*Bits per weight*: bytes of the quantised tensors in the file × 8 ÷ their weights; *packed*: the same in memory. "
-    "*SQNR*: signal-to-quantisation-noise ratio of the weights, 10 · log10(variance ÷ mean squared error), mean over "
-    "layers weighted by size; 6 dB are about one bit. *PSNR* and *SSIM* compare pictures with the original's. Higher "
-    "is better."
+    "*SQNR*: signal-to-quantisation-noise ratio of the weights, 10 · log10(variance ÷ mean squared error); for several "
+    "layers, mean squared error ÷ variance is averaged over their weights first. 6 dB are about one bit. *PSNR* and "
+    "*SSIM* compare pictures with the original's. Higher is better."
 )
 """Explains the columns of the table of files."""
+
+LATENT_PSNR = "mean over prompts of latent PSNR, dB"
+"""Header of the column with the figure of `protocol`."""
 
 WORST = 5
 """Number of layers with the largest error that are listed for each file."""
@@ -85,7 +89,7 @@ def _sheet(report: Mapping[str, Any], drawn: Sequence[np.ndarray]) -> bytes:
     columns = [(f"original|{size_in_words(report['original']['bytes'])}", drawn[0])]
     for file, pictures in zip(report["files"], drawn[1:], strict=True):
         figures = file["pictures"]
-        psnr = ratio_in_words(figures["psnr_db"], 1) + (" dB" if figures["psnr_db"] is not None else "")
+        psnr = decibels_in_words(figures["psnr_db"], 1)
         name = label(file["name"]).replace("|", " ")
         columns.append((f"{name}|{size_in_words(file['file_bytes'])}|{psnr}, SSIM {figures['ssim']:.3f}", pictures))
     side = min(SHEET_SIDE, max(128, *drawn[0].shape[1:3]))
@@ -131,7 +135,7 @@ def _files_table(report: Mapping[str, Any]) -> str:
     """A table of every file's size and errors."""
     header = ["file", "size", "of the original", "bits per weight", "packed bits", "SQNR, dB"]
     header += ["PSNR, dB", "SSIM"] if "pictures" in report else []
-    header += ["latent PSNR, dB"] if "protocol" in report else []
+    header += [LATENT_PSNR] if "protocol" in report else []
     rows = []
     for file in report["files"]:
         row = [as_code(file["name"]), size_in_words(file["file_bytes"])]
@@ -141,7 +145,7 @@ def _files_table(report: Mapping[str, Any]) -> str:
         if "pictures" in report:
             row += [ratio_in_words(file["pictures"]["psnr_db"]), f"{file['pictures']['ssim']:.4f}"]
         if "protocol" in report:
-            row.append(ratio_in_words(file["latents"]["psnr_db"], 1))
+            row.append(ratio_in_words(file["latents"]["mean_psnr_db"], 1))
         rows.append(row)
     return markdown_table(header, rows)
 
@@ -201,13 +205,13 @@ def _about_protocol(report: Mapping[str, Any]) -> str:
             [
                 as_code(file["name"]),
                 f"{file['unet_bits_per_weight']:.2f}",
-                ratio_in_words(file["latents"]["psnr_db"], 1),
+                ratio_in_words(file["latents"]["mean_psnr_db"], 1),
             ]
         )
     return (
         f"Measured as Apple did for palettised SDXL models: {len(facts['prompts'])} prompts, {facts['steps']} step, "
         f"{facts['width']} × {facts['height']}, 20 · log10(largest magnitude ÷ root of the mean squared error) of the "
-        "latents, mean over the prompts. The prompts differ from Apple's. Apple's bits count codes only; here they "
-        "count all bytes of the UNet's tensors, kept ones included.\n\n"
-        + markdown_table(["file", "bits per weight of the whole UNet", "latent PSNR, dB"], bits)
+        "latents, then their mean in dB over the prompts. The prompts differ from Apple's. Apple's bits count codes "
+        "only; here they count all bytes of the UNet's tensors, kept ones included.\n\n"
+        + markdown_table(["file", "bits per weight of the whole UNet", LATENT_PSNR], bits)
     )

@@ -12,7 +12,7 @@ from samples import SMALL_MODEL, random_half
 
 import nfq_core
 from nfq_core.checkpoints.convert import dequantize_file, quantize_file
-from nfq_core.checkpoints.examine import MAX_LINE, compare_files, file_info, info_lines, sqnr_db, verify_file
+from nfq_core.checkpoints.examine import MAX_LINE, compare_files, file_info, info_lines, verify_file
 from nfq_core.errors import CorruptFileError, NFQError, UnsupportedFileError
 from nfq_core.files.container import Source
 from nfq_core.planning.settings import Formats, Settings
@@ -136,53 +136,7 @@ def test_verify_finds_a_code_that_names_no_level(tmp_path):
     assert "tensor 'a.weight': it holds a code without a level" in result["errors"][0]
 
 
-@pytest.mark.parametrize(
-    ("original", "approximation", "wanted"),
-    [
-        ([1.0, -1.0], [1.0, -1.0], math.inf),
-        # Variance 1, errors 0.1: 20 dB.
-        ([1.0, -1.0], [1.1, -0.9], 20.0),
-        # The mean is no signal: variance 1 again.
-        ([11.0, 9.0], [11.1, 8.9], 20.0),
-        ([0.0, 0.0], [0.0, 0.0], math.inf),
-        ([0.0, 0.0], [0.0, 1.0], -math.inf),
-        # Beyond fp16 is infinite.
-        ([1.0, -1.0], [math.inf, -1.0], -math.inf),
-        # A constant has no variance; its mean square is 4, errors 0.2.
-        ([2.0, 2.0], [2.2, 1.8], 20.0),
-    ],
-)
-def test_sqnr_by_hand(original, approximation, wanted):
-    found = sqnr_db(torch.tensor(original, dtype=torch.float64), torch.tensor(approximation, dtype=torch.float64))
-    assert found == pytest.approx(wanted, abs=1e-9)
-
-
-@pytest.mark.parametrize("weights", [(1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3 << 20])
-@pytest.mark.parametrize("mean", [0.0, 5.0])
-def test_sqnr_does_not_depend_on_its_chunks(weights, mean):
-    generator = torch.Generator().manual_seed(0)
-    original = torch.randn(weights, generator=generator, dtype=torch.float64) + mean
-    # The noise of the last chunk is far louder than that of the others.
-    noise = torch.randn(weights, generator=generator, dtype=torch.float64) * 0.01
-    noise[1 << 20 :] *= 30
-    wanted = 10 * torch.log10(original.var(correction=0) / noise.square().mean()).item()
-    assert sqnr_db(original, original + noise) == pytest.approx(wanted, abs=1e-6)
-
-
-def test_sqnr_of_a_large_constant_takes_its_mean_square():
-    # 0.1 is no binary number: the sums round, and their difference is not 0.
-    original = torch.full((3 << 20,), 0.1, dtype=torch.float64)
-    assert sqnr_db(original, original * 1.01) == pytest.approx(40, abs=1e-6)
-
-
-def test_sqnr_takes_any_strides_and_dtypes():
-    original = random_half(30, 40).float()
-    approximation = (original + 0.01).half()
-    wanted = sqnr_db(original.flatten(), approximation.flatten())
-    assert sqnr_db(original.T.contiguous().T, approximation.float()) == wanted
-
-
-def test_compare_is_the_mean_by_weights(original, container):
+def test_compare_adds_the_layers_noise_up_by_weights(original, container):
     result = compare_files(original, container)
     ratios = {}
     for key in ("linear.weight", "conv.weight"):
@@ -190,7 +144,8 @@ def test_compare_is_the_mean_by_weights(original, container):
         restored = nfq_core.load(container, [key])[key].dequantize(torch.float32).double()
         ratios[key] = (10 * torch.log10(weight.var(correction=0) / (weight - restored).square().mean())).item()
     assert {layer["name"]: layer["sqnr_db"] for layer in result["layers"]} == pytest.approx(ratios)
-    assert result["sqnr_db"] == pytest.approx((6400 * ratios["linear.weight"] + 2304 * ratios["conv.weight"]) / 8704)
+    noise = 6400 * 10 ** (-ratios["linear.weight"] / 10) + 2304 * 10 ** (-ratios["conv.weight"] / 10)
+    assert result["sqnr_db"] == pytest.approx(-10 * math.log10(noise / 8704))
     assert {layer["format"] for layer in result["layers"]} == {"nf16_b64", "nf32_b64"}
     info = {layer["name"]: layer["bits_per_weight"] for layer in file_info(container)["layers"]}
     assert {layer["name"]: layer["bits_per_weight"] for layer in result["layers"]} == info
@@ -201,6 +156,17 @@ def test_compare_with_its_own_result_is_equal(container, tmp_path):
     result = compare_files(tmp_path / "back", container)
     assert result["sqnr_db"] is None
     assert [layer["sqnr_db"] for layer in result["layers"]] == [None, None]
+
+
+def test_an_exact_layer_adds_weights_and_no_noise(tmp_path):
+    rounded, exact = random_half(64, 64), nfq_core.quantize(random_half(64, 64, seed=1), 16)
+    save(tmp_path / "a", rounded=rounded, exact=exact.dequantize())
+    nfq_core.save({"rounded": nfq_core.quantize(rounded, 16), "exact": exact}, tmp_path / "b")
+    found = compare_files(tmp_path / "a", tmp_path / "b")
+    ratios = {layer["name"]: layer["sqnr_db"] for layer in found["layers"]}
+    assert ratios["exact"] is None
+    # Half the weights have all the noise.
+    assert found["sqnr_db"] == pytest.approx(ratios["rounded"] + 10 * math.log10(2))
 
 
 def test_compare_of_a_constant_is_a_number_or_equal(tmp_path):

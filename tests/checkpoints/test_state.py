@@ -18,9 +18,9 @@ from samples import random_weight
 import nfq_core
 from nfq_core import NFQFile, NFTensor, quantize
 from nfq_core.checkpoints.convert import quantize_file
-from nfq_core.checkpoints.examine import sqnr_db
 from nfq_core.checkpoints.memory import MODES
 from nfq_core.checkpoints.state_dict import quantize_tensors
+from nfq_core.decibels import sqnr_db
 from nfq_core.errors import NFQError, TargetExistsError
 from nfq_core.files.container import Source
 from nfq_core.files.safetensors_io import describe, tensor_bytes

@@ -177,9 +177,9 @@ def test_the_whole_story_in_text(capsys, folder):
         (["info", folder / "a.nfq.safetensors"], "2 layers, 8,704 weights, 1 nf16_b64, 1 nf32_b64\n"),
         (["info", folder / "a.nfq.safetensors"], "kept          1 tensors, 14 bytes\n"),
         (["verify", folder / "a.nfq.safetensors"], "all 3 tensors are intact"),
-        (["compare", folder / "model", folder / "a.nfq.safetensors"], "mean over 2 layers, by weights: "),
+        (["compare", folder / "model", folder / "a.nfq.safetensors"], "all 2 layers together: "),
         (["dequantize", folder / "a.nfq.safetensors", folder / "b.safetensors"], "3 tensors"),
-        (["compare", folder / "b.safetensors", folder / "a.nfq.safetensors"], "by weights:   equal"),
+        (["compare", folder / "b.safetensors", folder / "a.nfq.safetensors"], "layers together: equal"),
         (["import-article", folder / "article", folder / "c.nfq.safetensors"], "2 tensors quantised, 1 kept"),
     ]:
         code, out, error = run(capsys, *arguments)

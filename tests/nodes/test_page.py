@@ -112,8 +112,8 @@ def test_scripts_write_no_markup() -> None:
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b", SCRIPTS)
 
 
-def test_the_share_of_an_empty_whole_is_one(tmp_path: Path) -> None:
-    """The page may divide by zero: a model of empty tensors has no bytes."""
+def evaluate(tmp_path: Path, functions: str, expression: str) -> object:
+    """What an expression with functions of `text.js` gives in Node.js, in English without texts."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("Node.js is not installed")
@@ -122,10 +122,22 @@ def test_the_share_of_an_empty_whole_is_one(tmp_path: Path) -> None:
     scripts.mkdir()
     shutil.copy(ROOT / "web" / "lib" / "text.js", library)
     (tmp_path / "package.json").write_text('{"type": "module"}', "utf-8")
-    for name in ("app", "api"):
-        (scripts / f"{name}.js").write_text(f"export const {name} = {{}};\n", "utf-8")
-    print_shares = "console.log(JSON.stringify([share(0, 0), share(1, 4), percent(0, 0), percent(1, 4)]))"
-    code = f'import {{ share, percent }} from "{(library / "text.js").as_uri()}";\n{print_shares}'
-    done = subprocess.run([node, "--input-type=module", "-e", code], capture_output=True, text=True)
+    settings = "{ ui: { settings: { getSettingValue: () => null } } }"
+    for name, value in (("app", settings), ("api", "{}")):
+        (scripts / f"{name}.js").write_text(f"export const {name} = {value};\n", "utf-8")
+    code = f'import {{ {functions} }} from "{(library / "text.js").as_uri()}";\n'
+    code += f"console.log(JSON.stringify({expression}))"
+    done = subprocess.run([node, "--input-type=module", "-e", code], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [1, 0.25, "100 %", "25 %"]
+    return json.loads(done.stdout)
+
+
+def test_the_share_of_an_empty_whole_is_one(tmp_path: Path) -> None:
+    """The page may divide by zero: a model of empty tensors has no bytes."""
+    found = evaluate(tmp_path, "share, percent", "[share(0, 0), share(1, 4), percent(0, 0), percent(1, 4)]")
+    assert found == [1, 0.25, "100 %", "25 %"]
+
+
+def test_equal_weights_and_unknown_errors_differ(tmp_path: Path) -> None:
+    found = evaluate(tmp_path, "decibels", "[decibels(21.456), decibels(null), decibels(undefined)]")
+    assert found == ["21.46 dB", "equal", "–"]

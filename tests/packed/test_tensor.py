@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nfq_core import CannotQuantizeError, CorruptFileError, NFTensor, quantize
-from nfq_core.checkpoints.examine import sqnr_db as error_db
+from nfq_core.decibels import sqnr_db as error_db
 from nfq_core.files.article import article_dequantize, article_quantize
 from nfq_core.fitting.codebook import effort_by_name, fit_codebook
 from nfq_core.fitting.search import ScaleGrid, largest_magnitudes

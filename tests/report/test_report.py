@@ -18,9 +18,10 @@ from systems import names_are_bytes
 
 import nfq_core
 from nfq_core.checkpoints.convert import quantize_file
-from nfq_core.checkpoints.examine import compare_files, file_info, mean_sqnr_db
+from nfq_core.checkpoints.examine import compare_files, file_info
 from nfq_core.cli import report_commands as command
 from nfq_core.cli.report_commands import make_painter
+from nfq_core.decibels import pooled_sqnr_db
 from nfq_core.demo.model import bundled_weights_path
 from nfq_core.errors import NFQError
 from nfq_core.models.roles import GROUPS, OTHER_CONVOLUTION, OTHER_LINEAR, common_names, role, stage
@@ -111,7 +112,7 @@ def test_measured_as_compare_and_info_tell(folder, files, report):
         weights = sum(tensor.numel() for tensor in load_file(folder / "ldm.safetensors").values())
         assert found["unet_bits_per_weight"] == pytest.approx(stored * 8 / weights)
         assert sum(row["weights"] for row in found["roles"]) == info["weights"]
-        again = mean_sqnr_db((row["weights"], row["sqnr_db"]) for row in found["roles"])
+        again = pooled_sqnr_db((row["weights"], row["sqnr_db"]) for row in found["roles"])
         assert again == pytest.approx(found["sqnr_db"])
         assert found["note"] == "" and {row["group"] for row in found["roles"]} <= set(GROUPS)
     stages = list(dict.fromkeys(one["stage"] for one in report["files"][0]["layers"]))
@@ -124,11 +125,6 @@ def test_another_layout_of_the_original_gives_the_same(folder, files, report):
     for one, other in zip(again["files"], report["files"], strict=True):
         assert one["layers"] == other["layers"]
         assert "made from another file (ldm.safetensors)" in one["note"]
-
-
-def test_mean_by_hand():
-    assert mean_sqnr_db([(1, 10.0), (3, 20.0), (7, None)]) == 17.5
-    assert mean_sqnr_db([(7, None)]) is None
 
 
 def test_names_tell_files_apart(tmp_path):
@@ -173,6 +169,14 @@ def test_plots_are_alike_wide_and_the_same_each_time(report):
         assert (shown == 255).all(-1).mean() > 0.5 and len(np.unique(shown[::9, ::9].reshape(-1, 3), axis=0)) > 10
 
 
+def test_the_dashed_line_is_the_error_of_all_layers_together(report):
+    figure = plots(report)["layers"]
+    for axes, file in zip(figure.axes, report["files"], strict=True):
+        (line,) = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
+        assert set(line.get_ydata()) == {file["sqnr_db"]}
+        assert axes.get_title("left").endswith(f"bits per weight, {file['sqnr_db']:.2f} dB over all layers (dashed)")
+
+
 def test_names_are_no_formulas(report):
     """A dollar sign starts one in matplotlib, and an underscore hides a line of its legend."""
     odd = json.loads(json.dumps(report))
@@ -203,6 +207,16 @@ def test_layers_of_a_state_dict_stand_in_their_order(tmp_path):
     assert {layer["role"] for layer in one["layers"]} == {"other linear", "other convolution"}
     assert one["unet_bits_per_weight"] is None
     assert plots(found).keys() == {"size", "layers", "roles"}
+
+
+def test_a_layer_whose_weights_hardly_differ_does_not_make_another_original(tmp_path):
+    """0.1 is no fp16 number: the noise of such a layer, and so of all layers, is far above the variance."""
+    flat = 0.1 + random_half(64, 64).float() / 1_000_000
+    save_file({"flat": flat, "other": random_half(128, 64)}, tmp_path / "a")
+    quantize_file(tmp_path / "a", tmp_path / "b")
+    (found,) = measure(tmp_path / "a", [tmp_path / "b"])["files"]
+    ratios = {layer["name"]: layer["sqnr_db"] for layer in found["layers"]}
+    assert ratios["flat"] < 0 < 15 < ratios["other"] and found["sqnr_db"] < 0
 
 
 def test_a_file_that_equals_its_original(tmp_path):
@@ -323,7 +337,7 @@ def test_pictures_against_the_originals(folder, files, report, tmp_path):
     assert two["pictures"]["psnr_db"] == pytest.approx(20 * log10(255 / 2))
     assert two["pictures"]["psnr_db"] == pytest.approx(psnr_db(reference, reference + 2, 255))
     assert two["pictures"]["ssim"] == pytest.approx(ssim(reference, reference + 2, 255))
-    assert one["latents"]["psnr_db"] == pytest.approx(20 * log10(1.2 / 0.1), abs=1e-4)
+    assert one["latents"]["mean_psnr_db"] == pytest.approx(20 * log10(1.2 / 0.1), abs=1e-4)
     assert two["latents"]["each"] == pytest.approx([20 * log10(1.3 / 0.2)] * 8, abs=1e-4)
     # The tiny UNet is no SDXL: Apple's figures do not belong beside it.
     assert found["protocol"]["comparable"] is False
@@ -332,7 +346,8 @@ def test_pictures_against_the_originals(folder, files, report, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == DRAWN | {"pictures.png"}
     text = (tmp_path / "out" / "report.md").read_text("utf-8")
     assert "(pictures.png)" in text and r"two\|three" in text and "16 × 16 pixels, 3 steps, guidance 2.5" in text
-    assert "Latents after one step" in text and f"{two['latents']['psnr_db']:.1f}" in text
+    assert "Latents after one step" in text and f"{two['latents']['mean_psnr_db']:.1f}" in text
+    assert "| mean over prompts of latent PSNR, dB |" in text
 
 
 def test_apples_figures_stand_beside_sdxls(report):
@@ -391,7 +406,7 @@ def test_a_diffusers_folder(capsys, sdxl, tmp_path, monkeypatch):
     assert found["pictures"]["prompts"] == ["a cat", "a dog"]
     assert (found["pictures"]["width"], found["pictures"]["guidance"]) == (64, 5.0)
     (one,) = found["files"]
-    assert len(one["latents"]["each"]) == 8 and 20 < one["latents"]["psnr_db"] < 100
+    assert len(one["latents"]["each"]) == 8 and 20 < one["latents"]["mean_psnr_db"] < 100
     assert 10 < one["pictures"]["psnr_db"] < 100 and 0 < one["pictures"]["ssim"] < 1
     assert (tmp_path / "out" / "pictures.png").exists()
 

@@ -22,7 +22,7 @@ const PAPER = { text: "#222222", grid: "#bbbbbb", ground: "#ffffff" };
 const ORDERS = {
   model: null,
   size: (a, b) => b.bytes - a.bytes,
-  // Worst first; layers with unknown error last.
+  // Worst first; layers that are equal or were not measured last.
   error: (a, b) => (a.sqnr_db ?? Infinity) - (b.sqnr_db ?? Infinity),
 };
 
@@ -182,7 +182,7 @@ function totals(facts) {
     text("sizeOf", { size: size(bytes), whole: size(whole), percent: percent(bytes, whole) }),
     text("packedBits", { bits: facts.packed_bits_per_weight.toFixed(2) }),
   ];
-  if (facts.sqnr_db != null) parts.push(text("meanError", { error: decibels(facts.sqnr_db) }));
+  if (facts.sqnr_db !== undefined) parts.push(text("totalError", { error: decibels(facts.sqnr_db) }));
   return parts.join(" · ");
 }
 

@@ -2,7 +2,7 @@
 
 import { api } from "../../../scripts/api.js";
 import { addPanel, element, onOutput } from "./dom.js";
-import { text } from "./text.js";
+import { decibels, text } from "./text.js";
 
 const address = (picture) => api.apiURL(`/view?${new URLSearchParams(picture)}`);
 
@@ -20,7 +20,7 @@ function figure(entry, reference) {
   const scores =
     entry.ssim == null
       ? text("reference")
-      : `${entry.psnr_db == null ? text("equal") : `${entry.psnr_db.toFixed(2)} dB`} · SSIM ${entry.ssim.toFixed(4)}`;
+      : `${decibels(entry.psnr_db)} · SSIM ${entry.ssim.toFixed(4)}`;
   const caption = element(
     "figcaption",
     {},

@@ -24,8 +24,10 @@ export function size(bytes) {
   return `${(bytes / unit).toFixed(2)} ${name}`;
 }
 
+// A ratio in dB; null if both sides are equal, undefined if nothing was measured.
 export function decibels(value) {
-  return value == null ? "–" : `${value.toFixed(2)} dB`;
+  if (value === undefined) return "–";
+  return value === null ? text("equal") : `${value.toFixed(2)} dB`;
 }
 
 // part / whole, from 0 to 1; 1 if whole is 0.

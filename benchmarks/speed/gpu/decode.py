@@ -9,7 +9,7 @@ import torch
 from samples import random_buffer
 
 from nfq_core import NFTensor, quantize
-from nfq_core.checkpoints.examine import sqnr_db
+from nfq_core.decibels import sqnr_db
 from nfq_core.packed import backends, op, torch_decode
 from nfq_core.packed.formats import FORMATS, LEVELS, format_by_id
 

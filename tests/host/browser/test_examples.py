@@ -114,7 +114,7 @@ def classic(browser, host) -> Iterator[Page]:
 
 def test_quantise_and_save(classic: Page, files: dict) -> None:
     outputs = run_example(classic, files, 1, filename_prefix="examples/one")
-    assert "dB mean" in outputs["NFInspect"]["text"][0]
+    assert " dB over all layers" in outputs["NFInspect"]["text"][0]
     assert (classic.host.output / "diffusion_models" / "examples" / "one.nfq.safetensors").exists()
     classic.host.free()
 

@@ -171,7 +171,7 @@ def test_live_progress_interrupt_and_chart(page: Page) -> None:
     page.shows("progress", "12 levels")
     chart = page.panel("chart").first
     expect(chart).to_contain_text("bits per weight in memory", timeout=SHOW_MS)
-    assert re.search(r"mean SQNR \d\d\.\d\d dB", chart.inner_text())
+    assert re.search(r"SQNR \d\d\.\d\d dB over all layers", chart.inner_text())
     assert re.search(r"[\d.]+ MB, \d\d % of 1\.\d\d GB in fp16", chart.inner_text())
     plot = chart.locator("canvas")
     width = plot.bounding_box()["width"]
