@@ -24,7 +24,7 @@ from torch import nn
 
 from nfq_core import NFQError, NFTensor, load, quantize_state_dict, save
 from nfq_core.checkpoints.examine import file_info
-from nfq_core.decibels import sqnr_db
+from nfq_core.decibels import pooled_sqnr_db, sqnr_db
 from nfq_core.demo.model import GUIDANCE as DEMO_GUIDANCE
 from nfq_core.demo.model import STEPS as DEMO_STEPS
 from nfq_core.demo.model import TinyPipeline, build_pipeline, import_diffusers, load_weights, sample, split_weights
@@ -215,7 +215,7 @@ def _quantised(model: Model, weights: Tensors, levels: int, path: Path) -> tuple
     loaded = stage("load", lambda: load(path))
     packed = {name: tensor for name, tensor in loaded.items() if isinstance(tensor, NFTensor)}
     restored = stage("restore", lambda: {name: tensor.dequantize() for name, tensor in packed.items()})
-    error = _mean_db(weights, restored)
+    error = _error(weights, restored)
     restored.clear()
     unet = stage("place", lambda: model.with_weights(loaded))
     info = file_info(path)
@@ -224,10 +224,9 @@ def _quantised(model: Model, weights: Tensors, levels: int, path: Path) -> tuple
     return {**settings, **facts, "seconds": seconds}, unet
 
 
-def _mean_db(weights: Tensors, restored: Tensors) -> float:
-    """The layers' SQNR in dB, averaged over weights."""
-    found = [sqnr_db(weights[name], weight) for name, weight in restored.items()]
-    return float(np.average(found, weights=[weight.numel() for weight in restored.values()]))
+def _error(weights: Tensors, restored: Tensors) -> float | None:
+    """SQNR in dB of all restored layers together."""
+    return pooled_sqnr_db((weight.numel(), sqnr_db(weights[name], weight)) for name, weight in restored.items())
 
 
 def _as_article(weights: Tensors, levels: int) -> dict | None:
@@ -242,7 +241,7 @@ def _as_article(weights: Tensors, levels: int) -> dict | None:
             total += article_disk_bytes(quantised)
         else:
             total += tensor.nbytes
-    return {"bytes": total, "sqnr_db": _mean_db(weights, restored)}
+    return {"bytes": total, "sqnr_db": _error(weights, restored)}
 
 
 def _drawn(model: Model, unet: nn.Module) -> tuple[dict, np.ndarray]:
@@ -261,7 +260,7 @@ def _dynamic_size(unet: nn.Module, weights: Tensors) -> dict:
         if isinstance(layer, torch.ao.nn.quantized.dynamic.Linear)
     }
     total = sum(tensor.numel() if name in layers else tensor.nbytes for name, tensor in weights.items())
-    return {"file_bytes": total, "sqnr_db": _mean_db(weights, layers)}
+    return {"file_bytes": total, "sqnr_db": _error(weights, layers)}
 
 
 def table(results: dict) -> str:

@@ -9,8 +9,7 @@ from ..shared import left_out, markdown_table
 from .weights import DEMO, GAUSSIAN, SPREAD, STUDENT_T
 
 PACKED = "packed_bits_per_weight"
-WEIGHTS, OUTPUT, PICTURES = ("sqnr_db", "noise_db"), ("output_db",), ("picture_db",)
-# Figures in dB that are compared together; the first one counts, the others are stricter.
+WEIGHTS, OUTPUT, PICTURES = "sqnr_db", "output_db", "picture_db"  # Figures in dB
 LABELS = {WEIGHTS: "weights", OUTPUT: "output", PICTURES: "pictures"}
 # Peers whose error in weights ours must reach without calibration, with these packed bits per weight at most.
 FLOORS = (("Q4_K", 4.15), ("Q3_K", 3.15), ("Q5_K", 5.3), ("NF4", 3.85))
@@ -25,23 +24,16 @@ SOURCES = {
     DEMO: "demo model",
 }
 UNNAMED = ("GGUF", "bitsandbytes", "torch")  # Families whose name is not part of their contestants' names
-NOTICEABLE_DB = 0.05  # The stricter figure of an error is shown where it is lower by more than this
 
 
-def gain(row: dict, peer: dict, measures: Sequence[str]) -> float:
-    """How many dB a row is better than a peer's, by the figure where the difference is least."""
-    return min(row[measure] - peer[measure] for measure in measures)
+def best_within(rows: Iterable[dict], bits: float, measure: str) -> dict | None:
+    """The best row of at most `bits` packed bits; None if no row is that small."""
+    return max((row for row in rows if row[PACKED] <= bits), key=lambda row: row[measure], default=None)
 
 
-def best_within(rows: Iterable[dict], bits: float, peer: dict, measures: Sequence[str]) -> dict | None:
-    """The row of at most `bits` packed bits that gains most over a peer; None if no row is that small."""
-    small = [row for row in rows if row[PACKED] <= bits]
-    return max(small, key=lambda row: gain(row, peer, measures), default=None)
-
-
-def measured(rows: Iterable[dict], measures: Sequence[str], source: str) -> list[dict]:
-    """The rows of a source that have these figures; pictures that are equal have no PSNR."""
-    return [row for row in rows if row["source"] == source and all(row.get(one) is not None for one in measures)]
+def measured(rows: Iterable[dict], measure: str, source: str) -> list[dict]:
+    """The rows of a source that have this figure; weights and pictures that are equal have none."""
+    return [row for row in rows if row["source"] == source and row.get(measure) is not None]
 
 
 def of_kind(rows: Iterable[dict], ours: bool, calibrated: bool) -> list[dict]:
@@ -54,41 +46,34 @@ def sources_of(rows: Iterable[dict]) -> list[str]:
     return list(dict.fromkeys(row["source"] for row in rows))
 
 
-def check(
-    rows: Sequence[dict], source: str, name: str, limit: float | None, measures: Sequence[str], calibrated: bool
-) -> dict:
+def check(rows: Sequence[dict], source: str, name: str, limit: float | None, measure: str, calibrated: bool) -> dict:
     """Compare our best row with the peer's of this name; one entry of the results' `checks`.
 
-    `limit` is the packed bits per weight allowed, None as many as the peer has on disk. `gain_db` and `met` are by the
-    first figure, `strict_gain_db` and `strictly_met` by the one with the least gain; None where something is missing.
+    `limit` is the packed bits per weight allowed, None as many as the peer has on disk. A figure is None where
+    something is missing.
     """
-    rows, needed = measured(rows, measures, source), CALIBRATED_GAIN if measures == OUTPUT else 0.0
+    rows, needed = measured(rows, measure, source), CALIBRATED_GAIN if measure == OUTPUT else 0.0
     peer = next((row for row in rows if row["name"] == name and not row["ours"]), None)
     size = "bits_per_weight" if limit is None else PACKED
     found = None
     if peer is not None:
         limit = peer[size] if limit is None else limit
-        ours = of_kind(rows, True, calibrated)
-        found = best_within(ours, limit, peer, measures)
-        if found and gain(found, peer, measures) < needed:
-            found = best_within(ours, limit, peer, measures[:1])
-    gained, strictly = (gain(found, peer, of) if found else None for of in (measures[:1], measures))
+        found = best_within(of_kind(rows, True, calibrated), limit, measure)
+    gained = found[measure] - peer[measure] if found else None
     return {
         "source": source if rows else None,
-        "measure": LABELS[measures],
+        "measure": LABELS[measure],
         "calibrated": calibrated,
         "peer": name,
         "peer_bits": peer and peer[size],
-        "peer_db": peer and peer[measures[0]],
+        "peer_db": peer and peer[measure],
         "limit": limit,
         "needed_db": needed,
         "ours": found and found["name"],
         "ours_bits": found and found[PACKED],
-        "ours_db": found and found[measures[0]],
+        "ours_db": found and found[measure],
         "gain_db": gained,
-        "strict_gain_db": strictly,
         "met": None if peer is None else gained is not None and gained >= needed,
-        "strictly_met": None if peer is None else strictly is not None and strictly >= needed,
     }
 
 
@@ -113,19 +98,19 @@ def left_of(rows: Sequence[dict]) -> list[dict]:
         small (None: none is). Calibrated peers are compared with calibrated rows only.
     """
     found = []
-    for source, (measures, label) in product(sources_of(rows), LABELS.items()):
-        group = measured(rows, measures, source)
+    for source, (measure, label) in product(sources_of(rows), LABELS.items()):
+        group = measured(rows, measure, source)
         # A calibration improves the output and makes the weights' own error larger.
-        for calibrated in (False,) if measures == WEIGHTS else (False, True):
+        for calibrated in (False,) if measure == WEIGHTS else (False, True):
             ours, theirs = (of_kind(group, kind, calibrated) for kind in (True, False))
             if not ours or (calibrated and not any(row["calibrated"] for row in ours)):
                 continue
             missed = []
             for peer in theirs:
-                best = best_within(ours, peer[PACKED], peer, measures)
-                gained = gain(best, peer, measures) if best else None
+                best = best_within(ours, peer[PACKED], measure)
+                gained = best[measure] - peer[measure] if best else None
                 if gained is None or gained < 0:
-                    row = {"name": peer["name"], "bits": peer[PACKED], "db": peer[measures[0]], "gain_db": gained}
+                    row = {"name": peer["name"], "bits": peer[PACKED], "db": peer[measure], "gain_db": gained}
                     missed.append(row)
             line = {"source": source, "measure": label, "calibrated": calibrated}
             found.append(line | {"peers": len(theirs), "missed": missed})
@@ -156,8 +141,6 @@ def check_table(checks: Sequence[dict]) -> str:
         )
         gain = "–" if check["gain_db"] is None else f"{check['gain_db']:+.2f}"
         met = {True: "yes", False: "**no**", None: "–"}[check["met"]]
-        if check["met"] and not check["strictly_met"]:
-            met = f"by the mean of dB; by mean noise {check['strict_gain_db']:+.2f}"
         lines.append(
             [
                 SOURCES.get(check["source"], check["source"] or "–"),
@@ -193,7 +176,7 @@ def weight_table(rows: Sequence[dict], sources: Sequence[str]) -> str:
         by_name.setdefault(row["name"], {})[row["source"]] = row
     lines = []
     for first, found in sorted(((next(iter(f.values())), f) for f in by_name.values()), key=lambda one: one[0][PACKED]):
-        errors = [_error(found.get(source, {})) for source in sources]
+        errors = [_decibels(found.get(source, {}), WEIGHTS) for source in sources]
         lines.append([_name(first), f"{first[PACKED]:.3f}", f"{first['bits_per_weight']:.3f}", *errors])
     header = ["format", "bits packed", "on disk", *(f"{SOURCES.get(source, source)}, dB" for source in sources)]
     return markdown_table(header, lines)
@@ -203,9 +186,9 @@ def demo_table(rows: Sequence[dict]) -> str:
     """Packed bits per weight and errors of the demo model in each setting."""
     lines = []
     for row in sorted((row for row in rows if row["source"] == DEMO), key=lambda row: row[PACKED]):
-        forms = {"output_db": ".2f", "picture_db": ".2f", "ssim": ".4f"}
-        cells = ["–" if row.get(figure) is None else format(row[figure], form) for figure, form in forms.items()]
-        lines.append([_name(row), f"{row[PACKED]:.3f}", _error(row), *cells])
+        errors = [_decibels(row, measure) for measure in LABELS]
+        similarity = "–" if row.get("ssim") is None else f"{row['ssim']:.4f}"
+        lines.append([_name(row), f"{row[PACKED]:.3f}", *errors, similarity])
     return markdown_table(["format", "bits packed", "weights, dB", "output, dB", "pictures, dB", "SSIM"], lines)
 
 
@@ -215,9 +198,5 @@ def _name(row: dict) -> str:
     return f"{row['name']} ({row['family']})" if row["family"] in UNNAMED else row["name"]
 
 
-def _error(row: dict) -> str:
-    """The mean of dB; in brackets the dB of the mean noise if that is noticeably lower."""
-    if row.get("sqnr_db") is None:
-        return "–"
-    strict = f" ({row['noise_db']:.2f})" if row["sqnr_db"] - row["noise_db"] > NOTICEABLE_DB else ""
-    return f"{row['sqnr_db']:.2f}{strict}"
+def _decibels(row: dict, measure: str) -> str:
+    return "–" if row.get(measure) is None else f"{row[measure]:.2f}"

@@ -61,7 +61,7 @@ def plot(results: dict, path: Path = PLOT) -> Path:
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    found = [(panel, measured(results["rows"], panel[1:2], panel[0])) for panel in PANELS]
+    found = [(panel, measured(results["rows"], panel[1], panel[0])) for panel in PANELS]
     panels = [(panel, rows) for panel, rows in found if rows]
     figure = Figure(figsize=(WIDTH, HEIGHT * len(panels)), dpi=DPI, layout="constrained")
     drawn = figure.subplots(len(panels), squeeze=False)[:, 0]

@@ -11,13 +11,14 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
-from math import log10, prod
+from math import prod
 from operator import itemgetter
 from time import process_time
 
 import torch
 
 from nfq_core import NFTensor, quantize
+from nfq_core.decibels import pooled_sqnr_db
 from nfq_core.files.safetensors_io import Entry
 from nfq_core.fitting.codebook import EFFORTS
 from nfq_core.fitting.trellis import TrellisCoder
@@ -96,8 +97,7 @@ def goals(rows: Sequence[dict]) -> list[dict]:
         goal = {"peer": peer, "peer_bits": next(iter(theirs.values()))[PACKED], "effort": effort, PACKED: packed}
         for source, their in theirs.items():
             errors = ((counts[key], found[fmt.id, effort][source]["sqnr_db"]) for key, (fmt, _) in chosen.items())
-            noise = sum(count * 10 ** (-error / 10) for count, error in errors)
-            goal[source] = {"peer_db": their["sqnr_db"], "sqnr_db": 10 * log10(total / noise)}
+            goal[source] = {"peer_db": their["sqnr_db"], "sqnr_db": pooled_sqnr_db(errors)}
         reached.append(goal)
     return reached
 

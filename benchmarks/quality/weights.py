@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import log10, prod
+from math import prod
 from pathlib import Path
 
 import torch
 
-from nfq_core.decibels import sqnr_db
+from nfq_core.decibels import pooled_sqnr_db, sqnr_db
 from nfq_core.errors import NFQError
 from nfq_core.files.safetensors_io import SafetensorsFile
 from nfq_core.parallel import ordered_map
@@ -66,20 +66,14 @@ def model_layers(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield key, file.tensor(key)
 
 
-def figures(layers: Iterable[Layer]) -> dict[str, float]:
-    """Bits per weight, and errors over all weights.
-
-    `sqnr_db` is the mean over weights of their layers' SQNR in dB, as in `nfq compare`. `noise_db` is the SQNR at the
-    mean relative noise: it is lower where layers differ, and a few exact layers of a mix hardly raise it.
-    """
+def figures(layers: Iterable[Layer]) -> dict[str, float | None]:
+    """Bits per weight, and the error of all layers together; `sqnr_db` is None if all are exact."""
     layers = list(layers)
     total = sum(layer.weights for layer in layers)
-    noise = sum(layer.weights * 10 ** (-layer.sqnr_db / 10) for layer in layers) / total
     return {
         "bits_per_weight": 8 * sum(layer.disk_bytes for layer in layers) / total,
         "packed_bits_per_weight": 8 * sum(layer.packed_bytes for layer in layers) / total,
-        "sqnr_db": sum(layer.weights * layer.sqnr_db for layer in layers) / total,
-        "noise_db": -10 * log10(noise),
+        "sqnr_db": pooled_sqnr_db((layer.weights, layer.sqnr_db) for layer in layers),
     }
 
 

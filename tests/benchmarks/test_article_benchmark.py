@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,13 @@ def test_every_stage_went_through_files(results: tuple[dict, Path]) -> None:
     assert row["article"]["bytes"] == pytest.approx(row["file_bytes"], rel=0.05)
     assert row["psnr_db"] > 20
     assert (folder / "made" / "grid.png").exists()
+
+
+def test_the_error_of_all_weights_adds_up_as_noise() -> None:
+    weights = {name: torch.tensor([1.0, -1.0] * count) for name, count in (("a", 3), ("b", 1), ("kept", 9))}
+    # Noise 0.01 of three quarters of the weights, nothing of the rest.
+    restored = {"a": weights["a"] * 1.1, "b": weights["b"]}
+    assert article._error(weights, restored) == pytest.approx(20 + 10 * math.log10(4 / 3), abs=1e-4)
 
 
 def test_int8_activations_and_dynamic_int8(results: tuple[dict, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from functools import partial
 
@@ -17,6 +18,7 @@ from benchmarks.quality import peers as quality_peers
 from benchmarks.quality import plot as quality_plot
 from benchmarks.quality import weights as quality_weights
 from benchmarks.quality.checks import checks, left_of
+from benchmarks.quality.checks import table as quality_table
 from benchmarks.quality.peers import Contestant, Stored
 from benchmarks.quality.weights import Layer, figures, row
 from nfq_core.errors import NFQError
@@ -30,7 +32,7 @@ def needs(package: str) -> None:
 
 
 def point(name: str, bits: float, db: float, *, source: str = "s", **more: object) -> dict:
-    values = {"bits_per_weight": bits, "packed_bits_per_weight": bits, "sqnr_db": db, "noise_db": db}
+    values = {"bits_per_weight": bits, "packed_bits_per_weight": bits, "sqnr_db": db}
     return row(source, name, more.pop("family", "NFQ"), calibrated=more.pop("calibrated", False), **values | more)
 
 
@@ -145,9 +147,9 @@ def test_figures_by_hand():
     found = figures(layers)
     assert found["bits_per_weight"] == 4
     assert found["packed_bits_per_weight"] == pytest.approx(4.4)
-    assert found["sqnr_db"] == pytest.approx(12.5)
     # Noise 0.1 of three quarters and 0.01 of one: 0.0775.
-    assert found["noise_db"] == pytest.approx(11.107, abs=1e-3)
+    assert found["sqnr_db"] == pytest.approx(11.107, abs=1e-3)
+    assert figures([Layer(1, 1, 1, math.inf)])["sqnr_db"] is None
 
 
 def test_a_model_is_measured_layer_by_layer(tmp_path, capsys):
@@ -196,7 +198,8 @@ def test_mixes_are_of_one_effort_each():
     }
     rows = quality_weights.mix_rows("s", contestants, found, shapes)
     fast, best = ([row for row in rows if row["name"].endswith(", best") == kind] for kind in (False, True))
-    assert {row["sqnr_db"] for row in fast} == {10.0} and {row["sqnr_db"] for row in best} == {20.0}
+    assert [row["sqnr_db"] for row in fast] == pytest.approx([10.0] * len(fast))
+    assert [row["sqnr_db"] for row in best] == pytest.approx([20.0] * len(best))
     assert fast[0]["name"].startswith("mix ") and fast[0]["ours"]
     # Where the largest format is everywhere, more bits make no other mix.
     assert len({row["packed_bits_per_weight"] for row in fast}) == len(fast)
@@ -214,18 +217,28 @@ def test_floors():
     ours = [
         point("t4", 4.14, 23.2),
         point("t3", 3.16, 17.0),
-        point("mix", 3.8, 21.0, noise_db=20.5),
+        point("mix", 3.8, 20.5),
     ]
     found = {line["peer"]: line for line in checks([*PEERS, *ours], []) if line["measure"] == "weights"}
     assert found["Q4_K"]["met"] is True and found["Q4_K"]["ours"] == "t4"
-    assert found["Q4_K"]["gain_db"] == pytest.approx(0.2) and found["Q4_K"]["strictly_met"] is True
+    assert found["Q4_K"]["gain_db"] == pytest.approx(0.2)
     # At ≤ 3.15 bits there is none of ours.
     assert found["Q3_K"]["met"] is False and found["Q3_K"]["ours"] is None
-    # The mean of dB does, the mean noise does not.
-    assert found["NF4"]["met"] is True and found["NF4"]["gain_db"] == pytest.approx(0.3)
-    assert found["NF4"]["strictly_met"] is False and found["NF4"]["strict_gain_db"] == pytest.approx(-0.2)
+    assert found["NF4"]["met"] is False and found["NF4"]["gain_db"] == pytest.approx(-0.2)
     # A peer that was not measured is neither.
     assert found["Q5_K"]["met"] is None
+
+
+def test_the_tables_show_the_figures():
+    rows = [*PEERS, point("mix", 3.8, 20.5), point("size 4.1, calibrated", 4.1, 21.0, calibrated=True, sqnr_db=None)]
+    results = {"rows": rows, "checks": checks(rows, []), "left_of": left_of(rows), "skipped": {}}
+    text = quality_table(results)
+    assert (
+        "| s | weights: as good as NF4 at ≤ 3.85 bits | 20.70 dB at 4.13 | mix: 20.50 dB at 3.80 | -0.20 | **no** |"
+        in text
+    )
+    assert "| **mix** | 3.800 | 3.800 | 20.50 |" in text
+    assert "| **size 4.1, calibrated** | 4.100 | 4.100 | – |" in text
 
 
 def test_calibrated_promises():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from itertools import product
+from math import log10
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from benchmarks.quality import trellis
 from benchmarks.quality.peers import Contestant, Stored
 from benchmarks.shared import gaussian
 from nfq_core.fitting.codebook import EFFORTS
+from nfq_core.packed.formats import FORMATS
 
 PEER_ROWS = {"Q4_K": 4.5, "NF4": 4.125}
 
@@ -44,6 +47,20 @@ def test_a_mix_of_formats_that_err_alike_errs_as_they_do():
         0.99 * limit < row["packed_bits_per_weight"] <= limit
         for row, limit in zip(found[1:3], (3.85, 4.15), strict=True)
     )
+
+
+def test_the_noise_of_a_mixs_formats_adds_up(monkeypatch):
+    """A third of the weights in the second format."""
+    shapes = {"a": (128, 64), "b": (64, 64)}
+    monkeypatch.setattr(trellis, "tensor_shapes", lambda *_: shapes)
+    plans = {name: SimpleNamespace(shape=shape, format="any") for name, shape in shapes.items()}
+    monkeypatch.setattr(trellis, "plan_tensors", lambda *_: (None, plans))
+    formats = {"a": FORMATS["nf7_b64"], "b": FORMATS["nf32_b64"]}
+    monkeypatch.setattr(trellis, "allocate", lambda *_, **__: {name: (fmt, 1.0) for name, fmt in formats.items()})
+    rows = rows_of({"fast": 10.0, "best": 10.0}, {"NF4": 4.125})
+    rows = [row | {"sqnr_db": 20.0} if row["format"] == "nf32_b64" else row for row in rows]
+    # Noise 0.1 of two thirds and 0.01 of one third: 0.07.
+    assert [row["gaussian"]["sqnr_db"] for row in trellis.goals(rows)] == pytest.approx([-10 * log10(0.07)] * 2)
 
 
 def test_every_format_is_measured_at_both_efforts_and_missing_peers_are_named(monkeypatch, capsys):

@@ -214,7 +214,7 @@ def model_file(tmp_path):
 
 def test_a_file_is_quantised_with_it(saved, model_file, tmp_path):
     calibration = Calibration.load(saved)
-    result = quantize_file(model_file, tmp_path / "nfq", calibration=calibration)
+    result = quantize_file(model_file, tmp_path / "nfq", Settings(Formats()), calibration=calibration)
     assert result["warnings"] == ["tensor 'unused.weight' is quantised without calibration: the calibration lacks it"]
     weights = load_file(model_file)
     with NFQFile(tmp_path / "nfq") as file:
@@ -230,7 +230,7 @@ def test_a_file_is_quantised_with_it(saved, model_file, tmp_path):
 def test_a_state_dict_is_quantised_with_it(calibration, caplog):
     weights = Model().state_dict()
     with caplog.at_level(logging.WARNING):
-        result = nfq_core.quantize_state_dict(weights, calibration=calibration)
+        result = nfq_core.quantize_state_dict(weights, levels=16, calibration=calibration)
     assert "'unused.weight' is quantised without calibration" in caplog.text
     hessian = calibration.inputs["q.weight"].second_moment()
     assert torch.equal(result["q.weight"].data, quantize(weights["q.weight"], hessian=hessian).data)
@@ -238,7 +238,7 @@ def test_a_state_dict_is_quantised_with_it(calibration, caplog):
 
 def test_without_hessians_importance_is_used():
     calibration, weights = collected(Model()), Model().state_dict()
-    result = nfq_core.quantize_state_dict(weights, calibration=calibration)
+    result = nfq_core.quantize_state_dict(weights, levels=16, calibration=calibration)
     wanted = quantize(weights["q.weight"], importance=calibration.inputs["q.weight"].importance)
     assert torch.equal(result["q.weight"].data, wanted.data)
 
@@ -415,7 +415,7 @@ def test_a_bad_layer_falls_back(saved, tensors, facts, message, caplog):
     calibration, weights = Calibration.load(saved), Model().state_dict()
     assert list(calibration.faults) == ["conv.weight"]
     with caplog.at_level(logging.WARNING):
-        result = nfq_core.quantize_state_dict(weights, calibration=calibration)
+        result = nfq_core.quantize_state_dict(weights, levels=16, calibration=calibration)
     assert "'conv.weight' is quantised without calibration" in caplog.text
     assert message in caplog.text
     assert torch.equal(result["conv.weight"].data, quantize(weights["conv.weight"], 32).data)

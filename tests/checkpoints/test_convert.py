@@ -179,7 +179,7 @@ LONG = {
 def test_metadata_too_long_for_the_header_is_left_out_with_a_warning(tmp_path, caplog, metadata, left_out):
     save_file({"a.weight": random_weight(32, 33)}, tmp_path / "a", metadata=metadata)
     with caplog.at_level(logging.WARNING, logger="nfq"):
-        result = quantize_file(tmp_path / "a", tmp_path / "b")
+        result = quantize_file(tmp_path / "a", tmp_path / "b", Settings(Formats()))
     assert result["quantized"] == 1
     for name, warning in zip(left_out, result["warnings"], strict=True):
         wanted = f"metadata {name!r} is left out: {len(metadata[name]):,} characters are too many for the header"
@@ -194,7 +194,7 @@ def test_metadata_too_long_for_the_header_is_left_out_with_a_warning(tmp_path, c
 def test_very_many_texts_of_metadata_are_left_out_in_few_words(tmp_path):
     # Six bytes a name and six a text, as JSON within JSON, and four or five digits: 80,000 take more than a mebibyte.
     save_file({"a.weight": random_weight(32, 33)}, tmp_path / "a", metadata={str(n): "" for n in range(80_000)})
-    warnings = quantize_file(tmp_path / "a", tmp_path / "b")["warnings"]
+    warnings = quantize_file(tmp_path / "a", tmp_path / "b", Settings(Formats()))["warnings"]
     assert len(warnings) == MAX_METADATA_WARNINGS + 1
     with NFQFile(tmp_path / "b") as file:
         left_out = 80_000 - len(file.facts.source.metadata)
@@ -213,7 +213,7 @@ def test_metadata_just_short_enough_is_kept(tmp_path):
     # Name and text each take six bytes more than their own, as JSON within JSON: the quotes of both, and backslashes.
     metadata = {"workflow": "w" * (MAX_METADATA_BYTES - len("workflow") - 12)}
     save_file({"a.weight": random_weight(32, 33)}, tmp_path / "a", metadata=metadata)
-    assert quantize_file(tmp_path / "a", tmp_path / "b")["warnings"] == []
+    assert quantize_file(tmp_path / "a", tmp_path / "b", Settings(Formats()))["warnings"] == []
     with NFQFile(tmp_path / "b") as file:
         assert file.metadata["workflow"] == metadata["workflow"]
 
@@ -319,7 +319,7 @@ def test_kept_with_a_warning_naming_the_tensor(tmp_path, caplog, weight, reason)
     good = random_weight(63, 65).half()
     save_file({"good.weight": good, "bad.weight": weight, "z.bias": torch.ones(3)}, tmp_path / "a")
     with caplog.at_level(logging.WARNING, logger="nfq"):
-        result = quantize_file(tmp_path / "a", tmp_path / "b")
+        result = quantize_file(tmp_path / "a", tmp_path / "b", Settings(Formats()))
     assert (result["quantized"], result["kept"]) == (1, 2)
     (warning,) = result["warnings"]
     assert "tensor 'bad.weight' is kept as it is" in warning
@@ -408,7 +408,7 @@ def test_existing_targets(mixed, container, tmp_path):
         with pytest.raises(TargetExistsError):
             convert(source, tmp_path / "old")
         assert (tmp_path / "old").read_bytes() == b"old"
-    quantize_file(mixed, tmp_path / "old", overwrite=True)
+    quantize_file(mixed, tmp_path / "old", Settings(Formats()), overwrite=True)
     assert (tmp_path / "old").read_bytes() == container.read_bytes()
 
 

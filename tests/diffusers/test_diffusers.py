@@ -214,7 +214,7 @@ def test_calibration(folders: Path, tmp_path: Path, quantised: list[dict]) -> No
     calibration.save(tmp_path / "c.safetensors")
     for given in (tmp_path / "c.safetensors", calibration):
         quantised.clear()
-        unet = UNet.from_pretrained(folders / "stock", quantization_config=NFQConfig(calibration=given))
+        unet = UNet.from_pretrained(folders / "stock", quantization_config=NFQConfig(16, calibration=given))
         found = sorted(float(call["importance"].sum()) for call in quantised)
         assert found == sorted(float(inputs[ldm[f"{name}.weight"]].importance.sum()) for name in packed_layers(unet))
         unet.save_pretrained(tmp_path / "saved")

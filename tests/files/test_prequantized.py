@@ -20,6 +20,7 @@ from nfq_core.files.original import Original
 from nfq_core.files.prequantized import find_prequantized, rotation_matrix
 from nfq_core.files.safetensors_io import describe
 from nfq_core.models.unet_keys import tensor_shapes
+from nfq_core.planning.settings import Formats, Settings
 
 FP8 = torch.float8_e4m3fn
 
@@ -357,7 +358,7 @@ def test_fp8_that_cannot_be_quantised_is_kept_as_what_is_meant(tmp_path):
     bad = torch.full((64, 64), torch.nan).to(FP8)
     scaled = {"b.weight": bad.clone(), "b.weight_scale": torch.ones(())}
     save_file({"a.weight": bad} | scaled, tmp_path / "a.safetensors")
-    result = quantize_file(tmp_path / "a.safetensors", tmp_path / "a.nfq.safetensors")
+    result = quantize_file(tmp_path / "a.safetensors", tmp_path / "a.nfq.safetensors", Settings(Formats()))
     assert len(result["warnings"]) == 2
     kept = load(tmp_path / "a.nfq.safetensors")
     assert kept.keys() == {"a.weight", "b.weight"}
