@@ -7,10 +7,9 @@ SDXL's layers would have, if their weights were of these kinds, at the sizes in 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from math import prod
 from operator import itemgetter
 from time import process_time
@@ -19,24 +18,23 @@ import torch
 
 from nfq_core import NFTensor, quantize
 from nfq_core.decibels import pooled_sqnr_db
+from nfq_core.demo.model import bundled_weights_path
 from nfq_core.files.safetensors_io import Entry
 from nfq_core.fitting.codebook import EFFORTS
 from nfq_core.fitting.trellis import TrellisCoder
 from nfq_core.models.unet_keys import SDXL_BASE, tensor_shapes
-from nfq_core.packed.formats import FORMATS, TRELLIS_IDS
+from nfq_core.packed.formats import FORMATS, WRITABLE_IDS
 from nfq_core.packed.layout import BLOCK, BlockFormat
-from nfq_core.planning.allocation import allocate
+from nfq_core.planning.allocation import MENUS, allocate
 from nfq_core.planning.policy import plan_tensors
 from nfq_core.planning.settings import DEFAULTS
 
 from ..shared import gaussian, in_turns, left_out, markdown_table, run_command, summary
 from .checks import FLOORS, PACKED
-from .peers import packaged, stored
-from .weights import GAUSSIAN, SPREAD, STUDENT_T, Layer, figures, random_weights
+from .peers import Contestant, our_formats, packaged, stored
+from .weights import GAUSSIAN, SPREAD, STUDENT_T, Layer, figures, measure_layers, mix, model_layers, random_weights
 
-IDS = ("nf7_b64", "nf16_b64", "nf32_b64", "nf256_b64", *TRELLIS_IDS)
-EIGHT_BITS = ("nf256_b64", "Q8_0")  # Our format and the peer's
-PEERS, PEER_FAMILIES = (*(name for name, _ in FLOORS), "Q8_0"), ("GGUF", "bitsandbytes")
+PEERS, PEER_FAMILIES = tuple(name for name, _ in FLOORS), ("GGUF", "bitsandbytes")
 SHAPE, CONVOLUTION = (1024, 1024), (640, 320, 3, 3)
 WINDOWS, TIMED_BLOCKS, ROUNDS = (8, 9, 10, 12), 2048, 7
 
@@ -69,7 +67,7 @@ def search_seconds() -> dict[str, dict]:
 def decode_rates() -> dict[str, dict]:
     """Billions of weights per second that each format decodes into a warm buffer."""
     weight, out = gaussian(SHAPE, 1), torch.empty(SHAPE, dtype=torch.float16)
-    decodes = {id: partial(quantize(weight, format=id).dequantize, out=out) for id in IDS}
+    decodes = {id: partial(quantize(weight, format=id).dequantize, out=out) for id in WRITABLE_IDS}
     taken = in_turns(decodes, 5 * ROUNDS, processor_seconds)
     return {id: summary([weight.numel() / seconds / 1e9 for seconds in found]) for id, found in taken.items()}
 
@@ -102,54 +100,64 @@ def goals(rows: Sequence[dict]) -> list[dict]:
     return reached
 
 
+def demo_goals(peers: Sequence[Contestant]) -> list[dict]:
+    """The same on the demo model's weights, in small layers whose formats and errors are their own."""
+    ours = {effort: [one for one in our_formats(effort) if FORMATS[one.format] in MENUS[effort]] for effort in EFFORTS}
+    layers, shapes = measure_layers(model_layers(bundled_weights_path()), [*chain(*ours.values()), *peers])
+    reached = []
+    for (peer, bits), effort in product(sorted(FLOORS, key=itemgetter(1)), EFFORTS):
+        if peer not in layers:
+            continue
+        theirs = figures(layers[peer].values())
+        found = figures(mix({one.format: layers[one.name] for one in ours[effort]}, shapes, bits, effort).values())
+        goal = {"peer": peer, "peer_bits": theirs[PACKED], "peer_db": theirs["sqnr_db"], "effort": effort}
+        reached.append(goal | {PACKED: found[PACKED], "sqnr_db": found["sqnr_db"]})
+    return reached
+
+
 def run() -> dict:
     """All measurements, as written to the results; the peers' rows have no effort."""
     torch.set_num_threads(1)
-    peers, skipped = packaged(PEER_FAMILIES)
+    contestants, skipped = packaged(PEER_FAMILIES)
+    peers = [one for one in contestants if one.name in PEERS]
     rows = []
     for name, weight in random_weights(SHAPE, CONVOLUTION).items():
-        for format, effort in product(IDS, EFFORTS):
+        for format, effort in product(WRITABLE_IDS, EFFORTS):
             rows.append({"source": name, "format": format, "effort": effort, **measure(weight, format, effort)})
-        for peer in (peer for peer in peers if peer.name in PEERS):
+        for peer in peers:
             found = figures([Layer.of(weight, peer.store(weight))])
             rows.append({"source": name, "format": peer.name, "effort": "", **found})
         print(f"{name} done", flush=True)
     times = {"search_seconds_per_million": search_seconds(), "decode_billions_per_second": decode_rates()}
-    return {**times, "skipped": skipped, "rows": rows, "goals": goals(rows)}
+    return {**times, "skipped": skipped, "rows": rows, "goals": goals(rows), "demo": demo_goals(peers)}
 
 
-def eight_bits_table(results: dict) -> str:
-    """Error on each source, packed bits and median time of the formats with about eight bits."""
-    rows: dict[tuple[str, str], list[dict]] = {}
+def formats_table(results: dict) -> str:
+    """Packed bits, error on each source and time of every format at both efforts, and its decode."""
+    found: dict[str, dict[str, dict[str, dict]]] = {}
     for row in results["rows"]:
-        if row["format"] in EIGHT_BITS:
-            rows.setdefault((row["format"], row["effort"]), []).append(row)
-    header = ["format", "effort", *(row["source"] for row in next(iter(rows.values()))), "packed bits", "s per million"]
+        if row["effort"]:
+            found.setdefault(row["format"], {}).setdefault(row["source"], {})[row["effort"]] = row
+    sources = list(next(iter(found.values())))
     lines = []
-    for (format, effort), found in rows.items():
-        seconds = [row["seconds_per_million"] for row in found if "seconds_per_million" in row]
-        cells = [*(f"{row['sqnr_db']:.2f}" for row in found), f"{found[0][PACKED]:.3f}"]
-        lines.append([format, effort or "–", *cells, f"{statistics.median(seconds):.2f}" if seconds else "–"])
+    for id, by_source in sorted(found.items(), key=lambda item: item[1][sources[0]]["fast"][PACKED]):
+        errors = [" / ".join(f"{one[effort]['sqnr_db']:.2f}" for effort in EFFORTS) for one in by_source.values()]
+        first = by_source[sources[0]]
+        seconds = " / ".join(f"{first[effort]['seconds_per_million']:.2f}" for effort in EFFORTS)
+        rate = results["decode_billions_per_second"][id]["median"]
+        lines.append([id, f"{first['fast'][PACKED]:.3f}", *errors, seconds, f"{rate:.2f}"])
+    header = ["format", "packed bits", *(f"{source}, dB" for source in sources), "s per million", "decode, 10⁹ / s"]
     return markdown_table(header, lines)
 
 
-def windows_table(results: dict) -> str:
-    """Error and time of Gaussian weights with the narrowest and the widest window, by bits of a code."""
-    found = {(row["format"], row["effort"]): row for row in results["rows"] if row["source"] == GAUSSIAN}
-
-    def both(id: str, figure: str, digits: int) -> str:
-        return " / ".join(f"{found[id, effort][figure]:.{digits}f}" for effort in EFFORTS)
-
+def demo_table(results: dict) -> str:
+    """The goals on the demo model's own weights."""
     lines = []
-    for bits in dict.fromkeys(FORMATS[id].code_bits for id in TRELLIS_IDS):
-        ids = sorted((id for id in TRELLIS_IDS if FORMATS[id].code_bits == bits), key=lambda id: FORMATS[id].window)
-        cells = [
-            f"{FORMATS[id].window}: {both(id, 'sqnr_db', 2)} dB, {both(id, 'seconds_per_million', 1)} s"
-            for id in (ids[0], ids[-1])
-        ]
-        gains = (found[ids[-1], effort]["sqnr_db"] - found[ids[0], effort]["sqnr_db"] for effort in EFFORTS)
-        lines.append([f"k = {bits}", *cells, " / ".join(f"{gain:+.2f}" for gain in gains) + " dB"])
-    return markdown_table(["", "narrow window", "wide window", "gain"], lines)
+    for row in results["demo"]:
+        theirs = [row["peer"], f"{row['peer_bits']:.3f}", f"{row['peer_db']:.2f}"]
+        gain = f"{row['sqnr_db'] - row['peer_db']:+.2f}"
+        lines.append([*theirs, row["effort"], f"{row[PACKED]:.3f}", f"{row['sqnr_db']:.2f}", gain])
+    return markdown_table(["peer", "its bits", "its dB", "effort", "packed bits", "dB", "gain, dB"], lines)
 
 
 def goals_table(results: dict) -> str:

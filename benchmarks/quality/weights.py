@@ -23,7 +23,7 @@ from .peers import OURS, Contestant, Stored
 SHAPE, CONVOLUTION = (2048, 2048), (1280, 320, 3, 3)
 GAUSSIAN, STUDENT_T, SPREAD, DEMO = "gaussian", "student_t5", "convolution", "demo"
 # Packed bits per weight of the mixes of our formats.
-MIX_TARGETS = (2.3, 2.6, 3.0, 3.15, 3.4, 3.7, 3.85, 4.0, 4.15, 4.5, 5.0, 5.3, 5.5, 6.0, 6.5, 8.0)
+MIX_TARGETS = (2.3, 2.6, 3.0, 3.13, 3.4, 3.7, 3.85, 4.0, 4.15, 4.5, 5.0, 5.3, 5.5, 6.0, 6.36, 8.0)
 FRACTIONS = (2, 4, 8, 16, 16)  # A mix needs several layers: a random weight is cut into a half, a quarter … of its rows
 
 Layers = Mapping[str, "Layer"]

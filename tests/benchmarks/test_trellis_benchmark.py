@@ -14,7 +14,7 @@ from benchmarks.quality import trellis
 from benchmarks.quality.peers import Contestant, Stored
 from benchmarks.shared import gaussian
 from nfq_core.fitting.codebook import EFFORTS
-from nfq_core.packed.formats import FORMATS
+from nfq_core.packed.formats import FORMATS, WRITABLE_IDS
 
 PEER_ROWS = {"Q4_K": 4.5, "NF4": 4.125}
 
@@ -24,7 +24,7 @@ def rows_of(decibels: dict[str, float], peers: dict[str, float]) -> list[dict]:
     ours = [
         {"source": "gaussian", "format": id, "effort": effort, "sqnr_db": decibels[effort]}
         | {"packed_bits_per_weight": 4.0, "seconds_per_million": 0.5}
-        for id, effort in product(trellis.IDS, EFFORTS)
+        for id, effort in product(WRITABLE_IDS, EFFORTS)
     ]
     theirs = [
         {"source": "gaussian", "format": name, "effort": "", "sqnr_db": 15.0, "packed_bits_per_weight": bits}
@@ -67,7 +67,7 @@ def test_every_format_is_measured_at_both_efforts_and_missing_peers_are_named(mo
     def store(weight: torch.Tensor) -> Stored:
         return Stored(0.9 * weight, weight.numel(), weight.numel())
 
-    names = ("Q8_0", "Q4_K", "Q6_K")
+    names = ("Q8_0", "Q4_K")
     families = {
         "GGUF": ("torch", lambda: [Contestant(name, "GGUF", store) for name in names]),
         "bitsandbytes": ("no_such_package", list),
@@ -76,15 +76,20 @@ def test_every_format_is_measured_at_both_efforts_and_missing_peers_are_named(mo
     for name, value in (("SHAPE", (8, 64)), ("TIMED_BLOCKS", 2), ("ROUNDS", 1), ("WINDOWS", (8,))):
         monkeypatch.setattr(trellis, name, value)
     monkeypatch.setattr(trellis, "random_weights", lambda *shapes: {"gaussian": gaussian((8, 64), 1)})
+    monkeypatch.setattr(
+        trellis, "model_layers", lambda path: [("a", gaussian((64, 64), 2)), ("b", gaussian((64, 64), 3))]
+    )
     threads = torch.get_num_threads()
     try:
         results = trellis.run()
     finally:
         torch.set_num_threads(threads)
     measured = {(row["format"], row["effort"]) for row in results["rows"]}
-    # Q6_K is not among the peers compared.
-    assert measured == {*product(trellis.IDS, EFFORTS), ("Q8_0", ""), ("Q4_K", "")}
+    # Q8_0 is not among the peers compared.
+    assert measured == {*product(WRITABLE_IDS, EFFORTS), ("Q4_K", "")}
     assert {row["peer"] for row in results["goals"]} == {"Q4_K"}
-    assert results["decode_billions_per_second"].keys() == set(trellis.IDS)
+    assert [(row["peer"], row["effort"]) for row in results["demo"]] == [("Q4_K", effort) for effort in EFFORTS]
+    assert all(row["packed_bits_per_weight"] <= 4.15 for row in results["demo"])
+    assert results["decode_billions_per_second"].keys() == set(WRITABLE_IDS)
     assert results["skipped"] == {"bitsandbytes": "no_such_package is not installed"}
     assert "bitsandbytes is left out: no_such_package is not installed" in capsys.readouterr().out
