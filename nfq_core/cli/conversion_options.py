@@ -38,7 +38,10 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
         help=f"number of levels of every Linear weight (default with --conv-levels: {DEFAULT_LEVELS})",
     )
     either.add_argument(
-        "--format", choices=WRITABLE_IDS, metavar="ID", help=f"format of Linear weights: {', '.join(WRITABLE_IDS)}"
+        "--format",
+        choices=WRITABLE_IDS,
+        metavar="ID",
+        help=f"format of Linear weights: {', '.join(WRITABLE_IDS)}; nf4_b64 has four levels, unlike bitsandbytes' NF4",
     )
     either = dial.add_mutually_exclusive_group()
     either.add_argument(
