@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from nfq_core import quantize
+from nfq_core.fitting.codebook import EFFORTS, fit_codebook
+from nfq_core.fitting.search import ScaleGrid, largest_magnitudes
 from nfq_core.fitting.trellis_fit import Trellis, lloyd
 from nfq_core.packed.common_levels import PATH
 from nfq_core.packed.formats import FORMATS
@@ -25,7 +26,7 @@ from ..shared import argument_parser
 STARTS = 64
 STAGES = ((64, 600, 4), (8, 3000, 8), (2, 16000, 30))  # Starts that are left, blocks, rounds
 GAUSSIAN_RATIO = 0.76  # Standard deviation of Gaussian weights over the fourth root of their mean fourth power
-SCALAR_WEIGHTS = 1 << 24
+SCALAR_WEIGHTS = 1 << 20
 
 
 def hashed_quantiles(fmt: BlockFormat, generator: torch.Generator) -> Trellis:
@@ -41,7 +42,7 @@ def hashed_quantiles(fmt: BlockFormat, generator: torch.Generator) -> Trellis:
 
 
 def trellis_levels(fmt: BlockFormat) -> torch.Tensor:
-    """The best of STARTS, fp16 of shape (fmt.levels,); prints the ratio that belongs to them."""
+    """The best of STARTS, fp16 of shape (fmt.levels,); prints the ratio for `GAUSSIAN_RATIOS`."""
     generator = torch.Generator().manual_seed(fmt.levels + fmt.codes)
     blocks = torch.randn(STAGES[-1][1], BLOCK, generator=generator)
     found = [(hashed_quantiles(fmt, generator), 0.0) for _ in range(STARTS)]
@@ -55,8 +56,9 @@ def trellis_levels(fmt: BlockFormat) -> torch.Tensor:
 
 def scalar_levels(fmt: BlockFormat) -> torch.Tensor:
     """The levels of a large Gaussian tensor, ascending, fp16 of shape (fmt.levels,)."""
-    weight = torch.randn(SCALAR_WEIGHTS, generator=torch.Generator().manual_seed(fmt.levels))
-    return quantize(weight, format=fmt.id, effort="best").levels.sort().values
+    blocks = torch.randn(SCALAR_WEIGHTS // BLOCK, BLOCK, generator=torch.Generator().manual_seed(fmt.levels))
+    grid = ScaleGrid.for_blocks(largest_magnitudes(blocks))
+    return fit_codebook(blocks, grid, fmt, EFFORTS["best"], SCALAR_WEIGHTS).levels.half()
 
 
 if __name__ == "__main__":

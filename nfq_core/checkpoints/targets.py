@@ -51,6 +51,10 @@ def model_name(source: str | os.PathLike) -> tuple[str, Path]:
     return folder.name.rpartition("--")[2] + (generic[1] or ""), folder.parent
 
 
+_FORMAT_TAGS = {"nf4_b64": "4LEVELS"}
+"""Tags that differ from the format id: NF4 would be taken for bitsandbytes' format of 16 levels."""
+
+
 def settings_tag(settings: Settings) -> str:
     """Settings as part of a file name: `small`, `3.4bpw`, `1.2GB`, `NF16` or `NF12-NF24` (Linear, convolutions)."""
     choice = settings.choice
@@ -58,7 +62,9 @@ def settings_tag(settings: Settings) -> str:
         return choice.preset or f"{choice.bits:g}bpw"
     if isinstance(choice, FileSize):
         return f"{choice.nbytes / 1e9:g}GB"
-    linear, convolution = (fmt.id.removesuffix("_b64").upper() for fmt in (choice.linear, choice.convolution))
+    linear, convolution = (
+        _FORMAT_TAGS.get(fmt.id, fmt.id.removesuffix("_b64").upper()) for fmt in (choice.linear, choice.convolution)
+    )
     return linear if choice.convolution == Formats().convolution else f"{linear}-{convolution}"
 
 

@@ -322,8 +322,9 @@ class NFQFile(SafetensorsFile):
             raise ValueError(f"tensor {key!r} has an impossible shape or dtype")
         spans = frame_count(entry.sections)
         if len(entry.frames) != spans or min(entry.frames) <= 0 or sum(entry.frames) != stored.nbytes:
+            either = f"{spans} or {spans + 1}" if entry.format.has_common_levels else spans
             raise ValueError(
-                f"tensor {key!r} needs {spans} frames for {entry.format.id} {entry.shape}, found {len(entry.frames)} "
+                f"tensor {key!r} needs {either} frames for {entry.format.id} {entry.shape}, found {len(entry.frames)} "
                 f"of {sum(entry.frames):,} bytes in {stored.nbytes:,}"
             )
         return entry

@@ -9,7 +9,7 @@ from ..packed.layout import BlockFormat
 DB_PER_BIT = 20 * log10(2)
 """What one bit per weight is worth."""
 
-SURPRISE_DB = 3.0
+SMALL_TENSOR_MARGIN_DB = 3.0
 """Gain, beyond its cost, for which a small tensor gets levels of its own although its size was planned without them.
 
 Ordinary weights gain at most 1 dB; sparse or ternary ones 5 to 20 dB.
@@ -29,4 +29,4 @@ def own_levels_pay(own_error: float, common_error: float, fmt: BlockFormat, weig
         return common_error > 0
     gain = 10 * log10(max(common_error, 1e-300) / own_error)
     cost = DB_PER_BIT * 16 * fmt.levels / weights
-    return gain > cost + (0 if fmt.expects_own_levels(weights) else SURPRISE_DB)
+    return gain > cost + (0 if fmt.expects_own_levels(weights) else SMALL_TENSOR_MARGIN_DB)

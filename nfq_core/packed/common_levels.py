@@ -9,7 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.numpy import load_file
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .scales import cached_tensor
 
@@ -25,4 +26,7 @@ def common_levels(format_id: str, device: torch.device) -> torch.Tensor:
 
 @lru_cache(1)
 def _all_levels() -> dict[str, torch.Tensor]:
-    return load_file(PATH)
+    """All tables, as real tensors on the CPU whatever torch's default device or dispatch mode is."""
+    tables = {name: levels.copy() for name, levels in load_file(PATH).items()}
+    with _disable_current_modes(), torch.device("cpu"):
+        return {name: torch.from_numpy(levels) for name, levels in tables.items()}

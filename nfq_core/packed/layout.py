@@ -110,6 +110,7 @@ class BlockFormat:
 
     def sections(self, weights: int, own_levels: bool = True) -> Sections:
         """Section offsets, in bytes, of the packed buffer of `weights` weights, with or without levels of its own."""
+        assert own_levels or self.has_common_levels
         return _sections(self, weights, own_levels)
 
     def sections_of(self, data: torch.Tensor, weights: int) -> Sections:

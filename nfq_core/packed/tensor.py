@@ -38,7 +38,7 @@ class NFTensor:
         wanted = self.sections.end
         if data.dtype != torch.uint8 or data.dim() != 1 or data.numel() != wanted:
             raise CorruptFileError(
-                f"a packed {fmt.id} weight of shape {tuple(shape)} is a 1-D uint8 buffer of {wanted:,} bytes, "
+                f"a packed {fmt.id} weight of shape {tuple(shape)} is a 1-D uint8 buffer of {self._lengths()} bytes, "
                 f"got {data.dtype} of shape {tuple(data.shape)}"
             )
         if not data.is_contiguous() or data.storage_offset() % 4:
@@ -50,6 +50,14 @@ class NFTensor:
     def sections(self) -> Sections:
         """Where each section of the packed buffer begins."""
         return self.format.sections_of(self.data, self.numel())
+
+    def _lengths(self) -> str:
+        """The possible lengths of the packed buffer in bytes, in words."""
+        own = self.format.sections(self.numel()).end
+        shorter = (
+            f"{self.format.sections(self.numel(), own_levels=False).end:,} or " if self.format.has_common_levels else ""
+        )
+        return f"{shorter}{own:,}"
 
     @property
     def nbytes(self) -> int:

@@ -3,8 +3,8 @@
 A layer adds noise to the model's output: its sensitivity (see `models.sensitivities`) times the relative noise power of
 its weight. Layers move to their next larger format in the order of noise saved per byte, until nothing more fits. Only
 formats on the lower convex hull of (bytes, noise) are used, which makes this greedy order a Lagrangian solution (Shoham
-and Gersho 1988). The hull depends on the layer's size, because a stored codebook takes as many bytes in a small layer
-as in a large one.
+and Gersho 1988). The hull depends on the layer's size, because every layer stores its levels if they are few, and
+large layers also store many.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from math import prod
 
 import torch
 
+from ..decibels import pooled_sqnr_db
 from ..files.container import Facts
 from ..files.safetensors_io import aligned_entries
 from ..files.writer import Plan, longest_header_bytes
@@ -107,11 +108,9 @@ def file_bytes(plans: Mapping[str, Plan], facts: Facts, extra: Mapping[str, str]
 
 
 def expected_sqnr_db(plans: Mapping[str, Plan]) -> float | None:
-    """Expected SQNR in dB of the quantised weights together, as `nfq compare` adds it up; None if there are none."""
+    """Expected SQNR in dB of the quantised weights together; None if there are none."""
     quantized = [plan for plan in plans.values() if plan.format]
-    total = sum(prod(plan.shape) for plan in quantized)
-    noise = sum(prod(plan.shape) * 10 ** (-EXPECTED_SQNR_DB[plan.format.id] / 10) for plan in quantized)
-    return -10 * math.log10(noise / total) if total else None
+    return pooled_sqnr_db((prod(plan.shape), EXPECTED_SQNR_DB[plan.format.id]) for plan in quantized)
 
 
 def expected_output_db(
