@@ -70,7 +70,7 @@ def test_anchors_are_githubs(tmp_path: Path) -> None:
 
 def test_the_documents_are_found() -> None:
     assert {"README.md", "docs/README.md", "CONTRIBUTING.md", "web/docs/NFInspect.md"} <= set(map(by_name, DOCUMENTS))
-    assert "docs/quality.png" in links(ROOT / "README.md")
+    assert "docs/images/comparison.png" in links(ROOT / "README.md")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=by_name)

@@ -307,20 +307,21 @@ def _dynamic_by_default():
 
 
 def dynamic_vram(package: str, model, other) -> dict:
-    """Loading and quantising where the host's default is a dynamic patcher; `model` was quantised with the defaults."""
+    """Loading and quantising where the host's default is a dynamic patcher; `model` was quantised to 16 levels."""
     if not hasattr(comfy.model_patcher, "CoreModelPatcher"):
         return {"supported": False}
     bake, recipe = _module(package, "bake"), _module(package, "recipe")
+    settings = bake.Settings.of(levels=16)
     with _dynamic_by_default():
         load, arguments = model.cached_patcher_init
         loaded = [load(*arguments, disable_dynamic=True), load(*arguments)]
         made_by_us = len(_Dynamic.made)
         resident = [load(arguments[0], "resident", disable_dynamic=disable) for disable in (False, True)]
         stock = comfy.sd.load_diffusion_model(folder_paths.get_full_path("diffusion_models", "vega.safetensors"))
-        quantised = bake.quantize_model(stock, bake.Settings(), None, recipe.Origin())
+        quantised = bake.quantize_model(stock, settings, None, recipe.Origin())
         stock.cached_patcher_init = None
         try:
-            bake.quantize_model(stock, bake.Settings(), None, recipe.Origin())
+            bake.quantize_model(stock, settings, None, recipe.Origin())
             refusal = ""
         except bake.NFQError as error:
             refusal = str(error)
