@@ -303,7 +303,7 @@ def test_flags_for_dense_models(host, base) -> None:
 
 def test_restart_and_load_again(host, base) -> None:
     """Quantise, save, restart the host, load, sample: the latent is the same."""
-    nodes = {"model": ORIGINAL, "packed": quantize(MODEL), "save": save(["packed", 0], "kept")}
+    nodes = {"model": ORIGINAL, "packed": quantize(MODEL, levels=16), "save": save(["packed", 0], "kept")}
     latents = []
     for graph in (sample(nodes, ["packed", 0]), sample({"model": loader("kept.nfq.safetensors")}, MODEL)):
         fresh = Host(base)
