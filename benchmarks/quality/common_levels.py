@@ -71,3 +71,5 @@ if __name__ == "__main__":
         fmt = FORMATS[id]
         stored[id] = trellis_levels(fmt) if fmt.window else scalar_levels(fmt)
     save_file(dict(sorted(stored.items())), options.out)
+    # Packages keep the mode, and safetensors writes for the owner alone.
+    options.out.chmod(0o644)

@@ -276,7 +276,7 @@ def test_the_examples_of_the_documentation(
     """They run one after the other in a folder that holds what they name."""
     Pipeline(unet=stock_unet(), **parts).save_pretrained(tmp_path / "sdxl")
     write_config(tmp_path / "without-weights" / "unet")
-    save(load(file), tmp_path / "sdxl-NF16.nfq.safetensors")
+    save(load(file), tmp_path / "sdxl-balanced.nfq.safetensors")
     monkeypatch.chdir(tmp_path)
     # Fewer steps, smaller pictures.
     call = Pipeline.__call__
