@@ -33,7 +33,7 @@ MANY_LEVELS = 256
 SCALES_LIKE = "nf16_b64"
 """Format whose scales a trellis format's are like, at a hundredth of the time."""
 
-SCALAR_SECONDS = 0.035
+SCALAR_SECONDS = 0.01
 """Seconds of one processor to quantise and write a million weights in a scalar format."""
 
 SEARCH_SECONDS = {"t2w8_b64": 0.79, "t3w8_b64": 0.46, "t4w8_b64": 0.34, "t5w9_b64": 0.58, "t6w9_b64": 1.1}
