@@ -20,8 +20,8 @@ DEVICE_BYTES = 5 << 29
 QUANTIZING_BYTES = 5 << 27
 """Most memory that the temporaries of one quantising thread take: 640 MiB.
 
-A trellis search needs the most: `trellis.DEVICE_BYTES`, plus `quantizer.DEVICE_CHUNK_BLOCKS` blocks in fp32 under each
-of six scales.
+A trellis search needs the most: `trellis.DEVICE_BYTES`, plus `quantizer.DEVICE_CHUNK_BLOCKS` blocks in fp32, divided by
+a scale, and the errors of their states for the best scale, for another one and for the better of both.
 """
 
 Progress = Callable[[int, int, str], None]

@@ -126,7 +126,7 @@ def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
         about = gr.HTML(elem_id="nfq_facts")
         with gr.Row():
             preset = gr.Dropdown([*PRESETS, BY_LEVELS], value=DEFAULT_PRESET, label=f"Preset ({_presets_in_words()})")
-            effort = gr.Dropdown(list(EFFORTS), value=DEFAULTS.effort, label="Effort (best takes many minutes)")
+            effort = gr.Dropdown(list(EFFORTS), value=DEFAULTS.effort, label="Effort (best takes minutes)")
             only = f"(only with preset {BY_LEVELS})"
             levels = gr.Dropdown(list(LEVELS), value=DEFAULT_LEVELS, label=f"Levels of Linear layers {only}")
             conv_levels = gr.Dropdown(list(LEVELS), value=DEFAULT_CONV_LEVELS, label=f"Levels of convolutions {only}")

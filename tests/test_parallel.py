@@ -15,7 +15,7 @@ from nfq_core import Settings
 from nfq_core.checkpoints import convert
 from nfq_core.checkpoints import state_dict as state
 from nfq_core.fitting import quantizer, trellis
-from nfq_core.fitting.trellis_fit import TRELLIS_EFFORTS
+from nfq_core.packed.formats import FORMATS
 from nfq_core.packed.layout import BLOCK
 from nfq_core.parallel import (
     DEVICE_BYTES,
@@ -238,9 +238,9 @@ def test_threads_on_a_cpu_are_one_per_processor(many_processors, device):
 
 
 def test_quantising_bytes_are_those_of_the_largest_search():
-    tried = 2 * max(len(effort.scale_steps) for effort in TRELLIS_EFFORTS.values())
     values = 4 * BLOCK * quantizer.DEVICE_CHUNK_BLOCKS
-    assert trellis.DEVICE_BYTES + tried * values <= QUANTIZING_BYTES
+    states = 4 * max(fmt.states for fmt in FORMATS.values() if fmt.window) * quantizer.DEVICE_CHUNK_BLOCKS
+    assert trellis.DEVICE_BYTES + 2 * values + 3 * states <= QUANTIZING_BYTES
     assert 6 * values <= QUANTIZING_BYTES
 
 

@@ -42,7 +42,7 @@ def hashed_quantiles(fmt: BlockFormat, generator: torch.Generator) -> Trellis:
 
 
 def trellis_levels(fmt: BlockFormat) -> torch.Tensor:
-    """The best of STARTS, fp16 of shape (fmt.levels,); prints the ratio for `GAUSSIAN_RATIOS`."""
+    """The best of STARTS, fp16 of shape (fmt.levels,); prints the ratio for `USUAL_RATIOS`."""
     generator = torch.Generator().manual_seed(fmt.levels + fmt.codes)
     blocks = torch.randn(STAGES[-1][1], BLOCK, generator=generator)
     found = [(hashed_quantiles(fmt, generator), 0.0) for _ in range(STARTS)]

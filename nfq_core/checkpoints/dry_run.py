@@ -7,11 +7,15 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
+import torch
+
 from ..calibration.statistics import Calibration, measured_sensitivities, recorded_settings
 from ..errors import CannotQuantizeError, printable
 from ..files.container import NO_SHA256, Source, source_name
 from ..files.original import Original
 from ..files.writer import Plan
+from ..fitting.trellis_backends import search_backend
+from ..packed.formats import TRELLIS_IDS
 from ..packed.layout import BlockFormat
 from ..parallel import Progress, no_progress, ordered_map, threads_for
 from ..planning import forecast
@@ -137,4 +141,7 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
     ]
     if forecast["expected_output_db"] is not None:
         whole.insert(-1, f"of the output {forecast['expected_output_db']:.1f} dB")
+    name, reason = search_backend(torch.device("cpu"))
+    if name == "torch" and any(layer["format"] in TRELLIS_IDS for layer in forecast["layers"]):
+        lines.append(f"trellis codes are searched in plain torch, which takes longer: {reason}")
     return [*lines, ", ".join(whole), "nothing was written"]

@@ -22,6 +22,7 @@ from ..checkpoints.targets import PLAIN_SUFFIX, container_name, dense_name, mode
 from ..decibels import decibels_in_words
 from ..errors import DEBUG, NFQError, internal_fault, printable, reason_of
 from ..files.container import SUFFIX
+from ..fitting.trellis_backends import search_backend
 from ..packed import backends
 from ..version import __version__
 from .conversion_options import add_conversion_options, conversion
@@ -147,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("info", _info, "show what an .nfq.safetensors file contains and how it was made")
     sub.add_argument("file", metavar="F", help=CONTAINER)
 
-    command("backends", _backends, "show which decoder each device of this machine uses, and why")
+    command("backends", _backends, "show which decoder and which trellis search this machine uses, and why")
 
     sub = command("verify", _verify, "check every checksum and bound of an .nfq.safetensors file")
     sub.add_argument("file", metavar="F", help=CONTAINER)
@@ -247,6 +248,9 @@ def _backends(options: argparse.Namespace) -> int:
     available = backends.available()
     facts = {device: {"backend": backend.name, "reason": backend.reason} for device, backend in available.items()}
     lines = [f"{device:<8} {backend.name:<7} {backend.reason}" for device, backend in available.items()]
+    name, reason = search_backend(torch.device("cpu"))
+    facts["trellis search"] = {"backend": name, "reason": reason}
+    lines.append(f"trellis search on cpu: {name}, {reason}")
     return show(options, facts, "\n".join(lines))
 
 

@@ -107,7 +107,7 @@ def quantize(
         work = TRELLIS_EFFORTS[effort]
         weights = flat.numel() if may_be_common else None
         trellis = fit_trellis(_sample(flat, work.sample_blocks)[0], fmt, work, weights)
-        quantizer = TrellisQuantizer(trellis, fmt, grid, flat.device, work.scale_steps)
+        quantizer = TrellisQuantizer(trellis, fmt, grid, flat.device, work.other_scales)
         fitted = trellis.levels
         if moment is None:
             parts = (quantizer.encode(*chunk) for _, *chunk in _chunks(flat, largest))

@@ -9,29 +9,30 @@ from functools import lru_cache
 import torch
 
 from ..packed.common_levels import common_levels
-from ..packed.layout import BLOCK, BlockFormat
+from ..packed.layout import BlockFormat
 from ..packed.scales import SCALE_STEPS_PER_OCTAVE
 from .own_levels import own_levels_pay
 from .search import ZERO_BELOW, ScaleGrid, largest_magnitudes
-from .trellis import TrellisCoder
+from .trellis_backends import trellis_coder, tries_other_scales
 
-GAUSSIAN_RATIOS = {
+USUAL_RATIOS = {
     "t2w8_b64": 1.9902,
     "t3w8_b64": 2.2175,
     "t4w8_b64": 2.3069,
-    "t5w9_b64": 2.3888,
-    "t6w9_b64": 2.424,
+    "t5w9_b64": 2.6050,
+    "t6w9_b64": 2.7604,
 }
-"""The `ratio` (see Trellis) of the common levels, by format id."""
+"""The `ratio` (see Trellis) of the common levels, by format id.
 
-RATIO_STEPS = (-3, 0, 3, 6)
-"""Ratios to try, in sixteenths of an octave from the Gaussian one; heavy tails need larger ratios."""
-
-RATIO_BLOCKS = 256
-"""Blocks of the sample on which ratios are tried."""
+Best for Gaussian weights with 2 to 4 bits; with 5 and 6 bits an eighth of an octave and three sixteenths above, because
+weights beyond the largest level then cost most of the error.
+"""
 
 MIN_RELATIVE_SCALE = 0.95
 """Lower bound of a usual scale relative to the block's largest magnitude: keeps outliers in range."""
+
+MIN_PROGRESS = 0.001
+"""Lloyd's algorithm stops after a round that lowers the error by a smaller share; Gaussian tensors need few rounds."""
 
 PRIOR_USES = 16
 """Weight of each starting level, in samples of its value: prevents overfitting where samples are few."""
@@ -43,16 +44,26 @@ class TrellisEffort:
 
     Args:
         sample_blocks: number of blocks sampled from a tensor.
-        rounds: rounds of Lloyd's algorithm.
-        scale_steps: scales to try, in sixteenths of an octave from a block's usual scale, each with both signs.
+        rounds: most rounds of Lloyd's algorithm.
+        other_scales: whether to try other scales than the usual one, where `tries_other_scales` allows it.
     """
 
     sample_blocks: int
     rounds: int
-    scale_steps: tuple[int, ...]
+    other_scales: bool
 
 
-TRELLIS_EFFORTS = {"fast": TrellisEffort(2048, 3, (0,)), "best": TrellisEffort(4096, 10, (-2, 0, 2))}
+TRELLIS_EFFORTS = {"fast": TrellisEffort(2048, 3, False), "best": TrellisEffort(2048, 10, True)}
+
+COARSE_STEPS, FINE_STEPS = (-2, 2), (-1, 1)
+"""Other scales to try, in sixteenths of an octave: from the usual scale, with both signs, then from the best one."""
+
+
+def scales_tried(effort: str, device: torch.device) -> int:
+    """How many scales, of both signs, an effort tries for each block on a device."""
+    if TRELLIS_EFFORTS[effort].other_scales and tries_other_scales(device):
+        return 2 * (1 + len(COARSE_STEPS)) + len(FINE_STEPS)
+    return 2
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,32 @@ class Trellis:
     ratio: float
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """A scale for each block.
+
+    Args:
+        index: of the grid's magnitude, int32 of shape (blocks,).
+        sign: of the scale, 1 or -1, fp32 of shape (blocks,).
+        errors: estimates of the squared errors, fp32 of shape (blocks,).
+        state_errors: see `TrellisCoder.state_errors`.
+    """
+
+    index: torch.Tensor
+    sign: torch.Tensor
+    errors: torch.Tensor
+    state_errors: torch.Tensor
+
+    def replaced_where(self, better: torch.Tensor, other: _Choice) -> _Choice:
+        """The other choice where `better`, bool of shape (blocks,), is true."""
+        return _Choice(
+            torch.where(better, other.index, self.index),
+            torch.where(better, other.sign, self.sign),
+            torch.where(better, other.errors, self.errors),
+            torch.where(better.unsqueeze(1), other.state_errors, self.state_errors),
+        )
+
+
 class TrellisQuantizer:
     """Chooses scale codes and codes for blocks.
 
@@ -77,20 +114,22 @@ class TrellisQuantizer:
         fmt: a trellis format.
         grid: the scales that may be used.
         device: device of the blocks.
-        scale_steps: see TrellisEffort.
+        other_scales: see TrellisEffort.
     """
 
     def __init__(
-        self, trellis: Trellis, fmt: BlockFormat, grid: ScaleGrid, device: torch.device, scale_steps: tuple[int, ...]
+        self, trellis: Trellis, fmt: BlockFormat, grid: ScaleGrid, device: torch.device, other_scales: bool
     ) -> None:
         self._ratio = trellis.ratio
         self._grid = grid
-        self._coder = TrellisCoder(trellis.levels, fmt, device)
+        self._coder = trellis_coder(trellis.levels, fmt, device)
         self._magnitudes = grid.magnitudes.to(device)
-        self._steps = tuple(dict.fromkeys(round(step / grid.stride) for step in scale_steps))
+        self._other_scales = other_scales and tries_other_scales(device)
 
     def encode(self, blocks: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Code every block with each scale to try, and keep the one with the smallest squared error.
+        """Choose each block's sign with its usual scale, then its scale, then its codes.
+
+        Signs and scales are compared by `TrellisCoder.state_errors`, the first half of a search.
 
         Args:
             blocks: fp32 of shape (blocks, 64).
@@ -101,17 +140,37 @@ class TrellisQuantizer:
         """
         usual = usual_scales(blocks, self._ratio)
         octaves = usual.clamp_min(self._magnitudes[0]).log2() - self._grid.exponent
-        middle = (octaves * (SCALE_STEPS_PER_OCTAVE / self._grid.stride)).round().to(torch.int32)
-        indices = torch.stack([middle + step for step in self._steps]).clamp_(0, len(self._magnitudes) - 1)
-        scales = self._magnitudes[indices]
-        signed = torch.stack([scales, -scales]).flatten(0, 1)
-        scale_codes = torch.stack([indices + 1, indices + 129]).flatten(0, 1).to(torch.uint8)
-        # All in one call: for small tensors, call overhead dominates.
-        codes, errors = self._coder.encode((blocks / signed[:, :, None]).view(-1, BLOCK))
-        best = (errors.view(signed.shape) * signed.square()).argmin(dim=0, keepdim=True)
-        best_scales = scale_codes.gather(0, best).squeeze(0)
-        best_codes = codes.view(*signed.shape, BLOCK).gather(0, best[:, :, None].expand(-1, -1, BLOCK)).squeeze(0)
-        return best_scales.masked_fill_(largest < ZERO_BELOW * self._magnitudes[0], 0), best_codes
+        index = (octaves * (SCALE_STEPS_PER_OCTAVE / self._grid.stride)).round().to(torch.int32)
+        both = torch.ones_like(usual), -torch.ones_like(usual)
+        best = self._better(blocks, index, both)
+        if self._other_scales:
+            for step in self._grid_steps(COARSE_STEPS):
+                best = self._better(blocks, index + step, both, best)
+            index = best.index
+            for step in self._grid_steps(FINE_STEPS):
+                best = self._better(blocks, index + step, (best.sign,), best)
+        scales = self._magnitudes.index_select(0, best.index) * best.sign
+        codes = self._coder.encode(blocks / scales.unsqueeze(1), best.state_errors)[0]
+        scale_codes = (best.index + torch.where(best.sign < 0, 129, 1)).to(torch.uint8)
+        return scale_codes.masked_fill_(largest < ZERO_BELOW * self._magnitudes[0], 0), codes
+
+    def _grid_steps(self, steps: tuple[int, ...]) -> list[int]:
+        """Sixteenths of an octave in steps of the grid, without those that are no step."""
+        return [step // self._grid.stride for step in steps if not step % self._grid.stride]
+
+    def _better(
+        self, blocks: torch.Tensor, index: torch.Tensor, signs: tuple[torch.Tensor, ...], best: _Choice | None = None
+    ) -> _Choice:
+        """The better one, for each block, of `best` and the grid's magnitude `index` with each of some signs."""
+        index = index.clamp(0, len(self._magnitudes) - 1)
+        magnitudes = self._magnitudes.index_select(0, index)
+        for sign in signs:
+            state_errors = self._coder.state_errors(blocks / (magnitudes * sign).unsqueeze(1))
+            errors = state_errors.amin(dim=1) * magnitudes.square()
+            choice = _Choice(index, sign, errors, state_errors)
+            best = choice if best is None else best.replaced_where(errors < best.errors, choice)
+        assert best is not None
+        return best
 
 
 def usual_scales(blocks: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -124,11 +183,11 @@ def usual_scales(blocks: torch.Tensor, ratio: float) -> torch.Tensor:
 @lru_cache(16)
 def gaussian_trellis(fmt: BlockFormat) -> Trellis:
     """The common levels and their ratio, which suit Gaussian blocks."""
-    return Trellis(common_levels(fmt.id, torch.device("cpu")).float(), GAUSSIAN_RATIOS[fmt.id])
+    return Trellis(common_levels(fmt.id, torch.device("cpu")).float(), USUAL_RATIOS[fmt.id])
 
 
 def fit_trellis(blocks: torch.Tensor, fmt: BlockFormat, effort: TrellisEffort, weights: int | None = None) -> Trellis:
-    """Fit the ratio, and levels unless the common ones are as good for their size, to a sample of a tensor.
+    """Fit levels to a sample of a tensor, unless the common ones are as good for their size.
 
     Args:
         blocks: the sample, fp32 of shape (blocks, 64), finite.
@@ -136,26 +195,33 @@ def fit_trellis(blocks: torch.Tensor, fmt: BlockFormat, effort: TrellisEffort, w
         effort: how much work this may take.
         weights: number of weights of the whole tensor; None: levels are always fitted.
     """
-    start = gaussian_trellis(fmt)
+    common = gaussian_trellis(fmt)
     blocks = blocks[largest_magnitudes(blocks) > 0]
     if not len(blocks):
-        return start
-    few = blocks[:: -(-len(blocks) // RATIO_BLOCKS)]
-    ratios = [start.ratio * 2 ** (step / SCALE_STEPS_PER_OCTAVE) for step in RATIO_STEPS]
-    scales = torch.stack([usual_scales(few, ratio) for ratio in ratios])
-    errors = TrellisCoder(start.levels, fmt, few.device).encode((few / scales[:, :, None]).view(-1, BLOCK))[1]
-    best = (errors.view(scales.shape) * scales.square()).sum(dim=1).argmin().item()
-    common = Trellis(start.levels, ratios[best])
-    fitted, error = lloyd(blocks, common, fmt, effort.rounds, PRIOR_USES)
+        return common
+    fitted, error = lloyd(blocks, common, fmt, effort.rounds, PRIOR_USES, MIN_PROGRESS)
     if weights is None or own_levels_pay(error, _coded(blocks, common, fmt)[0], fmt, weights):
         return fitted
     return common
 
 
 def lloyd(
-    blocks: torch.Tensor, start: Trellis, fmt: BlockFormat, rounds: int, prior_uses: float
+    blocks: torch.Tensor,
+    start: Trellis,
+    fmt: BlockFormat,
+    rounds: int,
+    prior_uses: float,
+    min_progress: float = -math.inf,
 ) -> tuple[Trellis, float]:
     """Alternate between choosing codes and moving each level to the mean of its weights.
+
+    Args:
+        blocks: fp32 of shape (blocks, 64).
+        start: levels and ratio of the first round.
+        fmt: a trellis format.
+        rounds: most rounds.
+        prior_uses: see PRIOR_USES.
+        min_progress: see MIN_PROGRESS; by default all rounds are done.
 
     Returns:
         The best round's levels and ratio, and their sum of squared errors.
@@ -163,9 +229,10 @@ def lloyd(
     trellis, best, least = start, start, math.inf
     for number in range(rounds + 1):
         error, numbers, values, importance = _coded(blocks, trellis, fmt)
+        enough = number == rounds or error > (1 - min_progress) * least
         if error < least:
             best, least = trellis, error
-        if number == rounds:
+        if enough:
             break
         sums = torch.bincount(numbers, (values * importance).view(-1), minlength=fmt.levels).cpu()
         totals = torch.bincount(numbers, importance.expand_as(values).reshape(-1), minlength=fmt.levels).cpu()
@@ -187,7 +254,7 @@ def _coded(
     """
     scales = usual_scales(blocks, trellis.ratio)[:, None]
     values = blocks / scales
-    codes, errors = TrellisCoder(trellis.levels, fmt, blocks.device).encode(values)
+    codes, errors = trellis_coder(trellis.levels, fmt, blocks.device).encode(values)
     importance = scales.double().square()
     return float((errors.double() * importance[:, 0]).sum()), level_numbers(codes, fmt), values.double(), importance
 

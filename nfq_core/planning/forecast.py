@@ -18,6 +18,8 @@ from ..files.safetensors_io import aligned_entries
 from ..files.writer import Plan, longest_header_bytes
 from ..fitting.codebook import EFFORTS, STORED_BITS
 from ..fitting.quantizer import quantize
+from ..fitting.trellis_backends import search_backend
+from ..fitting.trellis_fit import scales_tried
 from ..models.sensitivities import layer_sensitivities
 from ..models.unet import UNetInfo
 from ..packed.codec import stored_code_bits
@@ -36,8 +38,14 @@ SCALES_LIKE = "nf16_b64"
 SCALAR_SECONDS = 0.01
 """Seconds of one processor to quantise and write a million weights in a scalar format."""
 
-SEARCH_SECONDS = {"t2w8_b64": 0.79, "t3w8_b64": 0.46, "t4w8_b64": 0.34, "t5w9_b64": 0.58, "t6w9_b64": 1.1}
-"""Seconds of one processor to search the trellis codes of a million weights."""
+PASS_SECONDS = {
+    "numba": {"t2w8_b64": 0.014, "t3w8_b64": 0.013, "t4w8_b64": 0.012, "t5w9_b64": 0.020, "t6w9_b64": 0.020},
+    "torch": {"t2w8_b64": 0.075, "t3w8_b64": 0.068, "t4w8_b64": 0.070, "t5w9_b64": 0.144, "t6w9_b64": 0.150},
+}
+"""Seconds of one processor for one pass of a trellis search over a million weights, by `search_backend` and format."""
+
+SEARCH_PASSES = 2.5
+"""What finding the codes takes after the first pass, in passes."""
 
 LAYER_SECONDS = 0.02
 """Seconds that a layer of any size takes at least."""
@@ -45,8 +53,8 @@ LAYER_SECONDS = 0.02
 FITTING_SECONDS = {"fast": 0.02, "best": 0.6}
 """Seconds to fit the levels of a layer of a million weights or more in a scalar format, by effort."""
 
-FITTING_SEARCHES = {"fast": 1.0, "best": 6.0}
-"""Millions of weights whose codes are searched to fit the levels of a layer in a trellis format, by effort."""
+FITTING_MILLIONS = 0.5
+"""Millions of weights whose codes are searched to fit the levels of a layer in a trellis format."""
 
 CALIBRATION_FACTOR = 4.0
 """How many times as long error feedback takes."""
@@ -147,7 +155,10 @@ def expected_seconds(plans: Mapping[str, Plan], effort: str, threads: int, calib
 def _seconds(fmt: BlockFormat, millions: float, effort: str) -> float:
     """Seconds of one processor for one layer of `millions` million weights."""
     if fmt.window:
+        device = torch.device("cpu")
+        tried = scales_tried(effort, device)
         # A layer of fewer weights than the sample is its own sample.
-        searched = FITTING_SEARCHES[effort] * min(1.0, millions)
-        return LAYER_SECONDS + SEARCH_SECONDS[fmt.id] * (millions + searched)
+        fitting = FITTING_MILLIONS * min(1.0, millions) * (1 + SEARCH_PASSES)
+        passes = millions * (tried + SEARCH_PASSES) + fitting
+        return LAYER_SECONDS + PASS_SECONDS[search_backend(device)[0]][fmt.id] * passes
     return LAYER_SECONDS + SCALAR_SECONDS * millions + FITTING_SECONDS[effort] * min(1.0, millions)

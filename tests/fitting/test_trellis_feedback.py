@@ -47,8 +47,9 @@ def test_without_feedback_it_is_the_plain_search(format: str) -> None:
     values = 0.3 * random_weight(50, 64)
     errors = coder(format).encode(values, torch.ones(64), NO_GAINS)[1].square().sum(dim=1)
     plain = TrellisCoder(gaussian_trellis(FORMATS[format]).levels, FORMATS[format], CPU).encode(values)[1]
-    # Costs lose up to five bits of their mantissas, so that a few choices between almost equal ways differ.
-    assert torch.allclose(errors.sum(), plain.sum(), rtol=2e-3)
+    # Costs lose up to five bits of their mantissas, so that a few choices between almost equal ways differ. The state
+    # at the start is chosen from fewer weights around it.
+    assert torch.allclose(errors.sum(), plain.sum(), rtol=2e-2)
 
 
 def test_weights_say_where_errors_count() -> None:
