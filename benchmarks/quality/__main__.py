@@ -17,10 +17,10 @@ from nfq_core.demo.calibrate import collect_demo
 from nfq_core.errors import NFQError
 
 from ..shared import argument_parser, machine, write_results
+from . import plot
 from .checks import checks, left_of, table
 from .demo import FACTS, PROMPTS, demo_rows
 from .peers import ARTICLE, our_formats, peers
-from .plot import plot
 from .weights import cut, model_layers, random_weights, weight_rows
 
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     if not options.model or options.out:
         print(write_results("quality", results, options.out))
     if not options.model:
-        print(plot(results))
+        print(*plot.main(), sep="\n")
 
 
 if __name__ == "__main__":

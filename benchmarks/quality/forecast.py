@@ -1,6 +1,6 @@
 """Measures the constants of `nfq_core.planning.forecast`: `python -m benchmarks.quality.forecast`.
 
-Gaussian weights, one processor. Trellis searches take minutes.
+Gaussian weights, one processor. Needs the extra `fast`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import torch
 
 from nfq_core import NFTensor, quantize
 from nfq_core.fitting.codebook import EFFORTS
+from nfq_core.fitting.trellis import TrellisCoder
+from nfq_core.fitting.trellis_fit import gaussian_trellis
+from nfq_core.fitting.trellis_numba import CompiledCoder
 from nfq_core.packed.codec import encode, frame_spans
-from nfq_core.packed.formats import TRELLIS_IDS, WRITABLE_IDS
+from nfq_core.packed.formats import FORMATS, TRELLIS_IDS, WRITABLE_IDS
 from nfq_core.packed.layout import BLOCK
 
 from ..shared import argument_parser
@@ -36,6 +39,20 @@ def scale_bits(tensor: NFTensor) -> float:
     return stored * 8 / (tensor.numel() // BLOCK)
 
 
+def search_line(id: str, coder: TrellisCoder) -> str:
+    """Seconds of the first pass of a search, and of the rest in passes."""
+    values = torch.randn(SEARCHED // BLOCK, BLOCK, generator=torch.Generator().manual_seed(0)) / 2.3
+    # Compiled code is loaded at the first use.
+    coder.encode(values[:1])
+    started = time.perf_counter()
+    state_errors = coder.state_errors(values)
+    passed = time.perf_counter()
+    coder.encode(values, state_errors)
+    seconds, rest = passed - started, time.perf_counter() - passed
+    per_million = seconds / SEARCHED * 1e6
+    return f"{id} {type(coder).__name__}: a pass {per_million:.3f} s per million, the rest {rest / seconds:.1f} passes"
+
+
 def main() -> None:
     """Print a line for each format."""
     argument_parser(__doc__).parse_args()
@@ -56,6 +73,11 @@ def main() -> None:
                 f"{seconds:.3f} s per million",
                 flush=True,
             )
+    for id in TRELLIS_IDS:
+        fmt = FORMATS[id]
+        levels = gaussian_trellis(fmt).levels
+        for coder in (TrellisCoder(levels, fmt, torch.device("cpu")), CompiledCoder(levels, fmt)):
+            print(search_line(id, coder), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from ..shared import unavailable
 from . import ggml
 
 GROUP = 64  # Weights per scale, for peers where the user chooses
+ROTATIONS = (256, 64, 16)  # Columns that comfy-kitchen rotates together; 256 in ComfyUI
 OURS, ARTICLE, PALETTE = "NFQ", "article", "palettisation"
 PALETTE_ROUNDS = 100
 
@@ -136,15 +137,61 @@ def _hqq() -> list[Contestant]:
 def _sdnq() -> list[Contestant]:
     from sdnq.quantizer import sdnq_quantize_layer_weight
 
-    def store(dtype: str, weight: torch.Tensor) -> Stored:
-        # SDNQ chooses the groups. Unsigned codes and uint8 scales have the least error at a size.
+    def store(dtype: str, options: dict[str, bool], weight: torch.Tensor) -> Stored:
+        # SDNQ chooses the groups. Unsigned codes and fp16 scales have the least error at a size.
         kind = "Linear" if weight.dim() == 2 else "Conv2d"
-        dtypes = {"weights_dtype": dtype, "scale_dtype": "uint8", "torch_dtype": torch.float16}
-        decode, parts = sdnq_quantize_layer_weight(weight.half(), layer_class_name=kind, **dtypes)
+        decode, parts = sdnq_quantize_layer_weight(
+            weight.half(),
+            layer_class_name=kind,
+            weights_dtype=dtype,
+            torch_dtype=torch.float16,
+            dequantize_fp32=False,
+            **options,
+        )
         nbytes = sum(part.nbytes for part in parts.values() if part is not None)
         return Stored(decode(**parts, dtype=torch.float32, skip_compile=True), nbytes, nbytes)
 
-    return [Contestant(f"SDNQ uint{bits}", "SDNQ", partial(store, f"uint{bits}")) for bits in (3, 4, 5, 6)]
+    kinds = {"": {}, " Hadamard": {"use_hadamard": True}, " codebook": {"use_codebook": True}}
+    return [
+        Contestant(f"SDNQ uint{bits}{kind}", "SDNQ" + kind, partial(store, f"uint{bits}", options))
+        for kind, options in kinds.items()
+        for bits in (3, 4, 5, 6)
+    ]
+
+
+def _kitchen() -> list[Contestant]:
+    import comfy_kitchen as kitchen
+    from comfy_kitchen.backends.eager import quantization as int8
+
+    def rotation(weight: torch.Tensor) -> int:
+        """Columns rotated together: the most of those that the package offers and that fit; 0 if none do."""
+        return next((size for size in ROTATIONS if not weight[0].numel() % size), 0)
+
+    def w4a8(weight: torch.Tensor, size: int) -> tuple[torch.Tensor, int]:
+        codes, scales, channels, correction, codebook = kitchen.quantize_w4a8_int8_weight(
+            weight, convrot_groupsize=size
+        )
+        parts = [part for part in (codes, scales, channels, correction, codebook) if part is not None]
+        decoded = kitchen.dequantize_w4a8_int8_weight(
+            codes, scales, channels, codebook, correction, convrot_groupsize=size, output_dtype=torch.float32
+        )
+        return decoded, sum(part.nbytes for part in parts)
+
+    def convrot(weight: torch.Tensor, size: int) -> tuple[torch.Tensor, int]:
+        codes, scales = int8.quantize_int8_convrot_weight(weight, size)
+        return int8.dequantize_int8_convrot_weight(codes, scales, size), codes.nbytes + scales.nbytes
+
+    def store(make: Callable[[torch.Tensor, int], tuple[torch.Tensor, int]], weight: torch.Tensor) -> Stored:
+        size = rotation(weight)
+        if not size:
+            return Stored(weight.half(), 2 * weight.numel(), 2 * weight.numel())
+        decoded, nbytes = make(weight.float().flatten(1), size)
+        return Stored(decoded.view(weight.shape), nbytes, nbytes)
+
+    return [
+        Contestant("W4A8", "comfy-kitchen", partial(store, w4a8)),
+        Contestant("int8 ConvRot", "comfy-kitchen", partial(store, convrot)),
+    ]
 
 
 def _torch_int8() -> list[Contestant]:
@@ -189,6 +236,7 @@ PACKAGES: dict[str, tuple[str, Callable[[], list[Contestant]]]] = {
     "bitsandbytes": ("bitsandbytes", _bitsandbytes),
     "HQQ": ("hqq", _hqq),
     "SDNQ": ("sdnq", _sdnq),
+    "comfy-kitchen": ("comfy_kitchen", _kitchen),
     "torch": ("torch", _torch_int8),
 }
 """By family: the package that it needs, and the function that makes its contestants."""

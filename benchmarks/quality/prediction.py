@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from math import log10, prod
 
 from nfq_core.files.safetensors_io import Entry
@@ -24,6 +25,7 @@ from nfq_core.planning.settings import DEFAULTS, PRESETS
 
 from ..shared import markdown_table, run_command
 
+SIZES = [tenths / 10 for tenths in range(22, 82, 2)]  # Packed bits per weight
 ALIKE, ONE_FORMAT = "all weights alike", "one format"
 
 GOALS = {
@@ -78,7 +80,21 @@ def predictions() -> list[dict]:
 
 def run() -> dict:
     """The predictions, as written to the results."""
-    return {"rows": predictions()}
+    shapes = quantized_shapes()
+    gain = uniform_output_db(0.0, sdxl_sensitivities(shapes)[BY_LAYER])
+    return {"rows": predictions(), "uniform_gain_db": gain, "sizes": sizes(shapes)}
+
+
+def sizes(shapes: Mapping[str, Shape]) -> list[dict]:
+    """Predicted output at many sizes, formats chosen by SDXL's own sensitivities: `effort`, `packed` bits and `db`."""
+    weights, own = sum(map(prod, shapes.values())), sdxl_sensitivities(shapes)[BY_LAYER]
+    found = []
+    for effort, bits in product(EFFORTS, SIZES):
+        allocated = allocate(shapes, int(bits * weights / 8), own.values, effort=effort)
+        chosen = {key: fmt for key, (fmt, _) in allocated.items()}
+        packed = sum(fmt.packed_bytes(prod(shapes[name])) for name, fmt in chosen.items())
+        found.append({"effort": effort, "packed": 8 * packed / weights, "db": predicted_output_db(chosen, own)})
+    return found
 
 
 def table(results: dict) -> str:

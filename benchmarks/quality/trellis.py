@@ -2,7 +2,8 @@
 
 Random weights, all in one format. Also measured: one search by window, and the decode. The goals are the error that
 SDXL's layers would have, if their weights were of these kinds, at the sizes in `checks.FLOORS`. Peers are ggml's types
-(`xllamacpp`) and bitsandbytes' NF4. Times are processor seconds on one thread.
+(`xllamacpp`) and bitsandbytes' NF4. Times are processor seconds on one thread. Needs the extra `fast`; effort `best` of
+trellis formats is measured without it too.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ from itertools import chain, product
 from math import prod
 from operator import itemgetter
 from time import process_time
+from unittest.mock import patch
 
 import torch
 
 from nfq_core import NFTensor, quantize
 from nfq_core.decibels import pooled_sqnr_db
 from nfq_core.demo.model import bundled_weights_path
+from nfq_core.errors import NFQError
 from nfq_core.files.safetensors_io import Entry
 from nfq_core.fitting.codebook import EFFORTS
 from nfq_core.fitting.trellis import TrellisCoder
+from nfq_core.fitting.trellis_backends import search_backend
 from nfq_core.models.unet_keys import SDXL_BASE, tensor_shapes
-from nfq_core.packed.formats import FORMATS, WRITABLE_IDS
+from nfq_core.packed.formats import FORMATS, TRELLIS_IDS, WRITABLE_IDS
 from nfq_core.packed.layout import BLOCK, BlockFormat
 from nfq_core.planning.allocation import MENUS, allocate
 from nfq_core.planning.policy import plan_tensors
@@ -36,6 +40,8 @@ from .weights import GAUSSIAN, SPREAD, STUDENT_T, Layer, figures, measure_layers
 
 PEERS, PEER_FAMILIES = tuple(name for name, _ in FLOORS), ("GGUF", "bitsandbytes")
 SHAPE, CONVOLUTION = (1024, 1024), (640, 320, 3, 3)
+PLAIN = "best, plain torch"
+WAYS = (*EFFORTS, PLAIN)
 WINDOWS, TIMED_BLOCKS, ROUNDS = (8, 9, 10, 12), 2048, 7
 
 
@@ -46,10 +52,14 @@ def processor_seconds(work: Callable[[], object]) -> float:
     return process_time() - started
 
 
-def measure(weight: torch.Tensor, format: str, effort: str) -> dict:
+def measure(weight: torch.Tensor, format: str, way: str) -> dict:
     """The `figures` of a weight in one of our formats, and seconds per million weights to quantise it."""
     made: list[NFTensor] = []
-    seconds = processor_seconds(lambda: made.append(quantize(weight, format=format, effort=effort)))
+    with patch.dict("os.environ", {"NFQ_BACKEND": "torch"} if way == PLAIN else {}):
+        effort = way if way in EFFORTS else "best"
+        # Compiled code is loaded at the first use.
+        quantize(weight[:16], format=format, effort=effort)
+        seconds = processor_seconds(lambda: made.append(quantize(weight, format=format, effort=effort)))
     return {**figures([Layer.of(weight, stored(made[0]))]), "seconds_per_million": seconds / weight.numel() * 1e6}
 
 
@@ -118,18 +128,26 @@ def demo_goals(peers: Sequence[Contestant]) -> list[dict]:
 def run() -> dict:
     """All measurements, as written to the results; the peers' rows have no effort."""
     torch.set_num_threads(1)
+    backend, reason = search_backend(torch.device("cpu"))
+    if backend != "numba":
+        raise NFQError(f"this measures numba's search too, but {reason}")
     contestants, skipped = packaged(PEER_FAMILIES)
     peers = [one for one in contestants if one.name in PEERS]
     rows = []
     for name, weight in random_weights(SHAPE, CONVOLUTION).items():
-        for format, effort in product(WRITABLE_IDS, EFFORTS):
-            rows.append({"source": name, "format": format, "effort": effort, **measure(weight, format, effort)})
+        for format, way in product(WRITABLE_IDS, WAYS):
+            if way in EFFORTS or format in TRELLIS_IDS:
+                rows.append({"source": name, "format": format, "effort": way, **measure(weight, format, way)})
         for peer in peers:
             found = figures([Layer.of(weight, peer.store(weight))])
             rows.append({"source": name, "format": peer.name, "effort": "", **found})
         print(f"{name} done", flush=True)
     times = {"search_seconds_per_million": search_seconds(), "decode_billions_per_second": decode_rates()}
     return {**times, "skipped": skipped, "rows": rows, "goals": goals(rows), "demo": demo_goals(peers)}
+
+
+def _by_way(rows: dict[str, dict], figure: str) -> str:
+    return " / ".join(f"{rows[way][figure]:.2f}" for way in WAYS if way in rows)
 
 
 def formats_table(results: dict) -> str:
@@ -141,9 +159,9 @@ def formats_table(results: dict) -> str:
     sources = list(next(iter(found.values())))
     lines = []
     for id, by_source in sorted(found.items(), key=lambda item: item[1][sources[0]]["fast"][PACKED]):
-        errors = [" / ".join(f"{one[effort]['sqnr_db']:.2f}" for effort in EFFORTS) for one in by_source.values()]
+        errors = [_by_way(one, "sqnr_db") for one in by_source.values()]
         first = by_source[sources[0]]
-        seconds = " / ".join(f"{first[effort]['seconds_per_million']:.2f}" for effort in EFFORTS)
+        seconds = _by_way(first, "seconds_per_million")
         rate = results["decode_billions_per_second"][id]["median"]
         lines.append([id, f"{first['fast'][PACKED]:.3f}", *errors, seconds, f"{rate:.2f}"])
     header = ["format", "packed bits", *(f"{source}, dB" for source in sources), "s per million", "decode, 10⁹ / s"]

@@ -24,6 +24,7 @@ SHAPE, CONVOLUTION = (2048, 2048), (1280, 320, 3, 3)
 GAUSSIAN, STUDENT_T, SPREAD, DEMO = "gaussian", "student_t5", "convolution", "demo"
 # Packed bits per weight of the mixes of our formats.
 MIX_TARGETS = (2.3, 2.6, 3.0, 3.13, 3.4, 3.7, 3.85, 4.0, 4.15, 4.5, 5.0, 5.3, 5.5, 6.0, 6.36, 8.0)
+MIX = "mix"  # What the names of mixes begin with
 FRACTIONS = (2, 4, 8, 16, 16)  # A mix needs several layers: a random weight is cut into a half, a quarter … of its rows
 
 Layers = Mapping[str, "Layer"]
@@ -129,7 +130,7 @@ def mix_rows(source: str, contestants: Sequence[Contestant], found: Mapping[str,
         for bits in MIX_TARGETS:
             chosen = mix(layers, shapes, bits, effort)
             if chosen and chosen != before:
-                name = f"mix {bits}{ours[0].name.removeprefix(ours[0].format)}"
+                name = f"{MIX} {bits}{ours[0].name.removeprefix(ours[0].format)}"
                 rows.append(row(source, name, OURS, **figures(chosen.values())))
             before = chosen
     return rows

@@ -11,12 +11,15 @@ from benchmarks.quality import sdxl_sensitivities
 from benchmarks.quality.prediction import (
     ALIKE,
     ONE_FORMAT,
+    SIZES,
     predictions,
     quantized_shapes,
+    sizes,
     table,
     uniform_output_db,
 )
 from benchmarks.quality.prediction import sdxl_sensitivities as sensitivities
+from nfq_core.fitting.codebook import EFFORTS
 from nfq_core.models.sensitivities import BY_BLOCK, BY_LAYER, BY_ROLE, SDXL_SENSITIVITIES
 
 
@@ -58,3 +61,12 @@ def test_one_noise_for_all_weights_by_hand() -> None:
 def test_the_table_in_the_page(rows: list[dict]) -> None:
     lines = table({"rows": rows}).splitlines()
     assert len(lines) == 10 and lines[2].startswith("| fast | 2.8 |")
+
+
+def test_more_bits_predict_a_better_output() -> None:
+    found = sizes(quantized_shapes())
+    for effort in EFFORTS:
+        own = [size for size in found if size["effort"] == effort]
+        assert len(own) == len(SIZES)
+        assert all(size["packed"] <= bits for size, bits in zip(own, SIZES, strict=True))
+        assert [size["db"] for size in own] == sorted(size["db"] for size in own)

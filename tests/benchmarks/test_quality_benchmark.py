@@ -108,6 +108,19 @@ def test_equal_steps_are_exact(family):
     assert 8 * made.packed_bytes / weight.numel() >= 4.25
 
 
+def test_rotated_types_are_near_and_other_layers_stay():
+    """Of 48 columns 16 are rotated together; 40 columns fit no rotation."""
+    package, make = quality_peers.PACKAGES["comfy-kitchen"]
+    needs(package)
+    floors = {"W4A8": 20.0, "int8 ConvRot": 38.0}
+    for contestant in make():
+        weight = random_half(64, 48)
+        assert Layer.of(weight, contestant.store(weight)).sqnr_db > floors[contestant.name]
+        other = random_half(64, 40)
+        made = contestant.store(other)
+        assert torch.equal(made.weight, other) and made.packed_bytes == 2 * other.numel()
+
+
 def test_int8_per_tensor_by_hand():
     contestant = quality_peers.PACKAGES["torch"][1]()[0]
     made = contestant.store(torch.tensor([[127.5, 1.0, -3.4, 0.2]]))
@@ -292,7 +305,7 @@ def test_the_command_runs_without_any_peer(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "random_weights", lambda: weights)
     monkeypatch.setattr(quality, "collect_demo", lambda prompts: None)
     monkeypatch.setattr(quality, "demo_rows", lambda contestants, calibration: [])
-    monkeypatch.setattr(quality, "plot", lambda results: None)
+    monkeypatch.setattr(quality.plot, "main", lambda: [])
     arguments = ["--out", str(tmp_path / "quality.json")]
     monkeypatch.setattr(sys, "argv", [quality.__file__, *arguments])
     quality.main(arguments)
@@ -304,13 +317,38 @@ def test_the_command_runs_without_any_peer(tmp_path, monkeypatch):
 
 
 def test_the_curve_is_what_nothing_smaller_equals():
-    rows = [point("a", 3.0, 17.0), point("b", 4.0, 16.0), point("c", 4.0, 22.0), point("d", 4.5, 22.0)]
-    assert [row["name"] for row in quality_plot.curve(rows, "sqnr_db")] == ["a", "c"]
+    figures = [("a", 3.0, 17.0), ("b", 4.0, 16.0), ("c", 4.0, 22.0), ("d", 4.5, 22.0)]
+    points = [quality_plot.Point(name, "NFQ", "fast", True, bits, db) for name, bits, db in figures]
+    assert [point.name for point in quality_plot.curve(points)] == ["a", "c"]
+
+
+def test_points_pool_the_sources_as_noise():
+    """20 and 10 dB are 0.01 and 0.1 of noise, 0.055 on average; what one source lacks is left out."""
+    here, there = quality_weights.GAUSSIAN, quality_weights.STUDENT_T
+    rows = [point("mix 3, best", 3.0, 20.0) | {"source": here}, point("mix 3, best", 3.2, 10.0) | {"source": there}]
+    rows += [
+        point("nf7_b64", 3.1, 17.0) | {"source": here},
+        point("other", 3.1, 17.0, calibrated=True) | {"source": here},
+    ]
+    rows += [point("demo", 3.1, 17.0) | {"source": quality_weights.DEMO}]
+    [pooled] = quality_plot.pooled_points(rows)
+    assert pooled[:4] == ("mix 3, best", "NFQ", "best", True)
+    assert pooled.bits == pytest.approx(3.1) and pooled.db == pytest.approx(-10 * math.log10(0.055))
+
+
+def test_predicted_points_shift_formats_by_the_sensitivities():
+    rows = [point("nf7_b64", 3.1, 17.0) | {"source": quality_weights.GAUSSIAN}]
+    rows += [row | {"source": quality_weights.GAUSSIAN} for row in PEERS[:1]]
+    prediction = {"uniform_gain_db": 9.5, "sizes": [{"effort": "best", "packed": 3.4, "db": 33.0}]}
+    ours, theirs, size = quality_plot.predicted_points(rows, prediction)
+    assert (ours.effort, ours.mixed, ours.db) == ("fast", False, 26.5)
+    assert (theirs.effort, theirs.db) == ("", PEERS[0]["sqnr_db"] + 9.5)
+    assert size == ("", "NFQ", "best", True, 3.4, 33.0)
 
 
 def test_plot(tmp_path):
     needs("matplotlib")
-    rows = [*PEERS, point("t3", 3.1, 17.0), point("t4", 4.14, 23.2, calibrated=True)]
-    gaussian = [row | {"source": quality_weights.GAUSSIAN} for row in rows]
-    path = quality_plot.plot({"rows": gaussian}, tmp_path / "plots" / "quality.png")
+    rows = [row | {"source": quality_weights.GAUSSIAN} for row in [*PEERS, point("mix 3.1", 3.1, 17.0)]]
+    points = quality_plot.pooled_points(rows)
+    path = quality_plot.draw(points, "title", "dB", "note", tmp_path / "plots" / "quality.png")
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -14,7 +14,7 @@ from benchmarks.quality import trellis
 from benchmarks.quality.peers import Contestant, Stored
 from benchmarks.shared import gaussian
 from nfq_core.fitting.codebook import EFFORTS
-from nfq_core.packed.formats import FORMATS, WRITABLE_IDS
+from nfq_core.packed.formats import FORMATS, TRELLIS_IDS, WRITABLE_IDS
 
 PEER_ROWS = {"Q4_K": 4.5, "NF4": 4.125}
 
@@ -64,6 +64,8 @@ def test_the_noise_of_a_mixs_formats_adds_up(monkeypatch):
 
 
 def test_every_format_is_measured_at_both_efforts_and_missing_peers_are_named(monkeypatch, capsys):
+    pytest.importorskip("numba")
+
     def store(weight: torch.Tensor) -> Stored:
         return Stored(0.9 * weight, weight.numel(), weight.numel())
 
@@ -86,7 +88,8 @@ def test_every_format_is_measured_at_both_efforts_and_missing_peers_are_named(mo
         torch.set_num_threads(threads)
     measured = {(row["format"], row["effort"]) for row in results["rows"]}
     # Q8_0 is not among the peers compared.
-    assert measured == {*product(WRITABLE_IDS, EFFORTS), ("Q4_K", "")}
+    plain = product(TRELLIS_IDS, [trellis.PLAIN])
+    assert measured == {*product(WRITABLE_IDS, EFFORTS), *plain, ("Q4_K", "")}
     assert {row["peer"] for row in results["goals"]} == {"Q4_K"}
     assert [(row["peer"], row["effort"]) for row in results["demo"]] == [("Q4_K", effort) for effort in EFFORTS]
     assert all(row["packed_bits_per_weight"] <= 4.15 for row in results["demo"])
