@@ -48,7 +48,11 @@ IS_NEW = """(before) => {
   return now && now !== before && app.graph._nodes.length === 0 && !shown;
 }"""
 
-FRAMES = "() => new Promise((next) => requestAnimationFrame(() => requestAnimationFrame(next)))"
+FRAMES = """() => new Promise((next) => {
+  requestAnimationFrame(() => requestAnimationFrame(next));
+  setTimeout(next, 3000);
+})"""
+"""Two frames, or three seconds: a browser that regards a tab as hidden draws none."""
 
 BUILD = """
 const made = {};
@@ -110,8 +114,9 @@ class Page:
         self.tab.close()
 
     def script(self, body: str, argument: Any = None) -> Any:
-        """Run JavaScript with the host's `app`, and `argument`."""
-        return self.tab.evaluate(f"async (argument) => {{ {APP} {body} }}", argument)
+        """Run JavaScript with the host's `app`, and `argument`; it must end within SHOW_MS."""
+        late = f"new Promise((_, fail) => setTimeout(() => fail(new Error('the script did not end')), {SHOW_MS}))"
+        return self.tab.evaluate(f"(argument) => Promise.race([{late}, (async () => {{ {APP} {body} }})()])", argument)
 
     def new_workflow(self) -> None:
         """Open an empty workflow in a new tab.
