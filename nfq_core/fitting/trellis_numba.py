@@ -2,12 +2,12 @@
 
 A batch of LANES blocks advances together: the innermost loop runs over blocks, which fills the processor's vector
 registers, and the errors of a step stay in the nearest cache. Errors are those of `TrellisCoder` but for fp32 rounding,
-so a few choices between almost equal paths differ.
+so a few choices between almost equal paths differ. A format's loops are compiled at its first use, in about two
+seconds.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from functools import lru_cache
@@ -17,8 +17,6 @@ import torch
 
 from ..packed.layout import BLOCK, BlockFormat
 from .trellis import TrellisCoder
-
-log = logging.getLogger("nfq")
 
 LANES = 128
 """Blocks that advance together: several vector registers, so that the innermost loop outweighs what surrounds it."""
@@ -80,14 +78,8 @@ def _kernels(code_bits: int, window: int) -> tuple[Callable, Callable]:
     """The compiled `state_errors` and `_search` of the formats with these properties."""
     from numba import njit
 
-    def compiled(function: Callable) -> Callable:
-        try:
-            # The machine code is kept beside this module, or in the user's cache folder.
-            return njit(nogil=True, fastmath=FASTMATH, cache=True)(function)
-        except RuntimeError:
-            log.debug("no folder for numba's cache", exc_info=True)
-            return njit(nogil=True, fastmath=FASTMATH)(function)
-
+    # Not in numba's cache on disk: its entries import this module by name, which is another in each host.
+    compiled = njit(nogil=True, fastmath=FASTMATH)
     codes = 1 << code_bits
     states = 1 << window - code_bits
     unrolled = min(codes, UNROLLED_CODES)

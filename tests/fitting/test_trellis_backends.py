@@ -82,24 +82,3 @@ def test_other_devices_use_plain_torch_and_try_other_scales(device):
     name, reason = search_backend(torch.device(device))
     assert name == "torch" and device in reason
     assert tries_other_scales(torch.device(device))
-
-
-def test_without_a_folder_for_the_cache(monkeypatch):
-    numba = pytest.importorskip("numba")
-    original = numba.njit
-
-    def njit(*arguments, cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(numba, "njit", njit)
-    trellis_numba._kernels.cache_clear()
-    try:
-        fmt, weight = format_by_id("t4w8_b64"), gaussian(65, 64)
-        coder = trellis_numba.CompiledCoder(gaussian_trellis(fmt).levels, fmt)
-        plain = TrellisCoder(gaussian_trellis(fmt).levels, fmt, CPU)
-        values = weight.float().view(-1, 64) / weight.float().std() / 2.3
-        assert coder.encode(values)[1].sum().item() == pytest.approx(plain.encode(values)[1].sum().item(), rel=1e-4)
-    finally:
-        trellis_numba._kernels.cache_clear()

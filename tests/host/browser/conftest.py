@@ -47,7 +47,8 @@ def page(browser, host: Host, request: pytest.FixtureRequest) -> Iterator:
 def hostile(base: Path) -> str:
     """The name of a file with markup in its header."""
     name = "hostile.nfq.safetensors"
-    packed = quantize_state_dict({f"{HOSTILE}.weight": torch.randn(64, 64), "=1+1.weight": torch.randn(64, 128)})
+    weights = {f"{HOSTILE}.weight": torch.randn(64, 64), "=1+1.weight": torch.randn(64, 128)}
+    packed = quantize_state_dict(weights, levels=16)
     settings = {"levels": HOSTILE, HOSTILE: 16, "baked": [HOSTILE]}
     save(packed, base / "models" / "diffusion_models" / name, settings=settings, source=Source(HOSTILE))
     return name
