@@ -58,12 +58,20 @@ TRELLIS_EFFORTS = {"fast": TrellisEffort(2048, 3, False), "best": TrellisEffort(
 COARSE_STEPS, FINE_STEPS = (-2, 2), (-1, 1)
 """Other scales to try, in sixteenths of an octave: from the usual scale, with both signs, then from the best one."""
 
+SMALL_TENSOR_STEPS = (-3, -2, -1, 1, 2, 3)
+"""In place of COARSE_STEPS for a tensor that is too small for levels of its own, and takes no time."""
 
-def scales_tried(effort: str, device: torch.device) -> int:
-    """How many scales, of both signs, an effort tries for each block on a device."""
-    if TRELLIS_EFFORTS[effort].other_scales and tries_other_scales(device):
-        return 2 * (1 + len(COARSE_STEPS)) + len(FINE_STEPS)
-    return 2
+
+def steps_to_try(effort: str, fmt: BlockFormat, weights: int, device: torch.device) -> tuple[int, ...]:
+    """The steps of `TrellisQuantizer` for a tensor of so many weights."""
+    if not TRELLIS_EFFORTS[effort].other_scales or not tries_other_scales(device):
+        return ()
+    return COARSE_STEPS if fmt.expects_own_levels(weights) else SMALL_TENSOR_STEPS
+
+
+def scales_tried(steps: tuple[int, ...]) -> int:
+    """How many scales, of both signs, are tried for each block."""
+    return 2 * (1 + len(steps)) + len(FINE_STEPS) if steps else 2
 
 
 @dataclass(frozen=True)
@@ -114,17 +122,17 @@ class TrellisQuantizer:
         fmt: a trellis format.
         grid: the scales that may be used.
         device: device of the blocks.
-        other_scales: see TrellisEffort.
+        steps: other scales to try with both signs, see COARSE_STEPS; none: FINE_STEPS are not tried either.
     """
 
     def __init__(
-        self, trellis: Trellis, fmt: BlockFormat, grid: ScaleGrid, device: torch.device, other_scales: bool
+        self, trellis: Trellis, fmt: BlockFormat, grid: ScaleGrid, device: torch.device, steps: tuple[int, ...]
     ) -> None:
         self._ratio = trellis.ratio
         self._grid = grid
         self._coder = trellis_coder(trellis.levels, fmt, device)
         self._magnitudes = grid.magnitudes.to(device)
-        self._other_scales = other_scales and tries_other_scales(device)
+        self._steps = steps
 
     def encode(self, blocks: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose each block's sign with its usual scale, then its scale, then its codes.
@@ -143,8 +151,8 @@ class TrellisQuantizer:
         index = (octaves * (SCALE_STEPS_PER_OCTAVE / self._grid.stride)).round().to(torch.int32)
         both = torch.ones_like(usual), -torch.ones_like(usual)
         best = self._better(blocks, index, both)
-        if self._other_scales:
-            for step in self._grid_steps(COARSE_STEPS):
+        if self._steps:
+            for step in self._grid_steps(self._steps):
                 best = self._better(blocks, index + step, both, best)
             index = best.index
             for step in self._grid_steps(FINE_STEPS):

@@ -19,7 +19,7 @@ from ..files.writer import Plan, longest_header_bytes
 from ..fitting.codebook import EFFORTS, STORED_BITS
 from ..fitting.quantizer import quantize
 from ..fitting.trellis_backends import search_backend
-from ..fitting.trellis_fit import scales_tried
+from ..fitting.trellis_fit import scales_tried, steps_to_try
 from ..models.sensitivities import layer_sensitivities
 from ..models.unet import UNetInfo
 from ..packed.codec import stored_code_bits
@@ -156,7 +156,7 @@ def _seconds(fmt: BlockFormat, millions: float, effort: str) -> float:
     """Seconds of one processor for one layer of `millions` million weights."""
     if fmt.window:
         device = torch.device("cpu")
-        tried = scales_tried(effort, device)
+        tried = scales_tried(steps_to_try(effort, fmt, round(millions * 1e6), device))
         # A layer of fewer weights than the sample is its own sample.
         fitting = FITTING_MILLIONS * min(1.0, millions) * (1 + SEARCH_PASSES)
         passes = millions * (tried + SEARCH_PASSES) + fitting

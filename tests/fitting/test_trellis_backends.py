@@ -12,8 +12,8 @@ from samples import gaussian
 from nfq_core import quantize
 from nfq_core.fitting import trellis_numba
 from nfq_core.fitting.trellis import TrellisCoder
-from nfq_core.fitting.trellis_backends import search_backend, trellis_coder, tries_other_scales
-from nfq_core.fitting.trellis_fit import gaussian_trellis, scales_tried
+from nfq_core.fitting.trellis_backends import search_backend, trellis_coder
+from nfq_core.fitting.trellis_fit import gaussian_trellis, scales_tried, steps_to_try
 from nfq_core.packed.formats import format_by_id
 
 CPU = torch.device("cpu")
@@ -50,7 +50,9 @@ def test_numba_is_used_where_it_is_installed():
     assert search_backend(CPU) == ("numba", "loops compiled for this processor")
     fmt = format_by_id("t4w8_b64")
     assert isinstance(trellis_coder(gaussian_trellis(fmt).levels, fmt, CPU), trellis_numba.CompiledCoder)
-    assert tries_other_scales(CPU) and scales_tried("best", CPU) == 8 and scales_tried("fast", CPU) == 2
+    small, large = (steps_to_try("best", fmt, weights, CPU) for weights in (1 << 16, 1 << 20))
+    assert (scales_tried(small), scales_tried(large)) == (16, 8)
+    assert steps_to_try("fast", fmt, 1 << 20, CPU) == () and scales_tried(()) == 2
 
 
 def test_plain_torch_by_request(monkeypatch):
@@ -58,7 +60,7 @@ def test_plain_torch_by_request(monkeypatch):
     assert search_backend(CPU) == ("torch", "requested by NFQ_BACKEND=torch")
     fmt = format_by_id("t4w8_b64")
     assert type(trellis_coder(gaussian_trellis(fmt).levels, fmt, CPU)) is TrellisCoder
-    assert not tries_other_scales(CPU) and scales_tried("best", CPU) == 2
+    assert steps_to_try("best", fmt, 1 << 20, CPU) == ()
 
 
 @pytest.mark.parametrize(
@@ -81,4 +83,4 @@ def test_a_missing_or_broken_numba_leaves_plain_torch(broken_import, error, reas
 def test_other_devices_use_plain_torch_and_try_other_scales(device):
     name, reason = search_backend(torch.device(device))
     assert name == "torch" and device in reason
-    assert tries_other_scales(torch.device(device))
+    assert steps_to_try("best", format_by_id("t4w8_b64"), 1 << 20, torch.device(device))
