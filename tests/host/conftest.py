@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from driver import Host, host_python, make_base
 from last_run import Recorder, asked_for, host_versions
-from models import KINDS, random_adapter, write_unet
+from models import KINDS, NARROW, random_adapter, write_unet
 from safetensors.torch import save_file
 
 from nfq_core.checkpoints.convert import dequantize_file, quantize_file
@@ -45,14 +45,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory):
-    """A base directory with Vega-sized models: fp16, packed, and the packed one dequantised; adapters."""
+    """A base directory with two models in fp16, packed, and dequantised: a narrow one and Vega; adapters."""
     base = make_base(tmp_path_factory.mktemp("comfyui") / "base")
     unets = base / "models" / "diffusion_models"
-    write_unet(unets / "vega.safetensors", SEGMIND_VEGA)
-    quantize_file(unets / "vega.safetensors", unets / "vega.nfq.safetensors", Settings(Formats()))
-    dequantize_file(unets / "vega.nfq.safetensors", unets / "vega-dense.safetensors")
+    loras = base / "models" / "loras"
+    for name, architecture in (("narrow", NARROW), ("vega", SEGMIND_VEGA)):
+        write_unet(unets / f"{name}.safetensors", architecture)
+        quantize_file(unets / f"{name}.safetensors", unets / f"{name}.nfq.safetensors", Settings(Formats()))
+    dequantize_file(unets / "narrow.nfq.safetensors", unets / "narrow-dense.safetensors")
     for number, kind in enumerate(KINDS):
-        save_file(random_adapter(SEGMIND_VEGA, kind, number), base / "models" / "loras" / f"{kind}.safetensors")
+        save_file(random_adapter(NARROW, kind, number), loras / f"{kind}.safetensors")
+    save_file(random_adapter(SEGMIND_VEGA, "lora", 0), loras / "vega-lora.safetensors")
     yield base
     shutil.rmtree(base, ignore_errors=True)
 

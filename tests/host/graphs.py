@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-OURS = {"class_type": "NFQuantizedUNetLoader", "inputs": {"unet_name": "vega.nfq.safetensors"}}
-DENSE = {"class_type": "UNETLoader", "inputs": {"unet_name": "vega-dense.safetensors", "weight_dtype": "default"}}
-ORIGINAL = {"class_type": "UNETLoader", "inputs": {"unet_name": "vega.safetensors", "weight_dtype": "default"}}
-
 
 def loader(unet_name: str) -> dict:
     """The loader for a file: ours for `.nfq.safetensors`, the stock one for others."""
     if unet_name.endswith(".nfq.safetensors"):
         return {"class_type": "NFQuantizedUNetLoader", "inputs": {"unet_name": unet_name}}
     return {"class_type": "UNETLoader", "inputs": {"unet_name": unet_name, "weight_dtype": "default"}}
+
+
+OURS, DENSE, ORIGINAL = (loader(f"narrow{end}.safetensors") for end in (".nfq", "-dense", ""))
+"""The narrow model, for tests that sample; see `models.NARROW`."""
+
+VEGA, VEGA_ORIGINAL = loader("vega.nfq.safetensors"), loader("vega.safetensors")
+"""The model of a real size, for tests that need its time, its bytes or its name."""
 
 
 def lora(name: str, strength: float, model: list) -> dict:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from driver import HostError
-from graphs import ORIGINAL, OURS, quantize, sample, save
+from graphs import VEGA as OURS
+from graphs import VEGA_ORIGINAL as ORIGINAL
+from graphs import quantize, sample, save
 
 from nfq_core import Calibration, NFQFile
 from nfq_core.calibration.statistics import LayerInputs

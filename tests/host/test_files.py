@@ -9,13 +9,12 @@ import pytest
 import torch
 from driver import Host, HostError
 from graphs import DENSE, ORIGINAL, OURS, loader, lora, quantize, sample, save
-from models import write_unet
+from models import NARROW_KOALA, write_unet
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import nfq_core
 from nfq_core.checkpoints.examine import file_info, verify_file
-from nfq_core.models.unet_keys import KOALA_700M
 
 MODEL = ["model", 0]
 NODES = ("NFQuantizedUNetLoader", "NFQuantizeUNet", "NFSaveCheckpoint", "NFQuantizedCheckpointLoader", "NFInspect")
@@ -50,7 +49,7 @@ def test_quantise_save_load(host) -> None:
     assert verify_file(path)["ok"]
     info = file_info(path)
     assert info["settings"]["levels"] == 12 and info["settings"]["conv_levels"] == 24
-    original = host.base / "models" / "diffusion_models" / "vega.safetensors"
+    original = host.base / "models" / "diffusion_models" / "narrow.safetensors"
     assert info["source"]["name"] == original.name
     assert info["source"]["sha256"] == hashlib.sha256(original.read_bytes()).hexdigest()
     assert info["original_bytes"] == original.stat().st_size
@@ -111,7 +110,7 @@ def test_stock_save_exports_dense_weights(host) -> None:
     host.run(graph)
     folder = host.output / "diffusion_models"
     plain, patched = load_file(folder / "plain_00001_.safetensors"), load_file(folder / "patched_00001_.safetensors")
-    dense = load_file(host.base / "models" / "diffusion_models" / "vega-dense.safetensors")
+    dense = load_file(host.base / "models" / "diffusion_models" / "narrow-dense.safetensors")
     assert {key.removeprefix("model.diffusion_model.") for key in plain} == dense.keys()
     changed = 0
     for key, weight in dense.items():
@@ -154,7 +153,7 @@ def test_extracted_lora(host) -> None:
 def test_kinds_of_prediction_are_saved(host, base, markers: dict[str, torch.Tensor]) -> None:
     """NFSaveCheckpoint also writes the tensors that define a model's kind of prediction."""
     original = base / "models" / "diffusion_models" / "kind.safetensors"
-    write_unet(original, KOALA_700M, **markers)
+    write_unet(original, NARROW_KOALA, **markers)
     nodes = {"model": loader(original.name), "packed": quantize(MODEL), "save": save(["packed", 0], "kind")}
     first = host.latent(sample(nodes, ["packed", 0], steps=1))
     path = host.output / "diffusion_models" / "kind.nfq.safetensors"
@@ -176,7 +175,7 @@ def test_kinds_of_prediction_are_saved(host, base, markers: dict[str, torch.Tens
 
 def test_quantising_fp8_weights_and_merges(host) -> None:
     """Weights that a stock loader cast to fp8, and a merge with a packed MODEL."""
-    fp8 = {"class_type": "UNETLoader", "inputs": {"unet_name": "vega.safetensors", "weight_dtype": "fp8_e4m3fn"}}
+    fp8 = {"class_type": "UNETLoader", "inputs": {"unet_name": "narrow.safetensors", "weight_dtype": "fp8_e4m3fn"}}
     ratio = {"model1": ["original", 0], "model2": ["ours", 0], "ratio": 0.5}
     nodes = {"model": fp8, "original": ORIGINAL, "ours": OURS}
     nodes["merge"] = {"class_type": "ModelMergeSimple", "inputs": ratio}
@@ -197,7 +196,7 @@ def test_inspect(host) -> None:
     nodes["file"] = {"class_type": "NFInspect", "inputs": {"file_name": "diffusion_models/vega.nfq.safetensors"}}
     outputs = host.run(nodes)
     made, loaded, file = (outputs[name]["text"][0] for name in ("made", "loaded", "file"))
-    assert "from vega.safetensors: levels 16, conv_levels 32" in made
+    assert "from narrow.safetensors: levels 16, conv_levels 32" in made
     assert "0.442 GB in the file, 1.491 GB as fp16" in file
     # The errors are the same if quantised in the graph or by the command, and if measured at once or later.
     assert made.splitlines()[4] == loaded.splitlines()[4]

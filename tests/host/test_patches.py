@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from graphs import DENSE, OURS, lora, sample
-from models import KINDS, random_adapter
+from models import KINDS, NARROW, random_adapter
 from safetensors.torch import save_file
-
-from nfq_core.models.unet_keys import SEGMIND_VEGA
 
 MODEL = ["model", 0]
 SKIPPED = "LoRA patches do not fit this model and are skipped"
@@ -38,11 +36,11 @@ def for_another_width(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 def misfit(request, base: Path) -> str:
     """The name of a LoRA file that does not fit the tests' model."""
     if request.param == "diff":
-        fitting = random_adapter(SEGMIND_VEGA, "lora", 9)
+        fitting = random_adapter(NARROW, "lora", 9)
         names = {key.rpartition(".lora_")[0] for key in fitting if ".lora_" in key}
         tensors = {f"{name}.diff": torch.ones(3, 5) for name in names}
     else:
-        tensors = for_another_width(random_adapter(SEGMIND_VEGA, request.param, 9))
+        tensors = for_another_width(random_adapter(NARROW, request.param, 9))
     path = base / "models" / "loras" / f"misfit-{request.param}.safetensors"
     save_file(tensors, path)
     yield path.stem
@@ -90,7 +88,7 @@ def test_a_lora_of_another_base_is_logged_once(host, misfit: str) -> None:
 
 def test_a_hook_of_another_base_is_logged_once(host, base) -> None:
     path = base / "models" / "loras" / "misfit-hook.safetensors"
-    save_file(for_another_width(random_adapter(SEGMIND_VEGA, "lora", 9)), path)
+    save_file(for_another_width(random_adapter(NARROW, "lora", 9)), path)
     nodes = {
         "model": OURS,
         "hook": {"class_type": "CreateHookLoraModelOnly", "inputs": {"lora_name": path.name, "strength_model": 1.0}},
@@ -112,7 +110,7 @@ def test_a_hook_of_another_base_is_logged_once(host, base) -> None:
 def test_misfits_in_every_state_of_loading(host, base) -> None:
     """One log line per load and none per step; the host plans no memory for skipped factors."""
     path = base / "models" / "loras" / "misfit.safetensors"
-    save_file(for_another_width(random_adapter(SEGMIND_VEGA, "dora", 9)), path)
+    save_file(for_another_width(random_adapter(NARROW, "dora", 9)), path)
     facts = host.check("misfits_in_states", with_loras("lora", "misfit"), model=["ours", 0], other=["wanted", 0])
     path.unlink()
     fitting = host.check("misfits_in_states", with_loras("lora"), model=["ours", 0], other=["wanted", 0])

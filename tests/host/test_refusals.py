@@ -8,7 +8,7 @@ import urllib.error
 import pytest
 import torch
 from driver import Host, HostError
-from graphs import ORIGINAL, OURS, loader, lora, quantize, sample, save
+from graphs import ORIGINAL, OURS, VEGA, VEGA_ORIGINAL, loader, lora, quantize, sample, save
 
 import nfq_core
 
@@ -189,12 +189,12 @@ def test_route_reports_a_damaged_file(host, base) -> None:
 @pytest.mark.parametrize("stage", ["quantising", "saving"])
 def test_interrupt(host, stage: str) -> None:
     """When a run is stopped half-way, nothing partial remains and the host goes on."""
-    nodes = {"model": ORIGINAL, "packed": quantize(MODEL, effort="best" if stage == "quantising" else "fast")}
+    nodes = {"model": VEGA_ORIGINAL, "packed": quantize(MODEL, effort="best" if stage == "quantising" else "fast")}
     if stage == "saving":
-        nodes = {"packed": OURS}
-        host.run({"packed": OURS, "look": {"class_type": "NFInspect", "inputs": {"model": ["packed", 0]}}})
+        nodes = {"packed": VEGA}
+        host.run({"packed": VEGA, "look": {"class_type": "NFInspect", "inputs": {"model": ["packed", 0]}}})
     else:
-        host.latent(sample({"model": ORIGINAL}, MODEL, steps=1))
+        host.latent(sample({"model": VEGA_ORIGINAL}, MODEL, steps=1))
     queued = host.queue(nodes | {"save": save(["packed", 0], "stopped")})
     if stage == "saving":
         host.wait_until(lambda _: host.leftovers(), "it did not begin to save")
@@ -208,7 +208,7 @@ def test_interrupt(host, stage: str) -> None:
     assert not (host.output / "diffusion_models" / "stopped.nfq.safetensors").exists()
     host.free()
     assert host.check("packed_weights_alive", {}) == 0
-    host.run({"model": OURS, "look": {"class_type": "NFInspect", "inputs": {"model": MODEL}}})
+    host.run({"model": VEGA, "look": {"class_type": "NFInspect", "inputs": {"model": MODEL}}})
 
 
 def test_full_disk(base) -> None:
@@ -216,9 +216,9 @@ def test_full_disk(base) -> None:
     host = Host(base, file_limit=100_000_000)
     try:
         with pytest.raises(HostError, match="could not be written: File too large; nothing was changed"):
-            host.run({"model": OURS, "save": save(MODEL, "too-large")})
+            host.run({"model": VEGA, "save": save(MODEL, "too-large")})
         assert not host.leftovers()
         assert not (host.output / "diffusion_models" / "too-large.nfq.safetensors").exists()
-        host.run({"model": OURS, "look": {"class_type": "NFInspect", "inputs": {"model": MODEL}}})
+        host.run({"model": VEGA, "look": {"class_type": "NFInspect", "inputs": {"model": MODEL}}})
     finally:
         host.close()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from graphs import DENSE, ORIGINAL, OURS, loader, lora, sample
-from models import KINDS, random_unet
+from models import KINDS, NARROW_KOALA, random_unet
 from safetensors.torch import load_file, save_file
 
 from nfq_core.checkpoints.convert import dequantize_file, quantize_file
-from nfq_core.models.unet_keys import CHECKPOINT_PREFIX, KOALA_700M
+from nfq_core.models.unet_keys import CHECKPOINT_PREFIX
 
 MODEL = ["model", 0]
 
@@ -42,7 +42,7 @@ def test_v_prediction(host, base, prefix: str) -> None:
     The stock loader loses them under a prefix, so the dense file has no prefix.
     """
     unets = base / "models" / "diffusion_models"
-    tensors = {prefix + key: value for key, value in random_unet(KOALA_700M).items()}
+    tensors = {prefix + key: value for key, value in random_unet(NARROW_KOALA).items()}
     save_file(tensors | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, unets / "v.safetensors")
     quantize_file(unets / "v.safetensors", unets / "v.nfq.safetensors")
     dequantize_file(unets / "v.nfq.safetensors", unets / "v-dense.safetensors")

@@ -9,13 +9,12 @@ import pytest
 import torch
 from driver import HostError
 from graphs import loader, quantize, sample, save
-from models import random_unet
+from models import NARROW, random_unet
 from safetensors.torch import save_file
 
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.files.original import Original
 from nfq_core.files.prequantized import rotation_matrix
-from nfq_core.models.unet_keys import SEGMIND_VEGA
 from nfq_core.planning.settings import Formats, Settings
 
 MODEL = ["model", 0]
@@ -64,9 +63,9 @@ FORMS = {"old fp8": old_fp8, "new fp8": new_fp8, "int8": int8, "rotated int8": r
 
 
 def source(form: Callable[[str, torch.Tensor], Tensors]) -> Tensors:
-    """Segmind Vega with the weights of its attention and feed-forward layers in a form that the host reads."""
+    """The narrow model with the weights of its attention and feed-forward layers in a form that the host reads."""
     result: Tensors = {}
-    for key, weight in random_unet(SEGMIND_VEGA).items():
+    for key, weight in random_unet(NARROW).items():
         is_inner = weight.ndim == 2 and ".transformer_blocks." in key
         result |= form(key.removesuffix(".weight"), weight.float()) if is_inner else {key: weight}
     if form is old_fp8:
@@ -123,7 +122,7 @@ def test_same_latents_as_from_the_stock_loader(host, files, request) -> None:
 def test_four_bits_are_refused_by_name(host) -> None:
     """A MODEL in the host's own NVFP4 format is refused with that name."""
     path = host.base / "models" / "diffusion_models" / "nvfp4.safetensors"
-    tensors = random_unet(SEGMIND_VEGA)
+    tensors = random_unet(NARROW)
     layer = next(key for key in tensors if key.endswith("attn1.to_q.weight")).removesuffix(".weight")
     rows, columns = tensors[f"{layer}.weight"].shape
     tensors |= {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import DENSE, OURS, loader, lora, sample
+from graphs import DENSE, OURS, VEGA, loader, lora, sample
 from models import packed_unet
 
 import nfq_core
@@ -33,7 +33,7 @@ def test_resident_is_a_stock_model(host, memory: str) -> None:
     assert sizes["class"].startswith("ModelPatcher") and sizes["packed_layers"] == 0
     assert sizes["model_size"] >= sizes["fp16_size"]
     assert torch.equal(host.latent(sample({"model": resident}, MODEL)), host.latent(sample({"model": OURS}, MODEL)))
-    assert "vega.nfq.safetensors is loaded resident: " in host.log.read_text()
+    assert "narrow.nfq.safetensors is loaded resident: " in host.log.read_text()
 
 
 def test_load_states(host) -> None:
@@ -118,7 +118,7 @@ def test_runs_do_not_grow_the_host(host) -> None:
     """Repeated loading, sampling with a LoRA and freeing does not grow the process."""
 
     def once(strength: float) -> int:
-        host.latent(sample({"model": OURS, "lora": lora("lora", strength, MODEL)}, ["lora", 0], steps=1))
+        host.latent(sample({"model": VEGA, "lora": lora("vega-lora", strength, MODEL)}, ["lora", 0], steps=1))
         host.free()
         return host.resident_bytes()
 
@@ -135,7 +135,7 @@ def test_changed_file_is_noticed(host, base) -> None:
     unets = base / "models" / "diffusion_models"
     changing = unets / "changing.nfq.safetensors"
     graph = sample({"model": {**OURS, "inputs": {"unet_name": changing.name}}}, MODEL)
-    changing.write_bytes((unets / "vega.nfq.safetensors").read_bytes())
+    changing.write_bytes((unets / "narrow.nfq.safetensors").read_bytes())
     first = host.latent(graph)
     tensors = nfq_core.load(changing)
     tensors["out.2.weight"] = -tensors["out.2.weight"]

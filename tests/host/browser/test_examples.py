@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from graphs import ORIGINAL
+from graphs import VEGA_ORIGINAL
 from page import Page
 from PIL import Image
 from playwright.sync_api import expect
@@ -38,7 +38,7 @@ def test_there_are_five() -> None:
 @pytest.fixture(scope="module")
 def files(host, base) -> dict:
     """Stock and packed files of one random model, by widget name."""
-    made = {"model": ORIGINAL, "companions": {"class_type": "NFQTestCompanions", "inputs": {}}}
+    made = {"model": VEGA_ORIGINAL, "companions": {"class_type": "NFQTestCompanions", "inputs": {}}}
     both = {"clip": ["companions", 0], "vae": ["companions", 1]}
     for kind, inputs, prefix in (
         ("CheckpointSave", {"model": ["model", 0], **both}, "checkpoints/example"),
@@ -56,7 +56,7 @@ def files(host, base) -> dict:
         "ckpt_name": checkpoint.name,
         "NFQuantizedCheckpointLoader.ckpt_name": "example.nfq.safetensors",
         "unet_name": "vega.nfq.safetensors",
-        "lora_name": "lora.safetensors",
+        "lora_name": "vega-lora.safetensors",
         "clip_name1": next(name for name in clips if "clip_l" in name),
         "clip_name2": next(name for name in clips if "clip_g" in name),
         "vae_name": next(name for name in host.options("VAELoader", "vae_name") if name.startswith("example")),

@@ -14,6 +14,7 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import comfy.sdxl_clip
+import comfy.supported_models
 import comfy.supported_models_base
 import torch
 from aiohttp import web
@@ -21,6 +22,18 @@ from comfy_execution.progress import get_progress_state
 from server import PromptServer
 
 from . import checks, patch_checks
+
+NARROW_CHANNELS = 64
+
+
+def _know_narrow_models() -> None:
+    """Let the host recognise `models.NARROW` and `NARROW_KOALA`."""
+    for known in (comfy.supported_models.Segmind_Vega, comfy.supported_models.KOALA_700M):
+        config = {**known.unet_config, "model_channels": NARROW_CHANNELS}
+        comfy.supported_models.models.append(type(f"Narrow{known.__name__}", (known,), {"unet_config": config}))
+
+
+_know_narrow_models()
 
 
 def _random(seed: int, *shape: int) -> torch.Tensor:

@@ -317,7 +317,7 @@ def dynamic_vram(package: str, model, other) -> dict:
         loaded = [load(*arguments, disable_dynamic=True), load(*arguments)]
         made_by_us = len(_Dynamic.made)
         resident = [load(arguments[0], "resident", disable_dynamic=disable) for disable in (False, True)]
-        stock = comfy.sd.load_diffusion_model(folder_paths.get_full_path("diffusion_models", "vega.safetensors"))
+        stock = comfy.sd.load_diffusion_model(folder_paths.get_full_path("diffusion_models", "narrow.safetensors"))
         quantised = bake.quantize_model(stock, settings, None, recipe.Origin())
         stock.cached_patcher_init = None
         try:
