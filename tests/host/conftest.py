@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip these tests without a host, and in runs of the whole suite: they take twenty minutes."""
+    """Skip these tests without a host, and in runs of the whole suite: they take a quarter of an hour."""
     here = Path(__file__).parent
     ours = [item for item in items if here in item.path.parents]
     if not ours:
