@@ -54,26 +54,34 @@ def uniform_output_db(weights_db: float, sensitivities: Sensitivities) -> float:
     return weights_db - 10 * log10(sum(sensitivities.values.values()))
 
 
+def figures(formats: Mapping[str, BlockFormat], shapes: Mapping[str, Shape], own: Sensitivities) -> dict[str, float]:
+    """`packed` bits per weight of a choice of formats, and its predicted output in `db`."""
+    packed = sum(fmt.packed_bytes(prod(shapes[name])) for name, fmt in formats.items())
+    return {"packed": 8 * packed / sum(map(prod, shapes.values())), "db": predicted_output_db(formats, own)}
+
+
+def chosen_formats(
+    shapes: Mapping[str, Shape], bits: float, values: Mapping[str, float] | None, effort: str
+) -> dict[str, BlockFormat]:
+    """What `allocate` chooses within so many packed bits per weight."""
+    allocated = allocate(shapes, int(bits * sum(map(prod, shapes.values())) / 8), values, effort=effort)
+    return {name: fmt for name, (fmt, _) in allocated.items()}
+
+
 def predictions() -> list[dict]:
     """A row for each effort and preset: `effort`, `bits`, `goal` and `choices`, each with `packed` bits and `db`."""
     shapes = quantized_shapes()
-    weights, found = sum(map(prod, shapes.values())), sdxl_sensitivities(shapes)
+    found = sdxl_sensitivities(shapes)
     own = found[BY_LAYER]
-
-    def figures(formats: Mapping[str, BlockFormat]) -> dict:
-        packed = sum(fmt.packed_bytes(prod(shapes[name])) for name, fmt in formats.items())
-        return {"packed": 8 * packed / weights, "db": predicted_output_db(formats, own)}
-
     rows = []
     for effort in EFFORTS:
-        uniform = [figures(dict.fromkeys(shapes, fmt)) for fmt in MENUS[effort]]
+        uniform = [figures(dict.fromkeys(shapes, fmt), shapes, own) for fmt in MENUS[effort]]
         for bits in sorted(PRESETS.values()):
             fits = [one for one in uniform if one["packed"] <= bits]
             choices = {ONE_FORMAT: max(fits, key=lambda one: one["db"])} if fits else {}
             values = {ALIKE: None} | {basis: one.values for basis, one in found.items()}
             for name, sensitivities in values.items():
-                chosen = allocate(shapes, int(bits * weights / 8), sensitivities, effort=effort)
-                choices[name] = figures({key: fmt for key, (fmt, _) in chosen.items()})
+                choices[name] = figures(chosen_formats(shapes, bits, sensitivities, effort), shapes, own)
             rows.append({"effort": effort, "bits": bits, "goal": GOALS[effort].get(bits), "choices": choices})
     return rows
 
@@ -87,14 +95,11 @@ def run() -> dict:
 
 def sizes(shapes: Mapping[str, Shape]) -> list[dict]:
     """Predicted output at many sizes, formats chosen by SDXL's own sensitivities: `effort`, `packed` bits and `db`."""
-    weights, own = sum(map(prod, shapes.values())), sdxl_sensitivities(shapes)[BY_LAYER]
-    found = []
-    for effort, bits in product(EFFORTS, SIZES):
-        allocated = allocate(shapes, int(bits * weights / 8), own.values, effort=effort)
-        chosen = {key: fmt for key, (fmt, _) in allocated.items()}
-        packed = sum(fmt.packed_bytes(prod(shapes[name])) for name, fmt in chosen.items())
-        found.append({"effort": effort, "packed": 8 * packed / weights, "db": predicted_output_db(chosen, own)})
-    return found
+    own = sdxl_sensitivities(shapes)[BY_LAYER]
+    return [
+        {"effort": effort, **figures(chosen_formats(shapes, bits, own.values, effort), shapes, own)}
+        for effort, bits in product(EFFORTS, SIZES)
+    ]
 
 
 def table(results: dict) -> str:

@@ -49,7 +49,7 @@ def test_without_feedback_it_is_the_plain_search(format: str) -> None:
     plain = TrellisCoder(gaussian_trellis(FORMATS[format]).levels, FORMATS[format], CPU).encode(values)[1]
     # Costs lose up to five bits of their mantissas, so that a few choices between almost equal ways differ. The state
     # at the start is chosen from fewer weights around it.
-    assert torch.allclose(errors.sum(), plain.sum(), rtol=2e-2)
+    assert torch.allclose(errors.sum(), plain.sum(), rtol=1.2e-2)
 
 
 def test_weights_say_where_errors_count() -> None:
