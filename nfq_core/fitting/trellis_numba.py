@@ -84,41 +84,36 @@ def _kernels(code_bits: int, window: int) -> tuple[Callable, Callable]:
     states = 1 << window - code_bits
     unrolled = min(codes, UNROLLED_CODES)
 
-    @compiled
-    def advance(values, levels, before, after):
-        """One weight: `after[state, lane]` is the smallest error that leads to the state, from `before`."""
-        for state in range(states):
-            for lane in range(LANES):
-                after[state, lane] = np.inf
-            for first in range(0, codes, unrolled):
-                for lane in range(LANES):
-                    least = after[state, lane]
-                    for code in range(unrolled):
-                        number = (first + code) * states + state
-                        difference = values[lane] - levels[number]
-                        error = before[number >> code_bits, lane] + difference * difference
-                        if error < least:
-                            least = error
-                    after[state, lane] = least
+    def stepper(notes: bool) -> Callable:
+        """One weight: `after[state, lane]` becomes the smallest error that leads to the state, from `before`.
 
-    @compiled
-    def advance_and_note(values, levels, before, after, leaving):
-        """`advance`; `leaving[state, lane]` becomes the code that leaves the window on the best path to the state."""
-        for state in range(states):
-            for lane in range(LANES):
-                after[state, lane] = np.inf
-            for first in range(0, codes, unrolled):
+        With `notes`, `leaving[state, lane]` becomes the code that leaves the window on the best path to the state. It
+        is a constant for the compiler, which leaves the notes out otherwise.
+        """
+
+        @compiled
+        def advance(values, levels, before, after, leaving):
+            for state in range(states):
                 for lane in range(LANES):
-                    least, best = after[state, lane], np.int32(leaving[state, lane])
-                    for code in range(unrolled):
-                        number = (first + code) * states + state
-                        difference = values[lane] - levels[number]
-                        error = before[number >> code_bits, lane] + difference * difference
-                        if error < least:
-                            least = error
-                            best = np.int32(first + code)
-                    after[state, lane] = least
-                    leaving[state, lane] = np.uint8(best)
+                    after[state, lane] = np.inf
+                for first in range(0, codes, unrolled):
+                    for lane in range(LANES):
+                        least = after[state, lane]
+                        best = np.int32(leaving[state, lane]) if notes else np.int32(0)
+                        for code in range(unrolled):
+                            number = (first + code) * states + state
+                            difference = values[lane] - levels[number]
+                            error = before[number >> code_bits, lane] + difference * difference
+                            if error < least:
+                                least = error
+                                best = np.int32(first + code)
+                        after[state, lane] = least
+                        if notes:
+                            leaving[state, lane] = np.uint8(best)
+
+        return advance
+
+    advance, advance_and_note = stepper(False), stepper(True)
 
     @compiled
     def backtrack(leaving, final, path, lane):
@@ -140,14 +135,14 @@ def _kernels(code_bits: int, window: int) -> tuple[Callable, Callable]:
 
     @compiled
     def state_errors(blocks, levels, errors):
-        steps = np.empty((BLOCK, LANES), np.float32)
+        steps, unused = np.empty((BLOCK, LANES), np.float32), np.empty((states, LANES), np.uint8)
         one, other = np.empty((states, LANES), np.float32), np.empty((states, LANES), np.float32)
         for first in range(0, len(blocks), LANES):
             transpose(blocks, first, steps)
             one[:] = 0
             for step in range(0, BLOCK, 2):
-                advance(steps[step], levels, one, other)
-                advance(steps[step + 1], levels, other, one)
+                advance(steps[step], levels, one, other, unused)
+                advance(steps[step + 1], levels, other, one, unused)
             for lane in range(min(LANES, len(blocks) - first)):
                 errors[first + lane] = one[:, lane]
 
