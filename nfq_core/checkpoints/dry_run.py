@@ -86,7 +86,7 @@ def forecast_file(
         "packed_bits_per_weight": packed * 8 / weights if weights else 0.0,
         "expected_sqnr_db": forecast.expected_sqnr_db(plans),
         "expected_output_db": forecast.expected_output_db(info, plans, measured),
-        "seconds": round(forecast.expected_seconds(plans, settings.effort, threads_for(device), calibrated), 1),
+        "seconds": round(forecast.expected_seconds(plans, settings.effort, threads_for(device), calibrated), 3),
         "warnings": list(map(printable, warnings + estimate_warnings(info, plans, measured) + size.warnings)),
     }
 
