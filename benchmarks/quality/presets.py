@@ -29,7 +29,7 @@ from nfq_core.report.metrics import psnr_db
 from ..shared import markdown_table, run_command
 from .demo import PEAK, held_out_batch
 
-CAPTIONS, SEEDS = 24, tuple(range(0, 8000, 1000))
+CAPTIONS, SEEDS = 24, (0, 1000)
 
 
 @torch.no_grad()

@@ -48,10 +48,16 @@ def noisy_pictures(
     scenes: Sequence[Scene], timesteps: torch.Tensor, rng: np.random.Generator, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Arguments for `TinyPipeline`: pictures of scenes with noise added, `timesteps`, and the captions' ids."""
-    pictures = torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes])).permute(0, 3, 1, 2) * 2 - 1
+    pictures = torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes]))
+    ids = torch.from_numpy(tokenise([describe(scene) for scene in scenes]))
+    return add_noise(pictures, timesteps, generator), timesteps, ids
+
+
+def add_noise(pictures: torch.Tensor, timesteps: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Noisy pictures as `TinyPipeline` takes them, fp32 [n, 3, size, size], from pictures [n, size, size, 3] in 0..1."""
+    pictures = pictures.permute(0, 3, 1, 2) * 2 - 1
     noise = torch.randn(pictures.shape, generator=generator)
-    noisy = import_diffusers().DDPMScheduler(**SCHEDULER_CONFIG).add_noise(pictures, noise, timesteps)
-    return noisy, timesteps, torch.from_numpy(tokenise([describe(scene) for scene in scenes]))
+    return import_diffusers().DDPMScheduler(**SCHEDULER_CONFIG).add_noise(pictures, noise, timesteps)
 
 
 def collect_demo(prompts: int, *, sensitivities: bool = True, progress: Progress = no_progress) -> Calibration:

@@ -49,42 +49,47 @@ SCHEDULER_CONFIG: dict[str, Any] = {
     "timestep_spacing": "trailing",
 }
 
-# SDXL's original height and width, crop top and left, target height and width.
-TIME_IDS = (IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE)
-
-
 STEPS = 20
 GUIDANCE = 3.0
 """Steps and CFG scale for the demo, its calibration and reports."""
 
 
 class WordEncoder(nn.Module):
-    """Word and position embeddings, summed and normalised; replaces SDXL's two CLIP encoders."""
+    """Word and position embeddings, summed and normalised; replaces SDXL's two CLIP encoders.
 
-    def __init__(self) -> None:
+    Args:
+        words: number of words in the vocabulary.
+        width: numbers per token.
+    """
+
+    def __init__(self, words: int = len(VOCABULARY), width: int = TEXT_WIDTH) -> None:
         super().__init__()
-        self.words = nn.Embedding(len(VOCABULARY), TEXT_WIDTH)
-        self.positions = nn.Embedding(MAX_WORDS, TEXT_WIDTH)
-        self.norm = nn.LayerNorm(TEXT_WIDTH)
+        self.words = nn.Embedding(words, width)
+        self.positions = nn.Embedding(MAX_WORDS, width)
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embed word ids [n, MAX_WORDS] as tokens [n, MAX_WORDS, TEXT_WIDTH] and their mean [n, TEXT_WIDTH]."""
+        """Embed word ids [n, MAX_WORDS] as tokens [n, MAX_WORDS, width] and their mean [n, width]."""
         tokens = self.norm(self.words(ids) + self.positions.weight)
         return tokens, tokens.mean(dim=1)
 
 
 class TinyPipeline(nn.Module):
-    """The text encoder and the UNet; calling it predicts v, float [n, 3, 32, 32], for noisy pictures."""
+    """The text encoder and the UNet; calling it predicts v, float [n, 3, size, size], for noisy pictures."""
 
     def __init__(self, unet: nn.Module, text: WordEncoder) -> None:
         super().__init__()
         self.unet = unet
         self.text = text
+        self.size = unet.config.sample_size
+        """Height and width of pictures in pixels."""
 
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Predict v for pictures [n, 3, 32, 32] at timesteps [n] (0..999) under captions as ids [n, MAX_WORDS]."""
+        """Predict v for pictures [n, 3, size, size] at timesteps [n] (0..999) under captions as ids [n, MAX_WORDS]."""
         tokens, pooled = self.text(ids)
-        time_ids = torch.tensor(TIME_IDS, dtype=pooled.dtype, device=pooled.device).expand(len(ids), -1)
+        # SDXL's original height and width, crop top and left, target height and width.
+        size_and_crop = (self.size, self.size, 0, 0, self.size, self.size)
+        time_ids = torch.tensor(size_and_crop, dtype=pooled.dtype, device=pooled.device).expand(len(ids), -1)
         conditions = {"text_embeds": pooled, "time_ids": time_ids}
         return self.unet(noisy, timesteps, tokens, added_cond_kwargs=conditions).sample
 
@@ -130,12 +135,24 @@ def merge_weights(pipeline: TinyPipeline) -> dict[str, torch.Tensor]:
     return {**pipeline.unet.state_dict(), **text}
 
 
-def build_pipeline(weights: Mapping[str, torch.Tensor] | None = None) -> TinyPipeline:
-    """Build the fp32 pipeline on the CPU with these weights (any float dtype), or with random ones.
+def build_pipeline(
+    weights: Mapping[str, torch.Tensor] | None = None,
+    config: Mapping[str, Any] = UNET_CONFIG,
+    words: int = len(VOCABULARY),
+) -> TinyPipeline:
+    """Build an fp32 pipeline on the CPU: the demo model's, or another of its kind.
 
-    Raises ImportError without diffusers and RuntimeError if names or shapes do not match the architecture.
+    Args:
+        weights: its weights, of any float dtype; None: random ones.
+        config: arguments of diffusers' `UNet2DConditionModel`.
+        words: number of words in the vocabulary.
+
+    Raises:
+        ImportError: diffusers is missing.
+        RuntimeError: names or shapes of the weights do not match.
     """
-    pipeline = TinyPipeline(import_diffusers().UNet2DConditionModel(**UNET_CONFIG), WordEncoder())
+    encoder = WordEncoder(words, config["cross_attention_dim"])
+    pipeline = TinyPipeline(import_diffusers().UNet2DConditionModel(**config), encoder)
     if weights is not None:
         unet, text = split_weights(weights)
         pipeline.unet.load_state_dict(unet)
@@ -143,7 +160,6 @@ def build_pipeline(weights: Mapping[str, torch.Tensor] | None = None) -> TinyPip
     return pipeline.eval()
 
 
-@torch.no_grad()
 def sample(
     pipeline: TinyPipeline,
     captions: Sequence[str],
@@ -152,22 +168,43 @@ def sample(
     steps: int = STEPS,
     guidance: float = GUIDANCE,
 ) -> np.ndarray:
-    """Draw captions with DPM++ 2M and classifier-free guidance, as uint8 pictures [n, 32, 32, 3].
+    """`sample_ids` for captions in words; ValueError on an unknown word."""
+    return sample_ids(pipeline, torch.from_numpy(tokenise(captions)), seed=seed, steps=steps, guidance=guidance)
+
+
+@torch.no_grad()
+def sample_ids(
+    pipeline: TinyPipeline,
+    ids: torch.Tensor,
+    *,
+    seed: int | Sequence[int] = 0,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+) -> np.ndarray:
+    """Draw captions with DPM++ 2M and classifier-free guidance, as uint8 pictures [n, size, size, 3].
 
     Picture i starts from the noise of seed + i, or of seed[i], so it does not depend on the size of the batch.
-    Guidance 1 is the plain conditional model. Raises ValueError on an unknown word.
+    Guidance 1 is the plain conditional model.
+
+    Args:
+        pipeline: the model.
+        ids: the captions' words, int64 [n, MAX_WORDS].
+        seed: see above.
+        steps: number of steps.
+        guidance: the CFG scale.
     """
     scheduler = import_diffusers().DPMSolverMultistepScheduler(
         algorithm_type="dpmsolver++", solver_order=2, **SCHEDULER_CONFIG
     )
     scheduler.set_timesteps(steps)
-    seeds = range(seed, seed + len(captions)) if isinstance(seed, int) else seed
+    seeds = range(seed, seed + len(ids)) if isinstance(seed, int) else seed
     generators = [torch.Generator().manual_seed(own) for own in seeds]
-    shape = (3, IMAGE_SIZE, IMAGE_SIZE)
+    shape = (3, pipeline.size, pipeline.size)
     pictures = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    ids = torch.from_numpy(tokenise([*captions, *[""] * len(captions)]))
+    # The caption of unguided sampling is all padding, which is word 0.
+    both = torch.cat([ids, torch.zeros_like(ids)])
     for timestep in scheduler.timesteps:
-        prediction = pipeline(torch.cat([pictures, pictures]), timestep.expand(len(ids)), ids)
+        prediction = pipeline(torch.cat([pictures, pictures]), timestep.expand(len(both)), both)
         conditional, unconditional = prediction.chunk(2)
         guided = unconditional + guidance * (conditional - unconditional)
         pictures = scheduler.step(guided, timestep, pictures).prev_sample

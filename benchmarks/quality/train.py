@@ -1,4 +1,4 @@
-"""Train the demo model from scratch on the CPU: `python -m benchmarks.quality.train_demo --minutes 60 --out FILE`.
+"""Train one of the small models from scratch on the CPU: `python -m benchmarks.quality.train WORLD --out FILE`.
 
 Writes the averaged weights as fp16 to --out every five minutes. The learning rate decays with the clock. With --steps
 the run has a fixed length and is repeatable to the bit on one machine. If other programs compete for the cores, set
@@ -18,22 +18,22 @@ from safetensors.torch import save_file
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
-from nfq_core.demo.model import SCHEDULER_CONFIG, build_pipeline, import_diffusers, merge_weights
-from nfq_core.demo.shapes import IMAGE_SIZE, describe, draw, random_scene, tokenise
+from nfq_core.demo.model import SCHEDULER_CONFIG, import_diffusers, merge_weights
 
 from ..shared import argument_parser
+from .worlds import WORLDS, World
 
 BATCH_SIZE, CAPTION_DROPOUT = 32, 0.1
 LEARNING_RATE, WARM_UP_STEPS, EMA_DECAY = 1e-3, 200, 0.999
 CHECKPOINT_MINUTES = 5
 
 
-def make_batch(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random scenes: pictures of shape (n, 3, 32, 32) in -1..1 and word ids of shape (n, MAX_WORDS)."""
-    scenes = [random_scene(rng) for _ in range(BATCH_SIZE)]
-    pictures = torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes])).permute(0, 3, 1, 2)
-    captions = ["" if rng.random() < CAPTION_DROPOUT else describe(scene) for scene in scenes]
-    return pictures * 2 - 1, torch.from_numpy(tokenise(captions))
+def make_batch(world: World, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random scenes: pictures of shape (n, 3, size, size) in -1..1 and word ids of shape (n, MAX_WORDS)."""
+    scenes = [world.random_scene(rng) for _ in range(BATCH_SIZE)]
+    pictures = torch.from_numpy(np.stack([world.draw(scene, rng) for scene in scenes])).permute(0, 3, 1, 2)
+    captions = ["" if rng.random() < CAPTION_DROPOUT else world.describe(scene) for scene in scenes]
+    return pictures * 2 - 1, torch.from_numpy(world.tokenise(captions))
 
 
 def average_weights(averages: list[torch.Tensor], weights: list[torch.Tensor], count: torch.Tensor) -> None:
@@ -48,7 +48,8 @@ def train(options: Namespace) -> None:
     rng = np.random.default_rng(options.seed)
     diffusers = import_diffusers()
     noising = diffusers.DDPMScheduler(**SCHEDULER_CONFIG)
-    pipeline = build_pipeline().train()
+    world = WORLDS[options.world]
+    pipeline = world.build().train()
     # Plain matmuls: the backward pass of the CPU's fused attention takes a quarter of a step.
     pipeline.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
     averaged = AveragedModel(pipeline, multi_avg_fn=average_weights)
@@ -58,7 +59,7 @@ def train(options: Namespace) -> None:
     def write_checkpoint() -> None:
         half = {name: tensor.detach().half().contiguous() for name, tensor in merge_weights(averaged.module).items()}
         facts = {"steps": str(step), "minutes": f"{minutes:.1f}", "loss": f"{mean_loss:.4f}", "seed": str(options.seed)}
-        metadata = {"format": "pt", "license": "Apache-2.0", "title": "ComfyUI-NFQ demo model", **facts}
+        metadata = {"format": "pt", "license": "Apache-2.0", "title": f"ComfyUI-NFQ {world.name}", **facts}
         temporary = options.out.with_suffix(".partial")
         save_file(half, temporary, metadata=metadata)
         temporary.replace(options.out)
@@ -69,8 +70,8 @@ def train(options: Namespace) -> None:
         factor = min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + np.cos(np.pi * progress))
         for group in optimiser.param_groups:
             group["lr"] = LEARNING_RATE * factor
-        pictures, ids = make_batch(rng)
-        noise = torch.randn(BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE)
+        pictures, ids = make_batch(world, rng)
+        noise = torch.randn(pictures.shape)
         # One random timestep from each n-th of the range: the loss has less noise than with independent ones.
         fractions = (torch.arange(BATCH_SIZE) + torch.rand(BATCH_SIZE)) / BATCH_SIZE
         timesteps = (fractions * noising.config.num_train_timesteps).long()
@@ -94,6 +95,7 @@ def train(options: Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argument_parser(__doc__)
+    parser.add_argument("world", choices=tuple(WORLDS), help="what it draws; shapes is the demo model")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     parser.add_argument("--minutes", type=float, default=60, help="length of the run (default: 60)")
     parser.add_argument("--steps", type=int, help="length of the run in steps, instead of --minutes")
