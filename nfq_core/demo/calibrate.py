@@ -54,7 +54,7 @@ def noisy_pictures(
 
 
 def add_noise(pictures: torch.Tensor, timesteps: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Noisy pictures as `TinyPipeline` takes them, fp32 [n, 3, size, size], from pictures [n, size, size, 3] in 0..1."""
+    """Pictures [n, size, size, 3] in 0..1 with noise added, as `TinyPipeline` takes them: fp32 [n, 3, size, size]."""
     pictures = pictures.permute(0, 3, 1, 2) * 2 - 1
     noise = torch.randn(pictures.shape, generator=generator)
     return import_diffusers().DDPMScheduler(**SCHEDULER_CONFIG).add_noise(pictures, noise, timesteps)

@@ -1,28 +1,28 @@
 """Rounding with error feedback, which minimises the error of the layer's output (GPTQ, arXiv 2210.17323).
 
 Columns are rounded one by one, those with the strongest inputs first. Later columns compensate the error of each column
-as far as their inputs correlate with its own, by the Cholesky factor of the inverse second moment of the inputs. Levels
-and scales are chosen before and do not change.
+as far as their inputs correlate with its own. Levels and scales are chosen before and do not change.
+
+The second moment of the inputs is a diagonal plus a product of low rank, ``diag(own) + shared @ shared.T``. What later
+columns can compensate then depends on the earlier errors through ``errors @ shared`` alone, a few numbers per row. This
+makes the result of GPTQ's Cholesky factor cheap for any number of columns.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import torch
 
-COLUMN_BATCH = 128
-"""Columns whose error is propagated to all later columns in one matrix product."""
+from ..packed.layout import BLOCK
 
 DAMPING = 0.01
 """Added to the diagonal, relative to its mean, so that the inverse does not amplify noise; raised if needed."""
 
-MAX_COLUMNS = 2048
-"""Most columns that exchange error feedback: the time for the factor grows with their cube.
-
-On layers with 512 to 2,304 columns, a limit of 1,024 cost 0.2 dB of output on average at 16 levels.
-"""
+ROWS = 2048
+"""Rows rounded at once: a batch of their columns stays in a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,93 @@ class SecondMoment:
         inverse = inverse_root(diagonal)
         return cls(diagonal, hessian.float() * inverse[:, None] * inverse)
 
-    def part(self, first: int, last: int, device: torch.device) -> torch.Tensor:
-        """The second moment of the columns `first` … `last` - 1, fp32, on `device`."""
-        factor = self.correlation[first:last].to(device).float()
-        matrix = factor[:, first:last].clone() if self.is_whole else factor @ factor.T
-        matrix.fill_diagonal_(1)
-        root = self.diagonal[first:last].to(device).float().clamp_min(0).sqrt()
-        return matrix.mul_(root).mul_(root[:, None])
+    def factors(self, device: torch.device) -> Factors:
+        """The damped second moment of the columns in an arbitrary unit, on `device`."""
+        correlation = self.correlation.to(device).float()
+        shared = _root(correlation) if self.is_whole else correlation
+        diagonal = self.diagonal.to(device).float().clamp_min(0)
+        # Avoids overflow in later sums.
+        diagonal = diagonal / diagonal.amax().clamp_min(torch.finfo(torch.float32).tiny)
+        own = diagonal * (1 - shared.square().sum(dim=1)).clamp_min(0)
+        shared = shared * diagonal.sqrt()[:, None]
+        # Columns without input neither give nor take feedback; any positive diagonal will do.
+        mean = float(diagonal.mean()) or 1.0
+        own = torch.where(diagonal > 0, own + DAMPING * mean, mean)
+        return Factors(own, shared)
 
     @property
     def is_whole(self) -> bool:
         """Whether `correlation` is the full matrix, not a factor."""
         return self.correlation.shape[0] == self.correlation.shape[1]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The second moment ``diag(own) + shared @ shared.T`` of some columns.
+
+    Args:
+        own: fp32, shape (columns,), positive.
+        shared: fp32, shape (columns, rank).
+    """
+
+    own: torch.Tensor
+    shared: torch.Tensor
+
+    def ordered(self, order: torch.Tensor) -> Factors:
+        """The same for the columns in another order."""
+        return Factors(self.own[order], self.shared[order])
+
+    def diagonal(self) -> torch.Tensor:
+        """E[x²] of each column."""
+        return self.own + self.shared.square().sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive columns that are rounded together, after the columns before them and before those behind.
+
+    The state of a row is ``errors @ shared`` over its columns so far, where an error is weight - rounded weight.
+
+    Args:
+        columns: which columns.
+        own: see `Factors`, of these columns.
+        shared: see `Factors`, of these columns, shape (batch, rank).
+        response: fp32 of shape (rank, batch): adding ``state @ response`` to the weights best compensates the errors.
+        moment: their second moment once all later columns compensate as well as they can, fp32, (batch, batch).
+    """
+
+    columns: slice
+    own: torch.Tensor
+    shared: torch.Tensor
+    response: torch.Tensor
+    moment: torch.Tensor
+
+
+def batches(factors: Factors, first: int = BLOCK) -> list[Batch]:
+    """Split columns into batches, in order: `first` columns, then BLOCK each.
+
+    Backwards, ``future`` holds by how much the columns behind a batch can reduce the effect of a state: the error of
+    the output is ``state @ future @ state.T`` once they compensate.
+    """
+    starts = [0, *range(first, len(factors.own), BLOCK)]
+    own, shared = factors.own.double(), factors.shared.double()
+    future = torch.eye(shared.shape[1], dtype=torch.float64, device=shared.device)
+    result = []
+    for start, stop in reversed(list(pairwise([*starts, len(own)]))):
+        part = slice(start, stop)
+        seen = shared[part] @ future
+        moment = seen @ shared[part].T
+        moment.diagonal().add_(own[part])
+        response = torch.linalg.solve(moment, seen)
+        result.append(Batch(part, factors.own[part], factors.shared[part], response.T.float(), moment.float()))
+        future = future - seen.T @ response
+    return result[::-1]
+
+
+def _root(correlation: torch.Tensor) -> torch.Tensor:
+    """A square root of a symmetric matrix, fp32; negative eigenvalues count as 0."""
+    values, vectors = torch.linalg.eigh(correlation.double())
+    return (vectors * values.clamp_min(0).sqrt()).float()
 
 
 def check_inputs(shape: torch.Size, importance: torch.Tensor | None, moment: SecondMoment | None) -> None:
@@ -107,45 +182,35 @@ def low_rank(sketch: torch.Tensor, probe: torch.Tensor, diagonal: torch.Tensor, 
     return (factor / factor.norm(dim=1, keepdim=True).clamp_min(1)).half()
 
 
-def relative_moment(moment: SecondMoment, first: int, last: int, device: torch.device) -> torch.Tensor:
-    """Second moment of the columns `first` … `last` - 1 in an arbitrary unit, fp32, with a positive diagonal."""
-    matrix = moment.part(first, last, device)
-    diagonal = matrix.diagonal()
-    # Avoids overflow in later sums.
-    matrix /= diagonal.amax().clamp_min(torch.finfo(torch.float32).tiny)
-    # Columns without input neither give nor take feedback; any positive diagonal will do.
-    diagonal.masked_fill_(diagonal <= 0, float(diagonal.mean()) or 1.0)
-    return matrix
-
-
-def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of a damped second moment.
+def feedback_gains(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How columns compensate one another's errors, in their order.
 
     Args:
-        hessian: E[x xᵀ] of the inputs, shape (columns, columns), symmetric, finite, with a positive diagonal.
+        moment: second moment of the columns, fp32 of shape (n, n), symmetric, finite, with a positive diagonal.
 
     Returns:
-        U, fp32 of the same shape, where ``U.T @ U`` is the inverse. Damping grows tenfold until U is finite.
+        Gains, fp32 of shape (n, n), strictly upper triangular: entry (i, j) is subtracted from column j for an error
+        of 1 in column i. Importance, fp32 of shape (n,): the error of the output for a squared error of 1 in a column
+        whose later columns compensate it. The diagonal is damped, tenfold each time, until both are finite.
 
     Raises:
         ValueError: the moment holds NaN or Inf.
     """
-    if not torch.isfinite(hessian).all():
-        raise ValueError("the Hessian must be finite, and so must the products of its diagonal's roots")
-    mean = hessian.diagonal().mean()
-    damping = DAMPING
+    if not torch.isfinite(moment).all():
+        raise ValueError("the Hessian must be finite")
+    moment = moment.double()
+    eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    damping, mean = 0.0, moment.diagonal().mean()
     while True:
-        for dtype in (torch.float32, torch.float64):
-            damped = hessian.to(dtype, copy=True)
-            damped.diagonal().add_(damping * mean)
-            # With rows and columns reversed, the inverse of the lower factor is the upper factor of the inverse.
-            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            if not failed:
-                eye = torch.eye(len(lower), dtype=dtype, device=lower.device)
-                factor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).float()
-                if torch.isfinite(factor).all():
-                    return factor
-        damping *= 10
+        # moment = upper @ upper.T: the first column is the one that all others compensate.
+        lower, failed = torch.linalg.cholesky_ex((moment + damping * mean * eye).flip(0, 1))
+        if not failed:
+            upper = lower.flip(0, 1)
+            diagonal = upper.diagonal()
+            gains = torch.linalg.solve_triangular(upper / diagonal, eye, upper=True)
+            if torch.isfinite(gains).all():
+                return gains.triu(1).float(), diagonal.square().float()
+        damping = 10 * damping or DAMPING
 
 
 def round_columns(
@@ -163,33 +228,46 @@ def round_columns(
     Returns:
         Index of each weight's level, uint8 of the weight's shape.
     """
+    factors = moment.factors(weight.device)
+    order = factors.diagonal().argsort(descending=True, stable=True)
+    parts = [(batch, feedback_gains(batch.moment)[0]) for batch in batches(factors.ordered(order))]
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    for first in range(0, weight.shape[1], MAX_COLUMNS):
-        part = slice(first, min(first + MAX_COLUMNS, weight.shape[1]))
-        hessian = relative_moment(moment, part.start, part.stop, weight.device)
-        codes[:, part] = _round(weight[:, part], scales[:, part], levels, boundaries, hessian)
+    for first in range(0, len(weight), ROWS):
+        rows = slice(first, first + ROWS)
+        # Transposed, so that each column is contiguous.
+        targets, sizes = weight[rows].T[order], scales[rows].T[order]
+        found = torch.empty(targets.shape, dtype=torch.uint8, device=weight.device)
+        state = torch.zeros(factors.shared.shape[1], targets.shape[1], device=weight.device)
+        for batch, gains in parts:
+            part = targets[batch.columns]
+            before = part.clone()
+            part.addmm_(batch.response.T, state)
+            rounded = _round(part, sizes[batch.columns], levels, boundaries, gains, found[batch.columns])
+            state.addmm_(batch.shared.T, before - rounded)
+        result = torch.empty_like(found)
+        result[order] = found
+        codes[rows] = result.T
     return codes
 
 
 def _round(
-    weight: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor, boundaries: torch.Tensor, hessian: torch.Tensor
+    targets: torch.Tensor,
+    scales: torch.Tensor,
+    levels: torch.Tensor,
+    boundaries: torch.Tensor,
+    gains: torch.Tensor,
+    codes: torch.Tensor,
 ) -> torch.Tensor:
-    """`round_columns` for columns that all exchange feedback, by the matrix `hessian`."""
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(hessian[order][:, order])
-    # Transposed, so that each column is contiguous.
-    columns, scales = weight.T[order], scales.T[order]
+    """Round a batch's columns, one after the other; `targets` change, `codes` are written.
+
+    Returns:
+        The rounded weights, fp32, shape of the targets (columns, rows).
+    """
     inverse = torch.where(scales == 0, 0.0, 1 / scales)
-    codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
-    for first in range(0, len(columns), COLUMN_BATCH):
-        last = min(first + COLUMN_BATCH, len(columns))
-        errors = torch.empty_like(columns[first:last])
-        for i in range(first, last):
-            nearest = torch.bucketize(columns[i] * inverse[i], boundaries)
-            codes[i] = nearest
-            errors[i - first] = (columns[i] - levels[nearest] * scales[i]) / factor[i, i]
-            columns[i + 1 : last].addr_(factor[i, i + 1 : last], errors[i - first], alpha=-1)
-        columns[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
-    result = torch.empty_like(codes)
-    result[order] = codes
-    return result.T
+    rounded = torch.empty_like(targets)
+    for i in range(len(targets)):
+        nearest = torch.bucketize(targets[i] * inverse[i], boundaries)
+        codes[i] = nearest
+        torch.mul(levels[nearest], scales[i], out=rounded[i])
+        targets[i + 1 :].addr_(gains[i, i + 1 :], targets[i] - rounded[i], alpha=-1)
+    return rounded

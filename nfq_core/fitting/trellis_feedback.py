@@ -10,13 +10,12 @@ if they lower the error of the layer's output.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from ..packed.layout import BLOCK, BlockFormat
-from .feedback import DAMPING, MAX_COLUMNS, SecondMoment, inverse_factor, relative_moment
+from .feedback import Batch, Factors, SecondMoment, batches, feedback_gains
 from .search import store_index_in_low_bits
 from .trellis import CACHED_BYTES, DEVICE_BYTES
 from .trellis_fit import TrellisQuantizer, level_numbers
@@ -155,29 +154,21 @@ class FeedbackCoder:
 
 
 @dataclass(frozen=True)
-class _Stretch:
-    """Consecutive weights of a row that exchange feedback.
+class _Piece:
+    """The columns of one row that lie in one block.
 
     Args:
-        start: position of the first one in its line.
-        stop: position after the last one.
-        moment: damped second moment of their inputs in an arbitrary unit, fp32.
-        gains: see `FeedbackCoder.encode`.
-        importance: see `FeedbackCoder.encode`.
+        row: index of the row in its line.
+        inside: their positions in the block.
+        batch: the columns, and how they exchange feedback.
+        gains: see `FeedbackCoder.encode`, for these positions; also for `importance`.
     """
 
-    start: int
-    stop: int
-    moment: torch.Tensor
+    row: int
+    inside: slice
+    batch: Batch
     gains: torch.Tensor
     importance: torch.Tensor
-
-
-def _feedback(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gains and importance for `FeedbackCoder.encode`, from a second moment."""
-    factor = inverse_factor(moment)
-    diagonal = factor.diagonal().clone()
-    return (factor / diagonal[:, None]).triu_(1), diagonal.square().reciprocal()
 
 
 def code_with_feedback(
@@ -209,125 +200,95 @@ def code_with_feedback(
     rows_per_line = BLOCK // math.gcd(columns, BLOCK)
     lines = torch.nn.functional.pad(weight, (0, 0, 0, -rows % rows_per_line)).reshape(-1, rows_per_line * columns)
     coder = FeedbackCoder(levels, fmt, weight.device)
-    table = table.to(weight.device).float()
-    scale_codes, codes = [], []
-    for stretches in _stretches(columns, rows_per_line, moment, weight.device):
-        part = lines[:, stretches[0].start : stretches[-1].stop]
-        search = _Lines(part, stretches, coder, table, fmt, levels)
-        search.first_pass(quantizer)
-        for turn in turns:
-            search.search_again(turn)
-        scale_codes.append(search.scale_codes)
-        codes.append(search.codes)
+    pieces = _pieces(moment.factors(weight.device), rows_per_line)
+    search = _Lines(lines, pieces, coder, table.to(weight.device).float(), fmt, levels)
+    search.first_pass(quantizer)
+    for turn in turns:
+        search.search_again(turn)
     blocks = -(-weight.numel() // BLOCK)
-    return torch.cat(scale_codes, dim=1).view(-1)[:blocks], torch.cat(codes, dim=1).view(-1, BLOCK)[:blocks]
+    return search.scale_codes.view(-1)[:blocks], search.codes.view(-1, BLOCK)[:blocks]
 
 
-def _stretches(
-    columns: int, rows_per_line: int, moment: SecondMoment, device: torch.device
-) -> Iterator[list[_Stretch]]:
-    """The stretches of a line, in groups that share no block with later groups."""
-    group = []
-    cache: dict[int, tuple[torch.Tensor, ...]] = {}
+def _pieces(factors: Factors, rows_per_line: int) -> list[list[_Piece]]:
+    """The pieces of each block of a line."""
+    columns = len(factors.own)
+    result: list[list[_Piece]] = [[] for _ in range(rows_per_line * columns // BLOCK)]
     for row in range(rows_per_line):
-        for first in range(0, columns, MAX_COLUMNS):
-            last = min(first + MAX_COLUMNS, columns)
-            if first not in cache:
-                matrix = relative_moment(moment, first, last, device)
-                gains, importance = _feedback(matrix)
-                matrix.diagonal().add_(DAMPING * matrix.diagonal().mean())
-                cache[first] = matrix, gains, importance
-            group.append(_Stretch(row * columns + first, row * columns + last, *cache[first]))
-            if rows_per_line == 1:
-                # No further row needs them.
-                cache.clear()
-            if not group[-1].stop % BLOCK:
-                yield group
-                group = []
+        for batch in batches(factors, BLOCK - row * columns % BLOCK):
+            block, start = divmod(row * columns + batch.columns.start, BLOCK)
+            inside = slice(start, start + len(batch.own))
+            result[block].append(_Piece(row, inside, batch, *feedback_gains(batch.moment)))
+    return result
 
 
 class _Lines:
-    """The search state of some blocks in all lines; positions count from the first stretch's start.
+    """The search state of all lines.
 
     Args:
         values: the weights, fp32 of shape (lines, positions).
-        stretches: a group of stretches that covers these positions.
+        pieces: the pieces of each block.
     """
 
     def __init__(
         self,
         values: torch.Tensor,
-        stretches: list[_Stretch],
+        pieces: list[list[_Piece]],
         coder: FeedbackCoder,
         table: torch.Tensor,
         fmt: BlockFormat,
         levels: torch.Tensor,
     ) -> None:
         self._values = values
-        self._stretches = stretches
-        self._offset = stretches[0].start
+        self._pieces = pieces
         self._coder = coder
         self._table = table
         self._format = fmt
         self._levels = levels.to(values.device)
-        blocks = values.shape[1] // BLOCK
-        self.scale_codes = torch.empty(len(values), blocks, dtype=torch.uint8, device=values.device)
-        self.codes = torch.empty(len(values), blocks, BLOCK, dtype=torch.uint8, device=values.device)
-        self._errors = torch.empty_like(values)
+        lines, device = len(values), values.device
+        self.scale_codes = torch.empty(lines, len(pieces), dtype=torch.uint8, device=device)
+        self.codes = torch.empty(lines, len(pieces), BLOCK, dtype=torch.uint8, device=device)
+        self._errors = torch.zeros_like(values)
+        rank = pieces[0][0].batch.shared.shape[1]
+        self._states = torch.zeros(pieces[-1][-1].row + 1, lines, rank, dtype=torch.float32, device=device)
+        """See `feedback.Batch`, for each row of a line."""
 
     def first_pass(self, quantizer: TrellisQuantizer) -> None:
         """Choose scale and codes of one block after another."""
-        targets = self._values.clone()
-        for block in range(self.codes.shape[1]):
-            place = slice(block * BLOCK, (block + 1) * BLOCK)
-            values = targets[:, place].contiguous()
-            gains, importance = targets.new_zeros(BLOCK, BLOCK), targets.new_empty(BLOCK)
-            for stretch, inside, own in self._pieces(block):
-                gains[inside, inside] = stretch.gains[own, own]
-                importance[inside] = stretch.importance[own]
+        for block, pieces in enumerate(self._pieces):
+            values = self._values[:, _place(block)].clone()
+            gains, importance = values.new_zeros(BLOCK, BLOCK), values.new_empty(BLOCK)
+            for piece in pieces:
+                values[:, piece.inside].addmm_(self._states[piece.row], piece.batch.response)
+                gains[piece.inside, piece.inside] = piece.gains
+                importance[piece.inside] = piece.importance
             self.scale_codes[:, block] = quantizer.encode(values, values.abs().amax(dim=1))[0]
             scales = self._scales(block)
-            codes, errors = self._coder.encode(_divided(values, scales), importance, gains)
-            errors = torch.where(scales == 0, values, errors * scales)
+            codes, _ = self._coder.encode(_divided(values, scales), importance, gains)
             self._accept(block, codes, torch.ones_like(scales[:, 0], dtype=torch.bool))
-            for stretch, inside, own in self._pieces(block):
-                behind = slice(place.start + inside.stop, stretch.stop - self._offset)
-                targets[:, behind] -= errors[:, inside] @ stretch.gains[own, own.stop :]
 
     def search_again(self, turn: int) -> None:
         """Choose each block's codes again, rotated by `turn`, and keep them where the output's error decreases."""
         order = torch.arange(BLOCK, device=self._values.device).roll(-turn)
-        for block in range(self.codes.shape[1]):
-            place = slice(block * BLOCK, (block + 1) * BLOCK)
+        for block, pieces in enumerate(self._pieces):
+            before, scales = self._errors[:, _place(block)], self._scales(block)
             moment = torch.zeros(BLOCK, BLOCK, dtype=torch.float32, device=order.device)
-            pull = torch.empty_like(self._errors[:, place])
-            for stretch, inside, own in self._pieces(block):
-                moment[inside, inside] = stretch.moment[own, own]
-                whole = slice(stretch.start - self._offset, stretch.stop - self._offset)
-                pull[:, inside] = self._errors[:, whole] @ stretch.moment[:, own]
-            before, scales = self._errors[:, place], self._scales(block)
-            pull = pull - before @ moment
+            pull = torch.empty_like(before)
+            for piece in pieces:
+                shared = piece.batch.shared
+                moment[piece.inside, piece.inside] = shared @ shared.T
+                pull[:, piece.inside] = self._states[piece.row] @ shared.T
+            # Of the errors outside the block alone.
+            pull -= before @ moment
+            moment.diagonal().add_(torch.cat([piece.batch.own for piece in pieces]))
             turned = moment[order][:, order]
-            gains, importance = _feedback(turned)
+            gains, importance = feedback_gains(turned)
             # The real-valued error of this block that best compensates the others; if unsolvable, NaN makes `gain` NaN.
             wanted = torch.linalg.solve_ex(moment, pull.T).result.T
-            values = _divided(self._values[:, place] + wanted, scales)
+            values = _divided(self._values[:, _place(block)] + wanted, scales)
             codes = self._coder.encode(values[:, order], importance, gains)[0].roll(turn, dims=1)
-            after = self._values[:, place] - self._decoded(codes, scales)
+            after = self._values[:, _place(block)] - self._decoded(codes, scales)
             gain = ((before @ moment + 2 * pull) * before - (after @ moment + 2 * pull) * after).sum(dim=1)
             self._accept(block, codes, gain > 0)
-
-    def _pieces(self, block: int) -> Iterator[tuple[_Stretch, slice, slice]]:
-        """Each stretch that overlaps a block, and the overlap as slices of the block and of the stretch."""
-        first = block * BLOCK + self._offset
-        for stretch in self._stretches:
-            start, stop = max(first, stretch.start), min(first + BLOCK, stretch.stop)
-            if start < stop:
-                yield (
-                    stretch,
-                    slice(start - first, stop - first),
-                    slice(start - stretch.start, stop - stretch.start),
-                )
 
     def _scales(self, block: int) -> torch.Tensor:
         """The scales of a block in all lines, fp32 of shape (lines, 1)."""
@@ -339,10 +300,18 @@ class _Lines:
 
     def _accept(self, block: int, codes: torch.Tensor, better: torch.Tensor) -> None:
         """Set a block's codes in the lines where `better` is true."""
-        place = slice(block * BLOCK, (block + 1) * BLOCK)
-        errors = self._values[:, place] - self._decoded(codes, self._scales(block))
-        self._errors[:, place] = torch.where(better[:, None], errors, self._errors[:, place])
+        before = self._errors[:, _place(block)]
+        errors = self._values[:, _place(block)] - self._decoded(codes, self._scales(block))
+        change = torch.where(better[:, None], errors - before, 0.0)
+        for piece in self._pieces[block]:
+            self._states[piece.row].addmm_(change[:, piece.inside], piece.batch.shared)
+        before += change
         self.codes[:, block] = torch.where(better[:, None], codes, self.codes[:, block])
+
+
+def _place(block: int) -> slice:
+    """The positions of a block in its line."""
+    return slice(block * BLOCK, (block + 1) * BLOCK)
 
 
 def _divided(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

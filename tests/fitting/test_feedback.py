@@ -11,7 +11,7 @@ from samples import SINGULAR, correlated, output_error, random_weight, second_mo
 
 from nfq_core import quantize
 from nfq_core.fitting import feedback as module
-from nfq_core.fitting.feedback import SecondMoment, inverse_factor, low_rank, round_columns
+from nfq_core.fitting.feedback import SecondMoment, feedback_gains, low_rank, round_columns
 from nfq_core.packed.formats import LEVELS
 
 CPU = torch.device("cpu")
@@ -41,15 +41,19 @@ def test_two_columns_by_hand(monkeypatch):
 
 def test_no_damping_is_sought_where_none_can_help():
     with pytest.raises(ValueError, match="must be finite"):
-        inverse_factor(torch.tensor([[1.0, torch.inf], [torch.inf, 1.0]]))
+        feedback_gains(torch.tensor([[1.0, torch.inf], [torch.inf, 1.0]]))
 
 
-def test_the_inverse_factor_by_hand(monkeypatch):
-    monkeypatch.setattr(module, "DAMPING", 0.0)
-    # The inverse of [[4, 2], [2, 2]] is [[0.5, -0.5], [-0.5, 1]].
-    factor = inverse_factor(torch.tensor([[4.0, 2.0], [2.0, 2.0]]))
-    assert torch.allclose(factor.T @ factor, torch.tensor([[0.5, -0.5], [-0.5, 1.0]]))
-    assert factor[1, 0] == 0
+def test_gains_by_hand():
+    # Once the second column makes up for an error of 1 in the first, 4 - 2² / 2 = 2 is left of its square's 4.
+    gains, importance = feedback_gains(torch.tensor([[4.0, 2.0], [2.0, 2.0]]))
+    assert torch.allclose(gains, torch.tensor([[0.0, -1.0], [0.0, 0.0]]))
+    assert torch.allclose(importance, torch.tensor([2.0, 2.0]))
+
+
+def test_a_singular_moment_is_dampened():
+    gains, importance = feedback_gains(torch.ones(5, 5))
+    assert torch.isfinite(gains).all() and (importance > 0).all()
 
 
 def reference(weight: np.ndarray, scales: np.ndarray, levels: np.ndarray, hessian: np.ndarray) -> np.ndarray:
@@ -76,6 +80,18 @@ def test_equals_the_definition(columns):
     scales = (random_weight(12, columns, seed=4) * 0.2).exp() * signs
     hessian = second_moment(correlated(300, columns))
     found = round_columns(weight, scales, LEVELS_5, MIDDLES, SecondMoment.of(hessian))
+    assert np.array_equal(found.numpy(), reference(*(t.numpy() for t in (weight, scales, LEVELS_5, hessian))))
+
+
+@pytest.mark.parametrize("columns", [150, 200])
+def test_a_low_rank_moment_equals_the_definition(columns):
+    """Through several batches."""
+    weight, scales = random_weight(12, columns, seed=3) * 0.4, torch.full((12, columns), 0.7)
+    factor = random_weight(columns, 5, seed=5)
+    factor /= factor.norm(dim=1, keepdim=True) * 1.1
+    diagonal = random_weight(columns, seed=6).exp()
+    hessian = (factor @ factor.T).fill_diagonal_(1) * diagonal.sqrt() * diagonal.sqrt()[:, None]
+    found = round_columns(weight, scales, LEVELS_5, MIDDLES, SecondMoment(diagonal, factor))
     assert np.array_equal(found.numpy(), reference(*(t.numpy() for t in (weight, scales, LEVELS_5, hessian))))
 
 
@@ -147,21 +163,16 @@ def test_zero_blocks_stay_zero():
     assert (decoded[1] == 0).all()
 
 
-def test_distant_columns_of_wide_weights_are_taken_for_uncorrelated(monkeypatch):
-    monkeypatch.setattr(module, "MAX_COLUMNS", 64)
-    weight, hessian = random_weight(6, 100), second_moment(correlated(300, 100))
-    found = round_columns(weight, torch.ones(6, 100), LEVELS_5, MIDDLES, SecondMoment.of(hessian))
-    for part in (slice(0, 64), slice(64, 100)):
-        alone = SecondMoment.of(hessian[part, part])
-        codes = round_columns(weight[:, part], torch.ones(6, 100)[:, part], LEVELS_5, MIDDLES, alone)
-        assert torch.equal(found[:, part], codes)
+def whole(moment: SecondMoment) -> torch.Tensor:
+    """The damped matrix, its largest diagonal entry being 1 before."""
+    factors = moment.factors(CPU)
+    return torch.diag(factors.own) + factors.shared @ factors.shared.T
 
 
 def test_a_second_moment_gives_its_matrix_back():
     hessian = second_moment(correlated(300, 40))
-    moment = SecondMoment.of(hessian)
-    assert torch.allclose(moment.part(0, 40, CPU), hessian, rtol=1e-5, atol=1e-6)
-    assert torch.allclose(moment.part(10, 30, CPU), hessian[10:30, 10:30], rtol=1e-5, atol=1e-6)
+    damped = hessian + module.DAMPING * hessian.diagonal().mean() * torch.eye(40)
+    assert torch.allclose(whole(SecondMoment.of(hessian)), damped / hessian.diagonal().amax(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_hessian_of_low_rank_survives_its_sketch():
@@ -172,8 +183,9 @@ def test_a_hessian_of_low_rank_survives_its_sketch():
     moment = SecondMoment(diagonal, low_rank(hessian @ probe, probe, diagonal, 8))
     assert moment.correlation.shape == (200, 8)
     # Factors are rounded to fp16: 2**-11 each.
-    root = diagonal.sqrt()
-    assert ((moment.part(0, 200, CPU) - hessian).abs() <= 4e-3 * root * root[:, None]).all()
+    root = (diagonal / diagonal.amax()).sqrt()
+    difference = (whole(moment) - hessian / diagonal.amax()).fill_diagonal_(0)
+    assert (difference.abs() <= 4e-3 * root * root[:, None]).all()
 
 
 UNFIT = {
