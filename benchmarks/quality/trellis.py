@@ -23,9 +23,9 @@ from nfq_core.decibels import pooled_sqnr_db
 from nfq_core.demo.model import bundled_weights_path
 from nfq_core.errors import NFQError
 from nfq_core.files.safetensors_io import Entry
+from nfq_core.fitting.backends import search_backend
 from nfq_core.fitting.codebook import EFFORTS
 from nfq_core.fitting.trellis import TrellisCoder
-from nfq_core.fitting.trellis_backends import search_backend
 from nfq_core.models.unet_keys import SDXL_BASE, tensor_shapes
 from nfq_core.packed.formats import FORMATS, TRELLIS_IDS, WRITABLE_IDS
 from nfq_core.packed.layout import BLOCK, BlockFormat

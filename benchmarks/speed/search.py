@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 
 from nfq_core.errors import NFQError
-from nfq_core.fitting.trellis_backends import search_backend
+from nfq_core.fitting.backends import search_backend
 
 from ..shared import argument_parser, dated_table, json_of, timed, write_results, write_sdxl_unet
 

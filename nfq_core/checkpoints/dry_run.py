@@ -14,7 +14,7 @@ from ..errors import CannotQuantizeError, printable
 from ..files.container import NO_SHA256, Source, source_name
 from ..files.original import Original
 from ..files.writer import Plan
-from ..fitting.trellis_backends import search_backend
+from ..fitting.backends import search_backend
 from ..packed.formats import TRELLIS_IDS
 from ..packed.layout import BlockFormat
 from ..parallel import Progress, no_progress, ordered_map, threads_for

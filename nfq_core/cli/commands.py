@@ -22,7 +22,7 @@ from ..checkpoints.targets import PLAIN_SUFFIX, container_name, dense_name, mode
 from ..decibels import decibels_in_words
 from ..errors import DEBUG, NFQError, internal_fault, printable, reason_of
 from ..files.container import SUFFIX
-from ..fitting.trellis_backends import search_backend
+from ..fitting.backends import search_backend
 from ..packed import backends
 from ..version import __version__
 from .conversion_options import add_conversion_options, conversion

@@ -17,11 +17,17 @@ from math import prod
 import torch
 
 from ..packed.layout import BLOCK
+from . import feedback_numba
+from .backends import search_backend
+from .search import NearestLevel
 
 DAMPING = 0.01
 """Added to the diagonal, relative to its mean, so that the inverse does not amplify noise; raised if needed."""
 
-ROWS = 2048
+FEW_COLUMNS = 16
+"""Columns whose error is propagated to all later columns of a batch in one matrix product."""
+
+ROWS = 1024
 """Rows rounded at once: a batch of their columns stays in a processor's cache."""
 
 
@@ -214,60 +220,65 @@ def feedback_gains(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def round_columns(
-    weight: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor, boundaries: torch.Tensor, moment: SecondMoment
+    weight: torch.Tensor, scales: torch.Tensor, nearest: NearestLevel, moment: SecondMoment
 ) -> torch.Tensor:
     """Round every weight with error feedback.
 
     Args:
         weight: fp32 of shape (rows, columns).
-        scales: scale of each weight's block, fp32 of the same shape; 0 for an all-zero block.
-        levels: ascending, fp32 of shape (n,).
-        boundaries: decision boundaries between neighbouring levels, in units of the scale, fp32 of shape (n - 1,).
+        scales: scale of each block of 64 consecutive weights, fp32 of shape (blocks,); 0 for an all-zero block.
+        nearest: the levels.
         moment: second moment of the inputs.
 
     Returns:
-        Index of each weight's level, uint8 of the weight's shape.
+        Each weight's code, uint8 of the weight's shape.
     """
+    rows, columns = weight.shape
     factors = moment.factors(weight.device)
     order = factors.diagonal().argsort(descending=True, stable=True)
-    parts = [(batch, feedback_gains(batch.moment)[0]) for batch in batches(factors.ordered(order))]
+    parts = [(batch, feedback_gains(batch.moment)[0].neg_()) for batch in batches(factors.ordered(order))]
+    compiled = search_backend(weight.device)[0] == "numba"
+    round_one = feedback_numba.round_batch if compiled else round_batch
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    for first in range(0, len(weight), ROWS):
-        rows = slice(first, first + ROWS)
+    for first in range(0, rows, ROWS):
         # Transposed, so that each column is contiguous.
-        targets, sizes = weight[rows].T[order], scales[rows].T[order]
-        found = torch.empty(targets.shape, dtype=torch.uint8, device=weight.device)
-        state = torch.zeros(factors.shared.shape[1], targets.shape[1], device=weight.device)
+        values = weight[first : first + ROWS].T.contiguous().index_select(0, order)
+        starts = torch.arange(first, first + values.shape[1], device=weight.device) * columns
+        found = torch.empty(values.shape, dtype=torch.uint8, device=weight.device)
+        state = torch.zeros(factors.shared.shape[1], values.shape[1], device=weight.device)
         for batch, gains in parts:
-            part = targets[batch.columns]
-            before = part.clone()
-            part.addmm_(batch.response.T, state)
-            rounded = _round(part, sizes[batch.columns], levels, boundaries, gains, found[batch.columns])
-            state.addmm_(batch.shared.T, before - rounded)
-        result = torch.empty_like(found)
-        result[order] = found
-        codes[rows] = result.T
+            targets = torch.addmm(values[batch.columns], batch.response.T, state)
+            blocks = (order[batch.columns, None] + starts).bitwise_right_shift_(BLOCK.bit_length() - 1)
+            sizes = scales.index_select(0, blocks.view(-1)).view(targets.shape)
+            found[batch.columns], rounded = round_one(targets, sizes, nearest, gains)
+            state.addmm_(batch.shared.T, values[batch.columns] - rounded)
+        codes[first : first + ROWS] = torch.empty_like(found).index_copy_(0, order, found).T
     return codes
 
 
-def _round(
-    targets: torch.Tensor,
-    scales: torch.Tensor,
-    levels: torch.Tensor,
-    boundaries: torch.Tensor,
-    gains: torch.Tensor,
-    codes: torch.Tensor,
-) -> torch.Tensor:
-    """Round a batch's columns, one after the other; `targets` change, `codes` are written.
+def round_batch(
+    targets: torch.Tensor, sizes: torch.Tensor, nearest: NearestLevel, gains: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a batch's columns one after the other; `targets` may change.
+
+    Args:
+        targets: fp32 of shape (columns, rows).
+        sizes: scale of each weight, fp32, same shape.
+        nearest: the levels.
+        gains: see `feedback_gains`, but added to later columns.
 
     Returns:
-        The rounded weights, fp32, shape of the targets (columns, rows).
+        The codes, uint8, and the rounded weights, fp32, of the targets' shape.
     """
-    inverse = torch.where(scales == 0, 0.0, 1 / scales)
-    rounded = torch.empty_like(targets)
-    for i in range(len(targets)):
-        nearest = torch.bucketize(targets[i] * inverse[i], boundaries)
-        codes[i] = nearest
-        torch.mul(levels[nearest], scales[i], out=rounded[i])
-        targets[i + 1 :].addr_(gains[i, i + 1 :], targets[i] - rounded[i], alpha=-1)
-    return rounded
+    cells = torch.empty(targets.shape, dtype=torch.int32, device=targets.device)
+    rounded, errors = torch.empty_like(targets), torch.empty_like(targets)
+    per_unit = nearest.cells_per_unit(sizes)
+    for first in range(0, len(targets), FEW_COLUMNS):
+        last = min(first + FEW_COLUMNS, len(targets))
+        for i in range(first, last):
+            cells[i] = nearest.cells(targets[i], per_unit[i])
+            torch.mul(nearest.levels.index_select(0, cells[i]), sizes[i], out=rounded[i])
+            torch.sub(targets[i], rounded[i], out=errors[i])
+            targets[i + 1 : last].addr_(gains[i, i + 1 : last], errors[i])
+        targets[last:].addmm_(gains[first:last, last:].T, errors[first:last])
+    return nearest.codes.index_select(0, cells.view(-1)).view(cells.shape), rounded

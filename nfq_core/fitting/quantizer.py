@@ -247,7 +247,7 @@ def _scalar(
     if moment is None:
         parts = _rounded(flat, largest, quantizer, columns)
     else:
-        parts = _rounded_with_feedback(flat, largest, quantizer, code_of_level, moment)
+        parts = _rounded_with_feedback(flat, largest, quantizer, moment)
     return book.levels[order], parts
 
 
@@ -265,18 +265,12 @@ def _rounded_with_feedback(
     flat: torch.Tensor,
     largest: torch.Tensor,
     quantizer: BlockQuantizer,
-    code_of_level: torch.Tensor,
     moment: SecondMoment,
 ) -> Parts:
     """The parts of a flat weight, rounded as a whole by `round_columns`."""
     scale_codes = torch.cat([quantizer.scale_codes(blocks, tops) for _, blocks, tops in _chunks(flat, largest)])
     weight = flat.view(-1, len(moment.diagonal)).float()
-    scales = quantizer.scales(scale_codes).repeat_interleave(BLOCK)[: flat.numel()].view(weight.shape)
-    levels, boundaries, code_of_level = (
-        tensor.to(flat.device) for tensor in (quantizer.levels, quantizer.boundaries, code_of_level)
-    )
-    indices = round_columns(weight, scales, levels, boundaries, moment).reshape(-1)
-    codes = code_of_level.index_select(0, indices.int())
+    codes = round_columns(weight, quantizer.scales(scale_codes), quantizer.nearest, moment).view(-1)
     codes = torch.nn.functional.pad(codes, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     chunk = chunk_blocks(flat.device)
     return zip(scale_codes.split(chunk), codes.split(chunk), strict=True)

@@ -166,6 +166,42 @@ def store_index_in_low_bits(errors: torch.Tensor, indices: torch.Tensor, mask: i
     return errors.view(torch.int32).bitwise_and_(~mask).bitwise_or_(indices)
 
 
+@dataclass(frozen=True)
+class NearestLevel:
+    """The nearest level of a value by its cell in a grid of ASSIGN_BINS cells over ±ASSIGN_RANGE scales.
+
+    Args:
+        codes: code of the level by cell, uint8 of shape (ASSIGN_BINS,).
+        levels: the level by cell, fp32, same shape.
+    """
+
+    codes: torch.Tensor
+    levels: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        levels: torch.Tensor,
+        boundaries: torch.Tensor,
+        device: torch.device,
+        code_of_level: torch.Tensor | None = None,
+    ) -> NearestLevel:
+        """From levels and the boundaries between neighbours, in units of the scale, on the CPU."""
+        indices = torch.bucketize(_centres(ASSIGN_BINS, ASSIGN_RANGE), boundaries)
+        codes = indices.to(torch.uint8) if code_of_level is None else code_of_level[indices]
+        return cls(codes.to(device), levels[indices].to(device))
+
+    @staticmethod
+    def cells_per_unit(scales: torch.Tensor) -> torch.Tensor:
+        """By what `cells` multiplies values with these scales; 0 where the scale is 0."""
+        return torch.where(scales == 0, 0.0, ASSIGN_BINS / (2 * ASSIGN_RANGE) / scales)
+
+    @staticmethod
+    def cells(values: torch.Tensor, per_unit: torch.Tensor) -> torch.Tensor:
+        """The cells of values, int32."""
+        return (values * per_unit).add_(ASSIGN_BINS / 2).clamp_(0, ASSIGN_BINS - 1).to(torch.int32)
+
+
 class BlockQuantizer:
     """Chooses scale codes and codes for blocks, given levels and a scale grid, on one device.
 
@@ -202,8 +238,7 @@ class BlockQuantizer:
         self._candidate_ids = torch.arange(len(self._code_steps), dtype=torch.int32, device=device)
         self._id_mask = (1 << (len(self._candidate_ids) - 1).bit_length()) - 1
         self._off_grid = self._off_grid_errors().to(device)
-        codes = torch.bucketize(_centres(ASSIGN_BINS, ASSIGN_RANGE), self.boundaries)
-        self._code_of_bin = (codes.to(torch.uint8) if code_of_level is None else code_of_level[codes]).to(device)
+        self.nearest = NearestLevel.of(levels, self.boundaries, device, code_of_level)
 
     @property
     def boundaries(self) -> torch.Tensor:
@@ -269,6 +304,5 @@ class BlockQuantizer:
 
     def codes(self, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """The code of the nearest level, prices included, for every weight; uint8 of shape (blocks, 64)."""
-        inverse = torch.where(scales == 0, 0.0, ASSIGN_BINS / (2 * ASSIGN_RANGE) / scales)
-        cells = (blocks * inverse[:, None]).add_(ASSIGN_BINS / 2).clamp_(0, ASSIGN_BINS - 1).to(torch.int32)
-        return self._code_of_bin.index_select(0, cells.view(-1)).view(-1, BLOCK)
+        cells = NearestLevel.cells(blocks, NearestLevel.cells_per_unit(scales)[:, None])
+        return self.nearest.codes.index_select(0, cells.view(-1)).view(-1, BLOCK)

@@ -11,9 +11,9 @@ import torch
 from ..packed.common_levels import common_levels
 from ..packed.layout import BlockFormat
 from ..packed.scales import SCALE_STEPS_PER_OCTAVE
+from .backends import trellis_coder, tries_other_scales
 from .own_levels import own_levels_pay
 from .search import ZERO_BELOW, ScaleGrid, largest_magnitudes
-from .trellis_backends import trellis_coder, tries_other_scales
 
 USUAL_RATIOS = {
     "t2w8_b64": 1.9902,

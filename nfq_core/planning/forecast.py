@@ -16,9 +16,9 @@ from ..decibels import pooled_sqnr_db
 from ..files.container import Facts
 from ..files.safetensors_io import aligned_entries
 from ..files.writer import Plan, longest_header_bytes
+from ..fitting.backends import search_backend
 from ..fitting.codebook import EFFORTS, STORED_BITS
 from ..fitting.quantizer import quantize
-from ..fitting.trellis_backends import search_backend
 from ..fitting.trellis_fit import scales_tried, steps_to_try
 from ..models.sensitivities import layer_sensitivities
 from ..models.unet import UNetInfo

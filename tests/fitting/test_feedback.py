@@ -11,12 +11,33 @@ from samples import SINGULAR, correlated, output_error, random_weight, second_mo
 
 from nfq_core import quantize
 from nfq_core.fitting import feedback as module
+from nfq_core.fitting import feedback_numba
 from nfq_core.fitting.feedback import SecondMoment, feedback_gains, low_rank, round_columns
+from nfq_core.fitting.search import NearestLevel
 from nfq_core.packed.formats import LEVELS
 
 CPU = torch.device("cpu")
 LEVELS_5 = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0])
 MIDDLES = (LEVELS_5[1:] + LEVELS_5[:-1]) / 2
+NEAREST = NearestLevel.of(LEVELS_5, MIDDLES, CPU)
+
+
+@pytest.fixture(params=["numba", "torch"])
+def backend(request, monkeypatch) -> str:
+    """Rounds compiled and in plain torch."""
+    if request.param == "numba":
+        pytest.importorskip("numba")
+    monkeypatch.setenv("NFQ_BACKEND", {"numba": "", "torch": "torch"}[request.param])
+    return request.param
+
+
+def block_scales(weight: torch.Tensor, signed: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random scale for each block of 64 weights, and the same for each weight."""
+    blocks = -(-weight.numel() // 64)
+    scales = (random_weight(blocks, seed=4) * 0.2).exp()
+    if signed:
+        scales *= torch.where(torch.arange(blocks) % 3 == 0, -1.0, 1.0)
+    return scales, scales.repeat_interleave(64)[: weight.numel()].view(weight.shape)
 
 
 @pytest.mark.parametrize("shape", [(64,), (64, 32), (64, 64, 1)])
@@ -25,17 +46,18 @@ def test_a_hessian_of_another_shape_is_refused(shape) -> None:
         quantize(random_weight(64, 64), hessian=torch.ones(shape))
 
 
-def test_two_columns_by_hand(monkeypatch):
+def test_two_columns_by_hand(monkeypatch, backend):
     monkeypatch.setattr(module, "DAMPING", 0.0)
     # The first column, with the stronger input, loses 0.6 - 1 = -0.4. The second one makes up for it by
     # H10 / H11 = 2 / 2 times as much: 0.7 - 0.4 = 0.3. In the second row 0.4 is gained: -0.7 + 0.4 = -0.3.
     hessian = torch.tensor([[4.0, 2.0], [2.0, 2.0]])
     weight = torch.tensor([[0.6, 0.7], [-0.6, -0.7]])
     levels, boundaries = torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([-0.5, 0.5])
-    codes = round_columns(weight, torch.ones(2, 2), levels, boundaries, SecondMoment.of(hessian))
+    nearest = NearestLevel.of(levels, boundaries, CPU)
+    codes = round_columns(weight, torch.ones(1), nearest, SecondMoment.of(hessian))
     assert codes.tolist() == [[2, 1], [0, 1]]
     # With the second input the stronger, it is rounded first: 0.7 - 1 = -0.3 over there is 0.6 - 0.3 = 0.3 here.
-    codes = round_columns(weight, torch.ones(2, 2), levels, boundaries, SecondMoment.of(hessian.flip(0, 1)))
+    codes = round_columns(weight, torch.ones(1), nearest, SecondMoment.of(hessian.flip(0, 1)))
     assert codes.tolist() == [[1, 2], [1, 0]]
 
 
@@ -74,40 +96,43 @@ def reference(weight: np.ndarray, scales: np.ndarray, levels: np.ndarray, hessia
 
 
 @pytest.mark.parametrize("columns", [7, 150])
-def test_equals_the_definition(columns):
+def test_equals_the_definition(columns, backend):
     weight = random_weight(12, columns, seed=3) * 0.4
-    signs = torch.where(torch.arange(columns) % 3 == 0, -1.0, 1.0)
-    scales = (random_weight(12, columns, seed=4) * 0.2).exp() * signs
+    by_block, scales = block_scales(weight)
     hessian = second_moment(correlated(300, columns))
-    found = round_columns(weight, scales, LEVELS_5, MIDDLES, SecondMoment.of(hessian))
-    assert np.array_equal(found.numpy(), reference(*(t.numpy() for t in (weight, scales, LEVELS_5, hessian))))
+    found = round_columns(weight, by_block, NEAREST, SecondMoment.of(hessian))
+    # Cells are coarser than the boundaries between levels: a choice may differ, which changes those behind it.
+    expected = reference(*(t.numpy() for t in (weight, scales, LEVELS_5, hessian)))
+    assert (found.numpy() != expected).mean() < 0.01
 
 
 @pytest.mark.parametrize("columns", [150, 200])
-def test_a_low_rank_moment_equals_the_definition(columns):
+def test_a_low_rank_moment_equals_the_definition(columns, backend):
     """Through several batches."""
-    weight, scales = random_weight(12, columns, seed=3) * 0.4, torch.full((12, columns), 0.7)
+    weight = random_weight(12, columns, seed=3) * 0.4
+    by_block, scales = block_scales(weight)
     factor = random_weight(columns, 5, seed=5)
     factor /= factor.norm(dim=1, keepdim=True) * 1.1
     diagonal = random_weight(columns, seed=6).exp()
     hessian = (factor @ factor.T).fill_diagonal_(1) * diagonal.sqrt() * diagonal.sqrt()[:, None]
-    found = round_columns(weight, scales, LEVELS_5, MIDDLES, SecondMoment(diagonal, factor))
-    assert np.array_equal(found.numpy(), reference(*(t.numpy() for t in (weight, scales, LEVELS_5, hessian))))
+    found = round_columns(weight, by_block, NEAREST, SecondMoment(diagonal, factor))
+    expected = reference(*(t.numpy() for t in (weight, scales, LEVELS_5, hessian)))
+    assert (found.numpy() != expected).mean() < 0.01
 
 
-def test_a_diagonal_hessian_changes_nothing():
+def test_a_diagonal_hessian_changes_nothing(backend):
     weight = random_weight(20, 200)
-    scales = random_weight(20, 200, seed=1)
+    by_block, scales = block_scales(weight)
     moment = SecondMoment.of(torch.diag(random_weight(200, seed=2).exp()))
     nearest = torch.bucketize(weight / scales, MIDDLES)
-    assert torch.equal(round_columns(weight, scales, LEVELS_5, MIDDLES, moment).long(), nearest)
+    assert (round_columns(weight, by_block, NEAREST, moment) != nearest).float().mean() < 1e-3
 
 
-def test_the_weight_is_not_changed():
+def test_the_weight_is_not_changed(backend):
     weight = random_weight(8, 40)
     before = weight.clone()
     moment = SecondMoment.of(second_moment(correlated(100, 40)))
-    round_columns(weight, torch.ones(8, 40), LEVELS_5, MIDDLES, moment)
+    round_columns(weight, torch.ones(5), NEAREST, moment)
     assert torch.equal(weight, before)
 
 
@@ -141,8 +166,7 @@ def test_the_unit_of_the_inputs_does_not_matter(unit):
     weight, hessian = random_weight(16, 60), second_moment(correlated(200, 60))
     hessian /= hessian.amax()
     codes = [
-        round_columns(weight, torch.ones(16, 60), LEVELS_5, MIDDLES, SecondMoment.of(hessian * factor))
-        for factor in (1.0, unit)
+        round_columns(weight, torch.ones(15), NEAREST, SecondMoment.of(hessian * factor)) for factor in (1.0, unit)
     ]
     # Rounding may turn a tie.
     assert (codes[0] != codes[1]).float().mean() < 0.05
@@ -156,7 +180,7 @@ def test_unfit_hessians_are_dampened(hessian):
     assert (decoded - weight).square().mean() < weight.square().mean()
 
 
-def test_zero_blocks_stay_zero():
+def test_zero_blocks_stay_zero(backend):
     weight = random_weight(4, 128)
     weight[1] = 0
     decoded = quantize(weight, 16, hessian=second_moment(correlated(300, 128))).dequantize()
@@ -243,3 +267,18 @@ def test_chunks_meet_without_a_seam(statistic, monkeypatch):
     whole = quantize(weight, **arguments)
     monkeypatch.setattr(sys.modules["nfq_core.fitting.quantizer"], "CHUNK_BLOCKS", whole.format.blocks_per_group)
     assert torch.equal(quantize(weight, **arguments).data, whole.data)
+
+
+def test_compiled_and_plain_rounding_agree():
+    pytest.importorskip("numba")
+    weight, inputs = random_weight(150, 200) * 0.1, correlated(400, 200)
+    gains = feedback_gains(second_moment(inputs)[:64, :64])[0].neg()
+    sizes = block_scales(weight)[1].T.contiguous()[:64]
+    targets = weight.T.contiguous()[:64]
+    compiled, plain = (
+        function(targets.clone(), sizes, NEAREST, gains)
+        for function in (feedback_numba.round_batch, module.round_batch)
+    )
+    assert (compiled[0] != plain[0]).float().mean() < 2e-3
+    same = compiled[0] == plain[0]
+    assert torch.equal(compiled[1][same], plain[1][same])

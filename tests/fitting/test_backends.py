@@ -11,8 +11,8 @@ from samples import gaussian
 
 from nfq_core import quantize
 from nfq_core.fitting import trellis_numba
+from nfq_core.fitting.backends import search_backend, trellis_coder
 from nfq_core.fitting.trellis import TrellisCoder
-from nfq_core.fitting.trellis_backends import search_backend, trellis_coder
 from nfq_core.fitting.trellis_fit import gaussian_trellis, scales_tried, steps_to_try
 from nfq_core.packed.formats import format_by_id
 
