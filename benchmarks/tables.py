@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import article
 from .hosts import comfyui, diffusers_load
-from .quality import calibration, checks, levels, prediction, presets, trellis
+from .quality import calibration, checks, collecting, levels, prediction, presets, trellis
 from .shared import RESULTS, ROOT, argument_parser
 from .speed import decode, fullsize, int8, search
 from .speed.gpu import tables as gpu
@@ -20,8 +20,8 @@ from .speed.gpu import tables as gpu
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "quality": ("quality", checks.table),
     "levels": ("levels", levels.table),
-    "calibrated": ("calibrated", calibration.levels_table),
-    "sizes": ("sizes", calibration.sizes_table),
+    "calibrated": ("calibrated", calibration.table),
+    "collecting": ("collecting", collecting.table),
     "prediction": ("prediction", prediction.table),
     "presets": ("presets", presets.table),
     "trellis_formats": ("trellis", trellis.formats_table),

@@ -1,92 +1,105 @@
-"""Output and pictures of the demo model at each preset and effort: `python -m benchmarks.quality.presets`.
+"""Output and pictures of two small models at each preset and effort: `python -m benchmarks.quality.presets`.
 
-The demo model stands for any trained UNet that is not SDXL: layers get bits by the role that they have in SDXL. More
-bits must give better pictures, and `best` better ones than `fast`. Pictures are of captions that no calibration uses,
-each with several seeds; their errors are pooled as noise.
+Without a calibration and with one. Both models stand for trained UNets that are not SDXL: without a calibration, layers
+get bits by the role that they have in SDXL. More bits must give better results, `best` better ones than `fast`, and a
+calibration better ones than none. Captions of the calibration are not judged; errors of pictures are pooled as noise.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise, product
 from pathlib import Path
-
-import torch
 
 from nfq_core import load
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.checkpoints.examine import file_info
-from nfq_core.decibels import sqnr_db
-from nfq_core.demo.calibrate import HELD_OUT_SEED, random_captions
-from nfq_core.demo.model import build_pipeline, bundled_weights_path, load_weights
-from nfq_core.demo.model import sample as draw
+from nfq_core.demo.calibrate import CALIBRATION_SEED
 from nfq_core.fitting.codebook import EFFORTS
 from nfq_core.packed.tensor import NFTensor
 from nfq_core.planning.settings import PRESETS, Settings
-from nfq_core.report.metrics import psnr_db
 
 from ..shared import markdown_table, run_command
-from .demo import PEAK, held_out_batch
+from .worlds import WORLDS, Judge, World
 
 CAPTIONS, SEEDS = 24, (0, 1000)
+PROMPTS = 32  # Captions of the calibration
+NAMES = [name for name, _ in sorted(PRESETS.items(), key=lambda item: -item[1])]
 
 
-@torch.no_grad()
-def output_and_pictures(weights: dict[str, torch.Tensor], captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The UNet's output for a batch of noisy pictures; pictures of all captions, fp32 of shape (seeds, captions, …)."""
-    pipeline = build_pipeline(weights)
-    pictures = [torch.from_numpy(draw(pipeline, captions, seed=seed)).float() for seed in SEEDS]
-    return pipeline(*held_out_batch()), torch.stack(pictures)
+def rows_of(world: World) -> Iterator[dict]:
+    """A row for each preset, effort and calibration."""
+    judge = Judge(world, world.captions(PROMPTS, CALIBRATION_SEED), CAPTIONS, SEEDS)
+    calibration = world.calibrate(PROMPTS)
+    for calibrated, effort, preset in product((False, True), EFFORTS, NAMES):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "quantised.nfq.safetensors"
+            settings = Settings.of(preset=preset, effort=effort)
+            quantize_file(world.weights, path, settings, calibration=calibration if calibrated else None)
+            dense = {key: t.dequantize() if isinstance(t, NFTensor) else t for key, t in load(path).items()}
+            bits = file_info(path)["packed_bits_per_weight"]
+        found = {"packed_bits_per_weight": bits, **judge.figures(dense)}
+        print(f"  {world.name}, {preset}, {effort}, calibrated: {calibrated}: {found['output_db']:.1f} dB", flush=True)
+        yield {"model": world.name, "calibrated": calibrated, "effort": effort, "preset": preset, **found}
 
 
 def run() -> dict:
-    """A row for each effort and preset, largest first, as written to the results."""
-    captions = random_captions(CAPTIONS, HELD_OUT_SEED)
-    output, pictures = output_and_pictures(load_weights(), captions)
+    """The rows of both models, and what is out of order among them."""
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for effort, (preset, _) in product(EFFORTS, sorted(PRESETS.items(), key=lambda item: -item[1])):
-            path = Path(folder) / f"{effort}-{preset}.nfq.safetensors"
-            quantize_file(bundled_weights_path(), path, Settings.of(preset=preset, effort=effort))
-            dense = {key: t.dequantize() if isinstance(t, NFTensor) else t for key, t in load(path).items()}
-            found_output, found = output_and_pictures(dense, captions)
-            by_seed = [psnr_db(theirs, ours, PEAK) for theirs, ours in zip(pictures, found, strict=True)]
-            rows.append(
-                {
-                    "effort": effort,
-                    "preset": preset,
-                    "packed_bits_per_weight": file_info(path)["packed_bits_per_weight"],
-                    "output_db": sqnr_db(output, found_output),
-                    "picture_db": psnr_db(pictures.flatten(0, 1), found.flatten(0, 1), PEAK),
-                    "picture_db_by_seed": sorted(by_seed),
-                }
-            )
-            print(f"  {preset}, {effort}", flush=True)
-    return {"captions": CAPTIONS, "seeds": len(SEEDS), "rows": rows, "out_of_order": out_of_order(rows)}
+    for world in WORLDS.values():
+        if world.weights.exists():
+            rows += rows_of(world)
+        else:
+            print(f"  {world.weights} is missing, so {world.name} is left out")
+    return {
+        "captions": CAPTIONS,
+        "seeds": len(SEEDS),
+        "prompts": PROMPTS,
+        "rows": rows,
+        "out_of_order": [fault for figure in ("output_db", "picture_db") for fault in out_of_order(rows, figure)],
+    }
 
 
-def out_of_order(rows: Sequence[dict]) -> list[str]:
-    """What should not be: a larger preset with worse pictures than the next one, `best` with worse ones than `fast`."""
-    found = {(row["effort"], row["preset"]): row["picture_db"] for row in rows}
+def out_of_order(rows: Sequence[Mapping], figure: str) -> list[str]:
+    """What should not be: a larger preset worse than the next one, `best` worse than `fast`, calibrated than not."""
+    found = {(row["model"], row["calibrated"], row["effort"], row["preset"]): row[figure] for row in rows}
+    models, efforts = (list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "effort"))
     presets = list(dict.fromkeys(row["preset"] for row in rows))
-    faults = [
-        f"{effort}: {larger} is worse than {smaller}"
-        for effort, (larger, smaller) in product(EFFORTS, pairwise(presets))
-        if found[effort, larger] < found[effort, smaller]
+    pairs = []
+    for model, effort, calibrated in product(models, efforts, (False, True)):
+        pairs += [
+            ((model, calibrated, effort, one), (model, calibrated, effort, two)) for one, two in pairwise(presets)
+        ]
+    for model, preset, calibrated in product(models, presets, (False, True)):
+        pairs.append(((model, calibrated, "best", preset), (model, calibrated, "fast", preset)))
+    for model, effort, preset in product(models, efforts, presets):
+        pairs.append(((model, True, effort, preset), (model, False, effort, preset)))
+    return [
+        f"{figure}: {_words(one)} {found[one]:.1f} < {found[two]:.1f} {_words(two)}"
+        for one, two in pairs
+        if one in found and two in found and found[one] < found[two]
     ]
-    return faults + [f"{one}: best is worse than fast" for one in presets if found["best", one] < found["fast", one]]
 
 
-def table(results: dict) -> str:
-    """Bits, output and pictures of each preset at both efforts."""
+def _words(case: tuple[str, bool, str, str]) -> str:
+    model, calibrated, effort, preset = case
+    return f"{model} {preset} {effort}{' calibrated' if calibrated else ''}"
+
+
+def table(results: Mapping) -> str:
+    """Output and pictures of each preset at both efforts, without a calibration and with one."""
+    found = {(row["model"], row["preset"], row["effort"], row["calibrated"]): row for row in results["rows"]}
     lines = []
-    for row in results["rows"]:
-        low, high = row["picture_db_by_seed"][0], row["picture_db_by_seed"][-1]
-        pictures = f"{row['picture_db']:.1f} ({low:.1f} – {high:.1f})"
-        bits = f"{row['packed_bits_per_weight']:.2f}"
-        lines.append([row["preset"], row["effort"], bits, f"{row['output_db']:.1f}", pictures])
-    return markdown_table(["preset", "effort", "packed bits", "output, dB", "pictures, dB (by seed)"], lines)
+    for model, preset, effort in dict.fromkeys(case[:3] for case in found):
+        without, calibrated = (found[model, preset, effort, kind] for kind in (False, True))
+        cells = [model, f"`{preset}`", effort, f"{without['packed_bits_per_weight']:.2f}"]
+        for figure in ("output_db", "picture_db"):
+            gain = calibrated[figure] - without[figure]
+            cells += [f"{without[figure]:.1f}", f"{calibrated[figure]:.1f} ({gain:+.1f})"]
+        lines.append(cells)
+    header = ["model", "preset", "effort", "packed bits", "output, dB", "calibrated", "pictures, dB", "calibrated"]
+    return markdown_table(header, lines)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,48 @@ Both have SDXL's UNet architecture and draw captions of random scenes. The secon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
+from nfq_core import Calibration, collect
+from nfq_core.decibels import sqnr_db
 from nfq_core.demo import shapes
-from nfq_core.demo.model import UNET_CONFIG, TinyPipeline, build_pipeline
+from nfq_core.demo.calibrate import (
+    BATCH,
+    CALIBRATION_SEED,
+    FIRST_NOISE_SEED,
+    HELD_OUT_SEED,
+    LAYERS_PER_BATCH,
+    NOISY_BATCH,
+    NOISY_BATCHES,
+    add_noise,
+)
+from nfq_core.demo.model import (
+    SCHEDULER_CONFIG,
+    STEPS,
+    UNET_CONFIG,
+    TinyPipeline,
+    build_pipeline,
+    bundled_weights_path,
+    sample_ids,
+)
+from nfq_core.report.metrics import psnr_db
 
 from . import landscapes
+
+OUTPUT_BATCH = 128
+"""Noisy pictures for which outputs are compared."""
+
+PEAK = 255
+
+CAPTIONS_SEEN = 64
+"""Most captions of a calibration; none of them is judged."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +56,7 @@ class World:
 
     Args:
         name: name of the world.
+        weights: the model's fp16 weights.
         config: arguments of diffusers' `UNet2DConditionModel`.
         words: number of words in the vocabulary.
         random_scene: draws a scene at random.
@@ -35,6 +66,7 @@ class World:
     """
 
     name: str
+    weights: Path
     config: Mapping[str, Any]
     words: int
     random_scene: Callable[[np.random.Generator], Any]
@@ -55,13 +87,93 @@ class World:
                 found[caption] = None
         return tuple(found)
 
-    def ids(self, captions: tuple[str, ...]) -> torch.Tensor:
-        """Word ids of captions, int64 [n, MAX_WORDS]."""
-        return torch.from_numpy(self.tokenise(captions))
+    def pictures(self, pipeline: TinyPipeline, captions: Sequence[str], **options: Any) -> torch.Tensor:
+        """Pictures of captions, fp32 [n, 3, size, size] in 0..255; options as of `sample_ids`."""
+        drawn = sample_ids(pipeline, torch.from_numpy(self.tokenise(captions)), **options)
+        return torch.from_numpy(drawn).permute(0, 3, 1, 2).float()
+
+    def noisy_batch(
+        self, count: int, seed: int, timesteps: torch.Tensor | None = None, without: Sequence[str] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Arguments for `TinyPipeline`: noisy pictures of scenes not in `without`, timesteps, and captions' ids.
+
+        Timesteps are random unless given.
+        """
+        rng, generator, scenes = np.random.default_rng(seed), torch.Generator().manual_seed(seed), []
+        while len(scenes) < count:
+            scene = self.random_scene(rng)
+            if self.describe(scene) not in without:
+                scenes.append(scene)
+        pictures = torch.from_numpy(np.stack([self.draw(scene, rng) for scene in scenes]))
+        if timesteps is None:
+            timesteps = torch.randint(SCHEDULER_CONFIG["num_train_timesteps"], (count,), generator=generator)
+        ids = torch.from_numpy(self.tokenise([self.describe(scene) for scene in scenes]))
+        return add_noise(pictures, timesteps, generator), timesteps, ids
+
+    def calibrate(self, prompts: int, steps: int = STEPS, *, sensitivities: bool = True, **options: Any) -> Calibration:
+        """Collect statistics of the model's layers as `nfq_core.demo.calibrate` does.
+
+        The captions are the first ones of CALIBRATION_SEED.
+
+        Args:
+            prompts: number of captions.
+            steps: denoising steps of each.
+            sensitivities: whether to measure sensitivities, on noisy pictures.
+            options: as of `collect`.
+        """
+        captions, pipeline = self.captions(prompts, CALIBRATION_SEED), self.build(load_file(self.weights))
+        with collect(pipeline.unet, **{"hessians": True, **options}) as collected:
+            for first in range(0, prompts, BATCH):
+                self.pictures(pipeline, captions[first : first + BATCH], seed=FIRST_NOISE_SEED + first, steps=steps)
+        calibration = collected.calibration(prompts=prompts, steps=steps)
+        if not sensitivities:
+            return calibration
+        spread = torch.linspace(0, SCHEDULER_CONFIG["num_train_timesteps"] - 1, NOISY_BATCHES * NOISY_BATCH).long()
+        with collect(pipeline.unet, sensitivities=True, passes=LAYERS_PER_BATCH) as measured, torch.no_grad():
+            for number in range(NOISY_BATCHES):
+                seed = FIRST_NOISE_SEED + number
+                pipeline(*self.noisy_batch(NOISY_BATCH, seed, spread[number::NOISY_BATCHES], ()))
+        return replace(calibration, sensitivities=measured.calibration().sensitivities)
+
+
+class Judge:
+    """Compares quantised weights of a world's model with the original: the UNet's output, and pictures.
+
+    Args:
+        world: the world.
+        without: captions that are not judged: those of a calibration.
+        captions: number of captions.
+        seeds: the first seed of each series of pictures.
+    """
+
+    def __init__(self, world: World, without: Sequence[str], captions: int, seeds: Sequence[int]) -> None:
+        self.world = world
+        self.weights = load_file(world.weights)
+        self._captions = world.captions(captions, HELD_OUT_SEED, without=tuple(without))
+        self._seeds = seeds
+        self._batch = world.noisy_batch(OUTPUT_BATCH, HELD_OUT_SEED, without=without)
+        self._output, self._pictures = self._run(self.weights)
+
+    def figures(self, weights: Mapping[str, torch.Tensor], pictures: bool = True) -> dict[str, Any]:
+        """`output_db`, the SQNR of the output; `picture_db`, the PSNR of all pictures, and by seed, ascending."""
+        output, drawn = self._run(self.weights | weights, pictures)
+        found = {"output_db": sqnr_db(self._output, output)}
+        if pictures:
+            by_seed = [psnr_db(one, two, PEAK) for one, two in zip(self._pictures, drawn, strict=True)]
+            all_of_them = psnr_db(self._pictures.flatten(0, 1), drawn.flatten(0, 1), PEAK)
+            found |= {"picture_db": all_of_them, "picture_db_by_seed": sorted(by_seed)}
+        return found
+
+    @torch.no_grad()
+    def _run(self, weights: Mapping[str, torch.Tensor], pictures: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        pipeline = self.world.build(weights)
+        drawn = [self.world.pictures(pipeline, self._captions, seed=seed) for seed in self._seeds if pictures]
+        return pipeline(*self._batch), torch.stack(drawn) if drawn else torch.empty(0)
 
 
 SHAPES = World(
     "shapes",
+    bundled_weights_path(),
     UNET_CONFIG,
     len(shapes.VOCABULARY),
     shapes.random_scene,
@@ -73,6 +185,7 @@ SHAPES = World(
 
 LANDSCAPES = World(
     "landscapes",
+    Path(__file__).resolve().parents[2] / "build" / "landscapes.safetensors",
     UNET_CONFIG
     | {
         "sample_size": landscapes.SIZE,
@@ -89,9 +202,6 @@ LANDSCAPES = World(
     landscapes.draw,
     landscapes.tokenise,
 )
-"""The second model's."""
+"""The second model's; its weights are expected in a folder that git ignores."""
 
 WORLDS = {world.name: world for world in (SHAPES, LANDSCAPES)}
-
-SECOND_MODEL = Path(__file__).resolve().parents[2] / "build" / "landscapes.safetensors"
-"""Where the second model's weights are expected; git ignores the folder."""

@@ -25,6 +25,7 @@ from ..files.container import SUFFIX
 from ..fitting.backends import search_backend
 from ..packed import backends
 from ..version import __version__
+from .calibrate_command import add_calibrate_command, add_calibrate_option, calibrate_first
 from .conversion_options import add_conversion_options, conversion
 from .report_commands import add_card_command, add_report_command
 from .terminal import Run, progress_bar, show
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{NEW_CONTAINER} (default: next to SRC, named after SRC and the settings)",
     )
     add_conversion_options(sub)
+    add_calibrate_option(sub)
     sub.add_argument(
         "--dry-run",
         action="store_true",
@@ -125,6 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--force", action="store_true", help="replace results that were made from other files or with other settings"
     )
+
+    add_calibrate_command(command)
 
     sub = command("calibrate-demo", _calibrate_demo, "sample the bundled demo model and write a calibration of it")
     sub.add_argument("target", metavar="DST", help=NEW_PLAIN)
@@ -183,6 +187,8 @@ def _quantize(options: argparse.Namespace) -> int:
     arguments = conversion(options)
     name = container_name(options.source, arguments["settings"])
     options.target = target_path(options.target, options.source, name)
+    if options.calibrate:
+        arguments["calibration"] = calibrate_first(options)
     if options.dry_run:
         with progress_bar("sampling", options, "layer") as progress:
             result = forecast_file(options.source, options.target, **arguments, progress=progress)

@@ -29,6 +29,13 @@ BY_ROLE = "SDXL's, by role"
 MEASURED = "measured"
 
 
+ROLE_SPREAD = 0.75
+"""By role alone, sensitivities in dB are this many times as far apart as SDXL's: another model's roles differ less.
+
+On the demo model at 4.1 and 4.9 bits, 0.75 gives 0 to 0.8 dB more output than 1, and 0.5 up to 2.8 dB less.
+"""
+
+
 @dataclass(frozen=True)
 class Sensitivities:
     """Sensitivity of each layer by weight name, and where they come from.
@@ -57,7 +64,7 @@ def layer_sensitivities(
     1. the measured one;
     2. that of the same layer of SDXL, if the model has SDXL's layers: fine-tunes, Turbo, Lightning, LCM, inpainting;
     3. the mean over SDXL's layers of the same role in the same block, if the model is a known relative of SDXL;
-    4. the mean over SDXL's layers of the same role;
+    4. the mean over SDXL's layers of the same role, see ROLE_SPREAD;
     5. the mean over SDXL's Linear layers, or over its convolutions.
 
     If some layers are measured, the values of the others are scaled to them.
@@ -80,6 +87,8 @@ def layer_sensitivities(
             name = _block_of_sdxl(name, architecture)
         has_place = name in table and basis != BY_ROLE
         values[key] = table[name if has_place else role(name, shape).name]
+    if basis == BY_ROLE:
+        values = {key: value**ROLE_SPREAD for key, value in values.items()}
     known = {key: value for key, value in (measured or {}).items() if key in shapes}
     if not known:
         return Sensitivities(values, basis)

@@ -1,0 +1,130 @@
+"""`nfq calibrate`, and `nfq quantize --calibrate`: sample a model with the bundled prompts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from time import perf_counter
+
+from ..calibration.fingerprint import fingerprint
+from ..calibration.prompts import PROMPTS
+from ..calibration.statistics import CALIBRATION_SUFFIX, Calibration
+from ..checkpoints.targets import PLAIN_SUFFIX, model_name, target_path
+from ..errors import NFQError, TargetExistsError
+from ..files.original import Original
+from .terminal import AddCommand, progress_bar, show
+
+SETTINGS = ("prompts", "steps", "side", "guidance", "sensitivities")
+"""What a calibration depends on beside the model, by option."""
+
+
+def add_calibrate_command(command: AddCommand) -> None:
+    """Add `nfq calibrate`."""
+    sub = command("calibrate", _calibrate, "sample an SDXL model and record what its layers are fed, for quantising it")
+    sub.add_argument(
+        "source", metavar="SRC", help="a .safetensors checkpoint with text encoders, or a folder of diffusers' layout"
+    )
+    sub.add_argument(
+        "target",
+        metavar="DST",
+        nargs="?",
+        help=f"the {CALIBRATION_SUFFIX} file to write, or a folder (default: by SRC)",
+    )
+    _add_sampling_options(sub)
+    sub.add_argument("--device", metavar="D", help="device to sample on (default: cuda if there is one, else cpu)")
+    sub.add_argument("--force", action="store_true", help="overwrite DST if it exists")
+
+
+def add_calibrate_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--calibrate` and how to sample to `nfq quantize`."""
+    group = parser.add_argument_group("calibrating first")
+    group.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="sample SRC first, on --device (for this: cuda if there is one); the result is kept next to DST and found "
+        "again",
+    )
+    _add_sampling_options(group)
+
+
+def _add_sampling_options(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=len(PROMPTS),
+        metavar="N",
+        help=f"how many of the {len(PROMPTS)} bundled prompts to sample (default: all)",
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="denoising steps of each (default: 8; fewer for Turbo and Lightning)"
+    )
+    parser.add_argument("--side", type=int, metavar="N", help="width and height in pixels (default: 768)")
+    parser.add_argument(
+        "--guidance", type=float, metavar="X", help="CFG scale (default: the pipeline's, 5; 1 for Turbo and Lightning)"
+    )
+    parser.add_argument(
+        "--sensitivities",
+        action="store_true",
+        help="also measure each layer's sensitivity, in five times the time; always done where SDXL's do not apply",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="DIR",
+        help="folder of diffusers' layout with settings and tokenisers for a checkpoint (default: diffusers fetches "
+        "SDXL's)",
+    )
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    started = perf_counter()
+    name = f"{model_name(options.source)[0]}{CALIBRATION_SUFFIX}"
+    target = target_path(options.target, options.source, name, PLAIN_SUFFIX)
+    if os.path.exists(target) and not options.force:
+        raise TargetExistsError(f"{target} exists already; --force overwrites it")
+    calibration = _sampled(options)
+    result = {
+        "target": str(target),
+        "weights": len(calibration.inputs),
+        "prompts": calibration.prompts,
+        "steps": calibration.steps,
+        "sensitivities": len(calibration.sensitivities),
+        "file_bytes": calibration.save(target, overwrite=options.force),
+        "seconds": round(perf_counter() - started, 1),
+    }
+    text = "{target}: {weights} weights, {prompts} prompts, {file_bytes:,} bytes in {seconds:.1f} s".format(**result)
+    return show(options, result, text)
+
+
+def calibrate_first(options: argparse.Namespace) -> Calibration:
+    """The calibration of the model that `nfq quantize` is to convert: from an earlier run, or sampled and kept.
+
+    Raises:
+        NFQError: a calibration file is given too, or see `nfq_core.diffusers.calibrate`.
+    """
+    if options.calibration:
+        raise NFQError("--calibrate makes a calibration, and --calibration reads one; give one of them")
+    facts = {name: getattr(options, name) for name in SETTINGS}
+    with Original(options.source) as model:
+        made_by = fingerprint(model.entries, model.tensor, facts)
+    folder = Path(options.target).parent
+    kept = folder / f"{model_name(options.source)[0]}-{made_by}{CALIBRATION_SUFFIX}"
+    if not kept.exists():
+        _sampled(options).save(kept)
+    return Calibration.load(kept)
+
+
+def _sampled(options: argparse.Namespace) -> Calibration:
+    from ..diffusers.calibrating import SIDE, STEPS, calibrate, load_pipeline
+
+    pipeline = load_pipeline(options.source, options.device, options.config)
+    with progress_bar("sampling", options, "step") as progress:
+        return calibrate(
+            pipeline,
+            options.prompts,
+            steps=STEPS if options.steps is None else options.steps,
+            side=SIDE if options.side is None else options.side,
+            guidance=options.guidance,
+            sensitivities=options.sensitivities or None,
+            progress=progress,
+        )
