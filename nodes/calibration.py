@@ -1,20 +1,38 @@
-"""Collecting a calibration: statistics of the inputs of a MODEL's layers, recorded while it is sampled."""
+"""Calibrating: statistics of the inputs of a MODEL's layers, recorded while it is sampled.
+
+A MODEL collects them with the user's own sampler, or is sampled here with the bundled prompts.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
+import comfy.model_management
 import comfy.patcher_extension
+import comfy.sample
 import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 
 from ..nfq_core import NFQError
 from ..nfq_core.calibration.collector import Collector
+from ..nfq_core.calibration.fingerprint import fingerprint
+from ..nfq_core.calibration.prompts import PROMPTS
 from ..nfq_core.calibration.sensitivity import PASSES
+from ..nfq_core.calibration.statistics import Calibration
+from ..nfq_core.models.sensitivities import BY_LAYER, layer_sensitivities
 from ..nfq_core.models.unet import detect
 from .bake import without_dynamic_vram
-from .host import CALIBRATION_SUFFIX, CALIBRATIONS, COLLECTOR, output_path, refuse_existing
+from .host import (
+    CALIBRATION_SUFFIX,
+    CALIBRATIONS,
+    COLLECTOR,
+    LayerProgress,
+    listed_output,
+    output_path,
+    refuse_existing,
+)
 from .weights import is_quantized
 
 
@@ -114,3 +132,96 @@ def save_calibration(model: Any, filename_prefix: str, overwrite: bool) -> tuple
     if collector.samplings == 1:
         summary = "1 sampling: queue more runs with other prompts, their data adds up"
     return path, summary
+
+
+LATENT_PIXELS = 8
+"""Pixels per latent, in each direction."""
+
+SAMPLER, SCHEDULER = "euler", "normal"
+
+
+def calibrate_model(
+    model: Any,
+    clip: Any,
+    name: str,
+    *,
+    prompts: int,
+    steps: int,
+    cfg: float,
+    side: int,
+    sensitivities: bool,
+    node_id: str | None = None,
+) -> tuple[str, bool]:
+    """Sample a MODEL with the bundled prompts, and write its calibration; an earlier one of the same MODEL is kept.
+
+    Args:
+        model: see `attach_collector`.
+        clip: the CLIP that encodes the prompts.
+        name: start of the file's name; a hash of the MODEL with its patches, and of the other arguments, is added.
+        prompts: how many of the bundled prompts to sample.
+        steps: denoising steps of each.
+        cfg: CFG scale.
+        side: width and height in pixels.
+        sensitivities: whether to measure sensitivities; done in any case if SDXL's own do not apply layer by layer.
+        node_id: the node that shows the progress on the page.
+
+    Returns:
+        The file's name in the folder of calibrations, and whether it was there already.
+
+    Raises:
+        NFQError: there is no CLIP, the MODEL cannot be calibrated, its output holds NaN, or memory is short.
+    """
+    if clip is None:
+        raise NFQError("there is no CLIP; connect that of the checkpoint loader")
+    unet = model.model.diffusion_model
+    sensitivities = sensitivities or not _has_sensitivities_of_sdxl(unet)
+    clone = attach_collector(model, True, sensitivities)
+    facts = {"prompts": prompts, "steps": steps, "cfg": cfg, "side": side, "sensitivities": sensitivities}
+    weights = unet.state_dict()
+    made_by = fingerprint(weights, weights.__getitem__, facts, model.patches)
+    path = output_path(f"{name}-{made_by}", CALIBRATIONS, CALIBRATION_SUFFIX)
+    if os.path.exists(path) and Calibration.load(path).inputs:
+        return listed_output(path, CALIBRATIONS), True
+    progress = LayerProgress(node_id, lambda prompt: {})
+    try:
+        _sample_prompts(clone, clip, prompts, steps, cfg, side, progress)
+    except comfy.model_management.OOM_EXCEPTION:
+        raise NFQError(f"out of memory while sampling {side} × {side} pixels; choose a smaller side") from None
+    clone.get_attachment(COLLECTOR).save(path, overwrite=True)
+    return listed_output(path, CALIBRATIONS), False
+
+
+def _has_sensitivities_of_sdxl(unet: torch.nn.Module) -> bool:
+    shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    return layer_sensitivities(detect(shapes), {}).basis == BY_LAYER
+
+
+def _sample_prompts(
+    model: Any, clip: Any, prompts: int, steps: int, cfg: float, side: int, progress: LayerProgress
+) -> None:
+    # All prompts first: the host need not swap CLIP and UNet for each.
+    encoded = [[clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in one] for one in PROMPTS[:prompts]]
+    empty = torch.zeros(1, 4, side // LATENT_PIXELS, side // LATENT_PIXELS)
+    for number, (positive, negative) in enumerate(encoded):
+        latent = comfy.sample.fix_empty_latent_channels(model, empty)
+        noise = comfy.sample.prepare_noise(latent, number)
+
+        def report(step: int, *_: Any, number: int = number) -> None:
+            progress(number * steps + step + 1, prompts * steps, f"prompt {number + 1} of {prompts}")
+
+        found = comfy.sample.sample(
+            model,
+            noise,
+            steps,
+            cfg,
+            SAMPLER,
+            SCHEDULER,
+            positive,
+            negative,
+            latent,
+            seed=number,
+            callback=report,
+            disable_pbar=True,
+        )
+        if not torch.isfinite(found).all():
+            raise NFQError(f"prompt {number + 1} gave NaN or infinity; start ComfyUI with --bf16-unet or --fp32-unet")

@@ -1,4 +1,4 @@
-"""The nodes that collect a calibration and save it."""
+"""The nodes that make a calibration: all at once, or collected from the user's own sampling and saved."""
 
 from __future__ import annotations
 
@@ -6,8 +6,101 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..nfq_core.calibration.prompts import PROMPTS, SIDE, STEPS
 from . import calibration, host
-from .schema import DEFAULT_PREFIX, filename_prefix_input, schema
+from .schema import DEFAULT_PREFIX, advanced, filename_prefix_input, schema
+
+CFG = 5.0
+"""As SDXL's pipelines use it."""
+
+
+class NFCalibrate(io.ComfyNode):
+    """MODEL and CLIP → name of a calibration, for NFQuantizeUNet."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        return schema(
+            node_id="NFCalibrate",
+            search_aliases=["calibrate", "importance matrix", "imatrix", "gptq", "hessian"],
+            display_name="NFQ Calibrate",
+            description="Samples the MODEL with bundled prompts and records what its layers are fed. Connect the "
+            "output to calibration of NFQ Quantize UNet. The result is kept: a second run takes no time.",
+            inputs=[
+                io.Model.Input("model", tooltip="The fp16, bf16 or fp32 model that will be quantised, with its LoRAs."),
+                io.Clip.Input("clip", tooltip="Encodes the prompts."),
+                io.Int.Input(
+                    "steps",
+                    default=STEPS,
+                    min=1,
+                    max=50,
+                    optional=True,
+                    tooltip="Steps of each prompt. Turbo and Lightning: their own number, such as 4.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=CFG,
+                    min=1.0,
+                    max=30.0,
+                    step=0.5,
+                    optional=True,
+                    tooltip="CFG scale. Turbo and Lightning: 1.",
+                ),
+                advanced(
+                    io.Int,
+                    "prompts",
+                    default=len(PROMPTS),
+                    min=1,
+                    max=len(PROMPTS),
+                    tooltip="How many of the bundled prompts to sample.",
+                ),
+                advanced(
+                    io.Int,
+                    "side",
+                    default=SIDE,
+                    min=256,
+                    max=1536,
+                    step=64,
+                    tooltip="Width and height of the pictures that are sampled. They are not decoded or kept.",
+                ),
+                advanced(
+                    io.Boolean,
+                    "sensitivities",
+                    default=False,
+                    tooltip="Also measure how strongly noise in each layer disturbs the output, in five times the "
+                    "time. Off, SDXL's published ones are used; other architectures are always measured.",
+                ),
+                filename_prefix_input(host.CALIBRATION_SUFFIX, f"output/{host.CALIBRATIONS}"),
+            ],
+            outputs=[io.Combo.Output(display_name="calibration")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        steps: int = STEPS,
+        cfg: float = CFG,
+        prompts: int = len(PROMPTS),
+        side: int = SIDE,
+        sensitivities: bool = False,
+        filename_prefix: str = DEFAULT_PREFIX,
+    ) -> io.NodeOutput:
+        """Calibrate."""
+        name, kept = calibration.calibrate_model(
+            model,
+            clip,
+            filename_prefix,
+            prompts=prompts,
+            steps=steps,
+            cfg=cfg,
+            side=side,
+            sensitivities=sensitivities,
+            node_id=cls.hidden.unique_id,
+        )
+        return io.NodeOutput(name, ui={"text": (f"found {name} again" if kept else f"saved {name}",)})
 
 
 class NFCollectCalibration(io.ComfyNode):

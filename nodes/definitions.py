@@ -23,7 +23,7 @@ from ..nfq_core.planning.settings import (
     PRESETS,
 )
 from . import bake, host, load, report, save
-from .calibration_nodes import NFCollectCalibration, NFSaveCalibration
+from .calibration_nodes import NFCalibrate, NFCollectCalibration, NFSaveCalibration
 from .measurement_nodes import NFCompare, NFInspect, NFQualityReport
 from .recipe import missing_file, origin_in_graph
 from .schema import DEFAULT_PREFIX, NOTHING, advanced, filename_prefix_input, schema
@@ -198,8 +198,8 @@ class NFQuantizeUNet(io.ComfyNode):
                     "calibration",
                     options=[NOTHING, *host.calibration_names()],
                     default=NOTHING,
-                    tooltip="A file of this architecture from Save NFQ Calibration or `nfq`. Brings the output closer "
-                    "to the original at the same size, but takes several times as long.",
+                    tooltip="The output of NFQ Calibrate, or a file of this architecture. Brings pictures closer to "
+                    "the original at the same size.",
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -282,6 +282,7 @@ NODES = [
     NFInspect,
     NFCompare,
     NFQualityReport,
+    NFCalibrate,
     NFCollectCalibration,
     NFSaveCalibration,
 ]

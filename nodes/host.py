@@ -193,6 +193,11 @@ def output_path(filename_prefix: str, folder: str, suffix: str) -> str:
     return os.path.join(directory, name + suffix)
 
 
+def listed_output(path: str, folder: str) -> str:
+    """The name under which the host lists a file that was written to one of its output folders."""
+    return os.path.relpath(path, os.path.join(folder_paths.get_output_directory(), folder))
+
+
 def refuse_existing(path: str) -> None:
     """Raise NFQError if the path exists."""
     if os.path.exists(path):

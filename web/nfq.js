@@ -5,7 +5,7 @@ import { addChart } from "./lib/chart.js";
 import { addComparison } from "./lib/compare.js";
 import { addStyle, showOutputs } from "./lib/dom.js";
 import { addFileFacts } from "./lib/loader.js";
-import { addProgress, listen } from "./lib/progress.js";
+import { addProgress, addSamplingProgress, listen } from "./lib/progress.js";
 import { addSaved } from "./lib/save.js";
 import { loadText } from "./lib/text.js";
 
@@ -14,6 +14,7 @@ const PARTS = {
   NFQuantizedCheckpointLoader: [(node) => addFileFacts(node, "checkpoints", "ckpt_name")],
   NFQuantizeUNet: [addProgress, addChart],
   NFSaveCheckpoint: [addSaved],
+  NFCalibrate: [addSamplingProgress, addSaved],
   NFSaveCalibration: [addSaved],
   NFInspect: [addChart],
   NFCompare: [addComparison],

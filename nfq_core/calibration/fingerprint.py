@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -13,22 +14,37 @@ SAMPLES = 64
 CHARACTERS = 12
 
 
-def fingerprint(
-    names: Iterable[str], tensor: Callable[[str], torch.Tensor], sampled_with: Mapping[str, object] | None = None
-) -> str:
+def fingerprint(names: Iterable[str], tensor: Callable[[str], torch.Tensor], *facts: object) -> str:
     """Hash a model in 12 hexadecimal characters; the dtype of the weights counts only by what it rounds.
 
     Args:
         names: names of its tensors.
         tensor: gives a tensor by name; on any device.
-        sampled_with: further facts, such as the number of prompts.
+        facts: what else counts, such as the number of prompts: numbers, texts, tensors, and mappings, lists and tuples
+            of them. Of other objects their attribute `weights` counts, and their class.
     """
-    digest = hashlib.sha256(repr(sorted((sampled_with or {}).items())).encode())
+    digest = hashlib.sha256()
+    _add(digest, facts)
     for name in sorted(names):
-        weight = tensor(name)
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        flat = weight.detach().reshape(-1)
+        _add(digest, (name, tensor(name)))
+    return digest.hexdigest()[:CHARACTERS]
+
+
+def _add(digest: Any, value: object) -> None:
+    if isinstance(value, torch.Tensor):
+        digest.update(repr(tuple(value.shape)).encode())
+        flat = value.detach().reshape(-1)
         if flat.numel():
             places = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
             digest.update(flat[places.to(flat.device)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:CHARACTERS]
+    elif isinstance(value, Mapping):
+        _add(digest, sorted(value.items()))
+    elif isinstance(value, list | tuple):
+        digest.update(f"{len(value)} of".encode())
+        for part in value:
+            _add(digest, part)
+    elif value is None or isinstance(value, str | int | float):
+        digest.update(repr(value).encode() + b",")
+    else:
+        digest.update(type(value).__name__.encode())
+        _add(digest, getattr(value, "weights", None))

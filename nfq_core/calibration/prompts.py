@@ -8,6 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+STEPS = 8
+"""Denoising steps of each prompt."""
+
+SIDE = 768
+"""Width and height of the pictures that are sampled, in pixels."""
+
 
 class Prompt(NamedTuple):
     """A prompt and its negative prompt."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from time import perf_counter
 
 from ..calibration.fingerprint import fingerprint
-from ..calibration.prompts import PROMPTS
+from ..calibration.prompts import PROMPTS, SIDE, STEPS
 from ..calibration.statistics import CALIBRATION_SUFFIX, Calibration
 from ..checkpoints.targets import PLAIN_SUFFIX, model_name, target_path
 from ..errors import NFQError, TargetExistsError
@@ -57,9 +57,15 @@ def _add_sampling_options(parser: argparse._ActionsContainer) -> None:
         help=f"how many of the {len(PROMPTS)} bundled prompts to sample (default: all)",
     )
     parser.add_argument(
-        "--steps", type=int, metavar="N", help="denoising steps of each (default: 8; fewer for Turbo and Lightning)"
+        "--steps",
+        type=int,
+        default=STEPS,
+        metavar="N",
+        help="denoising steps of each (default: %(default)s; fewer for Turbo and Lightning)",
     )
-    parser.add_argument("--side", type=int, metavar="N", help="width and height in pixels (default: 768)")
+    parser.add_argument(
+        "--side", type=int, default=SIDE, metavar="N", help="width and height in pixels (default: %(default)s)"
+    )
     parser.add_argument(
         "--guidance", type=float, metavar="X", help="CFG scale (default: the pipeline's, 5; 1 for Turbo and Lightning)"
     )
@@ -115,15 +121,15 @@ def calibrate_first(options: argparse.Namespace) -> Calibration:
 
 
 def _sampled(options: argparse.Namespace) -> Calibration:
-    from ..diffusers.calibrating import SIDE, STEPS, calibrate, load_pipeline
+    from ..diffusers.calibrating import calibrate, load_pipeline
 
     pipeline = load_pipeline(options.source, options.device, options.config)
     with progress_bar("sampling", options, "step") as progress:
         return calibrate(
             pipeline,
             options.prompts,
-            steps=STEPS if options.steps is None else options.steps,
-            side=SIDE if options.side is None else options.side,
+            steps=options.steps,
+            side=options.side,
             guidance=options.guidance,
             sensitivities=options.sensitivities or None,
             progress=progress,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..calibration.collector import collect
-from ..calibration.prompts import PROMPTS, Prompt
+from ..calibration.prompts import PROMPTS, SIDE, STEPS, Prompt
 from ..calibration.statistics import Calibration
 from ..checkpoints.memory import check_device
 from ..errors import NFQError, missing_package
@@ -26,12 +26,6 @@ from ..parallel import Progress, no_progress
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
-
-STEPS = 8
-"""Denoising steps of each prompt."""
-
-SIDE = 768
-"""Width and height of the pictures that are sampled, in pixels."""
 
 
 def calibrate(

@@ -143,6 +143,11 @@ def test_fingerprints_tell_models_and_settings_apart():
     def of(tensors: dict[str, torch.Tensor], **facts: object) -> str:
         return fingerprint(tensors, tensors.__getitem__, facts)
 
+    class Adapter:
+        def __init__(self, *weights: torch.Tensor) -> None:
+            self.weights = weights
+
     assert of(weights) == of(dict(reversed(weights.items()))) == of({k: t.half() for k, t in weights.items()})
     others = [of(weights | {"a": weights["a"] + 1}), of(weights | {"b": torch.ones(9)}), of(weights, steps=8)]
-    assert len({of(weights), *others}) == 4
+    others += [of(weights, lora=[(1.0, Adapter(torch.ones(2)))]), of(weights, lora=[(1.0, Adapter(torch.zeros(2)))])]
+    assert len({of(weights), *others}) == 6

@@ -78,7 +78,7 @@ def _module(name: str, **members: Any) -> ModuleType:
 
 def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
     """Install the stub's modules under the host's names; `models` contains the model folders."""
-    names = ("Boolean", "Clip", "Combo", "Image", "Int", "Latent", "Model", "MultiType", "String", "Vae")
+    names = ("Boolean", "Clip", "Combo", "Float", "Image", "Int", "Latent", "Model", "MultiType", "String", "Vae")
     kinds = {name: _Kind for name in names}
     schema = SimpleNamespace(
         **kinds, Hidden=MagicMock(), FolderType=MagicMock(), Schema=_Schema, ComfyNode=object, NodeOutput=_NodeOutput
@@ -114,7 +114,7 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
         _module("comfy.model_patcher", ModelPatcher=object),
     ]
     parts = ("cli_args", "hooks", "latent_formats", "lora", "model_base", "model_management", "model_sampling")
-    others = ("patcher_extension", "sd", "utils", "weight_adapter")
+    others = ("patcher_extension", "sample", "sd", "utils", "weight_adapter")
     modules += [_module(f"comfy.{part}") for part in (*parts, *others)]
     for module in modules:
         monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from driver import HostError
+from graphs import ORIGINAL as NARROW
 from graphs import VEGA as OURS
 from graphs import VEGA_ORIGINAL as ORIGINAL
-from graphs import quantize, sample, save
+from graphs import lora, quantize, sample, save
 
 from nfq_core import Calibration, NFQFile
 from nfq_core.calibration.statistics import LayerInputs
@@ -45,6 +46,39 @@ def test_collect_save_and_quantize(host) -> None:
     with pytest.raises(HostError, match="exists; choose another filename_prefix"):
         again = {"model": ORIGINAL, "collect": collect(["model", 0], hessians=False, sensitivities=False)}
         host.run(sample(again, ["collect", 0], steps=1) | {"kept": keep(["collect", 0])})
+
+
+def calibrate(model: list, **inputs: object) -> dict:
+    """With as little sampling as the node allows."""
+    clip = {"class_type": "NFQTestClip", "inputs": {}}
+    node = {"class_type": "NFCalibrate", "inputs": {"model": model, "clip": ["clip", 0]}}
+    node["inputs"] |= {"prompts": 2, "steps": 1, "side": 256, "filename_prefix": "auto", **inputs}
+    return {"clip": clip, "calibration": node}
+
+
+def test_calibrate_and_quantize_in_one_graph(host) -> None:
+    made = quantize(["model", 0], preset="small", calibration=["calibration", 0])
+    nodes = {"model": NARROW, **calibrate(["model", 0]), "made": made, "saved": save(["made", 0], "in-one-go")}
+    (message,) = host.run(nodes)["calibration"]["text"]
+    name = message.removeprefix("saved ")
+    assert name.startswith("auto-")
+    found = Calibration.load(host.output / "nfq_calibrations" / name)
+    assert (found.prompts, found.steps) == (2, 1) and found.sensitivities
+    assert all(inputs.correlation is not None for inputs in found.inputs.values())
+    with NFQFile(host.output / "diffusion_models" / "in-one-go.nfq.safetensors") as file:
+        assert file.facts.settings["calibration"] == name and file.facts.settings["target_bpw"] == 3.4
+    # The same MODEL again, through another node: nothing is sampled.
+    again = {"model": NARROW, **calibrate(["model", 0])}
+    again["shown"] = {"class_type": "PreviewAny", "inputs": {"source": ["calibration", 0]}}
+    again["calibration"]["inputs"]["cfg"] = 5.0
+    assert host.run(again)["calibration"]["text"] == [f"found {name} again"]
+
+
+def test_a_lora_is_calibrated_by_itself(host) -> None:
+    nodes = {"model": NARROW, "tuned": lora("lora", 1.0, ["model", 0]), **calibrate(["tuned", 0])}
+    nodes["shown"] = {"class_type": "PreviewAny", "inputs": {"source": ["calibration", 0]}}
+    (message,) = host.run(nodes)["calibration"]["text"]
+    assert message.startswith("saved auto-")
 
 
 def test_a_packed_model_is_refused(host) -> None:

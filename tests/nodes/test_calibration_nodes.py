@@ -208,6 +208,104 @@ def test_a_quantized_model_is_refused(nodes: dict, model: Patcher, error: type) 
             with_collector(nodes, model)
 
 
+class Clip:
+    def tokenize(self, text: str) -> str:
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens: str) -> list:
+        return [tokens]
+
+
+class OutOfMemory(Exception):
+    pass
+
+
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The prompts that were sampled; sampling itself is the stub's."""
+    seen: list[tuple] = []
+
+    def sample(model: Patcher, noise: object, steps: int, cfg: float, *more: Any, **options: Any) -> torch.Tensor:
+        positive, negative = more[2:4]
+        seen.append((positive[0], negative[0], steps, cfg))
+        model.sample(options["seed"])
+        options["callback"](steps - 1)
+        return torch.zeros(1)
+
+    host = importlib.import_module("comfy.sample")
+    monkeypatch.setattr(host, "sample", sample, raising=False)
+    monkeypatch.setattr(importlib.import_module("comfy.model_management"), "OOM_EXCEPTION", OutOfMemory, raising=False)
+    return seen
+
+
+def calibrate(nodes: dict, model: Patcher, clip: Any = None, **inputs: Any) -> tuple[str, str]:
+    """Name and message of NFQ Calibrate."""
+    model.patches = {}
+    node = nodes["NFCalibrate"]
+    node.hidden = SimpleNamespace(unique_id="1")
+    made = node.execute(model, clip or Clip(), **{"prompts": 2, "steps": 2, **inputs})
+    return made.result[0], made.ui["text"][0]
+
+
+def test_calibrate_samples_the_bundled_prompts_once(
+    nodes: dict, model: Patcher, tmp_path: Path, sampled: list[tuple], plugin: ModuleType
+) -> None:
+    prompts = importlib.import_module(f"{plugin.__name__}.nfq_core.calibration.prompts").PROMPTS
+    name, message = calibrate(nodes, model, filename_prefix="mine")
+    assert name.startswith("mine-") and name.endswith(".calibration.safetensors") and message == f"saved {name}"
+    assert sampled == [(*prompt, 2, 5.0) for prompt in prompts[:2]]
+    folder = tmp_path / "output" / "nfq_calibrations"
+    found = Calibration.load(folder / name)
+    # This UNet's layers are not SDXL's, so their sensitivities are measured.
+    assert (found.prompts, found.steps) == (2, 2) and found.sensitivities
+    assert calibrate(nodes, model, filename_prefix="mine") == (name, f"found {name} again") and len(sampled) == 2
+    others = [calibrate(nodes, model, filename_prefix="mine", steps=1)[0]]
+    with torch.no_grad():
+        model.model.diffusion_model.conv_in.weight += 1
+    others.append(calibrate(nodes, model, filename_prefix="mine")[0])
+    assert len({name, *others}) == 3 == len(list(folder.iterdir()))
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("no clip", "there is no CLIP; connect that of the checkpoint loader"),
+        ("memory", "out of memory while sampling 512 × 512 pixels; choose a smaller side"),
+        ("nan", "prompt 1 gave NaN or infinity; start ComfyUI with --bf16-unet or --fp32-unet"),
+        ("interrupt", "interrupted"),
+    ],
+)
+def test_calibrate_keeps_nothing_unfinished(
+    nodes: dict,
+    model: Patcher,
+    tmp_path: Path,
+    sampled: list[tuple],
+    error: type,
+    monkeypatch,
+    fault: str,
+    message: str,
+) -> None:
+    host = importlib.import_module("comfy.sample")
+    if fault == "memory":
+        monkeypatch.setattr(host, "sample", lambda *_, **__: (_ for _ in ()).throw(OutOfMemory()))
+    elif fault == "nan":
+        monkeypatch.setattr(host, "sample", lambda *_, **__: torch.tensor([float("nan")]))
+    elif fault == "interrupt":
+        management = importlib.import_module("comfy.model_management")
+
+        def interrupted() -> None:
+            raise InterruptedError("interrupted")
+
+        monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", interrupted, raising=False)
+    model.patches = {}
+    node = nodes["NFCalibrate"]
+    node.hidden = SimpleNamespace(unique_id="1")
+    with pytest.raises((error, InterruptedError), match=message):
+        node.execute(model, None if fault == "no clip" else Clip(), prompts=2, side=512)
+    assert not list((tmp_path / "output").rglob("*.safetensors")) and hooks(model) == 0
+
+
 def test_quantize_lists_calibrations(nodes: dict, tmp_path: Path) -> None:
     folder = tmp_path / "models" / "nfq_calibrations"
     for name in ("a.calibration.safetensors", "other.safetensors"):

@@ -65,6 +65,7 @@ INPUTS = {
     "NFSaveCheckpoint": (["model"], ["clip", "vae", "filename_prefix", "overwrite"]),
     "NFInspect": ([], ["model", "original", "file_name"]),
     "NFCompare": (["image_1", "image_2"], [*(f"image_{n}" for n in range(3, 9)), "vae", "labels", "side"]),
+    "NFCalibrate": (["model", "clip"], ["steps", "cfg", "prompts", "side", "sensitivities", "filename_prefix"]),
     "NFCollectCalibration": (["model"], ["hessians", "sensitivities"]),
     "NFSaveCalibration": (["model", "samples"], ["filename_prefix", "overwrite"]),
     "NFQualityReport": (["original_name", "file_name"], [f"file_name_{n}" for n in range(2, 5)]),

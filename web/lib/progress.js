@@ -1,4 +1,4 @@
-// NFQuantizeUNet: advice on its settings, and progress while it works.
+// Progress of a node while it works; NFQuantizeUNet also shows advice on its settings.
 
 import { api } from "../../../scripts/api.js";
 import { addPanel, after, element, findNode, whenPlaced } from "./dom.js";
@@ -37,6 +37,17 @@ export function addProgress(node) {
   };
   for (const name of ["levels", "effort", "preset", "calibration"]) after(setting(name), "callback", advice);
 
+  report(node, panel, advice);
+  whenPlaced(node, advice);
+}
+
+export function addSamplingProgress(node) {
+  const panel = addPanel(node, "progress");
+  report(node, panel, () => panel.replaceChildren());
+}
+
+// Shows a node's events in its panel; `done` shows what stands there otherwise.
+function report(node, panel, done) {
   const fill = element("div");
   const name = element("p", { className: "nfq-layer" });
   const facts = element("p", { className: "nfq-faint" });
@@ -47,7 +58,7 @@ export function addProgress(node) {
       running.add(reporter);
       fill.style.width = `${100 * share(detail.done, detail.total)}%`;
       name.textContent = detail.name;
-      const parts = [detail.format, decibels(detail.sqnr_db)];
+      const parts = detail.format ? [detail.format, decibels(detail.sqnr_db)] : [];
       if (detail.seconds_left != null) parts.push(text("left", { time: duration(detail.seconds_left) }));
       facts.textContent = parts.join(" · ");
     },
@@ -58,7 +69,6 @@ export function addProgress(node) {
   reporters.set(node, reporter);
   after(node, "onExecuted", () => {
     running.delete(reporter);
-    advice();
+    done();
   });
-  whenPlaced(node, advice);
 }

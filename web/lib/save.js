@@ -1,4 +1,4 @@
-// NFSaveCheckpoint and NFSaveCalibration: shows where the file was saved, and refreshes the lists of other nodes.
+// Nodes that write a file: shows where it was saved, and refreshes the lists of other nodes.
 
 import { app } from "../../../scripts/app.js";
 import { addPanel, after, element, onOutput } from "./dom.js";

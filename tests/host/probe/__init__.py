@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import zlib
 
 import comfy.cldm.cldm
 import comfy.controlnet
@@ -49,6 +50,28 @@ class Conditioning:
 
     def make(self, number, run=0):
         return ([[_random(number, 1, 77, 2048), {"pooled_output": _random(number + 1000, 1, 1280)}]],)
+
+
+class _Words:
+    """The part of a CLIP that encodes prompts, without its weights: random numbers by text."""
+
+    def tokenize(self, text):
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens):
+        seed = zlib.crc32(tokens.encode())
+        return [[_random(seed, 1, 77, 2048), {"pooled_output": _random(seed + 1, 1, 1280)}]]
+
+
+class Clip:
+    CATEGORY, FUNCTION, RETURN_TYPES = "nfq test", "make", ("CLIP",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        return (_Words(),)
 
 
 class Image:
@@ -214,6 +237,7 @@ async def state(request: web.Request) -> web.Response:
 
 NODE_CLASS_MAPPINGS = {
     "NFQTestConditioning": Conditioning,
+    "NFQTestClip": Clip,
     "NFQTestImage": Image,
     "NFQTestControlNet": ControlNet,
     "NFQTestControlLora": ControlLora,
