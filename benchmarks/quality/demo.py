@@ -31,7 +31,7 @@ from . import ggml
 from .peers import OURS, Contestant, Stored, ggml_stored
 from .weights import DEMO, Layer, figures, mix_rows, row
 
-PROMPTS, HELD_OUT = 32, 24  # Number of captions for the calibration, and of other captions to draw
+PROMPTS, HELD_OUT = 32, 16  # Number of captions for the calibration, and of other captions to draw
 OUTPUT_BATCH = 128  # Noisy pictures in the held-out batch
 # The measurement's part of the results.
 FACTS = {"prompts": PROMPTS, "held_out": HELD_OUT, "output_batch": OUTPUT_BATCH}

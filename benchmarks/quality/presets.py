@@ -23,7 +23,7 @@ from nfq_core.planning.settings import PRESETS, Settings
 from ..shared import markdown_table, run_command
 from .worlds import WORLDS, Judge, World
 
-CAPTIONS, SEEDS = 24, (0, 1000)
+CAPTIONS, SEEDS = 16, (0, 1000)
 PROMPTS = 32  # Captions of the calibration
 NAMES = [name for name, _ in sorted(PRESETS.items(), key=lambda item: -item[1])]
 

@@ -56,8 +56,11 @@ FITTING_SECONDS = {"fast": 0.02, "best": 0.6}
 FITTING_MILLIONS = 0.5
 """Millions of weights whose codes are searched to fit the levels of a layer in a trellis format."""
 
-CALIBRATION_FACTOR = 4.0
-"""How many times as long error feedback takes."""
+SCALAR_FEEDBACK_SECONDS = 0.025
+"""Seconds of one processor that error feedback adds for a million weights in a scalar format."""
+
+TRELLIS_FEEDBACK_SECONDS = {"fast": 2.3, "best": 5.5}
+"""Seconds of one processor for a million weights in a trellis format with error feedback, by effort."""
 
 
 def stored_bytes(weight: torch.Tensor, fmt: BlockFormat, effort: str) -> float:
@@ -148,12 +151,13 @@ def expected_seconds(plans: Mapping[str, Plan], effort: str, threads: int, calib
         calibrated: whether statistics of the layers' inputs are used.
     """
     quantized = [plan for plan in plans.values() if plan.format]
-    seconds = sum(_seconds(plan.format, prod(plan.shape) / 1e6, effort) for plan in quantized)
-    return seconds / threads * (CALIBRATION_FACTOR if calibrated else 1)
+    return sum(_seconds(plan.format, prod(plan.shape) / 1e6, effort, calibrated) for plan in quantized) / threads
 
 
-def _seconds(fmt: BlockFormat, millions: float, effort: str) -> float:
+def _seconds(fmt: BlockFormat, millions: float, effort: str, calibrated: bool) -> float:
     """Seconds of one processor for one layer of `millions` million weights."""
+    if fmt.window and calibrated:
+        return LAYER_SECONDS + TRELLIS_FEEDBACK_SECONDS[effort] * millions
     if fmt.window:
         device = torch.device("cpu")
         tried = scales_tried(steps_to_try(effort, fmt, round(millions * 1e6), device))
@@ -161,4 +165,5 @@ def _seconds(fmt: BlockFormat, millions: float, effort: str) -> float:
         fitting = FITTING_MILLIONS * min(1.0, millions) * (1 + SEARCH_PASSES)
         passes = millions * (tried + SEARCH_PASSES) + fitting
         return LAYER_SECONDS + PASS_SECONDS[search_backend(device)[0]][fmt.id] * passes
-    return LAYER_SECONDS + SCALAR_SECONDS * millions + FITTING_SECONDS[effort] * min(1.0, millions)
+    rounding = SCALAR_SECONDS + (SCALAR_FEEDBACK_SECONDS if calibrated else 0.0)
+    return LAYER_SECONDS + rounding * millions + FITTING_SECONDS[effort] * min(1.0, millions)
