@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from ..packed.layout import BLOCK, BlockFormat
+from . import trellis_feedback_numba
+from .backends import search_backend
 from .feedback import Batch, Factors, SecondMoment, batches, feedback_gains
 from .search import store_index_in_low_bits
 from .trellis import CACHED_BYTES, DEVICE_BYTES
@@ -65,6 +67,9 @@ class FeedbackCoder:
         Returns:
             The codes, uint8 of shape (blocks, 64), and the errors after subtraction (value - level), fp32, same shape.
         """
+        if search_backend(values.device)[0] == "numba":
+            levels = self._levels.view(-1)
+            return trellis_feedback_numba.encode(levels, self._format, self._lead, values, importance, gains)
         roots = importance.sqrt()
         parts = [self._encode(part.t().contiguous(), roots, gains) for part in values.split(self._chunk)]
         codes, errors = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))

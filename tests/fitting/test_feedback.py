@@ -22,15 +22,6 @@ MIDDLES = (LEVELS_5[1:] + LEVELS_5[:-1]) / 2
 NEAREST = NearestLevel.of(LEVELS_5, MIDDLES, CPU)
 
 
-@pytest.fixture(params=["numba", "torch"])
-def backend(request, monkeypatch) -> str:
-    """Rounds compiled and in plain torch."""
-    if request.param == "numba":
-        pytest.importorskip("numba")
-    monkeypatch.setenv("NFQ_BACKEND", {"numba": "", "torch": "torch"}[request.param])
-    return request.param
-
-
 def block_scales(weight: torch.Tensor, signed: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """A random scale for each block of 64 weights, and the same for each weight."""
     blocks = -(-weight.numel() // 64)

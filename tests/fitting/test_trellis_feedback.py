@@ -30,7 +30,7 @@ def some_gains(seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("format", TRELLIS_IDS)
-def test_errors_are_those_of_the_codes_by_definition(format: str) -> None:
+def test_errors_are_those_of_the_codes_by_definition(format: str, backend: str) -> None:
     """What each survivor carried along must be the errors on its own way: any mistake in a history shows here."""
     values, gains = 0.3 * random_weight(33, 64), some_gains()
     codes, errors = coder(format).encode(values, random_weight(64, seed=1).exp(), gains)
@@ -43,7 +43,7 @@ def test_errors_are_those_of_the_codes_by_definition(format: str) -> None:
 
 
 @pytest.mark.parametrize("format", TRELLIS_IDS)
-def test_without_feedback_it_is_the_plain_search(format: str) -> None:
+def test_without_feedback_it_is_the_plain_search(format: str, backend: str) -> None:
     values = 0.3 * random_weight(50, 64)
     errors = coder(format).encode(values, torch.ones(64), NO_GAINS)[1].square().sum(dim=1)
     plain = TrellisCoder(gaussian_trellis(FORMATS[format]).levels, FORMATS[format], CPU).encode(values)[1]
@@ -52,14 +52,14 @@ def test_without_feedback_it_is_the_plain_search(format: str) -> None:
     assert torch.allclose(errors.sum(), plain.sum(), rtol=1.2e-2)
 
 
-def test_weights_say_where_errors_count() -> None:
+def test_weights_say_where_errors_count(backend: str) -> None:
     values, weights = 0.3 * random_weight(50, 64), torch.ones(64)
     weights[10:20] = 30
     equal, weighted = (coder("t3w8_b64").encode(values, w, NO_GAINS)[1].square() for w in (torch.ones(64), weights))
     assert weighted[:, 10:20].sum() < 0.8 * equal[:, 10:20].sum()
 
 
-def test_feedback_is_looked_ahead_to() -> None:
+def test_feedback_is_looked_ahead_to(backend: str) -> None:
     """Given targets one after the other, the plain search would not know what its errors cost later."""
     values, gains = 0.3 * random_weight(80, 64), some_gains(3) * 3
     errors = coder("t2w8_b64").encode(values, torch.ones(64), gains)[1]
@@ -70,6 +70,20 @@ def test_feedback_is_looked_ahead_to() -> None:
     for step in range(64):
         blind[:, step] = values[:, step] - blind[:, :step] @ gains[:step, step] - reached[:, step]
     assert errors.square().sum() < 0.5 * blind.square().sum()
+
+
+@pytest.mark.parametrize("format", TRELLIS_IDS)
+def test_compiled_and_plain_search_agree(format: str, monkeypatch) -> None:
+    pytest.importorskip("numba")
+    values, importance, gains = 0.3 * random_weight(100, 64), random_weight(64, seed=1).exp(), some_gains()
+    found = []
+    for backend in ("", "torch"):
+        monkeypatch.setenv("NFQ_BACKEND", backend)
+        found.append(coder(format).encode(values, importance, gains))
+    (codes, errors), (plain_codes, plain_errors) = found
+    assert (codes != plain_codes).float().mean() < 0.02
+    cost, plain_cost = (float((part.square() * importance).sum()) for part in (errors, plain_errors))
+    assert cost == pytest.approx(plain_cost, rel=2e-3)
 
 
 SHAPES = {
