@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import comfy.model_management
@@ -15,16 +16,17 @@ import comfy.sample
 import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 
-from ..nfq_core import NFQError
+from ..nfq_core import CorruptFileError, NFQError
 from ..nfq_core.calibration.collector import Collector
 from ..nfq_core.calibration.fingerprint import fingerprint
 from ..nfq_core.calibration.prompts import PROMPTS
 from ..nfq_core.calibration.sensitivity import PASSES
 from ..nfq_core.calibration.statistics import Calibration
-from ..nfq_core.models.sensitivities import BY_LAYER, layer_sensitivities
+from ..nfq_core.models.sensitivities import known_by_layer
 from ..nfq_core.models.unet import detect
 from .bake import without_dynamic_vram
 from .host import (
+    BYPASS_LORA,
     CALIBRATION_SUFFIX,
     CALIBRATIONS,
     COLLECTOR,
@@ -33,7 +35,7 @@ from .host import (
     output_path,
     refuse_existing,
 )
-from .weights import is_quantized
+from .weights import dense, is_quantized, key_patches
 
 
 class SamplingCollector:
@@ -103,7 +105,7 @@ def attach_collector(model: Any, hessians: bool, sensitivities: bool) -> Any:
         )
     _refuse_compiled(model)
     if detect({name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}) is None:
-        raise NFQError("this MODEL is not a UNet of the SDXL family; NFQ Collect Calibration needs one")
+        raise NFQError("this MODEL is not a UNet of the SDXL family; a calibration needs one")
     model = without_dynamic_vram(model)
     clone = model.clone()
     collector = SamplingCollector(clone.model.diffusion_model, hessians, sensitivities)
@@ -157,7 +159,7 @@ def calibrate_model(
     Args:
         model: see `attach_collector`.
         clip: the CLIP that encodes the prompts.
-        name: start of the file's name; a hash of the MODEL with its patches, and of the other arguments, is added.
+        name: start of the file's name; a hash of the MODEL with its patches and of all other arguments is added.
         prompts: how many of the bundled prompts to sample.
         steps: denoising steps of each.
         cfg: CFG scale.
@@ -173,34 +175,57 @@ def calibrate_model(
     """
     if clip is None:
         raise NFQError("there is no CLIP; connect that of the checkpoint loader")
-    unet = model.model.diffusion_model
-    sensitivities = sensitivities or not _has_sensitivities_of_sdxl(unet)
+    if model.get_injections(BYPASS_LORA):
+        raise NFQError("Load LoRA (Bypass) works only after NFQ Quantize UNet; before NFQ Calibrate, use Load LoRA")
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.model.diffusion_model.state_dict().items()}
+    sensitivities = sensitivities or not known_by_layer(shapes)
     clone = attach_collector(model, True, sensitivities)
-    facts = {"prompts": prompts, "steps": steps, "cfg": cfg, "side": side, "sensitivities": sensitivities}
-    weights = unet.state_dict()
-    made_by = fingerprint(weights, weights.__getitem__, facts, model.patches)
-    path = output_path(f"{name}-{made_by}", CALIBRATIONS, CALIBRATION_SUFFIX)
-    if os.path.exists(path) and Calibration.load(path).inputs:
-        return listed_output(path, CALIBRATIONS), True
+    # All prompts first: the host need not swap CLIP and UNet for each.
+    encoded = [[clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in one] for one in PROMPTS[:prompts]]
+    made_by = _fingerprint(model, encoded, steps, cfg, side, sensitivities)
+    path = output_path(name, CALIBRATIONS, CALIBRATION_SUFFIX)
+    path = f"{path.removesuffix(CALIBRATION_SUFFIX)}-{made_by}{CALIBRATION_SUFFIX}"
+    with suppress(CorruptFileError):
+        if os.path.exists(path) and Calibration.load(path).inputs:
+            return listed_output(path, CALIBRATIONS), True
     progress = LayerProgress(node_id, lambda prompt: {})
     try:
-        _sample_prompts(clone, clip, prompts, steps, cfg, side, progress)
+        _sample(clone, encoded, steps, cfg, side, progress)
+        out_of_memory = False
     except comfy.model_management.OOM_EXCEPTION:
-        raise NFQError(f"out of memory while sampling {side} × {side} pixels; choose a smaller side") from None
+        out_of_memory = True
+    if out_of_memory:
+        # Outside the handler, whose traceback holds the sampler's tensors.
+        del clone
+        comfy.model_management.unload_all_models()
+        raise NFQError(f"out of memory while sampling {side} × {side} pixels; choose a smaller side")
     clone.get_attachment(COLLECTOR).save(path, overwrite=True)
     return listed_output(path, CALIBRATIONS), False
 
 
-def _has_sensitivities_of_sdxl(unet: torch.nn.Module) -> bool:
-    shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-    return layer_sensitivities(detect(shapes), {}).basis == BY_LAYER
+def _fingerprint(model: Any, *facts: Any) -> str:
+    """Hash a MODEL: its weights before patches, its patches, its kind of prediction, and what changes its sampling."""
+    with model.use_ejected():
+        patches = key_patches(model)
+    sampling = model.get_model_object("model_sampling")
+    kinds = [kind.__name__ for kind in type(sampling).__mro__]
+    changes = {key: chain[1:] for key, chain in patches.items() if len(chain) > 1}
+    options = sorted(map(str, model.model_options.get("transformer_options", {}))) + sorted(model.model_options)
+    return fingerprint(
+        patches,
+        lambda key: dense(patches[key][0][0]),
+        *facts,
+        changes,
+        kinds,
+        getattr(sampling, "sigmas", None),
+        options,
+        [SAMPLER, SCHEDULER],
+    )
 
 
-def _sample_prompts(
-    model: Any, clip: Any, prompts: int, steps: int, cfg: float, side: int, progress: LayerProgress
-) -> None:
-    # All prompts first: the host need not swap CLIP and UNet for each.
-    encoded = [[clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in one] for one in PROMPTS[:prompts]]
+def _sample(model: Any, encoded: list, steps: int, cfg: float, side: int, progress: LayerProgress) -> None:
+    """Sample pairs of encoded prompts, positive and negative."""
+    prompts = len(encoded)
     empty = torch.zeros(1, 4, side // LATENT_PIXELS, side // LATENT_PIXELS)
     for number, (positive, negative) in enumerate(encoded):
         latent = comfy.sample.fix_empty_latent_channels(model, empty)

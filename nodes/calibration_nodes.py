@@ -24,7 +24,7 @@ class NFCalibrate(io.ComfyNode):
             node_id="NFCalibrate",
             search_aliases=["calibrate", "importance matrix", "imatrix", "gptq", "hessian"],
             display_name="NFQ Calibrate",
-            description="Samples the MODEL with bundled prompts and records what its layers are fed. Connect the "
+            description="Samples the MODEL with bundled prompts and records the inputs of its layers. Connect the "
             "output to calibration of NFQ Quantize UNet. The result is kept: a second run takes no time.",
             inputs=[
                 io.Model.Input("model", tooltip="The fp16, bf16 or fp32 model that will be quantised, with its LoRAs."),

@@ -12,6 +12,8 @@ from time import perf_counter
 import torch
 
 from nfq_core import Calibration, quantize
+from nfq_core.calibration.prompts import STEPS
+from nfq_core.demo.calibrate import CALIBRATION_SEED
 from nfq_core.files.safetensors_io import describe
 from nfq_core.parallel import ordered_map
 from nfq_core.planning.policy import plan_tensors
@@ -27,7 +29,7 @@ CASES = (
     *({**USUAL, "rank": rank} for rank in (8, 16, 32, 128)),
     *({**USUAL, "prompts": prompts} for prompts in (2, 4, 8, 16, 64)),
     *({**USUAL, "steps": steps} for steps in (2, 5, 10)),
-    {"prompts": 24, "steps": 8, "rank": 32},
+    {**USUAL, "steps": STEPS},
 )
 
 
@@ -52,7 +54,7 @@ def run() -> dict:
         if not world.weights.exists():
             print(f"  {world.weights} is missing, so {world.name} is left out")
             continue
-        judge = Judge(world, world.captions(CAPTIONS_SEEN, 1), captions=0, seeds=())
+        judge = Judge(world, world.captions(CAPTIONS_SEEN, CALIBRATION_SEED), captions=0, seeds=())
         rows.append({"model": world.name, "prompts": 0, "output_db": output_db(judge, None)})
         for case in CASES:
             started = perf_counter()

@@ -129,10 +129,11 @@ class World:
         if not sensitivities:
             return calibration
         spread = torch.linspace(0, SCHEDULER_CONFIG["num_train_timesteps"] - 1, NOISY_BATCHES * NOISY_BATCH).long()
+        # The scenes of this seed are the first captions', which are not judged.
+        noisy = self.noisy_batch(NOISY_BATCHES * NOISY_BATCH, CALIBRATION_SEED, spread)
         with collect(pipeline.unet, sensitivities=True, passes=LAYERS_PER_BATCH) as measured, torch.no_grad():
             for number in range(NOISY_BATCHES):
-                seed = FIRST_NOISE_SEED + number
-                pipeline(*self.noisy_batch(NOISY_BATCH, seed, spread[number::NOISY_BATCHES], ()))
+                pipeline(*(part[number::NOISY_BATCHES] for part in noisy))
         return replace(calibration, sensitivities=measured.calibration().sensitivities)
 
 

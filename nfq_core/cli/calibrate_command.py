@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 
@@ -11,17 +12,17 @@ from ..calibration.fingerprint import fingerprint
 from ..calibration.prompts import PROMPTS, SIDE, STEPS
 from ..calibration.statistics import CALIBRATION_SUFFIX, Calibration
 from ..checkpoints.targets import PLAIN_SUFFIX, model_name, target_path
-from ..errors import NFQError, TargetExistsError
+from ..errors import CorruptFileError, NFQError, TargetExistsError
 from ..files.original import Original
 from .terminal import AddCommand, progress_bar, show
 
-SETTINGS = ("prompts", "steps", "side", "guidance", "sensitivities")
-"""What a calibration depends on beside the model, by option."""
+SAMPLING = ("prompts", "steps", "side", "guidance", "sensitivities", "v_prediction", "config")
+"""How a model is sampled, by option."""
 
 
 def add_calibrate_command(command: AddCommand) -> None:
     """Add `nfq calibrate`."""
-    sub = command("calibrate", _calibrate, "sample an SDXL model and record what its layers are fed, for quantising it")
+    sub = command("calibrate", _calibrate, "sample an SDXL model and record the inputs of its layers")
     sub.add_argument(
         "source", metavar="SRC", help="a .safetensors checkpoint with text encoders, or a folder of diffusers' layout"
     )
@@ -52,20 +53,16 @@ def _add_sampling_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--prompts",
         type=int,
-        default=len(PROMPTS),
         metavar="N",
         help=f"how many of the {len(PROMPTS)} bundled prompts to sample (default: all)",
     )
     parser.add_argument(
         "--steps",
         type=int,
-        default=STEPS,
         metavar="N",
-        help="denoising steps of each (default: %(default)s; fewer for Turbo and Lightning)",
+        help=f"denoising steps of each (default: {STEPS}; fewer for Turbo and Lightning)",
     )
-    parser.add_argument(
-        "--side", type=int, default=SIDE, metavar="N", help="width and height in pixels (default: %(default)s)"
-    )
+    parser.add_argument("--side", type=int, metavar="N", help=f"width and height in pixels (default: {SIDE})")
     parser.add_argument(
         "--guidance", type=float, metavar="X", help="CFG scale (default: the pipeline's, 5; 1 for Turbo and Lightning)"
     )
@@ -73,6 +70,9 @@ def _add_sampling_options(parser: argparse._ActionsContainer) -> None:
         "--sensitivities",
         action="store_true",
         help="also measure each layer's sensitivity, in five times the time; always done where SDXL's do not apply",
+    )
+    parser.add_argument(
+        "--v-prediction", action="store_true", help="the model predicts v, and its file has no marker that says so"
     )
     parser.add_argument(
         "--config",
@@ -106,30 +106,45 @@ def calibrate_first(options: argparse.Namespace) -> Calibration:
     """The calibration of the model that `nfq quantize` is to convert: from an earlier run, or sampled and kept.
 
     Raises:
-        NFQError: a calibration file is given too, or see `nfq_core.diffusers.calibrate`.
+        NFQError: a calibration file is given too, the target exists, a dry run would have to sample, or see
+            `nfq_core.diffusers.calibrate`.
     """
     if options.calibration:
         raise NFQError("--calibrate makes a calibration, and --calibration reads one; give one of them")
-    facts = {name: getattr(options, name) for name in SETTINGS}
+    if os.path.exists(options.target) and not options.force:
+        raise TargetExistsError(f"{options.target} exists already; --force overwrites it")
+    how = {name: getattr(options, name) for name in SAMPLING}
+    prompts = PROMPTS[: len(PROMPTS) if options.prompts is None else options.prompts]
     with Original(options.source) as model:
-        made_by = fingerprint(model.entries, model.tensor, facts)
+        made_by = fingerprint(model.entries, model.tensor, how, prompts)
     folder = Path(options.target).parent
     kept = folder / f"{model_name(options.source)[0]}-{made_by}{CALIBRATION_SUFFIX}"
-    if not kept.exists():
-        _sampled(options).save(kept)
+    with suppress(CorruptFileError):
+        if kept.exists():
+            return Calibration.load(kept)
+    if options.dry_run:
+        raise NFQError(f"--dry-run samples nothing, and there is no {kept.name} yet; leave one of the options out")
+    _sampled(options).save(kept, overwrite=True)
     return Calibration.load(kept)
+
+
+def refuse_unused(options: argparse.Namespace) -> None:
+    """Raise NFQError for options that say how to sample, without `--calibrate`."""
+    given = [name for name in SAMPLING if getattr(options, name)]
+    if given and not options.calibrate:
+        raise NFQError(f"--{given[0].replace('_', '-')} says how to sample; add --calibrate, or leave it out")
 
 
 def _sampled(options: argparse.Namespace) -> Calibration:
     from ..diffusers.calibrating import calibrate, load_pipeline
 
-    pipeline = load_pipeline(options.source, options.device, options.config)
+    pipeline = load_pipeline(options.source, options.device, options.config, v_prediction=options.v_prediction)
     with progress_bar("sampling", options, "step") as progress:
         return calibrate(
             pipeline,
             options.prompts,
-            steps=options.steps,
-            side=options.side,
+            steps=STEPS if options.steps is None else options.steps,
+            side=SIDE if options.side is None else options.side,
             guidance=options.guidance,
             sensitivities=options.sensitivities or None,
             progress=progress,

@@ -25,7 +25,7 @@ from ..files.container import SUFFIX
 from ..fitting.backends import search_backend
 from ..packed import backends
 from ..version import __version__
-from .calibrate_command import add_calibrate_command, add_calibrate_option, calibrate_first
+from .calibrate_command import add_calibrate_command, add_calibrate_option, calibrate_first, refuse_unused
 from .conversion_options import add_conversion_options, conversion
 from .report_commands import add_card_command, add_report_command
 from .terminal import Run, progress_bar, show
@@ -187,6 +187,7 @@ def _quantize(options: argparse.Namespace) -> int:
     arguments = conversion(options)
     name = container_name(options.source, arguments["settings"])
     options.target = target_path(options.target, options.source, name)
+    refuse_unused(options)
     if options.calibrate:
         arguments["calibration"] = calibrate_first(options)
     if options.dry_run:

@@ -1,4 +1,4 @@
-"""Calibrate a diffusers pipeline of SDXL: sample the bundled prompts, and record what the UNet's layers are fed."""
+"""Calibrate a diffusers pipeline of SDXL: sample the bundled prompts, and record the inputs of its UNet's layers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from ..files.container import FACTS_KEY
 from ..files.original import Original
 from ..files.untrusted import parse_error_message
 from ..layers.packed_layers import packed_layers
-from ..models.sensitivities import BY_LAYER, layer_sensitivities
-from ..models.unet import detect
+from ..models.sensitivities import known_by_layer
 from ..parallel import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -69,16 +68,11 @@ def calibrate(
         prompts = PROMPTS[:prompts]
     chosen = PROMPTS if prompts is None else prompts
     if sensitivities is None:
-        sensitivities = not _has_sensitivities_of_sdxl(unet)
+        sensitivities = not known_by_layer({name: tuple(one.shape) for name, one in unet.state_dict().items()})
     with collect(unet, hessians=True, sensitivities=sensitivities) as collected:
         for number, prompt in enumerate(chosen):
             _sample(pipeline, prompt, number, len(chosen), steps, side, guidance, seed + number, progress)
     return collected.calibration(prompts=len(chosen), steps=steps)
-
-
-def _has_sensitivities_of_sdxl(unet: torch.nn.Module) -> bool:
-    shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-    return layer_sensitivities(detect(shapes), {}).basis == BY_LAYER
 
 
 def _sample(
@@ -120,7 +114,9 @@ def _sample(
         )
 
 
-def load_pipeline(source: str | os.PathLike, device: str | None = None, config: str | None = None) -> Any:
+def load_pipeline(
+    source: str | os.PathLike, device: str | None = None, config: str | None = None, *, v_prediction: bool = False
+) -> Any:
     """Load an SDXL pipeline from a checkpoint file or a diffusers folder: fp32 on a CPU, fp16 on other devices.
 
     Args:
@@ -128,6 +124,7 @@ def load_pipeline(source: str | os.PathLike, device: str | None = None, config: 
         device: where the pipeline is put; by default a CUDA device if there is one.
         config: for a file, a diffusers folder of the same kind of model with its settings and tokenisers; by default
             diffusers fetches SDXL's.
+        v_prediction: whether the model in a file predicts v; always so if the file has the marker `v_pred`.
 
     Raises:
         NFQError: the source is no such model or quantised, or the settings cannot be fetched.
@@ -149,15 +146,26 @@ def load_pipeline(source: str | os.PathLike, device: str | None = None, config: 
                 path, torch_dtype=dtype, local_files_only=True, add_watermarker=False
             )
         else:
-            _refuse_incomplete(path)
+            names = _names_in_checkpoint(path)
             pipeline = StableDiffusionXLPipeline.from_single_file(
                 path, torch_dtype=dtype, config=config, local_files_only=config is not None, add_watermarker=False
             )
+            if v_prediction or "v_pred" in names:
+                predict_v(pipeline, "ztsnr" in names)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
-def _refuse_incomplete(path: Path) -> None:
+def predict_v(pipeline: Any, zero_terminal_snr: bool) -> None:
+    """Give a pipeline a scheduler for a model that predicts v, whose last noise level may hold no signal at all."""
+    changes = {"prediction_type": "v_prediction"}
+    if zero_terminal_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changes)
+
+
+def _names_in_checkpoint(path: Path) -> set[str]:
+    """Names of a whole checkpoint's tensors; NFQError for another file."""
     with Original(path) as file:
         if FACTS_KEY in file.metadata:
             raise NFQError(f"{path} is quantised already; calibrate the model that it was made from")
@@ -165,6 +173,7 @@ def _refuse_incomplete(path: Path) -> None:
             raise NFQError(
                 f"{path} holds no text encoders, which prompts need; give the whole checkpoint, or a diffusers folder"
             )
+        return set(file.entries)
 
 
 @contextmanager

@@ -245,7 +245,7 @@ def round_columns(
         values = weight[first : first + ROWS].T.contiguous().index_select(0, order)
         starts = torch.arange(first, first + values.shape[1], device=weight.device) * columns
         found = torch.empty(values.shape, dtype=torch.uint8, device=weight.device)
-        state = torch.zeros(factors.shared.shape[1], values.shape[1], device=weight.device)
+        state = torch.zeros(factors.shared.shape[1], values.shape[1], dtype=torch.float32, device=weight.device)
         for batch, gains in parts:
             targets = torch.addmm(values[batch.columns], batch.response.T, state)
             blocks = (order[batch.columns, None] + starts).bitwise_right_shift_(BLOCK.bit_length() - 1)

@@ -287,9 +287,9 @@ class _Lines:
             moment.diagonal().add_(torch.cat([piece.batch.own for piece in pieces]))
             turned = moment[order][:, order]
             gains, importance = feedback_gains(turned)
-            # The real-valued error of this block that best compensates the others; if unsolvable, NaN makes `gain` NaN.
-            wanted = torch.linalg.solve_ex(moment, pull.T).result.T
-            values = _divided(self._values[:, _place(block)] + wanted, scales)
+            # What to add to the block's weights so that they best compensate the errors outside it.
+            compensation = torch.linalg.solve(moment, pull.T).T
+            values = _divided(self._values[:, _place(block)] + compensation, scales)
             codes = self._coder.encode(values[:, order], importance, gains)[0].roll(turn, dims=1)
             after = self._values[:, _place(block)] - self._decoded(codes, scales)
             gain = ((before @ moment + 2 * pull) * before - (after @ moment + 2 * pull) * after).sum(dim=1)

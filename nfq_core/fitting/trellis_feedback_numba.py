@@ -6,7 +6,6 @@ changed by its errors, instead of the errors.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -17,9 +16,7 @@ from ..packed.layout import BLOCK, BlockFormat
 from .trellis_numba import FASTMATH, UNROLLED_CODES
 
 LANES = 16
-"""Blocks that advance together: one or two vector registers; the targets of more would not stay in the cache."""
-
-_compiling = threading.Lock()
+"""Blocks that advance together: one or two vector registers. Their targets take 128 to 512 kB."""
 
 
 def encode(
@@ -40,8 +37,7 @@ def encode(
     """
     codes = torch.empty(values.shape, dtype=torch.uint8, device="cpu")
     errors = torch.empty(values.shape, dtype=torch.float32, device="cpu")
-    with _compiling:
-        kernel = _kernel(fmt.code_bits, fmt.window)
+    kernel = _kernel(fmt.code_bits, fmt.window)
     arrays = [tensor.contiguous().numpy() for tensor in (values, levels, importance, gains, codes, errors)]
     kernel(lead, *arrays)
     return codes, errors

@@ -102,6 +102,8 @@ def main(folder: Path) -> dict[str, dict[str, tuple[str, int]]]:
     torch.set_num_threads(1)
     # Of the warnings about tensors that are kept.
     logging.getLogger("nfq").setLevel(logging.CRITICAL)
+    # numba is loaded, and its loops are compiled, at the first use.
+    nfq_core.quantize(random_half(16, 64), hessian=torch.eye(64))
     signal.signal(signal.SIGALRM, _hangs)
     space = status("VmSize") + SPACE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (space, resource.getrlimit(resource.RLIMIT_AS)[1]))

@@ -130,6 +130,27 @@ def test_quantising_calibrates_once(folder: Path, tmp_path: Path, capsys: pytest
     assert code == 1 and "give one of them" in error
 
 
+def test_a_dry_run_samples_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    code, _, error = run(capsys, "quantize", unet, tmp_path / "x.nfq.safetensors", "--calibrate", "--dry-run")
+    assert code == 1 and "--dry-run samples nothing, and there is no " in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_without_calibrating_are_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    code, _, error = run(capsys, "quantize", unet, tmp_path / "x.nfq.safetensors", "--steps", "4")
+    assert code == 1 and "--steps says how to sample; add --calibrate, or leave it out" in error
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_models_that_predict_v(pipeline, zero_terminal_snr: bool):
+    module.predict_v(pipeline, zero_terminal_snr)
+    config = pipeline.scheduler.config
+    assert config.prediction_type == "v_prediction" and bool(config.rescale_betas_zero_snr) == zero_terminal_snr
+    assert calibrate(pipeline, 1, **FAST, sensitivities=False).inputs
+
+
 def test_a_file_without_text_encoders_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
     code, _, error = run(capsys, "quantize", unet, tmp_path / "x.nfq.safetensors", "--calibrate", *OPTIONS)

@@ -11,6 +11,7 @@ from independent_reader import common_levels
 from reference import decode, pack_plane, parse
 
 from nfq_core import NFTensor
+from nfq_core.fitting.feedback import SecondMoment
 from nfq_core.models.unet_keys import UNetArchitecture, tensor_shapes
 from nfq_core.packed.formats import format_by_id
 
@@ -130,6 +131,14 @@ def correlated(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 def second_moment(inputs: torch.Tensor) -> torch.Tensor:
     return inputs.T @ inputs / len(inputs)
+
+
+def moment_matrix(moment: SecondMoment) -> torch.Tensor:
+    """The whole matrix of a second moment."""
+    correlation = moment.correlation.float()
+    matrix = (correlation if moment.is_whole else correlation @ correlation.T).clone().fill_diagonal_(1)
+    root = moment.diagonal.float().sqrt()
+    return matrix * root * root[:, None]
 
 
 def output_error(inputs: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> float:

@@ -79,6 +79,9 @@ def test_a_lora_is_calibrated_by_itself(host) -> None:
     nodes["shown"] = {"class_type": "PreviewAny", "inputs": {"source": ["calibration", 0]}}
     (message,) = host.run(nodes)["calibration"]["text"]
     assert message.startswith("saved auto-")
+    # The host has the LoRA's weights loaded by now, and the node runs again for another start of the name.
+    nodes["calibration"]["inputs"]["filename_prefix"] = "auto.calibration.safetensors"
+    assert host.run(nodes)["calibration"]["text"] == [message.replace("saved", "found") + " again"]
 
 
 def test_a_packed_model_is_refused(host) -> None:

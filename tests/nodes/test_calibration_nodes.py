@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,6 +27,15 @@ class Patcher:
         self.attachments: dict[str, Any] = {}
         self.wrappers: list[Callable] = []
         self.model_options: dict[str, Any] = {}
+
+    def get_model_object(self, name: str) -> object:
+        return None
+
+    def get_injections(self, key: str) -> list:
+        return []
+
+    def use_ejected(self) -> object:
+        return nullcontext()
 
     def clone(self) -> Patcher:
         twin = Patcher(self.model.diffusion_model)
@@ -221,7 +231,7 @@ class OutOfMemory(Exception):
 
 
 @pytest.fixture
-def sampled(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+def sampled(monkeypatch: pytest.MonkeyPatch, plugin: ModuleType) -> list[tuple]:
     """The prompts that were sampled; sampling itself is the stub's."""
     seen: list[tuple] = []
 
@@ -232,15 +242,18 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         options["callback"](steps - 1)
         return torch.zeros(1)
 
+    def key_patches(model: Patcher) -> dict[str, list]:
+        return {key: [(weight, None)] for key, weight in model.model.diffusion_model.state_dict().items()}
+
     host = importlib.import_module("comfy.sample")
     monkeypatch.setattr(host, "sample", sample, raising=False)
+    monkeypatch.setattr(importlib.import_module(f"{plugin.__name__}.nodes.calibration"), "key_patches", key_patches)
     monkeypatch.setattr(importlib.import_module("comfy.model_management"), "OOM_EXCEPTION", OutOfMemory, raising=False)
     return seen
 
 
 def calibrate(nodes: dict, model: Patcher, clip: Any = None, **inputs: Any) -> tuple[str, str]:
     """Name and message of NFQ Calibrate."""
-    model.patches = {}
     node = nodes["NFCalibrate"]
     node.hidden = SimpleNamespace(unique_id="1")
     made = node.execute(model, clip or Clip(), **{"prompts": 2, "steps": 2, **inputs})
@@ -248,7 +261,7 @@ def calibrate(nodes: dict, model: Patcher, clip: Any = None, **inputs: Any) -> t
 
 
 def test_calibrate_samples_the_bundled_prompts_once(
-    nodes: dict, model: Patcher, tmp_path: Path, sampled: list[tuple], plugin: ModuleType
+    nodes: dict, model: Patcher, tmp_path: Path, sampled: list[tuple], plugin: ModuleType, error: type
 ) -> None:
     prompts = importlib.import_module(f"{plugin.__name__}.nfq_core.calibration.prompts").PROMPTS
     name, message = calibrate(nodes, model, filename_prefix="mine")
@@ -264,6 +277,11 @@ def test_calibrate_samples_the_bundled_prompts_once(
         model.model.diffusion_model.conv_in.weight += 1
     others.append(calibrate(nodes, model, filename_prefix="mine")[0])
     assert len({name, *others}) == 3 == len(list(folder.iterdir()))
+    (folder / others[1]).write_bytes(b"damaged")
+    assert calibrate(nodes, model, filename_prefix="mine") == (others[1], f"saved {others[1]}")
+    for prefix in ("", "folder/"):
+        with pytest.raises(error, match="has no file name"):
+            calibrate(nodes, model, filename_prefix=prefix)
     assert hooks(model) == 0
 
 
@@ -298,7 +316,6 @@ def test_calibrate_keeps_nothing_unfinished(
             raise InterruptedError("interrupted")
 
         monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", interrupted, raising=False)
-    model.patches = {}
     node = nodes["NFCalibrate"]
     node.hidden = SimpleNamespace(unique_id="1")
     with pytest.raises((error, InterruptedError), match=message):

@@ -28,7 +28,8 @@ export function addProgress(node) {
   const advice = () => {
     const preset = setting("preset").value;
     const fixed = preset === "levels";
-    const calibrated = setting("calibration").value !== "(none)";
+    const linked = node.inputs?.some((input) => input.name === "calibration" && input.link != null);
+    const calibrated = linked || setting("calibration").value !== "(none)";
     panel.replaceChildren(
       element("p", {}, fixed ? text(`goodFor.${setting("levels").value}`) : text(`preset.${preset}`)),
       element("p", { className: "nfq-faint" }, text(`takes.${fixed ? "" : "preset."}${setting("effort").value}`)),
@@ -38,6 +39,7 @@ export function addProgress(node) {
   for (const name of ["levels", "effort", "preset", "calibration"]) after(setting(name), "callback", advice);
 
   report(node, panel, advice);
+  after(node, "onConnectionsChange", advice);
   whenPlaced(node, advice);
 }
 
@@ -46,7 +48,7 @@ export function addSamplingProgress(node) {
   report(node, panel, () => panel.replaceChildren());
 }
 
-// Shows a node's events in its panel; `done` shows what stands there otherwise.
+// Shows a node's events in its panel while it works; `done` fills the panel afterwards.
 function report(node, panel, done) {
   const fill = element("div");
   const name = element("p", { className: "nfq-layer" });
