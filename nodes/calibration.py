@@ -16,7 +16,7 @@ import comfy.sample
 import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 
-from ..nfq_core import CorruptFileError, NFQError
+from ..nfq_core import CorruptFileError, NFQError, UnsupportedFileError
 from ..nfq_core.calibration.collector import Collector
 from ..nfq_core.calibration.fingerprint import fingerprint
 from ..nfq_core.calibration.prompts import PROMPTS
@@ -185,7 +185,7 @@ def calibrate_model(
     made_by = _fingerprint(model, encoded, steps, cfg, side, sensitivities)
     path = output_path(name, CALIBRATIONS, CALIBRATION_SUFFIX)
     path = f"{path.removesuffix(CALIBRATION_SUFFIX)}-{made_by}{CALIBRATION_SUFFIX}"
-    with suppress(CorruptFileError):
+    with suppress(CorruptFileError, UnsupportedFileError):
         if os.path.exists(path) and Calibration.load(path).inputs:
             return listed_output(path, CALIBRATIONS), True
     progress = LayerProgress(node_id, lambda prompt: {})

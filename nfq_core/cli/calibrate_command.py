@@ -12,7 +12,7 @@ from ..calibration.fingerprint import fingerprint
 from ..calibration.prompts import PROMPTS, SIDE, STEPS
 from ..calibration.statistics import CALIBRATION_SUFFIX, Calibration
 from ..checkpoints.targets import PLAIN_SUFFIX, model_name, target_path
-from ..errors import CorruptFileError, NFQError, TargetExistsError
+from ..errors import CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError
 from ..files.original import Original
 from .terminal import AddCommand, progress_bar, show
 
@@ -119,7 +119,7 @@ def calibrate_first(options: argparse.Namespace) -> Calibration:
         made_by = fingerprint(model.entries, model.tensor, how, prompts)
     folder = Path(options.target).parent
     kept = folder / f"{model_name(options.source)[0]}-{made_by}{CALIBRATION_SUFFIX}"
-    with suppress(CorruptFileError):
+    with suppress(CorruptFileError, UnsupportedFileError):
         if kept.exists():
             return Calibration.load(kept)
     if options.dry_run:

@@ -116,7 +116,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_quantising_calibrates_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch):
     """The UNet's file holds no text encoders, so the whole folder stands in for a checkpoint here."""
     sampled, load = [], module.load_pipeline
-    monkeypatch.setattr(module, "load_pipeline", lambda source, *more: sampled.append(source) or load(folder, "cpu"))
+    monkeypatch.setattr(module, "load_pipeline", lambda source, *_, **__: sampled.append(source) or load(folder, "cpu"))
     unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
     for name in ("a", "b"):
         target = tmp_path / f"{name}.nfq.safetensors"
