@@ -18,7 +18,7 @@ from ..checkpoints.memory import check_device
 from ..errors import NFQError, missing_package
 from ..files.container import FACTS_KEY
 from ..files.original import Original
-from ..files.untrusted import parse_error_message
+from ..files.untrusted import LOADING_ERRORS, loading_error_message
 from ..layers.packed_layers import packed_layers
 from ..models.sensitivities import known_by_layer
 from ..parallel import Progress, no_progress
@@ -183,9 +183,5 @@ def _errors_in_words(path: Path) -> Iterator[None]:
             # diffusers 0.42 renames `torch_dtype`, which older versions need.
             warnings.simplefilter("ignore", FutureWarning)
             yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        if isinstance(error, KeyError | TypeError | AttributeError):
-            reason = parse_error_message(error)
-        else:
-            reason = next(iter(str(error).strip().splitlines()), "no reason is given")
-        raise NFQError(f"{path} cannot be loaded as an SDXL pipeline: {reason}") from None
+    except LOADING_ERRORS as error:
+        raise NFQError(f"{path} cannot be loaded as an SDXL pipeline: {loading_error_message(error)}") from None

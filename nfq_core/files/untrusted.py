@@ -55,6 +55,17 @@ def parse_error_message(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else "a value has the wrong type"
 
 
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+"""What other packages raise when they load a model from unsuitable files."""
+
+
+def loading_error_message(error: Exception) -> str:
+    """Message for one of LOADING_ERRORS: what is wrong with a value, or the first line of the package's own text."""
+    if isinstance(error, KeyError | TypeError | AttributeError):
+        return parse_error_message(error)
+    return next(iter(str(error).strip().splitlines()), "no reason is given")
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 

@@ -15,7 +15,7 @@ from ..checkpoints.memory import check_device
 from ..errors import NFQError, missing_package
 from ..files.container import NFQFile
 from ..files.original import Original
-from ..files.untrusted import parse_error_message
+from ..files.untrusted import LOADING_ERRORS, loading_error_message
 from ..models.unet import detect, diffusers_names
 from ..packed.tensor import NFTensor
 from . import protocol
@@ -188,12 +188,8 @@ def _load_pipeline(folder: Path, device: torch.device) -> StableDiffusionXLPipel
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             folder, unet=unet, local_files_only=True, add_watermarker=False
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        if isinstance(error, KeyError | TypeError | AttributeError):
-            reason = parse_error_message(error)
-        else:
-            reason = next(iter(str(error).strip().splitlines()), "no reason is given")
-        raise NFQError(f"{folder} cannot be loaded as an SDXL pipeline: {reason}") from None
+    except LOADING_ERRORS as error:
+        raise NFQError(f"{folder} cannot be loaded as an SDXL pipeline: {loading_error_message(error)}") from None
     finally:
         logging.enable_progress_bar()
         transformers.logging.enable_progress_bar()
