@@ -8,47 +8,35 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from nfq_core.calibration.statistics import Calibration
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.decibels import sqnr_db
-from nfq_core.demo import shapes as scenes
-from nfq_core.demo.calibrate import HELD_OUT_SEED, noisy_pictures, random_captions
-from nfq_core.demo.model import SCHEDULER_CONFIG, TinyPipeline, build_pipeline, bundled_weights_path, load_weights
-from nfq_core.demo.model import sample as draw
+from nfq_core.demo.calibrate import CALIBRATION_SEED, HELD_OUT_SEED
+from nfq_core.demo.model import TinyPipeline, build_pipeline, bundled_weights_path, load_weights
 from nfq_core.errors import NFQError
 from nfq_core.files.container import NFQFile
 from nfq_core.files.safetensors_io import describe
 from nfq_core.packed.formats import LEVELS, TRELLIS_IDS
 from nfq_core.parallel import ordered_map
 from nfq_core.planning.policy import plan_tensors
-from nfq_core.planning.settings import DEFAULTS, BitsPerWeight, Formats, Settings
+from nfq_core.planning.settings import DEFAULTS, PRESETS, BitsPerWeight, Formats, Settings
 from nfq_core.report.metrics import psnr_db, ssim
 
 from . import ggml
 from .peers import OURS, Contestant, Stored, ggml_stored
 from .weights import DEMO, Layer, figures, mix_rows, row
+from .worlds import OUTPUT_BATCH, PEAK, SHAPES
 
 PROMPTS, HELD_OUT = 32, 16  # Number of captions for the calibration, and of other captions to draw
-OUTPUT_BATCH = 128  # Noisy pictures in the held-out batch
 # The measurement's part of the results.
 FACTS = {"prompts": PROMPTS, "held_out": HELD_OUT, "output_batch": OUTPUT_BATCH}
-# Packed bits per weight of the sizes; a size that gives the same formats as the one before is left out.
-TARGETS = (2.6, 3.0, 3.13, 3.7, 4.15, 4.7, 5.3, 5.5, 6.36, 8.0)
-PEAK = 255
+# Packed bits per weight of the sizes: the presets', and some between peers'. A size that gives the same formats as the
+# one before is left out.
+TARGETS = (2.6, *PRESETS.values(), 3.13, 3.85, 5.3, 6.36, 8.0)
 
 StoredWeights = Mapping[str, Stored]
-
-
-def held_out_batch(calibrated: Sequence[str] = ()) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Arguments for `TinyPipeline`: noisy pictures, timesteps and caption ids; no caption is in `calibrated`."""
-    rng, generator = np.random.default_rng(HELD_OUT_SEED), torch.Generator().manual_seed(HELD_OUT_SEED)
-    drawn = [scenes.random_scene(rng) for _ in range(2 * OUTPUT_BATCH)]
-    drawn = [scene for scene in drawn if scenes.describe(scene) not in calibrated][:OUTPUT_BATCH]
-    timesteps = torch.randint(SCHEDULER_CONFIG["num_train_timesteps"], (OUTPUT_BATCH,), generator=generator)
-    return noisy_pictures(drawn, timesteps, rng, generator)
 
 
 class DemoModel:
@@ -59,15 +47,14 @@ class DemoModel:
         info, plans = plan_tensors(describe(self.weights), DEFAULTS)
         self.shapes = {key: plan.shape for key, plan in plans.items() if plan.format}
         self.inputs = calibration.for_plans(info, plans)[0]
-        seen = random_captions(PROMPTS)
-        self._batch = held_out_batch(seen)
-        self._captions = random_captions(HELD_OUT, HELD_OUT_SEED, without=seen)
+        seen = SHAPES.captions(PROMPTS, CALIBRATION_SEED)
+        self._batch = SHAPES.noisy_batch(OUTPUT_BATCH, HELD_OUT_SEED, without=seen)
+        self._captions = SHAPES.captions(HELD_OUT, HELD_OUT_SEED, without=seen)
         self._output, self._pictures = self._run(build_pipeline(self.weights))
 
     @torch.no_grad()
     def _run(self, pipeline: TinyPipeline) -> tuple[torch.Tensor, torch.Tensor]:
-        pictures = draw(pipeline, self._captions, seed=0)
-        return pipeline(*self._batch), torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        return pipeline(*self._batch), SHAPES.pictures(pipeline, self._captions, seed=0)
 
     def each(self, make: Callable[[str], Stored]) -> StoredWeights:
         """Store every weight as `make` does, given its name."""
@@ -104,7 +91,7 @@ class DemoModel:
         return figures(self.layers(made).values()) | {
             "output_db": sqnr_db(self._output, output),
             "picture_db": psnr_db(self._pictures, pictures, PEAK),
-            "ssim": ssim(self._pictures.float(), pictures.float(), PEAK),
+            "ssim": ssim(self._pictures, pictures, PEAK),
         }
 
 
@@ -130,7 +117,7 @@ def _settings(model: DemoModel, contestants: Sequence[Contestant], layers: dict[
             ours[one.format], layers[one.name] = made, model.layers(made)
         yield Setting(one.name, one.family, False, made, one.format not in TRELLIS_IDS)
     before, calibrated = None, {f"nf{levels}": Settings(Formats.of(levels, levels)) for levels in LEVELS}
-    for bits in TARGETS:
+    for bits in sorted(TARGETS):
         try:
             formats = model.formats(bits)
         except NFQError:

@@ -27,6 +27,7 @@ from nfq_core.demo.calibrate import (
     NOISY_BATCH,
     NOISY_BATCHES,
     add_noise,
+    random_captions,
 )
 from nfq_core.demo.model import (
     SCHEDULER_CONFIG,
@@ -80,12 +81,7 @@ class World:
 
     def captions(self, count: int, seed: int, without: tuple[str, ...] = ()) -> tuple[str, ...]:
         """`count` different captions of random scenes, except those in `without`."""
-        rng, found = np.random.default_rng(seed), dict[str, None]()
-        while len(found) < count:
-            caption = self.describe(self.random_scene(rng))
-            if caption not in without:
-                found[caption] = None
-        return tuple(found)
+        return random_captions(count, seed, without, lambda rng: self.describe(self.random_scene(rng)))
 
     def pictures(self, pipeline: TinyPipeline, captions: Sequence[str], **options: Any) -> torch.Tensor:
         """Pictures of captions, fp32 [n, 3, size, size] in 0..255; options as of `sample_ids`."""

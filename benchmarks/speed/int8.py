@@ -15,13 +15,14 @@ from torch import nn
 
 from nfq_core import quantize, quantize_state_dict
 from nfq_core.decibels import sqnr_db
+from nfq_core.demo.calibrate import HELD_OUT_SEED
 from nfq_core.demo.model import TinyPipeline, build_pipeline, load_weights
 from nfq_core.layers import PackedLinear, pack_layers, packed_layers
 from nfq_core.packed.op import dequantize_for_one_use
 from nfq_core.report.metrics import psnr_db
 
 from ..article import Model, demo_model
-from ..quality.demo import held_out_batch
+from ..quality.worlds import OUTPUT_BATCH, SHAPES
 from ..shared import argument_parser, machine, markdown_table, milliseconds, spread, write_results
 from .int8_layers import dynamic_int8, fits, int8_layers, round_rows
 
@@ -29,7 +30,7 @@ LEVELS, TIMED_LEVELS = (32, 16, 7), 16  # Levels of Linear weights; convolutions
 ROUNDS = 9
 STEP_BATCH = 16  # Pictures in a step: eight, with the caption and without
 # Tokens, columns and rows of SDXL's Linear layers.
-SHAPES = (
+LINEAR_SHAPES = (
     (8192, 640, 640),
     (8192, 640, 5120),
     (8192, 2560, 640),
@@ -115,7 +116,7 @@ def layer_errors(unet: nn.Module, batch: Batch) -> dict:
 
 def demo(steps: int | None = None, levels: tuple[int, ...] = LEVELS, rounds: int = ROUNDS) -> dict:
     """Errors and step times on the demo model; `levels` include TIMED_LEVELS."""
-    model, batch = demo_model(steps), held_out_batch()
+    model, batch = demo_model(steps), SHAPES.noisy_batch(OUTPUT_BATCH, HELD_OUT_SEED)
     weights, original = model.weights(), judged(model, model.unet, batch)
     rows, unets = [], {FP: model.unet, DYNAMIC: dynamic_int8(model.unet)}
     for count in levels:
@@ -161,6 +162,6 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu", help="device of the layers' times; results go to int8-DEVICE.json")
     device = torch.device(parser.parse_args().device)
     print(machine())
-    layers = [(shape, layer_times(shape, device)) for shape in SHAPES]
+    layers = [(shape, layer_times(shape, device)) for shape in LINEAR_SHAPES]
     results = {"device": str(device), "threads": torch.get_num_threads(), "demo": demo(), "layers": layers}
     print(write_results("int8" if device.type == "cpu" else f"int8-{device.type}", results))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Container
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -16,7 +16,7 @@ from ..calibration.statistics import Calibration
 from ..errors import TargetExistsError
 from ..parallel import Progress, no_progress
 from .model import SCHEDULER_CONFIG, STEPS, build_pipeline, import_diffusers, load_weights, sample
-from .shapes import Scene, describe, draw, random_scene, tokenise
+from .shapes import describe, draw, random_scene, tokenise
 
 BATCH = 8
 """Number of captions sampled at once."""
@@ -33,24 +33,25 @@ LAYERS_PER_BATCH = 1000
 """Most layers tried per batch: more than the model has, so all of them."""
 
 
-def random_captions(count: int, seed: int = CALIBRATION_SEED, without: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """`count` different captions of random scenes, except those in `without`."""
+def random_caption(rng: np.random.Generator) -> str:
+    """The caption of a random scene."""
+    return describe(random_scene(rng))
+
+
+def random_captions(
+    count: int,
+    seed: int = CALIBRATION_SEED,
+    without: Container[str] = (),
+    make: Callable[[np.random.Generator], str] = random_caption,
+) -> tuple[str, ...]:
+    """`count` different captions that `make` draws at random, except those in `without`."""
     rng = np.random.default_rng(seed)
     captions: dict[str, None] = {}
     while len(captions) < count:
-        caption = describe(random_scene(rng))
+        caption = make(rng)
         if caption not in without:
             captions[caption] = None
     return tuple(captions)
-
-
-def noisy_pictures(
-    scenes: Sequence[Scene], timesteps: torch.Tensor, rng: np.random.Generator, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Arguments for `TinyPipeline`: pictures of scenes with noise added, `timesteps`, and the captions' ids."""
-    pictures = torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes]))
-    ids = torch.from_numpy(tokenise([describe(scene) for scene in scenes]))
-    return add_noise(pictures, timesteps, generator), timesteps, ids
 
 
 def add_noise(pictures: torch.Tensor, timesteps: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -85,8 +86,10 @@ def collect_demo(prompts: int, *, sensitivities: bool = True, progress: Progress
     with collect(pipeline.unet, sensitivities=True, passes=LAYERS_PER_BATCH) as measured, torch.no_grad():
         for number in range(NOISY_BATCHES):
             scenes = [random_scene(rng) for _ in range(NOISY_BATCH)]
+            pictures = torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes]))
+            ids = torch.from_numpy(tokenise([describe(scene) for scene in scenes]))
             timesteps = spread[number::NOISY_BATCHES]
-            pipeline(*noisy_pictures(scenes, timesteps, rng, generator))
+            pipeline(add_noise(pictures, timesteps, generator), timesteps, ids)
             progress(prompts, prompts, f"sensitivities {number + 1} of {NOISY_BATCHES}")
     return replace(calibration, sensitivities=measured.calibration().sensitivities)
 
