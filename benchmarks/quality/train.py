@@ -44,6 +44,7 @@ def average_weights(averages: list[torch.Tensor], weights: list[torch.Tensor], c
 
 def train(options: Namespace) -> None:
     """Train for the given minutes or steps, and write checkpoints."""
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     diffusers = import_diffusers()
