@@ -15,6 +15,7 @@ import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 
 from ..nfq_core import Calibration, NFQError, NFTensor, Settings
+from ..nfq_core.calibration.expectation import expectation
 from ..nfq_core.calibration.statistics import measured_sensitivities, recorded_settings
 from ..nfq_core.checkpoints.memory import check_device
 from ..nfq_core.checkpoints.state_dict import StateDict, quantize_tensors
@@ -92,8 +93,9 @@ def quantize_model(
         packed = _packed_copy(model, tensors)
     packed.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, COLLECTOR)
     packed.remove_attachments(COLLECTOR)
+    expected = expectation(entries, settings, info, plans, calibration)
     recorded = recorded_settings(settings, calibration) | ({BAKED: list(origin.baked)} if origin.baked else {})
-    packed.set_attachments(PROVENANCE, Provenance(recorded, source(), sqnr=sqnr))
+    packed.set_attachments(PROVENANCE, Provenance(recorded, source(), expected=expected, sqnr=sqnr))
     return packed
 
 

@@ -50,6 +50,8 @@ class Provenance:
     source: Source
     file_name: str = ""
     """The file that the weights were loaded from; empty if they were quantised in this workflow."""
+    expected: Mapping[str, float] = field(default_factory=dict)
+    """What is expected of the model's output, see `expectation`."""
     sqnr: Mapping[str, float] = field(default_factory=dict)
     """Measured signal-to-quantisation-noise ratios in dB by LDM name."""
 

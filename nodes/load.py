@@ -170,6 +170,8 @@ def build_model(tensors: StateDict, file: NFQFile, mode: str, disable_dynamic: b
         )
     if mode == "packed":
         adopt(patcher)
-    patcher.set_attachments(PROVENANCE, Provenance(file.facts.settings, file.facts.source, os.path.basename(file.path)))
+    facts = file.facts
+    made = Provenance(facts.settings, facts.source, os.path.basename(file.path), facts.expected)
+    patcher.set_attachments(PROVENANCE, made)
     patcher.cached_patcher_init = (load_unet, (str(file.path), mode))
     return patcher

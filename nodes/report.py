@@ -11,7 +11,7 @@ import comfy.lora
 import torch
 
 from ..nfq_core import NFQError, NFQFile
-from ..nfq_core.checkpoints.examine import container_info, settings_in_words
+from ..nfq_core.checkpoints.examine import container_info, expected_in_words, settings_in_words
 from ..nfq_core.decibels import decibels_in_words, pooled_sqnr_db, sqnr_db
 from ..nfq_core.errors import printable
 from ..nfq_core.packed.formats import format_by_id
@@ -56,11 +56,11 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
         original: the MODEL before it was quantised; each layer's error is measured against it.
 
     Returns:
-        `name` (of its file; empty if it was quantised in this workflow), `settings`, `source`, `weights` (count of
-        quantised weights), `packed_bits_per_weight`, `model_bytes` (in memory), `fp16_bytes` (the same with its
-        quantised weights as fp16), `sqnr_db` (over all layers, see `decibels.pooled_sqnr_db`) and `layers` (each
-        `name`, `format`, `shape`, `bits_per_weight`, `sqnr_db`). A `sqnr_db` is None if the weights are equal, and left
-        out if no error was measured.
+        `name` (of its file; empty if it was quantised in this workflow), `settings`, `source`, `expected` (of the
+        output, see `expectation`), `weights` (count of quantised weights), `packed_bits_per_weight`, `model_bytes` (in
+        memory), `fp16_bytes` (the same with its quantised weights as fp16), `sqnr_db` (over all layers, see
+        `decibels.pooled_sqnr_db`) and `layers` (each `name`, `format`, `shape`, `bits_per_weight`, `sqnr_db`). A
+        `sqnr_db` is None if the weights are equal, and left out if no error was measured.
 
     Raises:
         NFQError: the MODEL is not packed, or was not quantised from the original.
@@ -103,6 +103,7 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
         "name": facts.file_name,
         "settings": dict(facts.settings),
         "source": {"name": facts.source.name, "sha256": facts.source.sha256},
+        "expected": dict(facts.expected),
         "weights": weights,
         "packed_bits_per_weight": packed_bytes * 8 / weights if weights else 0.0,
         "model_bytes": model.model_size(),
@@ -126,6 +127,8 @@ def as_text(facts: Mapping[str, Any]) -> str:
         lines.append(f"{facts['file_bytes'] / 1e9:,.3f} GB in the file, {facts['fp16_bytes'] / 1e9:,.3f} GB as fp16")
     else:
         lines.append(f"{facts['model_bytes'] / 1e9:,.3f} GB in memory")
+    if facts["expected"]:
+        lines.append(expected_in_words(facts["expected"]))
     if "sqnr_db" in facts:
         error = decibels_in_words(facts["sqnr_db"])
         lines.append(f"SQNR {error} over all layers (signal-to-quantisation-noise ratio, higher is better)")

@@ -69,6 +69,7 @@ def save_model(
         path,
         settings=facts.settings,
         source=facts.source,
+        expected=facts.expected,
         workflow=workflow,
         prompt=prompt,
         overwrite=overwrite,

@@ -12,6 +12,7 @@ from time import perf_counter
 import torch
 
 from nfq_core import Calibration, quantize
+from nfq_core.calibration.expectation import expectation
 from nfq_core.calibration.prompts import STEPS
 from nfq_core.demo.calibrate import CALIBRATION_SEED
 from nfq_core.files.safetensors_io import describe
@@ -33,9 +34,10 @@ CASES = (
 )
 
 
-def output_db(judge: Judge, calibration: Calibration | None) -> float:
-    """SQNR of the output with all weights at 16 levels."""
-    info, plans = plan_tensors(describe(judge.weights), SETTINGS)
+def figures(judge: Judge, calibration: Calibration | None) -> dict[str, float]:
+    """`output_db`: SQNR of the output with all weights at 16 levels; `expected_gain_db` if that can be predicted."""
+    entries = describe(judge.weights)
+    info, plans = plan_tensors(entries, SETTINGS)
     formats = {key: plan.format.id for key, plan in plans.items() if plan.format}
     inputs = calibration.for_plans(info, plans)[0] if calibration else {}
 
@@ -44,7 +46,9 @@ def output_db(judge: Judge, calibration: Calibration | None) -> float:
         return quantize(judge.weights[key], format=formats[key], **statistics).dequantize()
 
     made = ordered_map(make, formats, size=lambda key: 16 * judge.weights[key].numel())
-    return judge.figures(dict(zip(formats, made, strict=True)), pictures=False)["output_db"]
+    expected = expectation(entries, SETTINGS, info, plans, calibration).get("calibration_db")
+    found = judge.figures(dict(zip(formats, made, strict=True)), pictures=False)
+    return found | ({} if expected is None else {"expected_gain_db": expected})
 
 
 def run() -> dict:
@@ -55,14 +59,15 @@ def run() -> dict:
             print(f"  {world.weights} is missing, so {world.name} is left out")
             continue
         judge = Judge(world, world.captions(CAPTIONS_SEEN, CALIBRATION_SEED), captions=0, seeds=())
-        rows.append({"model": world.name, "prompts": 0, "output_db": output_db(judge, None)})
+        rows.append({"model": world.name, "prompts": 0, **figures(judge, None)})
         for case in CASES:
             started = perf_counter()
-            collected = world.calibrate(case["prompts"], case["steps"], rank=case["rank"], sensitivities=False)
+            # Only with sensitivities is the gain predicted.
+            collected = world.calibrate(case["prompts"], case["steps"], rank=case["rank"], sensitivities=case is USUAL)
             seconds = perf_counter() - started
-            found = output_db(judge, collected)
-            rows.append({"model": world.name, **case, "output_db": found, "seconds": round(seconds, 1)})
-            print(f"  {world.name} {case}: {found:.2f} dB", flush=True)
+            found = figures(judge, collected)
+            rows.append({"model": world.name, **case, **found, "seconds": round(seconds, 1)})
+            print(f"  {world.name} {case}: {found['output_db']:.2f} dB", flush=True)
     return {"rows": rows}
 
 

@@ -38,8 +38,8 @@ def rows_of(world: World) -> Iterator[dict]:
             settings = Settings.of(preset=preset, effort=effort)
             quantize_file(world.weights, path, settings, calibration=calibration if calibrated else None)
             dense = {key: t.dequantize() if isinstance(t, NFTensor) else t for key, t in load(path).items()}
-            bits = file_info(path)["packed_bits_per_weight"]
-        found = {"packed_bits_per_weight": bits, **judge.figures(dense)}
+            about = file_info(path)
+        found = {name: about[name] for name in ("packed_bits_per_weight", "expected")} | judge.figures(dense)
         print(f"  {world.name}, {preset}, {effort}, calibrated: {calibrated}: {found['output_db']:.1f} dB", flush=True)
         yield {"model": world.name, "calibrated": calibrated, "effort": effort, "preset": preset, **found}
 

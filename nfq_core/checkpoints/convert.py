@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..calibration.expectation import expectation
 from ..calibration.statistics import Calibration, LayerInputs, measured_sensitivities
 from ..errors import CannotQuantizeError, CorruptFileError, NFQError, UnsupportedFileError, printable
 from ..files.article import is_article_file
@@ -74,7 +75,8 @@ def quantize_file(
         progress: see `Progress`.
 
     Returns:
-        `file_bytes`, `original_bytes`, `quantized` and `kept` (counts), `warnings` and `seconds`.
+        `file_bytes`, `original_bytes`, `quantized` and `kept` (counts), `expected` (see `expectation`), `warnings` and
+        `seconds`.
 
     Raises:
         NFQError: the source cannot be converted, its UNet is incomplete, the calibration belongs to another
@@ -93,7 +95,8 @@ def quantize_file(
         while True:
             info, plans = conversion.plan(size.packed_bytes)
             recorded = conversion.recorded_settings() | recorded_extras(drop_extras, original.entries)
-            facts = facts_about(info, recorded, made_from)
+            expected = expectation(entries, settings, info, plans, calibration, size.packed_bytes)
+            facts = facts_about(info, recorded, made_from, expected)
             with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
                 conversion.write(writer)
                 if not size.accepts(writer.file_bytes, plans):
@@ -236,6 +239,7 @@ def conversion_result(
         "original_bytes": facts.source.bytes,
         "quantized": len(writer.quantized_keys),
         "kept": len(plans) - len(writer.quantized_keys),
+        "expected": facts.expected,
         "warnings": warnings,
         "seconds": round(perf_counter() - started, 3),
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..calibration.expectation import expectation
 from ..calibration.statistics import Calibration, measured_sensitivities, recorded_settings
 from ..errors import CannotQuantizeError, printable
 from ..files.container import NO_SHA256, Source, source_name
@@ -48,7 +49,8 @@ def forecast_file(
     Returns:
         `target`, `layers` (each `name`, `format`, `shape`, `bits_per_weight` on disk, `expected_sqnr_db`),
         `file_bytes`, `original_bytes`, `weights`, `packed_bits_per_weight`, `expected_sqnr_db` (of Gaussian weights),
-        `expected_output_db` (None where it is not known), `seconds` and `warnings`.
+        `expected_output_db` and `calibration_db`, the calibration's part of it (both None where they are not known),
+        `seconds` and `warnings`.
 
     Raises:
         NFQError: as `quantize_file`, as far as it can be known before.
@@ -69,7 +71,8 @@ def forecast_file(
             chosen = [(key, plan.format) for key, plan in plans.items() if plan.format]
             new = [layer for layer in chosen if layer not in stored]
             stored |= zip(new, _stored_bytes(original, new, plans, settings.effort, progress), strict=True)
-            facts = facts_about(info, recorded, made_from)
+            expected = expectation(entries, settings, info, plans, calibration, size.packed_bytes)
+            facts = facts_about(info, recorded, made_from, expected)
             file_bytes = forecast.file_bytes(plans, facts, extra, sum(stored[layer] for layer in chosen))
             if size.accepts(file_bytes, plans):
                 break
@@ -85,7 +88,8 @@ def forecast_file(
         "weights": weights,
         "packed_bits_per_weight": packed * 8 / weights if weights else 0.0,
         "expected_sqnr_db": forecast.expected_sqnr_db(plans),
-        "expected_output_db": forecast.expected_output_db(info, plans, measured),
+        "expected_output_db": expected.get("output_db"),
+        "calibration_db": expected.get("calibration_db"),
         "seconds": round(forecast.expected_seconds(plans, settings.effort, threads_for(device), calibrated), 3),
         "warnings": list(map(printable, warnings + estimate_warnings(info, plans, measured) + size.warnings)),
     }
@@ -140,7 +144,9 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
         f"about {forecast['seconds']:.0f} s",
     ]
     if forecast["expected_output_db"] is not None:
-        whole.insert(-1, f"of the output {forecast['expected_output_db']:.1f} dB")
+        added = forecast["calibration_db"]
+        part = "" if added is None else f", {added:+.1f} by the calibration"
+        whole.insert(-1, f"of the output {forecast['expected_output_db']:.1f} dB{part}")
     name, reason = search_backend(torch.device("cpu"))
     if name == "torch" and any(layer["format"] in TRELLIS_IDS for layer in forecast["layers"]):
         lines.append(f"trellis codes are searched in plain torch, which takes longer: {reason}")

@@ -36,8 +36,9 @@ def container_info(file: NFQFile) -> dict:
     """Read the header of an open container.
 
     Returns:
-        `container_version`, `writer`, `architecture`, `layout`, `source`, `settings`, `weights` (count of quantised
-        weights), `bits_per_weight` (stored bytes of the quantised tensors × 8 ÷ those weights),
+        `container_version`, `writer`, `architecture`, `layout`, `source`, `settings`, `expected` (of the output, see
+        `expectation`), `weights` (count of quantised weights), `bits_per_weight` (stored bytes of the quantised tensors
+        × 8 ÷ those weights),
         `packed_bits_per_weight` (the same for the packed buffers), `file_bytes`, `original_bytes` (size of the source
         file), `kept` and `kept_bytes` (number and size of the tensors kept), `has_workflow`, and `layers` (each `name`,
         `format`, `shape`, `bits_per_weight` and, if formats were chosen by size, `sensitivity`: see
@@ -54,6 +55,7 @@ def container_info(file: NFQFile) -> dict:
         "layout": file.facts.layout,
         "source": {"name": source.name, "sha256": source.sha256},
         "settings": file.facts.settings,
+        "expected": file.facts.expected,
         "weights": weights,
         "bits_per_weight": stored * 8 / weights if weights else 0.0,
         "packed_bits_per_weight": packed * 8 / weights if weights else 0.0,
@@ -94,6 +96,8 @@ def info_lines(path: str | os.PathLike, info: Mapping[str, Any]) -> list[tuple[s
         ("kept", f"{info['kept']} tensors, {info['kept_bytes']:,} bytes"),
         ("workflow", "embedded" if info["has_workflow"] else "none"),
     ]
+    if info["expected"]:
+        lines.insert(5, ("expected", expected_in_words(info["expected"])))
     return [(name, printable(text, MAX_LINE)) for name, text in lines]
 
 
@@ -101,6 +105,15 @@ def settings_in_words(settings: Mapping[str, Any]) -> str:
     """Recorded settings on one line, such as "levels 16, effort best"; empty if none are recorded."""
     texts = {name: ", ".join(map(str, v)) if isinstance(v, list) else v for name, v in settings.items()}
     return ", ".join(f"{name} {text}" for name, text in texts.items())
+
+
+def expected_in_words(expected: Mapping[str, float]) -> str:
+    """`expectation` on one line; empty if nothing is known."""
+    if "output_db" not in expected:
+        return ""
+    added = expected.get("calibration_db")
+    part = "" if added is None else f", {added:+.1f} dB by the calibration"
+    return f"output {expected['output_db']:.1f} dB from the original's (predicted{part})"
 
 
 def verify_file(path: str | os.PathLike, *, progress: Progress = no_progress) -> dict:

@@ -172,6 +172,7 @@ def save(
     *,
     settings: Mapping[str, Any] | None = None,
     source: Source = UNRECORDED,
+    expected: Mapping[str, float] | None = None,
     workflow: Any = None,
     prompt: Any = None,
     overwrite: bool = False,
@@ -184,6 +185,7 @@ def save(
         path: the file to write.
         settings: how they were quantised, for the header.
         source: the file that they were quantised from, for the header.
+        expected: what is expected of the model's output, for the header, see `expectation`.
         workflow: a ComfyUI workflow, as JSON-ready objects, for the header.
         prompt: a ComfyUI prompt, as JSON-ready objects, for the header.
         overwrite: whether an existing file may be replaced.
@@ -200,7 +202,7 @@ def save(
         key: Plan(entry.dtype, entry.shape, value.format if isinstance(value, NFTensor) else None)
         for (key, entry), value in zip(describe(state_dict).items(), state_dict.values(), strict=True)
     }
-    facts = facts_about(info, settings or {}, source)
+    facts = facts_about(info, settings or {}, source, expected)
     extra = {name: json.dumps(value) for name, value in (("workflow", workflow), ("prompt", prompt)) if value}
 
     def work(key: str) -> tuple[str, list[bytes]]:

@@ -338,5 +338,6 @@ def _show_conversion(options: argparse.Namespace, result: dict) -> int:
         options,
         {"target": str(options.target)} | result,
         f"{options.target}: {result['quantized']} tensors quantised, {result['kept']} kept, "
-        f"{result['original_bytes']:,} → {result['file_bytes']:,} bytes in {result['seconds']:.1f} s",
+        f"{result['original_bytes']:,} → {result['file_bytes']:,} bytes in {result['seconds']:.1f} s"
+        + (f"\n{told}" if (told := examine.expected_in_words(result["expected"])) else ""),
     )

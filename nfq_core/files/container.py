@@ -80,6 +80,8 @@ class Facts:
     layout: str = "plain"
     architecture: str = "unknown"
     source: Source = UNRECORDED
+    expected: dict[str, float] = field(default_factory=dict)
+    """What was expected of the model's output, in dB, see `calibration.expectation`; empty if unknown."""
 
 
 @dataclass(frozen=True)
@@ -282,6 +284,7 @@ class NFQFile(SafetensorsFile):
                 _text(header["layout"]),
                 _text(header["architecture"]),
                 _source(header["source"]),
+                {name: _number(value) for name, value in header.get("expected", {}).items()},
             )
             self.quantized = {key: self._quantized_entry(key, item) for key, item in header["quantized"].items()}
             self.kept = {key: _text(checksum) for key, checksum in header["kept"].items()}

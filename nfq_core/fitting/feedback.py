@@ -188,6 +188,20 @@ def low_rank(sketch: torch.Tensor, probe: torch.Tensor, diagonal: torch.Tensor, 
     return (factor / factor.norm(dim=1, keepdim=True).clamp_min(1)).half()
 
 
+def expected_gain(moment: SecondMoment) -> float:
+    """Noise power of a layer's output with error feedback ÷ that without, in theory.
+
+    At fine steps, every column's error has the same power, but later columns compensate all but what its inputs do not
+    share with theirs. So the products of the columns' shares count: the geometric mean of the eigenvalues of the second
+    moment instead of the mean of its diagonal.
+    """
+    factors = moment.factors(torch.device("cpu"))
+    scaled = (factors.shared * factors.own.rsqrt()[:, None]).double()
+    eye = torch.eye(scaled.shape[1], dtype=scaled.dtype)
+    log_product = factors.own.double().log().sum() + torch.logdet(eye + scaled.T @ scaled)
+    return (torch.exp(log_product / len(scaled)) / factors.diagonal().double().mean()).item()
+
+
 def feedback_gains(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How columns compensate one another's errors, in their order.
 

@@ -99,15 +99,19 @@ def expected_noise(fmt: BlockFormat) -> float:
     return 10 ** (-EXPECTED_SQNR_DB[fmt.id] / 10)
 
 
-def predicted_output_db(formats: Mapping[str, BlockFormat], sensitivities: Sensitivities) -> float | None:
+def predicted_output_db(
+    formats: Mapping[str, BlockFormat],
+    sensitivities: Sensitivities,
+    factors: Mapping[str, float] | None = None,
+) -> float | None:
     """Predict the signal-to-noise ratio of a quantised model's output: -10·log10(Σ sensitivity · noise of the format).
 
-    Assumes weights with the noise of Gaussian ones, quantised without error feedback, and independent effects on the
-    output.
+    Assumes weights with the noise of Gaussian ones, and independent effects on the output.
 
     Args:
         formats: format of each quantised layer by name.
         sensitivities: those of the same layers, at least.
+        factors: by what error feedback multiplies a layer's noise, by name; 1 for a layer that is not named.
 
     Returns:
         The ratio in dB. None if the sensitivities are only relative, if the noise of a format is not known, or if there
@@ -115,7 +119,10 @@ def predicted_output_db(formats: Mapping[str, BlockFormat], sensitivities: Sensi
     """
     if not sensitivities.absolute or any(fmt.id not in EXPECTED_SQNR_DB for fmt in formats.values()):
         return None
-    noise = sum(sensitivities.values[name] * expected_noise(fmt) for name, fmt in formats.items())
+    factors = factors or {}
+    noise = sum(
+        sensitivities.values[name] * expected_noise(fmt) * factors.get(name, 1.0) for name, fmt in formats.items()
+    )
     return -10 * math.log10(noise) if noise else None
 
 

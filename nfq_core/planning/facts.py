@@ -9,14 +9,20 @@ from ..files.container import UNRECORDED, Facts, Source
 from ..models.unet import UNKNOWN, UNetInfo
 
 
-def facts_about(info: UNetInfo | None, settings: Mapping[str, Any], source: Source = UNRECORDED) -> Facts:
+def facts_about(
+    info: UNetInfo | None,
+    settings: Mapping[str, Any],
+    source: Source = UNRECORDED,
+    expected: Mapping[str, float] | None = None,
+) -> Facts:
     """The header's facts about a model.
 
     Args:
         info: the UNet recognised in it; None for a plain state dict.
         settings: how it was quantised.
         source: the file it was made from.
+        expected: what is expected of its output, see `Facts`.
     """
     if info is None:
-        return Facts(dict(settings), "plain", UNKNOWN, source)
-    return Facts(dict(settings), info.layout, info.name, source)
+        return Facts(dict(settings), "plain", UNKNOWN, source, dict(expected or {}))
+    return Facts(dict(settings), info.layout, info.name, source, dict(expected or {}))

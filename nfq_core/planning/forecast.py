@@ -125,7 +125,10 @@ def expected_sqnr_db(plans: Mapping[str, Plan]) -> float | None:
 
 
 def expected_output_db(
-    info: UNetInfo | None, plans: Mapping[str, Plan], measured: Mapping[str, float] | None
+    info: UNetInfo | None,
+    plans: Mapping[str, Plan],
+    measured: Mapping[str, float] | None,
+    factors: Mapping[str, float] | None = None,
 ) -> float | None:
     """Expected SQNR in dB of the model's output, see `allocation.predicted_output_db`; None if it is not known.
 
@@ -133,12 +136,13 @@ def expected_output_db(
         info: the recognised UNet, if any.
         plans: what is quantised.
         measured: sensitivities that a calibration measured, if any.
+        factors: see `allocation.predicted_output_db`.
     """
     formats = {key: plan.format for key, plan in plans.items() if plan.format}
     if not formats:
         return None
     shapes = {key: plans[key].shape for key in formats}
-    return predicted_output_db(formats, layer_sensitivities(info, shapes, measured))
+    return predicted_output_db(formats, layer_sensitivities(info, shapes, measured), factors)
 
 
 def expected_seconds(plans: Mapping[str, Plan], effort: str, threads: int, calibrated: bool = False) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..checkpoints.examine import container_info, settings_in_words
+from ..checkpoints.examine import container_info, expected_in_words, settings_in_words
 from ..checkpoints.whole_checkpoint import missing_companions
 from ..decibels import ratio_in_words
 from ..errors import CorruptFileError, NFQError
@@ -239,7 +239,9 @@ def _settings(one: Mapping[str, Any]) -> str:
     source = one["source"]
     origin = as_code(source["name"]) if source["name"] else "an unrecorded model"
     origin += f" (SHA-256 `{source['sha256'][:16]}…`)" if source["sha256"] else ""
-    return f"- {as_code(one['name'])} from {origin}, by {as_text(one['writer'])}: {as_text(settings)}"
+    expected = expected_in_words(one["expected"])
+    told = f"; {expected}" if expected else ""
+    return f"- {as_code(one['name'])} from {origin}, by {as_text(one['writer'])}: {as_text(settings)}{told}"
 
 
 def front_matter(fields: Mapping[str, str | Sequence[str]], comments: Mapping[str, str]) -> str:

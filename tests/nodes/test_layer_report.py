@@ -26,12 +26,17 @@ def facts_of(
     layers: dict[str, nfq_core.NFTensor],
     sqnr: dict[str, float],
     before: dict[str, torch.Tensor] | None = None,
+    expected: dict[str, float] | None = None,
 ) -> dict:
     """`model_facts` of a MODEL with these packed weights, errors measured earlier, and original weights."""
     packed = [(report.UNET + name, SimpleNamespace(weight=weight)) for name, weight in layers.items()]
     patches = {report.UNET + name: [(weight, lambda same: same)] for name, weight in (before or {}).items()}
     origin = SimpleNamespace(
-        sqnr=sqnr, file_name="", settings={"levels": 16}, source=SimpleNamespace(name="", sha256="")
+        sqnr=sqnr,
+        file_name="",
+        settings={"levels": 16},
+        source=SimpleNamespace(name="", sha256=""),
+        expected=expected or {},
     )
     monkeypatch.setattr(report, "provenance", lambda model, refusal: origin)
     monkeypatch.setattr(report, "nf_layers", lambda model: packed)
@@ -58,6 +63,12 @@ def test_errors_measured_while_quantising_add_up_as_noise(report, monkeypatch, l
     text = report.as_text(found).splitlines()
     assert "SQNR 13.98 dB over all layers (signal-to-quantisation-noise ratio, higher is better)" in text
     assert text[-1].endswith("bits   20.00 dB  b.weight")
+
+
+def test_what_a_calibration_was_worth_is_told(report, monkeypatch, layers):
+    found = facts_of(report, monkeypatch, layers, {}, expected={"output_db": 31.0, "calibration_db": 4.5})
+    assert found["expected"] == {"output_db": 31.0, "calibration_db": 4.5}
+    assert "output 31.0 dB from the original's (predicted, +4.5 dB by the calibration)" in report.as_text(found)
 
 
 def test_an_exact_layer_adds_weights_and_no_noise(report, monkeypatch, layers):

@@ -183,6 +183,8 @@ function totals(facts) {
     text("packedBits", { bits: facts.packed_bits_per_weight.toFixed(2) }),
   ];
   if (facts.sqnr_db !== undefined) parts.push(text("totalError", { error: decibels(facts.sqnr_db) }));
+  if (facts.expected?.calibration_db !== undefined)
+    parts.push(text("byCalibration", { error: decibels(facts.expected.calibration_db) }));
   return parts.join(" · ");
 }
 
