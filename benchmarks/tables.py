@@ -12,9 +12,9 @@ from pathlib import Path
 
 from . import article
 from .hosts import comfyui, diffusers_load
-from .quality import calibration, checks, collecting, levels, prediction, presets, trellis
+from .quality import calibration, checks, collecting, levels, prediction, presets, sharing, trellis
 from .shared import RESULTS, ROOT, argument_parser
-from .speed import decode, fullsize, int8, search
+from .speed import calibrating, decode, fullsize, int8, search
 from .speed.gpu import tables as gpu
 
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
@@ -22,6 +22,8 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "levels": ("levels", levels.table),
     "calibrated": ("calibrated", calibration.table),
     "collecting": ("collecting", collecting.table),
+    "calibrating": ("calibrating", calibrating.table),
+    "sharing": ("sharing", sharing.table),
     "prediction": ("prediction", prediction.table),
     "presets": ("presets", presets.table),
     "trellis_formats": ("trellis", trellis.formats_table),

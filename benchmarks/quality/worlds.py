@@ -47,6 +47,9 @@ OUTPUT_BATCH = 128
 
 PEAK = 255
 
+BUILT = Path(__file__).resolve().parents[2] / "build"
+"""Folder of the weights that are not in the repository; git ignores it."""
+
 CAPTIONS_SEEN = 64
 """Most captions of a calibration; none of them is judged."""
 
@@ -64,6 +67,7 @@ class World:
         describe: the caption of a scene.
         draw: a picture of a scene, float32 [size, size, 3] in 0..1; the generator varies it.
         tokenise: word ids of captions, int64 [n, MAX_WORDS].
+        start: the weights that training starts from; random ones if None.
     """
 
     name: str
@@ -74,6 +78,7 @@ class World:
     describe: Callable[[Any], str]
     draw: Callable[[Any, np.random.Generator], np.ndarray]
     tokenise: Callable[..., np.ndarray]
+    start: Path | None = None
 
     def build(self, weights: Mapping[str, torch.Tensor] | None = None) -> TinyPipeline:
         """The pipeline with these weights, or with random ones."""
@@ -182,7 +187,7 @@ SHAPES = World(
 
 LANDSCAPES = World(
     "landscapes",
-    Path(__file__).resolve().parents[2] / "build" / "landscapes.safetensors",
+    BUILT / "landscapes.safetensors",
     UNET_CONFIG
     | {
         "sample_size": landscapes.SIZE,
@@ -199,6 +204,15 @@ LANDSCAPES = World(
     landscapes.draw,
     landscapes.tokenise,
 )
-"""The second model's; its weights are expected in a folder that git ignores."""
+"""The second model's."""
+
+INVERTED = replace(
+    SHAPES,
+    name="inverted",
+    weights=BUILT / "inverted.safetensors",
+    draw=lambda scene, rng: 1 - shapes.draw(scene, rng),
+    start=SHAPES.weights,
+)
+"""That of a fine-tune of the demo model, which draws the same scenes in inverted colours."""
 
 WORLDS = {world.name: world for world in (SHAPES, LANDSCAPES)}

@@ -141,6 +141,11 @@ class Collector:
         sensitivities = {name: value for name, value in measured.items() if name in inputs}
         return Calibration(inputs, self._architecture, prompts, steps, sensitivities=sensitivities)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums so far, on the device that the model is on."""
+        return sum(sums.nbytes for sums in {id(sums): sums for sums in self._sums.values()}.values())
+
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             if arguments and arguments[0].numel() and not (self._probe and self._probe.busy):
@@ -221,6 +226,11 @@ class _InputSums:
             whole = columns <= 2 * self._rank
             projected = inputs if whole else inputs @ _random_matrix(columns, 2 * self._rank, inputs.device)
             self._sketch = self._sketch + inputs.T @ projected
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums."""
+        return sum(sums.nbytes for sums in (self._squares, self._column_squares, self._sketch))
 
     def result(self) -> LayerInputs:
         """The means of the sums."""
