@@ -14,10 +14,11 @@ from PIL import Image
 from playwright.sync_api import expect
 
 from nfq_core.checkpoints.convert import quantize_file
+from nfq_core.checkpoints.examine import file_info
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "example_workflows").glob("*.json"))
 
-SMALLER = {"width": 64, "height": 64, "steps": 1, "side": 64}
+SMALLER = {"width": 64, "height": 64, "steps": 1, "side": 64, "NFCalibrate.side": 256, "NFCalibrate.prompts": 1}
 """Widgets' values with which a run takes seconds."""
 
 FILES = """
@@ -31,8 +32,8 @@ for (const node of app.graph._nodes) for (const widget of node.widgets ?? []) {
 """
 
 
-def test_there_are_five() -> None:
-    assert len(EXAMPLES) == 5
+def test_there_are_six() -> None:
+    assert len(EXAMPLES) == 6
 
 
 @pytest.fixture(scope="module")
@@ -152,4 +153,16 @@ def test_five_levels_side_by_side(classic: Page, files: dict) -> None:
     ratios = [each["psnr_db"] for each in compared[1:]]
     assert ratios == sorted(ratios, reverse=True), ratios
     assert picture(classic, outputs).width > 6 * 64
+    classic.host.free()
+
+
+def test_calibrate_and_quantise(classic: Page, files: dict) -> None:
+    outputs = run_example(classic, files, 6, filename_prefix="examples/six")
+    name = outputs["NFCalibrate"]["text"][0].removeprefix("saved ")
+    saved = classic.host.output / "checkpoints" / "examples" / "six.nfq.safetensors"
+    assert file_info(saved)["settings"]["calibration"] == name.rpartition("/")[2]
+    assert outputs["NFQuantizeUNet"]["nfq"][0]["expected"]["calibration_db"] > 0
+    classic.host.free()
+    again = run_example(classic, files, 6, filename_prefix="examples/six", overwrite=True)
+    assert again["NFCalibrate"]["text"] == [f"found {name} again"]
     classic.host.free()
