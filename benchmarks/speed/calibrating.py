@@ -1,6 +1,6 @@
 """What calibrating costs: `python -m benchmarks.speed.calibrating`.
 
-The demo model: time of sampling 32 captions without collecting, with Hessians, and with sensitivities too; peak memory,
+The demo model: time of sampling 8 captions without collecting, with Hessians, and with sensitivities too; peak memory,
 each in a process of its own. SDXL, without weights: operations of one call of the UNet with CFG at the size that
 calibrations sample, those that collecting adds, and the bytes that it holds.
 """
@@ -25,7 +25,7 @@ from nfq_core.models.unet_keys import SDXL_BASE
 
 from ..shared import argument_parser, json_of, markdown_table, process_status, spread, summary, timed, write_results
 
-CAPTIONS, ROUNDS = 32, 3
+CAPTIONS, ROUNDS = 8, 3
 LATENT_PIXELS, TOKENS = 8, 77
 WAYS: dict[str, dict[str, bool] | None] = {
     "sampling alone": None,
@@ -108,7 +108,7 @@ def table(results: Mapping[str, Any]) -> str:
     one, calls = results["sdxl"], results["calls"]
     share = one["added_operations"] / one["operations"]
     return (
-        markdown_table(["demo model, 32 captions", "time", "peak memory"], rows)
+        markdown_table(["demo model, 8 captions", "time", "peak memory"], rows)
         + f"\n\nSDXL at {SIDE} × {SIDE} with CFG: {one['operations'] / 1e12:.1f} TFLOP a call, "
         f"{one['added_operations'] / 1e12:.2f} more to collect ({share:.0%}), {calls} calls; "
         f"{one['held_bytes'] / 1e6:.0f} MB held on the device."
