@@ -79,7 +79,7 @@ def predictions() -> list[dict]:
         for bits in sorted(PRESETS.values()):
             fits = [one for one in uniform if one["packed"] <= bits]
             choices = {ONE_FORMAT: max(fits, key=lambda one: one["db"])} if fits else {}
-            values = {ALIKE: None} | {basis: one.values for basis, one in found.items()}
+            values = {ALIKE: None} | {basis: one.priorities for basis, one in found.items()}
             for name, sensitivities in values.items():
                 choices[name] = figures(chosen_formats(shapes, bits, sensitivities, effort), shapes, own)
             rows.append({"effort": effort, "bits": bits, "goal": GOALS[effort].get(bits), "choices": choices})
@@ -97,7 +97,7 @@ def sizes(shapes: Mapping[str, Shape]) -> list[dict]:
     """Predicted output at many sizes, formats chosen by SDXL's own sensitivities: `effort`, `packed` bits and `db`."""
     own = sdxl_sensitivities(shapes)[BY_LAYER]
     return [
-        {"effort": effort, **figures(chosen_formats(shapes, bits, own.values, effort), shapes, own)}
+        {"effort": effort, **figures(chosen_formats(shapes, bits, own.priorities, effort), shapes, own)}
         for effort, bits in product(EFFORTS, SIZES)
     ]
 

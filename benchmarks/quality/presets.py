@@ -94,11 +94,12 @@ def table(results: Mapping) -> str:
     for model, preset, effort in dict.fromkeys(case[:3] for case in found):
         without, calibrated = (found[model, preset, effort, kind] for kind in (False, True))
         cells = [model, f"`{preset}`", effort, f"{without['packed_bits_per_weight']:.2f}"]
-        for figure in ("output_db", "picture_db"):
+        for figure in ("output_db", "picture_db", "median_picture_db"):
             gain = calibrated[figure] - without[figure]
             cells += [f"{without[figure]:.1f}", f"{calibrated[figure]:.1f} ({gain:+.1f})"]
         lines.append(cells)
-    header = ["model", "preset", "effort", "packed bits", "output, dB", "calibrated", "pictures, dB", "calibrated"]
+    columns = [cell for words in FIGURES.values() for cell in (f"{words}, dB", "calibrated")]
+    header = ["model", "preset", "effort", "packed bits", *columns]
     return markdown_table(header, lines)
 
 

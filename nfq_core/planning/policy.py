@@ -69,7 +69,7 @@ def plan_tensors(
         budget = _budget(choice, shapes, beside) if packed_bytes is None else packed_bytes
         budget = _possible_budget(choice, shapes, budget, beside, settings.effort)
         found = layer_sensitivities(info, shapes, sensitivities)
-        formats = allocate(shapes, budget, found.values, effort=settings.effort)
+        formats = allocate(shapes, budget, found.priorities, effort=settings.effort)
     computed = compute_dtype(entries) if any(entry.dtype in _FP8 for entry in entries.values()) else ""
     plans = {}
     for key, entry in entries.items():

@@ -8,7 +8,7 @@ import pytest
 from samples import TINY
 
 from nfq_core.models.roles import OTHER_CONVOLUTION, OTHER_LINEAR, ROLES
-from nfq_core.models.sensitivities import BY_BLOCK, BY_LAYER, BY_ROLE, MEASURED, ROLE_SPREAD, layer_sensitivities
+from nfq_core.models.sensitivities import BY_BLOCK, BY_LAYER, BY_ROLE, MEASURED, SPREAD, layer_sensitivities
 from nfq_core.models.unet import UNetInfo, detect
 from nfq_core.models.unet_keys import (
     KNOWN_ARCHITECTURES,
@@ -124,7 +124,7 @@ def test_other_models_go_by_role(layout: str) -> None:
     for names, values in roles.items():
         names = (names,) if isinstance(names, str) else names
         theirs = [value for key, value in result.values.items() if any(name in key for name in names)]
-        assert theirs == pytest.approx([(sum(values) / len(values)) ** ROLE_SPREAD] * len(theirs)) and theirs
+        assert theirs == pytest.approx([sum(values) / len(values)] * len(theirs)) and theirs
 
 
 def test_layers_without_a_role_get_the_mean_of_their_kind() -> None:
@@ -136,8 +136,8 @@ def test_layers_without_a_role_get_the_mean_of_their_kind() -> None:
             kinds[len(shape)].append(SDXL[name])
     values = layer_sensitivities(None, {"a": (64, 64), "b": (64, 64, 3, 3), "c.proj_in.weight": (64, 64)}).values
     assert [len(kinds[2]), len(kinds[4])] == [722, 49]
-    assert values["a"] == pytest.approx((sum(kinds[2]) / 722) ** ROLE_SPREAD)
-    assert values["b"] == pytest.approx((sum(kinds[4]) / 49) ** ROLE_SPREAD)
+    assert values["a"] == pytest.approx(sum(kinds[2]) / 722)
+    assert values["b"] == pytest.approx(sum(kinds[4]) / 49)
     assert values["c.proj_in.weight"] == found(TINY)["down_blocks.1.attentions.0.proj_in.weight"]
 
 
@@ -154,6 +154,17 @@ def test_measured_values_come_first_and_scale_the_others() -> None:
     assert result.basis == MEASURED and result.absolute
     info = UNetInfo("diffusers", "", SDXL_BASE)
     assert layer_sensitivities(info, weights(SDXL_BASE), {"of another model": 9.0}).basis == BY_LAYER
+
+
+def test_what_is_not_known_layer_by_layer_counts_as_if_it_were_less_far_apart() -> None:
+    shapes = {"a.weight": (64, 64), "b.weight": (64, 64)}
+    measured = layer_sensitivities(None, shapes, {"a.weight": 1e-4, "b.weight": 1.0})
+    assert measured.values == {"a.weight": 1e-4, "b.weight": 1.0}
+    assert measured.priorities == pytest.approx({"a.weight": 1e-4**SPREAD, "b.weight": 1.0})
+    by_role = layer_sensitivities(None, weights(TINY))
+    assert by_role.priorities == pytest.approx({name: value**SPREAD for name, value in by_role.values.items()})
+    by_layer = layer_sensitivities(UNetInfo("diffusers", "", SDXL_BASE), weights(SDXL_BASE))
+    assert by_layer.priorities == by_layer.values
 
 
 def test_the_family_is_covered() -> None:
