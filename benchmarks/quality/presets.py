@@ -1,6 +1,6 @@
 """Output and pictures of two small models at each preset and effort: `python -m benchmarks.quality.presets`.
 
-Without a calibration and with one. Both models stand for trained UNets that are not SDXL: without a calibration, layers
+Without a calibration and with one, and beside them one format for every layer. Both models stand for trained UNets that are not SDXL: without a calibration, layers
 get bits by the role that they have in SDXL. More bits must give better results, `best` better ones than `fast`, and a
 calibration better ones than none. Captions of the calibration are not judged; errors of pictures are pooled as noise.
 """
@@ -25,6 +25,10 @@ from .worlds import WORLDS, Judge, World
 
 CAPTIONS, SEEDS = 16, (0, 1000)
 PROMPTS = 32  # Captions of the calibration
+FIGURES = {"output_db": "output", "picture_db": "pictures", "median_picture_db": "median picture"}
+# By effort: a format for every layer, which has slightly more bits than the preset that it is compared with.
+ONE_FORMAT = {"fast": "nf16_b64", "best": "t4w8_b64"}
+COMPARED = "balanced"
 NAMES = [name for name, _ in sorted(PRESETS.items(), key=lambda item: -item[1])]
 
 
@@ -32,10 +36,12 @@ def rows_of(world: World) -> Iterator[dict]:
     """A row for each preset, effort and calibration."""
     judge = Judge(world, world.captions(PROMPTS, CALIBRATION_SEED), CAPTIONS, SEEDS)
     calibration = world.calibrate(PROMPTS)
-    for calibrated, effort, preset in product((False, True), EFFORTS, NAMES):
+    cases = [(effort, preset) for effort in EFFORTS for preset in (*NAMES, ONE_FORMAT[effort])]
+    for calibrated, (effort, preset) in product((False, True), cases):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "quantised.nfq.safetensors"
-            settings = Settings.of(preset=preset, effort=effort)
+            choice = {"preset": preset} if preset in PRESETS else {"format": preset, "conv_format": preset}
+            settings = Settings.of(**choice, effort=effort)
             quantize_file(world.weights, path, settings, calibration=calibration if calibrated else None)
             dense = {key: t.dequantize() if isinstance(t, NFTensor) else t for key, t in load(path).items()}
             about = file_info(path)
@@ -57,15 +63,19 @@ def run() -> dict:
         "seeds": len(SEEDS),
         "prompts": PROMPTS,
         "rows": rows,
-        "out_of_order": [fault for figure in ("output_db", "picture_db") for fault in out_of_order(rows, figure)],
+        "out_of_order": [fault for figure in FIGURES for fault in out_of_order(rows, figure)],
     }
 
 
 def out_of_order(rows: Sequence[Mapping], figure: str) -> list[str]:
-    """What should not be: a larger preset worse than the next one, `best` worse than `fast`, calibrated than not."""
+    """What should not be.
+
+    A larger preset worse than the next one, `best` worse than `fast`, calibrated worse than not, and, with the same
+    calibration, a preset worse than one format.
+    """
     found = {(row["model"], row["calibrated"], row["effort"], row["preset"]): row[figure] for row in rows}
     models, efforts = (list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "effort"))
-    presets = list(dict.fromkeys(row["preset"] for row in rows))
+    presets = list(dict.fromkeys(row["preset"] for row in rows if row["preset"] in PRESETS))
     pairs = []
     for model, effort, calibrated in product(models, efforts, (False, True)):
         pairs += [
@@ -75,6 +85,8 @@ def out_of_order(rows: Sequence[Mapping], figure: str) -> list[str]:
         pairs.append(((model, calibrated, "best", preset), (model, calibrated, "fast", preset)))
     for model, effort, preset in product(models, efforts, presets):
         pairs.append(((model, True, effort, preset), (model, False, effort, preset)))
+    for model, effort in product(models, efforts):
+        pairs.append(((model, True, effort, COMPARED), (model, True, effort, ONE_FORMAT[effort])))
     return [
         f"{figure}: {_words(one)} {found[one]:.1f} < {found[two]:.1f} {_words(two)}"
         for one, two in pairs
@@ -94,7 +106,7 @@ def table(results: Mapping) -> str:
     for model, preset, effort in dict.fromkeys(case[:3] for case in found):
         without, calibrated = (found[model, preset, effort, kind] for kind in (False, True))
         cells = [model, f"`{preset}`", effort, f"{without['packed_bits_per_weight']:.2f}"]
-        for figure in ("output_db", "picture_db", "median_picture_db"):
+        for figure in FIGURES:
             gain = calibrated[figure] - without[figure]
             cells += [f"{without[figure]:.1f}", f"{calibrated[figure]:.1f} ({gain:+.1f})"]
         lines.append(cells)
