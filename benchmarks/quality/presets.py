@@ -1,8 +1,9 @@
 """Output and pictures of two small models at each preset and effort: `python -m benchmarks.quality.presets`.
 
-Without a calibration and with one, and beside them one format for every layer. Both models stand for trained UNets that are not SDXL: without a calibration, layers
-get bits by the role that they have in SDXL. More bits must give better results, `best` better ones than `fast`, and a
-calibration better ones than none. Captions of the calibration are not judged; errors of pictures are pooled as noise.
+Without a calibration and with one, and beside them one format for every layer. Both models stand for trained UNets that
+are not SDXL: without a calibration, layers get bits by the role that they have in SDXL. More bits must give better
+results, `best` better ones than `fast`, and a calibration better ones than none. Captions of the calibration are not
+judged; errors of pictures are pooled as noise.
 """
 
 from __future__ import annotations
