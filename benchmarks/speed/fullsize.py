@@ -76,7 +76,7 @@ def write_calibration(path: Path) -> None:
     for name, shape in tensor_shapes(SDXL_BASE, "ldm").items():
         if len(shape) >= 2:
             columns = math.prod(shape[1:])
-            directions = torch.nn.functional.normalize(torch.randn(columns, RANK, generator=generator))
+            directions = torch.nn.functional.normalize(torch.randn(columns, min(RANK, columns), generator=generator))
             power = torch.rand(shape[1], generator=generator) + 0.5
             inputs[name] = LayerInputs(power, MIN_ROWS, (directions * 0.5**0.5).half())
     Calibration(inputs, SDXL_BASE.name).save(path, overwrite=True)
