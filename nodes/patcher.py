@@ -147,15 +147,15 @@ class NFModelPatcher(comfy.model_patcher.ModelPatcher):
     def load(self, device_to: torch.device | None = None, *args: Any, **kwargs: Any) -> Any:
         """Load as the host does, then attach the patches of packed weights to their layers.
 
-        The host's load ends by applying its forced hooks, whose patches stay. Factors of loaded layers are copied to
-        the device now, while the host has memory reserved for them.
+        The host's load ends by applying its forced hooks, whose patches stay. Factors are combined now, those of loaded
+        layers on the device, while the host has memory reserved for them.
         """
         self._misfits.start()
         result = super().load(device_to, *args, **kwargs)
         for key, layer in nf_layers(self.model):
             patch = self._patch(key, layer, _is_loaded(layer))
             _attach(layer, patch)
-            if patch and _is_loaded(layer):
+            if patch:
                 patch.prepare(device_to or self.load_device, self._compute_dtype())
         self._misfits.report()
         return result

@@ -12,61 +12,13 @@ from types import ModuleType
 
 import pytest
 import torch
-
-KEY = "diffusion_model.layer.weight"
-ROOT = logging.getLogger()
-
-
-class Adapter:
-    """Two factors, as in the host's `LoRAAdapter`; with `special` weights it is not a plain LoRA."""
-
-    def __init__(self, up: torch.Tensor, down: torch.Tensor, *special: object) -> None:
-        self.weights = (up, down, None, *(special or (None, None, None)))
-
-
-class Failing(Adapter):
-    """Fits by its shapes, but fails with `error` when its factors have values."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(torch.ones(4, 1), torch.ones(1, 6), "special")
-        self.error = error
-
-
-def calculate_weight(patches, weight, key, intermediate_dtype=torch.float32, original_weights=None):
-    """Like the host's: failures are logged through the root logger, and the weight is returned unchanged."""
-    for strength, adapter, strength_model, _offset, function in patches:
-        if strength_model != 1.0:
-            weight *= strength_model
-        if isinstance(adapter, tuple):
-            if adapter[0].shape != weight.shape:
-                ROOT.warning(f"WARNING SHAPE MISMATCH {key} WEIGHT NOT MERGED")
-            else:
-                weight += strength * adapter[0].to(weight)
-            continue
-        up, down, *_ = (value.to(weight.device) for value in adapter.weights[:2])
-        try:
-            change = (up.to(intermediate_dtype) @ down.to(intermediate_dtype)).reshape(weight.shape)
-            if isinstance(adapter, Failing) and not weight.is_meta:
-                raise adapter.error
-            weight += strength * (function or (lambda x: x))(change).to(weight.dtype)
-        except Exception as e:
-            ROOT.error(f"ERROR lora {key} {e}")
-    return weight
+from stub_lora import KEY, ROOT, Adapter, Failing, lora_module, patch
 
 
 @pytest.fixture
 def lora(plugin: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module of layers' patches, over the stand-in."""
-    modules = {name: sys.modules[f"{plugin.__name__}.nodes.{name}"] for name in ("lora", "misfits")}
-    monkeypatch.setattr(sys.modules["comfy.lora"], "calculate_weight", calculate_weight, raising=False)
-    monkeypatch.setattr(modules["lora"], "LoRAAdapter", Adapter)
-    for module in modules.values():
-        monkeypatch.setattr(module, "WeightAdapterBase", Adapter)
-    return modules["lora"]
-
-
-def patch(adapter: object, strength: float = 1.0, strength_model: float = 1.0, function: object = None) -> tuple:
-    return (strength, adapter, strength_model, None, function)
+    return lora_module(plugin, monkeypatch)
 
 
 def fitting(value: float = 1.0) -> tuple:
