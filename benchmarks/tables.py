@@ -14,7 +14,7 @@ from . import article
 from .hosts import comfyui, diffusers_load
 from .quality import calibration, checks, collecting, levels, prediction, presets, trellis
 from .shared import RESULTS, ROOT, argument_parser
-from .speed import decode, fullsize, int8, search
+from .speed import decode, fullsize, gpu_static, int8, search
 from .speed.gpu import tables as gpu
 
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
@@ -33,6 +33,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "search": ("search", search.table),
     "decode": ("decode", decode.table),
     "gpu": ("gpu", gpu.table),
+    "gpu_static": ("gpu_static", gpu_static.table),
     "host": ("host", comfyui.table),
     "diffusers_load": ("diffusers_load", diffusers_load.table),
 }

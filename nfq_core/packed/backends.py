@@ -87,8 +87,14 @@ def _choose(device: torch.device, dtype: torch.dtype) -> Backend:
                 return Backend(name, own_reason, decode)
             return Backend(name, f"{str(dtype)[6:]} is cast from fp16: {own_reason}", via_fp16(halves))
     if device.type in KERNEL_DEVICES:
-        log.warning("weights on %s are decoded in plain torch, which is slower: %s", device, obstacle)
+        _warn_once(device, obstacle)
     return Backend("torch", obstacle, torch_decode.dequantize_into)
+
+
+@lru_cache(32)
+def _warn_once(device: torch.device, obstacle: str) -> None:
+    """Warn for all dtypes together."""
+    log.warning("weights on %s are decoded in plain torch, which is slower: %s", device, obstacle)
 
 
 def _is_cuda(device: torch.device) -> bool:

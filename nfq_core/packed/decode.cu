@@ -30,7 +30,7 @@ __host__ __device__ constexpr u32 halves_of(u32 value) { return value * 0x000100
 __host__ __device__ constexpr u32 low_bits(int count) { return (1u << count) - 1; }
 __host__ __device__ constexpr int bits_for(int values) { return values <= 1 ? 0 : 1 + bits_for((values + 1) / 2); }
 
-// Every pointer but `levels` is aligned to 16 bytes, that to 2. `weights` is a multiple of COLUMNS, for as many `out` has room.
+// Every pointer but `levels` is aligned to 16 bytes. `weights`, for as many `out` has room, is a multiple of COLUMNS.
 struct Arguments {
     const u16* levels;
     const u8* coarse;
@@ -137,7 +137,7 @@ __device__ __forceinline__ u32 scale_pair(int code, int exponent, int stride) {
     return magnitude ? halves_of((bits ^ (code & 128) << 8) & 0xffff) : 0;
 }
 
-// The levels or, for pairs, every two of them; the number of the first weight's level is in the lower bits of the index.
+// The levels or, for pairs, every two of them: the lower bits of the index are the number of the first weight's level.
 template <class F>
 __device__ __forceinline__ void fill_levels(const u16* levels, u32* table, u32 thread) {
     if (F::ENTRIES < THREADS && thread >= F::ENTRIES) return;
@@ -159,6 +159,28 @@ __device__ __forceinline__ void fill_levels(const u16* levels, u32* table, u32 t
     }
 }
 
+// The code bytes of a thread's columns, in the groups of one plane that belong to its unit; zeros for groups past the
+// plane's end. `words` has one or no word for the four columns before, then WORDS of the thread's own.
+template <int GROUPS, int COUNT, int EACH>
+__device__ __forceinline__ void load_groups(
+    u32 (&words)[COUNT][EACH], const u8* plane, u32 unit, u32 groups, u32 column) {
+    constexpr int lead = EACH - WORDS;
+    const u32 before = (column - 4) & (BLOCK - 1);  // a block's stream is circular
+    const u8* first = plane + (unsigned long long)unit * (GROUPS * BLOCK);
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++) {
+        uint2 own = {0, 0};
+        u32 earlier = 0;
+        if (unit * GROUPS + group < groups) {
+            own = *reinterpret_cast<const uint2*>(first + group * BLOCK + column);
+            if (lead) earlier = *reinterpret_cast<const u32*>(first + group * BLOCK + before);
+        }
+        if (lead) words[group][0] = earlier;
+        words[group][lead] = own.x;
+        words[group][lead + 1] = own.y;
+    }
+}
+
 // Fill the tables, and load the codes. The threads must wait for each other afterwards.
 template <class F>
 __device__ __forceinline__ Codes<F> prepare(const Arguments& arguments, Tables<F>& tables) {
@@ -166,37 +188,12 @@ __device__ __forceinline__ Codes<F> prepare(const Arguments& arguments, Tables<F
     const u32 blocks = (arguments.weights + BLOCK - 1) / BLOCK;
     const u32 unit = blockIdx.x * UNITS + thread / THREADS_PER_UNIT;
     const u32 column = thread % THREADS_PER_UNIT * COLUMNS;
-    const u32 before = (column - 4) & (BLOCK - 1);  // a block's stream is circular
 
     Codes<F> codes;
     const u32 groups = (blocks + F::DIGITS - 1) / F::DIGITS;
-    const u8* coarse = arguments.coarse + (unsigned long long)unit * (F::GROUPS * BLOCK);
-#pragma unroll
-    for (int group = 0; group < F::GROUPS; group++) {
-        u32* words = codes.coarse[group];
-        uint2 own = {0, 0};
-        if (F::LEAD) words[0] = 0;
-        if (unit * F::GROUPS + group < groups) {
-            own = *reinterpret_cast<const uint2*>(coarse + group * BLOCK + column);
-            if (F::LEAD) words[0] = *reinterpret_cast<const u32*>(coarse + group * BLOCK + before);
-        }
-        words[F::LEAD] = own.x;
-        words[F::LEAD + 1] = own.y;
-    }
     const u32 fine_groups = (blocks + F::FINE_DIGITS - 1) / F::FINE_DIGITS;
-    const u8* fine = arguments.fine + (unsigned long long)unit * (F::FINE_GROUPS * BLOCK);
-#pragma unroll
-    for (int group = 0; group < F::FINE_GROUPS; group++) {
-        u32* words = codes.fine[group];
-        uint2 own = {0, 0};
-        if (F::LEAD) words[0] = 0;
-        if (unit * F::FINE_GROUPS + group < fine_groups) {
-            own = *reinterpret_cast<const uint2*>(fine + group * BLOCK + column);
-            if (F::LEAD) words[0] = *reinterpret_cast<const u32*>(fine + group * BLOCK + before);
-        }
-        words[F::LEAD] = own.x;
-        words[F::LEAD + 1] = own.y;
-    }
+    load_groups<F::GROUPS>(codes.coarse, arguments.coarse, unit, groups, column);
+    load_groups<F::FINE_GROUPS>(codes.fine, arguments.fine, unit, fine_groups, column);
 
     const int exponent = (signed char)arguments.scales[blocks], stride = arguments.scales[blocks + 1];
     const u32 first_block = blockIdx.x * (UNITS * F::BLOCKS) + thread;
@@ -233,8 +230,8 @@ __device__ __forceinline__ u32 coarse_part(u32 word, int place, u32& even, u32& 
     return (shift > 0 ? word >> shift : word << -shift) & bytes_of((F::RADIX - 1) << F::FINE_BITS);
 }
 
-// The numbers of levels that end with the codes of `word`, `word` >> 8 or, with lanes of 16 bits, those of every other
-// column from `first` on; `previous` has the codes of the four columns before.
+// The numbers of the levels of the four columns whose codes are in `word`; with lanes of 16 bits those of every other
+// column, from `first` on. `previous` has the codes of the four columns before.
 template <class F, int LANE>
 __device__ __forceinline__ u32 windows(u32 previous, u32 word, int first) {
     u32 numbers = LANE == 8 ? word : word >> 8 * first & halves_of(0xff);
@@ -288,7 +285,8 @@ __device__ __forceinline__ void decode(const Arguments& arguments, const Tables<
         u32 bytes[F::LEAD + WORDS];
 #pragma unroll
         for (int word = 0; word < F::LEAD + WORDS; word++) {
-            bytes[word] = coarse_part<F>(codes.coarse[block / F::DIGITS][word], block % F::DIGITS, even[word], odd[word]);
+            const u32 coarse = codes.coarse[block / F::DIGITS][word];
+            bytes[word] = coarse_part<F>(coarse, block % F::DIGITS, even[word], odd[word]);
             if (F::FINE_BITS) {
                 const u32 fine = codes.fine[block / F::FINE_DIGITS][word] >> block % F::FINE_DIGITS * F::FINE_BITS;
                 bytes[word] |= fine & bytes_of(low_bits(F::FINE_BITS));

@@ -8,7 +8,6 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-import pytest
 import torch
 
 from nfq_core.packed import cuda_decode
@@ -34,6 +33,8 @@ def missing(*flags: str) -> str:
 
 def need(*flags: str) -> None:
     """Skip the test if g++ cannot make programs with these flags."""
+    import pytest
+
     if reason := missing(*flags):
         pytest.skip(reason)
 

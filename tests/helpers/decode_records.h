@@ -1,7 +1,8 @@
 // A program around decode.cu: decodes the packed buffers of a file. Each array has exactly its own bytes of memory, so
 // that the address sanitizer notices an access one byte outside.
 //
-// A record is a `Record`, then the levels' bytes where there are any, then the packed buffer. The output is the weights.
+// A record is a `Record`, then the levels' bytes where there are any, then the packed buffer. The output is the
+// weights.
 
 #include <cstdio>
 #include <cstdlib>

@@ -124,7 +124,7 @@ def test_a_damaged_buffer_decodes_to_something(format_id: str) -> None:
 
 @pytest.fixture
 def asked():
-    caches = (backends._choose, backends._tested)
+    caches = (backends._choose, backends._tested, backends._warn_once)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -171,6 +171,7 @@ def test_what_is_taken_on_a_gpu(asked, monkeypatch, caplog, device, fails, asks,
         assert (backend.name, backend.reason) == (name, "one launch per weight")
         assert backend.dequantize_into is decodes[name]
     backends.backend_for(device)
+    backends.backend_for(device, torch.bfloat16)
     assert [obstacle in record.message for record in caplog.records] == [True] * bool(obstacle)
 
 

@@ -73,7 +73,7 @@ def use(built, monkeypatch, dtype: torch.dtype) -> Stub:
 
 
 def forget() -> None:
-    for cached in (backends._choose, backends._tested, cuda_decode._compiled):
+    for cached in (backends._choose, backends._tested, backends._warn_once, cuda_decode._compiled):
         cached.cache_clear()
 
 
@@ -164,8 +164,8 @@ def test_a_thread_that_never_used_the_device_can_launch(stub) -> None:
 )
 def test_what_fails_before_the_choice_is_a_reason(stub, caplog, function, result, reason) -> None:
     stub.fail(function, result)
-    for _ in range(2):
-        backend = backends.backend_for(GPU)
+    for dtype in (torch.float16, torch.bfloat16, torch.float16):
+        backend = backends.backend_for(GPU, dtype)
         assert (backend.name, backend.reason) == ("torch", reason)
         assert backend.dequantize_into is torch_decode.dequantize_into
     assert [reason in record.message for record in caplog.records] == [True]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -60,13 +62,26 @@ def cases() -> list[Case]:
 CASES = cases()
 
 
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The program of an output dtype, compiled with these flags."""
+    folder = tmp_path_factory.mktemp("decode")
+
+    @cache
+    def make(dtype: torch.dtype, *flags: str) -> Path:
+        need(*flags)
+        return compiled(folder / f"{OUTPUTS[dtype]}{len(flags)}", dtype, "decode_records.h", *flags)
+
+    return make
+
+
 @pytest.mark.parametrize("dtype", OUTPUTS, ids=OUTPUTS.get)
 @pytest.mark.parametrize("flags", [(), SANITIZERS], ids=["plain", "sanitized"])
-def test_the_kernels_equal_plain_torch_bit_for_bit(tmp_path: Path, dtype: torch.dtype, flags: tuple[str, ...]) -> None:
-    need(*flags)
-    program = compiled(tmp_path / "decode", dtype, "decode_records.h", *flags)
+def test_the_kernels_equal_plain_torch_bit_for_bit(program, tmp_path: Path, dtype: torch.dtype, flags) -> None:
     (tmp_path / "input").write_bytes(b"".join(record(*case) for case in CASES))
-    done = subprocess.run([program, tmp_path / "input", tmp_path / "output"], capture_output=True, text=True)
+    done = subprocess.run(
+        [program(dtype, *flags), tmp_path / "input", tmp_path / "output"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     found = torch.from_numpy(np.fromfile(tmp_path / "output", dtype=np.uint8))
     start = 0
@@ -84,15 +99,14 @@ def test_every_format_is_compared() -> None:
     assert sum(1 for data, fmt, weights in CASES if not fmt.sections_of(data, weights).coarse) > len(COMMON_IDS)
 
 
-def test_the_sanitizer_notices_a_read_past_the_end(tmp_path: Path) -> None:
+def test_the_sanitizer_notices_a_read_past_the_end(program, tmp_path: Path) -> None:
     """A buffer one byte too short: the test above can fail."""
-    need(*SANITIZERS)
-    program = compiled(tmp_path / "decode", torch.float16, "decode_records.h", *SANITIZERS)
     fmt = format_by_id("t3w8_b64")
     data = random_buffer(fmt.id, 1000)
     short = record(data, fmt, 1000)[:-1].replace(len(data).to_bytes(8, "little"), (len(data) - 1).to_bytes(8, "little"))
     (tmp_path / "input").write_bytes(short)
-    done = subprocess.run([program, tmp_path / "input", tmp_path / "output"], capture_output=True, text=True)
+    made = program(torch.float16, *SANITIZERS)
+    done = subprocess.run([made, tmp_path / "input", tmp_path / "output"], capture_output=True, text=True)
     assert done.returncode and "heap-buffer-overflow" in done.stderr
 
 
