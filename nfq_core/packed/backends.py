@@ -26,7 +26,7 @@ log = logging.getLogger("nfq")
 KERNEL_DEVICES = ("cuda", "xpu")
 """Device types for which there is a kernel; ROCm devices are called cuda too."""
 
-PROBE_WEIGHTS = BLOCK * 40 + 8
+PROBE_WEIGHTS = BLOCK * 400 + 8
 """Weights decoded per format to test a kernel: several thread blocks, the last one incomplete."""
 
 MAX_WEIGHTS = 2**31 - 2**20

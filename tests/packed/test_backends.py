@@ -223,7 +223,8 @@ def test_the_output_s_dtype_is_what_is_asked_for(monkeypatch) -> None:
 @pytest.mark.parametrize("works", [True, False])
 def test_triton_is_tried_before_it_is_taken(works: bool) -> None:
     """In the interpreter; and without it, for then Triton has no driver for a CPU."""
-    code = "import torch\nfrom nfq_core.packed import backends as b\n"
+    # The interpreter is slow.
+    code = "import torch\nfrom nfq_core.packed import backends as b\nb.PROBE_WEIGHTS = 64 * 40 + 8\n"
     code += "print(*b._tested('triton', b._load_triton, torch.device('cpu'), torch.float16))"
     told = run_apart(code, TRITON_INTERPRET=str(int(works)))
     assert told.endswith("one launch per weight" if works else ")")

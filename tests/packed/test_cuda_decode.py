@@ -184,6 +184,11 @@ def test_a_device_newer_than_nvrtc_gets_ptx(stub, monkeypatch, capability, targe
     assert backends.backend_for(GPU).reason.endswith(target)
 
 
+def test_the_test_of_a_kernel_needs_several_programs_of_every_format(stub) -> None:
+    for fmt in cuda_decode.kernel_formats():
+        assert cuda_decode.programs(fmt, backends.PROBE_WEIGHTS) > 1
+
+
 def test_a_kernel_that_computes_wrong_weights_is_not_used(stub, monkeypatch) -> None:
     launch = Driver.launch
 
