@@ -14,7 +14,7 @@ from . import article
 from .hosts import comfyui, diffusers_load
 from .quality import calibration, checks, collecting, levels, prediction, presets, sharing, trellis
 from .shared import RESULTS, ROOT, argument_parser
-from .speed import calibrating, decode, fullsize, int8, search
+from .speed import calibrating, decode, fullsize, gpu_static, int8, search
 from .speed.gpu import tables as gpu
 
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
@@ -35,6 +35,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "search": ("search", search.table),
     "decode": ("decode", decode.table),
     "gpu": ("gpu", gpu.table),
+    "gpu_static": ("gpu_static", gpu_static.table),
     "host": ("host", comfyui.table),
     "diffusers_load": ("diffusers_load", diffusers_load.table),
 }

@@ -1,9 +1,14 @@
-"""Decode back-ends: chosen per device before the call, with a reason to show to users."""
+"""Decode back-ends: chosen per device before the call, with a reason to show to users.
+
+NVIDIA devices use a CUDA kernel that is compiled at run time; AMD (ROCm) and Intel devices use a Triton kernel where
+Triton is installed. Plain torch serves all other devices, and those whose kernel fails its test.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -11,26 +16,27 @@ from importlib.util import find_spec
 
 import torch
 
-from . import torch_decode
-from .formats import nf_format
-from .layout import BlockFormat
+from . import cuda_decode, torch_decode
+from .cuda_driver import DriverError
+from .layout import BLOCK, BlockFormat
+from .nvrtc import NvrtcError
 
 log = logging.getLogger("nfq")
 
-TRITON_DEVICES = ("cuda", "xpu")
-"""Device types that Triton compiles for; ROCm devices are called cuda too."""
+KERNEL_DEVICES = ("cuda", "xpu")
+"""Device types for which there is a kernel; ROCm devices are called cuda too."""
 
-MIN_CAPABILITY = (7, 0)
-"""Oldest compute capability that the tests compile the kernel for."""
-
-BF16_CAPABILITY = (8, 0)
-"""Oldest compute capability with an instruction that rounds to bf16, which Triton needs."""
-
-PROBE_WEIGHTS = 64 * 300
-"""Weights decoded to test whether Triton works."""
+PROBE_WEIGHTS = BLOCK * 400 + 8
+"""Weights decoded per format to test a kernel: several thread blocks, the last one incomplete."""
 
 MAX_WEIGHTS = 2**31 - 2**20
-"""Largest tensor, in weights, for the Triton kernel, whose indices have 32 bits."""
+"""Largest tensor, in weights, for the kernels, whose indices have 32 bits."""
+
+Decode = Callable[[torch.Tensor, torch.Tensor, BlockFormat], None]
+"""As `torch_decode.dequantize_into`."""
+
+_choosing = threading.RLock()
+"""Held while a back-end is chosen, so that a kernel is compiled and its failure logged once."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,8 @@ class Backend:
 
     name: str
     reason: str
-    dequantize_into: Callable[[torch.Tensor, torch.Tensor, BlockFormat], None]
-    """As `torch_decode.dequantize_into`; every back-end returns the same bits."""
+    dequantize_into: Decode
+    """Every back-end returns the same bits."""
 
 
 def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> None:
@@ -51,75 +57,140 @@ def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> 
         torch_decode.dequantize_into(out, data, fmt)
 
 
-@lru_cache(32)
 def backend_for(device: torch.device, dtype: torch.dtype = torch.float16) -> Backend:
-    """The back-end for a device and output dtype; logs once why a GPU cannot use Triton."""
-    obstacle = _without_triton(device)
-    if not obstacle:
-        from . import triton_decode
+    """The back-end for a device and output dtype; logs once why a GPU uses plain torch.
 
-        obstacle = "" if dtype == torch.float16 else _without_dtype(device, dtype)
-        if not obstacle:
-            return Backend("triton", "one launch per weight", triton_decode.dequantize_into)
-        if dtype == torch.bfloat16:
-            return Backend("triton", f"bf16 is cast from fp16: {obstacle}", triton_decode.dequantize_via_fp16)
-    if device.type in TRITON_DEVICES:
-        log.warning("weights on %s are decoded in plain torch, which is slower: %s", device, obstacle)
+    The first call for a GPU compiles and tests its kernels, which takes seconds and waits for the device.
+
+    Raises:
+        RuntimeError: the first call happens while a CUDA graph is captured.
+    """
+    if device.type in KERNEL_DEVICES and device.index is None:
+        device = torch.device(device.type, getattr(torch, device.type).current_device())
+    with _choosing:
+        return _choose(device, dtype)
+
+
+@lru_cache(32)
+def _choose(device: torch.device, dtype: torch.dtype) -> Backend:
+    obstacle = _without_kernel(device)
+    if not obstacle:
+        if _is_cuda(device) and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("dequantise a weight to this dtype once before you capture a CUDA graph")
+        name, load = ("cuda", _load_cuda) if _is_nvidia(device) else ("triton", _load_triton)
+        halves, reason = _tested(name, load, device, torch.float16)
+        if halves is None:
+            obstacle = reason
+        else:
+            decode, own_reason = _tested(name, load, device, dtype)
+            if decode is not None:
+                return Backend(name, own_reason, decode)
+            return Backend(name, f"{str(dtype)[6:]} is cast from fp16: {own_reason}", via_fp16(halves))
+    if device.type in KERNEL_DEVICES:
+        _warn_once(device, obstacle)
     return Backend("torch", obstacle, torch_decode.dequantize_into)
 
 
-def _without_dtype(device: torch.device, dtype: torch.dtype) -> str:
-    """Why Triton, which works on the device, cannot write this dtype; empty if it can."""
-    if dtype == torch.bfloat16 and device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < BF16_CAPABILITY:
-            return _too_old("Triton's bf16", BF16_CAPABILITY, capability)
-    return _fails(device, dtype)
-
-
-def _too_old(feature: str, needed: tuple[int, int], actual: tuple[int, int]) -> str:
-    return "{} needs compute capability {}.{}, this device has {}.{}".format(feature, *needed, *actual)
-
-
 @lru_cache(32)
-def _without_triton(device: torch.device) -> str:
-    """Why Triton is not used on a device; empty if it is."""
-    if device.type not in TRITON_DEVICES:
+def _warn_once(device: torch.device, obstacle: str) -> None:
+    """Warn for all dtypes together."""
+    log.warning("weights on %s are decoded in plain torch, which is slower: %s", device, obstacle)
+
+
+def _is_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _is_nvidia(device: torch.device) -> bool:
+    return _is_cuda(device) and torch.version.hip is None
+
+
+def _without_kernel(device: torch.device) -> str:
+    """Why no kernel is tried on a device; empty if one is."""
+    if device.type not in KERNEL_DEVICES:
         return f"plain torch serves {device.type} devices"
     if os.environ.get("NFQ_BACKEND") == "torch":
         return "requested by NFQ_BACKEND=torch"
-    if find_spec("triton") is None:
+    if not _is_nvidia(device) and find_spec("triton") is None:
         return "Triton is not installed"
-    if device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < MIN_CAPABILITY:
-            return _too_old("Triton", MIN_CAPABILITY, capability)
-    return _fails(device)
+    return ""
 
 
-def _fails(device: torch.device, dtype: torch.dtype = torch.float16) -> str:
-    """Test Triton on a small buffer, since it may lack a C compiler or a driver.
+def _load_cuda(device: torch.device, dtype: torch.dtype) -> tuple[Decode, str]:
+    decoder, words = cuda_decode.load(device, dtype)
+    return decoder.dequantize_into, f"one launch per weight, {words}"
 
-    Returns:
-        Why it fails; empty if it works.
-    """
+
+def _load_triton(device: torch.device, dtype: torch.dtype) -> tuple[Decode, str]:
     from . import triton_decode
 
-    fmt = nf_format(16)
-    # The levels 0 … 15, scale exponent 0, scale stride 1. On the CPU, whatever torch's default is.
-    with torch.device("cpu"):
-        data = torch.arange(fmt.packed_bytes(PROBE_WEIGHTS), dtype=torch.int32).to(torch.uint8)
-        data[: 2 * fmt.levels] = torch.arange(16).half().view(torch.uint8)
-        data[-2:] = torch.tensor([0, 1])
-    data = data.to(device)
-    expected, actual = (torch.empty(PROBE_WEIGHTS, dtype=dtype, device=device) for _ in range(2))
-    torch_decode.dequantize_into(expected, data, fmt)
+    return triton_decode.dequantize_into, "one launch per weight"
+
+
+@lru_cache(32)
+def _tested(
+    name: str, load: Callable[[torch.device, torch.dtype], tuple[Decode, str]], device: torch.device, dtype: torch.dtype
+) -> tuple[Decode | None, str]:
+    """Load a kernel, and compare it with plain torch on small buffers of all formats.
+
+    Returns:
+        The kernel and why it is used, or None and why it cannot be used.
+    """
     try:
-        triton_decode.dequantize_into(actual, data, fmt)
+        decode, reason = load(device, dtype)
+        wrong = _first_difference(decode, device, dtype)
+    except torch.cuda.OutOfMemoryError:
+        # Says nothing about the kernel.
+        raise
+    except (NvrtcError, DriverError) as error:
+        return None, str(error)
     except Exception as error:
-        log.debug("Triton on %s", device, exc_info=True)
-        return f"Triton fails on this device ({str(error).strip().partition(chr(10))[0] or type(error).__name__})"
-    return "" if torch.equal(expected, actual) else "Triton computes wrong weights on this device"
+        log.debug("%s on %s", name, device, exc_info=True)
+        line = str(error).strip().partition(chr(10))[0] or type(error).__name__
+        return None, f"the {name} kernel fails on this device ({line})"
+    return (None, f"the {name} kernel computes wrong weights on this device ({wrong})") if wrong else (decode, reason)
+
+
+def _first_difference(decode: Decode, device: torch.device, dtype: torch.dtype) -> str:
+    """The id of the first format that a kernel decodes otherwise than plain torch; empty if there is none."""
+    for fmt in cuda_decode.kernel_formats():
+        data = _probe(fmt).to(device)
+        expected, actual = (torch.empty(PROBE_WEIGHTS, dtype=dtype, device=device) for _ in range(2))
+        torch_decode.dequantize_into(expected, data, fmt)
+        decode(actual, data, fmt)
+        if not torch.equal(expected.view(torch.uint8), actual.view(torch.uint8)):
+            return fmt.id
+    return ""
+
+
+def _probe(fmt: BlockFormat) -> torch.Tensor:
+    """A sound packed buffer of PROBE_WEIGHTS weights on the CPU, with common levels where the format has them."""
+    sections = fmt.sections(PROBE_WEIGHTS, own_levels=not fmt.has_common_levels)
+    # On the CPU, whatever torch's default is.
+    with torch.device("cpu"):
+        # Every byte, in an order that hardly repeats from block to block.
+        values = torch.arange(sections.end) * 167 % 257
+        values[sections.coarse : sections.fine] %= fmt.coarse_radix**fmt.coarse_digits
+        # The scales' exponent, as a signed byte, and their stride.
+        values[-2:] = torch.tensor([256 - 8, 1])
+        data = values.to(torch.uint8)
+        if sections.coarse:
+            data[: 2 * fmt.levels] = torch.linspace(-1, 1, fmt.levels).half().view(torch.uint8)
+    return data
+
+
+def via_fp16(decode: Decode) -> Decode:
+    """A decode to any dtype: to fp16, then a cast; in place where the dtype has two bytes.
+
+    In place is safe because torch reads each element before it overwrites it.
+    """
+
+    def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> None:
+        halves = out.view(torch.float16) if out.dtype.itemsize == 2 else torch.empty_like(out, dtype=torch.float16)
+        decode(halves, data, fmt)
+        out.copy_(halves)
+
+    return dequantize_into
 
 
 def device_names() -> list[str]:

@@ -45,16 +45,6 @@ def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> 
         )
 
 
-def dequantize_via_fp16(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> None:
-    """`dequantize_into` for bf16 on devices where the kernel cannot write it: decode to fp16, then cast in place.
-
-    In place is safe: both dtypes have two bytes, and torch reads each element before it overwrites it.
-    """
-    halves = out.view(torch.float16)
-    dequantize_into(halves, data, fmt)
-    out.copy_(halves)
-
-
 def groups_per_program(fmt: BlockFormat) -> int:
     """Groups of the coarse plane per program, a power of two."""
     return BLOCKS_PER_PROGRAM // (2 if fmt.coarse_digits < 4 else 4)

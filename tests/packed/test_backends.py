@@ -24,7 +24,7 @@ TESTS = Path(__file__).resolve().parents[1]
 INTERPRETED = """
 import sys
 import torch
-from nfq_core.packed import triton_decode
+from nfq_core.packed import backends, triton_decode
 from nfq_core.packed.formats import format_by_id
 from independent_reader import common_levels
 from reference import ARTICLE_IDS, COMMON_IDS, FORMAT_IDS, decode
@@ -47,7 +47,7 @@ for format_id, common in cases:
         # By way of fp16 torch rounds to bf16.
         out = torch.full((weights,), torch.nan, dtype=torch.bfloat16)
         place = out.data_ptr()
-        triton_decode.dequantize_via_fp16(out, data, fmt)
+        backends.via_fp16(triton_decode.dequantize_into)(out, data, fmt)
         assert torch.equal(out.view(torch.int16), wanted.to(torch.bfloat16).view(torch.int16)), (format_id, weights)
         assert out.data_ptr() == place
         checked += 1
@@ -76,9 +76,6 @@ for fmt in FORMATS.values():
         compiled(fmt, "*fp16", 80)
 for out in ("*bf16", "*fp32", "*fp64"):
     compiled(FORMATS["nf24_b64"], out, 80)
-for capability in (70, 75, 89, 90):
-    for out in ("*fp16", "*fp32", "*fp64"):
-        compiled(FORMATS["nf32_b64"], out, capability)
 print("compiled")
 """
 
@@ -127,7 +124,7 @@ def test_a_damaged_buffer_decodes_to_something(format_id: str) -> None:
 
 @pytest.fixture
 def asked():
-    caches = (backends.backend_for, backends._without_triton)
+    caches = (backends._choose, backends._tested, backends._warn_once)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -135,77 +132,80 @@ def asked():
         cached.cache_clear()
 
 
-CUDA = torch.device("cuda:0")
+CUDA, ROCM, XPU = torch.device("cuda:0"), torch.device("cuda:1"), torch.device("xpu:0")
 
 
-@pytest.mark.parametrize(
-    ("missing", "capability", "asks", "fails", "name", "reason"),
-    [
-        (False, (7, 5), "", "", "triton", "one launch"),
-        (False, (6, 1), "", "", "torch", "Triton needs compute capability 7.0, this device has 6.1"),
-        (True, (9, 0), "", "", "torch", "Triton is not installed"),
-        (False, (9, 0), "torch", "", "torch", "requested by NFQ_BACKEND=torch"),
-        (False, (9, 0), "", "no compiler", "torch", "no compiler"),
-    ],
-)
-def test_what_is_taken_on_a_gpu(asked, monkeypatch, caplog, missing, capability, asks, fails, name, reason) -> None:
-    triton = pytest.importorskip("triton", reason="Triton is not installed; it is for Linux only")
-    monkeypatch.setattr(backends, "find_spec", lambda _: None if missing else triton.__spec__)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(backends, "_fails", lambda *_: fails)
-    monkeypatch.setenv("NFQ_BACKEND", asks)
-    backend = backends.backend_for(CUDA)
-    assert backend.name == name and reason in backend.reason
-    backends.backend_for(CUDA)
-    assert [reason in record.message for record in caplog.records] == [True] * (name == "torch")
+def stub_gpus(monkeypatch, fails: tuple[torch.dtype, ...] = (), triton: bool = True) -> dict:
+    """An NVIDIA, an AMD and an Intel GPU, whose kernels fail with some dtypes; returns the decodes by name."""
+    decodes = {"cuda": lambda *_: None, "triton": lambda *_: None}
 
+    def tested(name: str, load, device: torch.device, dtype: torch.dtype):
+        assert name == ("cuda" if device == CUDA else "triton") and load in (backends._load_cuda, backends._load_triton)
+        return (None, f"{name} fails") if dtype in fails else (decodes[name], "one launch per weight")
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "fails", "wanted"),
-    [
-        ((7, 5), torch.bfloat16, (), "dequantize_via_fp16"),
-        ((7, 0), torch.bfloat16, (), "dequantize_via_fp16"),
-        ((7, 5), torch.float16, (), "dequantize_into"),
-        ((7, 5), torch.float32, (), "dequantize_into"),
-        ((8, 0), torch.bfloat16, (), "dequantize_into"),
-        # What fails although it should work is found before the call, too.
-        ((9, 0), torch.bfloat16, (torch.bfloat16,), "dequantize_via_fp16"),
-        ((9, 0), torch.float64, (torch.float64,), "torch"),
-    ],
-)
-def test_what_is_taken_for_a_dtype(asked, monkeypatch, capability, dtype, fails, wanted) -> None:
-    triton_decode = stub_gpu(monkeypatch, capability, fails)
-    backend = backends.backend_for(CUDA, dtype)
-    if wanted == "torch":
-        assert backend.name == "torch" and backend.dequantize_into is torch_decode.dequantize_into
-    else:
-        assert backend.name == "triton" and backend.dequantize_into is getattr(triton_decode, wanted)
-
-
-def stub_gpu(monkeypatch, capability: tuple[int, int], fails: tuple[torch.dtype, ...] = ()):
-    """A CUDA device of a capability, on which Triton fails with some dtypes; returns the module of its kernels."""
-    pytest.importorskip("triton", reason="Triton is not installed; it is for Linux only")
-    from nfq_core.packed import triton_decode
-
-    def probe(device: torch.device, dtype: torch.dtype = torch.float16) -> str:
-        assert capability >= (8, 0) or dtype != torch.bfloat16, "what cannot work is not tried"
-        return "Triton fails on this device" if dtype in fails else ""
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(backends, "_is_nvidia", lambda device: device == CUDA)
+    monkeypatch.setattr(backends, "find_spec", lambda _: object() if triton else None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(backends, "_fails", probe)
+    monkeypatch.setattr(backends, "_tested", tested)
     monkeypatch.delenv("NFQ_BACKEND", raising=False)
-    return triton_decode
+    return decodes
 
 
-@pytest.mark.parametrize(("capability", "told"), [((7, 5), True), ((8, 0), False)])
-def test_the_command_tells_how_bf16_is_made(asked, monkeypatch, capsys, capability, told) -> None:
-    stub_gpu(monkeypatch, capability)
+@pytest.mark.parametrize("triton", [True, False])
+@pytest.mark.parametrize("asks", ["", "torch"])
+@pytest.mark.parametrize("fails", [(), (torch.float16,)])
+@pytest.mark.parametrize("device", [CUDA, ROCM, XPU], ids=["nvidia", "amd", "intel"])
+def test_what_is_taken_on_a_gpu(asked, monkeypatch, caplog, device, fails, asks, triton) -> None:
+    decodes = stub_gpus(monkeypatch, fails, triton)
+    monkeypatch.setenv("NFQ_BACKEND", asks)
+    name = "cuda" if device == CUDA else "triton"
+    obstacle = "requested by NFQ_BACKEND=torch" if asks else f"{name} fails" if fails else ""
+    if device != CUDA and not triton and not asks:
+        obstacle = "Triton is not installed"
+    backend = backends.backend_for(device)
+    if obstacle:
+        assert (backend.name, backend.reason) == ("torch", obstacle)
+        assert backend.dequantize_into is torch_decode.dequantize_into
+    else:
+        assert (backend.name, backend.reason) == (name, "one launch per weight")
+        assert backend.dequantize_into is decodes[name]
+    backends.backend_for(device)
+    backends.backend_for(device, torch.bfloat16)
+    assert [obstacle in record.message for record in caplog.records] == [True] * bool(obstacle)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_dtype_that_fails_is_cast_from_fp16(asked, monkeypatch, caplog, dtype) -> None:
+    decodes = stub_gpus(monkeypatch, (dtype,))
+
+    def decode(out: torch.Tensor, data: torch.Tensor, fmt) -> None:
+        assert out.dtype == torch.float16
+        torch_decode.dequantize_into(out, data, fmt)
+
+    decodes["cuda"] = decode
+    backend = backends.backend_for(CUDA, dtype)
+    assert (backend.name, backend.reason) == ("cuda", f"{str(dtype)[6:]} is cast from fp16: cuda fails")
+    tensor = quantize(torch.randn(64, 63))
+    out = torch.empty(64, 63, dtype=dtype)
+    place = out.data_ptr()
+    backend.dequantize_into(out, tensor.data, tensor.format)
+    assert torch.equal(out, tensor.dequantize(dtype)) and out.data_ptr() == place and not caplog.records
+
+
+def test_a_device_without_a_number_is_the_current_one(asked, monkeypatch) -> None:
+    stub_gpus(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert backends.backend_for(torch.device("cuda")) is backends.backend_for(CUDA)
+
+
+@pytest.mark.parametrize("fails", [(torch.bfloat16,), ()])
+def test_the_command_tells_how_bf16_is_made(asked, monkeypatch, capsys, fails) -> None:
+    stub_gpus(monkeypatch, fails)
     assert cli.main(["backends"]) == 0
     line = capsys.readouterr().out.splitlines()[1]
-    assert line.startswith("cuda:0   triton  one launch per weight")
-    reason = "; bf16 is cast from fp16: Triton's bf16 needs compute capability 8.0, this device has 7.5"
-    assert line.endswith(reason) == told and ("bf16" in line) == told
+    reason = "; bfloat16 is cast from fp16: cuda fails" if fails else ""
+    assert line == f"cuda:0   cuda    one launch per weight{reason}"
 
 
 def test_the_output_s_dtype_is_what_is_asked_for(monkeypatch) -> None:
@@ -223,9 +223,12 @@ def test_the_output_s_dtype_is_what_is_asked_for(monkeypatch) -> None:
 @pytest.mark.parametrize("works", [True, False])
 def test_triton_is_tried_before_it_is_taken(works: bool) -> None:
     """In the interpreter; and without it, for then Triton has no driver for a CPU."""
-    code = "import torch\nfrom nfq_core.packed import backends\nprint(backends._fails(torch.device('cpu')))"
+    # The interpreter is slow.
+    code = "import torch\nfrom nfq_core.packed import backends as b\nb.PROBE_WEIGHTS = 64 * 40 + 8\n"
+    code += "print(*b._tested('triton', b._load_triton, torch.device('cpu'), torch.float16))"
     told = run_apart(code, TRITON_INTERPRET=str(int(works)))
-    assert (told == "") if works else told.startswith("Triton fails on this device (")
+    assert told.endswith("one launch per weight" if works else ")")
+    assert works or told.startswith("None the triton kernel fails on this device (")
 
 
 def test_cpus_are_served_by_torch_and_nothing_is_logged(asked, caplog) -> None:

@@ -28,11 +28,11 @@ def correctness(part: Part) -> None:
     backend = backends.backend_for(part.device)
     decoders: dict[str, Callable] = {"torch": torch_decode.dequantize_into}
     if not part.on_gpu:
-        part.skipped["triton"] = "Triton compiles for GPUs only"
-    elif backend.name != "triton":
-        part.failures["triton"] = f"not chosen: {backend.reason}"
+        part.skipped["kernel"] = "kernels are for GPUs only"
+    elif backend.name == "torch":
+        part.failures["kernel"] = f"not chosen: {backend.reason}"
     else:
-        decoders["triton"] = backends.dequantize_into
+        decoders["kernel"] = backends.dequantize_into
     wrong: list[dict] = []
     checked = 0
     for fmt, weights in product(FORMATS.values(), ODD_SIZES if part.small else ODD_SIZES + LARGE_SIZES):
@@ -49,7 +49,7 @@ def correctness(part: Part) -> None:
     if wrong:
         part.failures["bits"] = f"{len(wrong)} of {checked} cases have other bits than the CPU: {wrong[0]}"
     part.results |= {"backend": backend.name, "backend_reason": backend.reason, "checked": checked, "wrong": wrong}
-    if "triton" in decoders:
+    if "kernel" in decoders:
         part.attempt("the largest tensor", lambda: _largest(part))
     part.attempt("quantise", lambda: _quantise_on_both(part))
 

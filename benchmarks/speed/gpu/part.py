@@ -40,7 +40,7 @@ class Part:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether there are CUDA graphs, Triton and separate memory."""
+        """Whether there are CUDA graphs, a kernel that decodes and separate memory."""
         return self.device.type == "cuda"
 
     @property
