@@ -17,7 +17,7 @@ from .codebook import Codebook, effort_by_name, fit_codebook
 from .feedback import SecondMoment, check_inputs, round_columns
 from .search import BlockQuantizer, ScaleGrid, grid_and_factor, largest_magnitudes
 from .trellis_feedback import TURNS, code_with_feedback
-from .trellis_fit import TRELLIS_EFFORTS, TrellisQuantizer, fit_trellis, steps_to_try
+from .trellis_fit import TRELLIS_EFFORTS, TrellisQuantizer, fit_trellis, other_scales
 
 CHUNK_BLOCKS = 12 * 1024
 """Blocks quantised at once on a CPU: temporaries of 3 MB each, and a multiple of every format's blocks_per_group."""
@@ -107,8 +107,8 @@ def quantize(
         work = TRELLIS_EFFORTS[effort]
         weights = flat.numel() if may_be_common else None
         trellis = fit_trellis(_sample(flat, work.sample_blocks)[0], fmt, work, weights)
-        steps = steps_to_try(effort, fmt, flat.numel(), flat.device)
-        quantizer = TrellisQuantizer(trellis, fmt, grid, flat.device, steps)
+        others = other_scales(effort, fmt, flat.numel(), flat.device)
+        quantizer = TrellisQuantizer(trellis, fmt, grid, flat.device, others)
         fitted = trellis.levels
         if moment is None:
             parts = (quantizer.encode(*chunk) for _, *chunk in _chunks(flat, largest))

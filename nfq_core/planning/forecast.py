@@ -19,7 +19,7 @@ from ..files.writer import Plan, longest_header_bytes
 from ..fitting.backends import search_backend
 from ..fitting.codebook import EFFORTS, STORED_BITS
 from ..fitting.quantizer import quantize
-from ..fitting.trellis_fit import scales_tried, steps_to_try
+from ..fitting.trellis_fit import other_scales
 from ..models.sensitivities import layer_sensitivities
 from ..models.unet import UNetInfo
 from ..packed.codec import stored_code_bits
@@ -164,7 +164,7 @@ def _seconds(fmt: BlockFormat, millions: float, effort: str, calibrated: bool) -
     if fmt.window and calibrated:
         return LAYER_SECONDS + TRELLIS_FEEDBACK_SECONDS[search_backend(device)[0]][effort] * millions
     if fmt.window:
-        tried = scales_tried(steps_to_try(effort, fmt, round(millions * 1e6), device))
+        tried = other_scales(effort, fmt, round(millions * 1e6), device).count
         # A layer of fewer weights than the sample is its own sample.
         fitting = FITTING_MILLIONS * min(1.0, millions) * (1 + SEARCH_PASSES)
         passes = millions * (tried + SEARCH_PASSES) + fitting

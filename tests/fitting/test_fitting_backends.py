@@ -13,7 +13,7 @@ from nfq_core import quantize
 from nfq_core.fitting import trellis_numba
 from nfq_core.fitting.backends import search_backend, trellis_coder
 from nfq_core.fitting.trellis import TrellisCoder
-from nfq_core.fitting.trellis_fit import gaussian_trellis, scales_tried, steps_to_try
+from nfq_core.fitting.trellis_fit import OtherScales, gaussian_trellis, other_scales
 from nfq_core.packed.formats import format_by_id
 
 CPU = torch.device("cpu")
@@ -50,9 +50,9 @@ def test_numba_is_used_where_it_is_installed():
     assert search_backend(CPU) == ("numba", "loops compiled for this processor")
     fmt = format_by_id("t4w8_b64")
     assert isinstance(trellis_coder(gaussian_trellis(fmt).levels, fmt, CPU), trellis_numba.CompiledCoder)
-    small, large = (steps_to_try("best", fmt, weights, CPU) for weights in (1 << 16, 1 << 20))
-    assert (scales_tried(small), scales_tried(large)) == (16, 8)
-    assert steps_to_try("fast", fmt, 1 << 20, CPU) == () and scales_tried(()) == 2
+    small, large = (other_scales("best", fmt, weights, CPU) for weights in (1 << 16, 1 << 20))
+    assert (small.count, large.count) == (16, 6)
+    assert other_scales("fast", fmt, 1 << 20, CPU) == OtherScales() and OtherScales().count == 2
 
 
 def test_plain_torch_by_request(monkeypatch):
@@ -60,7 +60,7 @@ def test_plain_torch_by_request(monkeypatch):
     assert search_backend(CPU) == ("torch", "requested by NFQ_BACKEND=torch")
     fmt = format_by_id("t4w8_b64")
     assert type(trellis_coder(gaussian_trellis(fmt).levels, fmt, CPU)) is TrellisCoder
-    assert steps_to_try("best", fmt, 1 << 20, CPU) == ()
+    assert other_scales("best", fmt, 1 << 20, CPU) == OtherScales()
 
 
 @pytest.mark.parametrize(
@@ -83,4 +83,4 @@ def test_a_missing_or_broken_numba_leaves_plain_torch(broken_import, error, reas
 def test_other_devices_use_plain_torch_and_try_other_scales(device):
     name, reason = search_backend(torch.device(device))
     assert name == "torch" and device in reason
-    assert steps_to_try("best", format_by_id("t4w8_b64"), 1 << 20, torch.device(device))
+    assert other_scales("best", format_by_id("t4w8_b64"), 1 << 20, torch.device(device)).steps

@@ -11,6 +11,7 @@ from nfq_core import quantize
 from nfq_core.fitting.search import ScaleGrid, largest_magnitudes
 from nfq_core.fitting.trellis_fit import (
     TRELLIS_EFFORTS,
+    OtherScales,
     Trellis,
     TrellisEffort,
     TrellisQuantizer,
@@ -78,7 +79,7 @@ def test_nothing_but_zeros_leaves_the_start():
 def test_both_signs_are_used_and_the_better_one_is_taken():
     blocks, fmt = random_weight(200, 64), format_by_id("t4w8_b64")
     grid = ScaleGrid.for_blocks(largest_magnitudes(blocks))
-    quantizer = TrellisQuantizer(gaussian_trellis(fmt), fmt, grid, blocks.device, ())
+    quantizer = TrellisQuantizer(gaussian_trellis(fmt), fmt, grid, blocks.device, OtherScales())
     scale_codes = quantizer.encode(blocks, largest_magnitudes(blocks))[0]
     # 200 coin tosses stray by 7 σ = 0.25.
     assert 0.25 < (scale_codes >= 128).float().mean() < 0.75
@@ -90,7 +91,7 @@ def test_levels_of_one_sign_get_scales_of_the_right_one():
     blocks[::2] *= -1
     trellis = Trellis(gaussian_trellis(fmt).levels.abs(), 2.3)
     grid = ScaleGrid.for_blocks(largest_magnitudes(blocks))
-    quantizer = TrellisQuantizer(trellis, fmt, grid, blocks.device, ())
+    quantizer = TrellisQuantizer(trellis, fmt, grid, blocks.device, OtherScales())
     scale_codes = quantizer.encode(blocks, largest_magnitudes(blocks))[0]
     assert (scale_codes >= 128).tolist() == [True, False] * 10
 
