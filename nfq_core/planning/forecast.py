@@ -21,7 +21,7 @@ from ..fitting.codebook import EFFORTS, STORED_BITS
 from ..fitting.quantizer import quantize
 from ..fitting.trellis_fit import scales_tried, steps_to_try
 from ..models.sensitivities import layer_sensitivities
-from ..models.unet import UNetInfo
+from ..models.unet import UNetInfo, is_unet_key
 from ..packed.codec import stored_code_bits
 from ..packed.layout import BLOCK, BlockFormat
 from .allocation import EXPECTED_SQNR_DB, predicted_output_db
@@ -127,14 +127,14 @@ def expected_sqnr_db(plans: Mapping[str, Plan]) -> float | None:
 def expected_output_db(
     info: UNetInfo | None, plans: Mapping[str, Plan], measured: Mapping[str, float] | None
 ) -> float | None:
-    """Expected SQNR in dB of the model's output, see `allocation.predicted_output_db`; None if it is not known.
+    """Expected SQNR in dB of the UNet's output, see `allocation.predicted_output_db`; None if it is not known.
 
     Args:
         info: the recognised UNet, if any.
         plans: what is quantised.
         measured: sensitivities that a calibration measured, if any.
     """
-    formats = {key: plan.format for key, plan in plans.items() if plan.format}
+    formats = {key: plan.format for key, plan in plans.items() if plan.format and (not info or is_unet_key(info, key))}
     if not formats:
         return None
     shapes = {key: plans[key].shape for key in formats}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..checkpoints.examine import container_info, settings_in_words
+from ..checkpoints.examine import container_info, main_component, settings_in_words
 from ..checkpoints.whole_checkpoint import missing_companions
 from ..decibels import ratio_in_words
 from ..errors import CorruptFileError, NFQError
@@ -126,7 +126,11 @@ def _recommended(
         if os.path.abspath(chosen) not in paths:
             raise NFQError(f"{chosen} cannot be recommended: it is not one of the card's files")
         return facts[paths.index(os.path.abspath(chosen))]["name"]
-    nearest = min(facts, key=lambda one: (abs(one["packed_bits_per_weight"] - RECOMMENDED_BITS), one["file_bytes"]))
+
+    def distance(one: Mapping[str, Any]) -> tuple[float, int]:
+        return abs(main_component(one)["packed_bits_per_weight"] - RECOMMENDED_BITS), one["file_bytes"]
+
+    nearest = min(facts, key=distance)
     return nearest["name"]
 
 
