@@ -157,14 +157,16 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
         f"{printable(layer['name']):{width}}  {layer['format']:9}  {layer['bits_per_weight']:6.3f} bits"
         for layer in forecast["layers"]
     ]
+    several = len(forecast["components"]) > 1
     share = forecast["file_bytes"] / forecast["original_bytes"]
     error = forecast["expected_sqnr_db"]
-    for component in forecast["components"]:
+    for component in forecast["components"] if several else ():
         bits = component["packed_bits_per_weight"]
         how = "kept" if bits is None else f"{bits:.3f} packed bits per weight"
         lines.append(f"{component['name']}: about {size_in_words(component['file_bytes'])}, {how}")
     whole = [
         f"{forecast['target']}: about {size_in_words(forecast['file_bytes'])}, {share:.0%} of the original",
+        *([] if several else [f"{forecast['packed_bits_per_weight']:.3f} packed bits per weight"]),
         *([] if error is None else [f"expected SQNR of the weights {error:.1f} dB"]),
         f"about {forecast['seconds']:.0f} s",
     ]

@@ -111,6 +111,12 @@ def main_component(info: Mapping[str, Any]) -> Mapping[str, Any]:
     return next((each for each in info["components"] if each["kind"] == "diffusion model" and each["weights"]), info)
 
 
+def _model_name(info: Mapping[str, Any]) -> str:
+    """The architecture; of a file without a known diffusion model, the names of its text encoders, if it has some."""
+    encoders = [each["name"] for each in info["components"] if each["kind"] == "text encoder"]
+    return ", ".join(encoders) if encoders and info["layout"] == "plain" else info["architecture"]
+
+
 def _component_line(component: Mapping[str, Any]) -> str:
     size = f"{component['file_bytes']:,} bytes"
     if component["bits_per_weight"] is None:
@@ -128,7 +134,7 @@ def info_lines(path: str | os.PathLike, info: Mapping[str, Any]) -> list[tuple[s
     lines = [
         ("file", f"{path}, {info['file_bytes']:,} bytes{share}"),
         ("written by", f"{info['writer']}, container version {info['container_version']}"),
-        ("model", f"{info['architecture']}, {info['layout']} keys"),
+        ("model", f"{_model_name(info)}, {info['layout']} keys"),
         ("source", f"{info['source']['name'] or 'not recorded'} {info['source']['sha256'][:10]}"),
         ("settings", settings_in_words(info["settings"]) or "not recorded"),
         (
@@ -138,7 +144,7 @@ def info_lines(path: str | os.PathLike, info: Mapping[str, Any]) -> list[tuple[s
         ),
         ("bits/weight", f"{info['bits_per_weight']:.3f} in the file, {info['packed_bits_per_weight']:.3f} packed"),
         ("kept", f"{info['kept']} tensors, {info['kept_bytes']:,} bytes"),
-        *((each["name"], _component_line(each)) for each in info["components"]),
+        *((each["name"], _component_line(each)) for each in info["components"] if len(info["components"]) > 1),
         ("workflow", "embedded" if info["has_workflow"] else "none"),
     ]
     return [(name, printable(text, MAX_LINE)) for name, text in lines]

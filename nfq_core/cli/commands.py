@@ -248,7 +248,7 @@ def _dequantize(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     info = examine.file_info(options.file)
-    return show(options, info, "\n".join(f"{name:14}{text}" for name, text in examine.info_lines(options.file, info)))
+    return show(options, info, "\n".join(f"{name:17}{text}" for name, text in examine.info_lines(options.file, info)))
 
 
 def _backends(options: argparse.Namespace) -> int:

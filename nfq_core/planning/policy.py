@@ -10,10 +10,10 @@ from ..errors import NFQError
 from ..files.prequantized import compute_dtype
 from ..files.safetensors_io import DTYPE_NAMES, Entry, dtype_bytes
 from ..files.writer import Plan
-from ..models.components import Component, find_components
+from ..models.components import find_components
 from ..models.roles import OTHER, role
 from ..models.sensitivities import layer_sensitivities
-from ..models.text_encoders import Part, find_text_encoders
+from ..models.text_encoders import Part
 from ..models.unet import UNKNOWN, UNetInfo, detect, first_and_last_convolution
 from ..packed.formats import FORMATS
 from ..packed.layout import BlockFormat
@@ -77,18 +77,8 @@ def plan_tensors(
     """
     every = {key: entry.shape for key, entry in entries.items()}
     info = detect(every)
-    components = find_components(info, every)
-    spared = first_and_last_convolution(info) if info and not settings.quantize_first_last else frozenset()
-    main = next((each for each in components if each.kind == ("diffusion model" if info else "other")), None)
-    keys = main.keys if main else ()
-    shapes = {key: every[key] for key in keys if _can_be_quantized(entries[key]) and key not in spared}
-    shapes = {key: shape for key, shape in shapes.items() if "emb" not in key}
+    shapes, fixed = _split(info, entries, settings)
     choice = settings.choice
-    parts = _text_encoder_parts(components, entries)
-    fixed = _text_encoder_formats(parts, entries, settings)
-    if not shapes and settings.text_encoders is None and not (isinstance(choice, BitsPerWeight) and choice.preset):
-        shapes = {key: every[key] for key, part in parts.items() if part == "weight"}
-        fixed = {key: fmt for key, fmt in fixed.items() if key not in shapes}
     formats: dict[str, tuple[BlockFormat, float | None]] = {key: (fmt, None) for key, fmt in fixed.items()}
     if isinstance(choice, Formats):
         formats |= {
@@ -99,7 +89,10 @@ def plan_tensors(
         beside = sum(prod(every[key]) * dtype_bytes(entries[key].dtype) for key in kept)
         beside += sum(fmt.packed_bytes(prod(every[key])) for key, fmt in fixed.items()) + HEADER_BYTES * len(entries)
         budget = _budget(choice, shapes, beside) if packed_bytes is None else packed_bytes
-        budget = _possible_budget(choice, shapes, budget, beside, settings)
+        way_out = "choose a larger target"
+        if fixed and settings.text_encoder_bits == "8bit":
+            way_out += ", or 5 bits for the text encoders"
+        budget = _possible_budget(choice, shapes, budget, beside, settings.effort, way_out)
         found = layer_sensitivities(info, shapes, sensitivities)
         formats |= allocate(shapes, budget, found.values, effort=settings.effort)
     computed = compute_dtype(entries) if any(entry.dtype in _FP8 for entry in entries.values()) else ""
@@ -116,12 +109,17 @@ def plan_tensors(
 def recorded_text_encoders(settings: Settings, entries: Mapping[str, Entry]) -> dict[str, str]:
     """What a file's settings record about text encoders: how they are stored, if the source has some.
 
+    Nothing is recorded if a size or formats apply to them.
+
     Args:
         settings: how it is quantised.
         entries: its tensors by name.
     """
-    found = find_text_encoders({key: entry.shape for key, entry in entries.items()})
-    return {TEXT_ENCODERS_SETTING: settings.text_encoder_bits} if found else {}
+    info = detect({key: entry.shape for key, entry in entries.items()})
+    parts = _text_encoder_parts(info, entries)
+    if not parts or parts.keys() & _split(info, entries, settings)[0].keys():
+        return {}
+    return {TEXT_ENCODERS_SETTING: settings.text_encoder_bits}
 
 
 def estimate_warnings(
@@ -147,10 +145,27 @@ def _can_be_quantized(entry: Entry) -> bool:
     return len(entry.shape) >= 2 and entry.dtype in _QUANTIZABLE | _FP8 and prod(entry.shape) >= MIN_WEIGHTS
 
 
-def _text_encoder_parts(components: list[Component], entries: Mapping[str, Entry]) -> dict[str, Part]:
+def _split(
+    info: UNetInfo | None, entries: Mapping[str, Entry], settings: Settings
+) -> tuple[dict[str, tuple[int, ...]], dict[str, BlockFormat]]:
+    """Shape of each tensor to which the size or formats apply, and format of each tensor that has one of its own."""
+    components = find_components(info, {key: entry.shape for key, entry in entries.items()})
+    spared = first_and_last_convolution(info) if info and not settings.quantize_first_last else frozenset()
+    main = next((each.keys for each in components if each.kind == ("diffusion model" if info else "other")), ())
+    keys = [key for key in main if _can_be_quantized(entries[key]) and key not in spared and "emb" not in key]
+    parts = _text_encoder_parts(info, entries)
+    fixed = _text_encoder_formats(parts, entries, settings)
+    by_preset = isinstance(settings.choice, BitsPerWeight) and bool(settings.choice.preset)
+    if not keys and settings.text_encoders is None and not by_preset:
+        keys = [key for key, part in parts.items() if part == "weight"]
+        fixed = {key: fmt for key, fmt in fixed.items() if parts[key] != "weight"}
+    return {key: entries[key].shape for key in keys}, fixed
+
+
+def _text_encoder_parts(info: UNetInfo | None, entries: Mapping[str, Entry]) -> dict[str, Part]:
     """The text encoders' tensors that can be quantised, with their parts."""
     found = {}
-    for component in components:
+    for component in find_components(info, {key: entry.shape for key, entry in entries.items()}):
         for key in component.keys if component.encoder else ():
             part = component.encoder.part(key, entries[key].shape)
             if part != "kept" and _can_be_quantized(entries[key]):
@@ -182,16 +197,23 @@ def _budget(size: BitsPerWeight | FileSize, shapes: Mapping[str, tuple[int, ...]
 
 
 def _possible_budget(
-    size: BitsPerWeight | FileSize, shapes: Mapping[str, tuple[int, ...]], budget: int, beside: int, settings: Settings
+    size: BitsPerWeight | FileSize,
+    shapes: Mapping[str, tuple[int, ...]],
+    budget: int,
+    beside: int,
+    effort: str,
+    way_out: str,
 ) -> int:
     """Packed bytes to plan with: at least those of the smallest formats, because a file may compress below that.
+
+    `way_out` is what a user can do about a file size that is too small.
 
     Raises:
         NFQError: no choice of formats comes near the size, or no format has so many bits.
     """
     if not shapes:
         return budget
-    smallest, largest = packed_bounds(shapes, settings.effort)
+    smallest, largest = packed_bounds(shapes, effort)
     if isinstance(size, BitsPerWeight):
         # Rounded up, so that a file of each limit exists.
         weights = sum(map(prod, shapes.values()))
@@ -205,6 +227,6 @@ def _possible_budget(
     elif size.nbytes < MIN_OF_SMALLEST * (beside + smallest):
         raise NFQError(
             f"{size_in_words(size.nbytes)} are too few; this model's file can have about "
-            f"{size_in_words(beside + smallest)} to {size_in_words(beside + largest)}; choose a larger target"
+            f"{size_in_words(beside + smallest)} to {size_in_words(beside + largest)}; {way_out}"
         )
     return max(budget, smallest)
