@@ -195,8 +195,9 @@ def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progr
 
     Returns:
         `sqnr_db` (of all layers together, see `decibels.pooled_sqnr_db`) and `layers` (each `name`, `format`,
-        `bits_per_weight` as stored, and `sqnr_db`), `components` (each `kind`, `name`, `weights` and `sqnr_db`) and
-        `not_compared` (names of text encoders that the original lacks). A `sqnr_db` is None if the weights are equal.
+        `bits_per_weight` as stored, and `sqnr_db`); if several models in the file are quantised, `components` (each
+        `kind`, `name`, `weights` and `sqnr_db`); if the original lacks text encoders, their names as `not_compared`. A
+        `sqnr_db` is None if the weights are equal.
 
     Raises:
         NFQError: a file is missing or damaged, or the original lacks a tensor or has it in another shape.
@@ -235,10 +236,11 @@ def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progr
             done += before.entries[names[key]].nbytes
             progress(done, total, key)
         weighted = {each["name"]: (compared[each["name"]].weights, each["sqnr_db"]) for each in layers}
+        parts = [_component_error(each, weighted) for each in components if weighted.keys() & set(each.keys)]
         return {
             "sqnr_db": pooled_sqnr_db(weighted.values()),
-            "components": [_component_error(each, weighted) for each in components if weighted.keys() & set(each.keys)],
-            "not_compared": [each.name for each in absent],
+            **({"components": parts} if len(parts) > 1 else {}),
+            **({"not_compared": [each.name for each in absent]} if absent else {}),
             "layers": layers,
         }
 

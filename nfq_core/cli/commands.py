@@ -248,7 +248,7 @@ def _dequantize(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     info = examine.file_info(options.file)
-    return show(options, info, "\n".join(f"{name:17}{text}" for name, text in examine.info_lines(options.file, info)))
+    return show(options, info, "\n".join(f"{name:13} {text}" for name, text in examine.info_lines(options.file, info)))
 
 
 def _backends(options: argparse.Namespace) -> int:
@@ -280,9 +280,8 @@ def _compare(options: argparse.Namespace) -> int:
     for name, layer in zip(names, result["layers"], strict=True):
         figures = f"{layer['bits_per_weight']:6.3f} bits  {decibels_in_words(layer['sqnr_db']):>9}"
         lines.append(f"{name:{width}}  {layer['format']:12}  {figures}")
-    if len(result["components"]) > 1:
-        lines += [f"{each['name']}: {decibels_in_words(each['sqnr_db'])}" for each in result["components"]]
-    lines += [f"{name}: not compared, ORIGINAL has none" for name in result["not_compared"]]
+    lines += [f"{each['name']}: {decibels_in_words(each['sqnr_db'])}" for each in result.get("components", ())]
+    lines += [f"{name}: not compared, ORIGINAL has none" for name in result.get("not_compared", ())]
     lines.append(f"all {len(result['layers'])} layers together: {decibels_in_words(result['sqnr_db'])}")
     return show(options, result, "\n".join(lines))
 

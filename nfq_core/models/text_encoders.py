@@ -18,7 +18,7 @@ _TOKENS = re.compile(r"(^|\.)(token_embedding|embed_tokens|shared|lm_head)\.weig
 _KEPT = re.compile(r"emb|text_projection|relative_attention_bias|attn_mask")
 """Small tensors that stay unchanged: positions, patches, biases of attention, and the projection of the pooled text.
 
-OpenCLIP's `text_projection` is a bare parameter that hosts transpose. All of SDXL's together are 4.5 MB of 1.64 GB.
+OpenCLIP's `text_projection` is a bare parameter that hosts transpose; at 8 bits it would save 1.6 MB of SDXL's 2.2 GB.
 """
 
 _PREFIX = r"((?:[^.]+\.)*?)"

@@ -81,7 +81,7 @@ def test_a_file_size_counts_text_encoders():
 def test_a_file_size_that_eight_bits_exceed():
     with pytest.raises(NFQError, match=r"are too few; .*; choose a larger target, or 5 bits for the text encoders"):
         formats(WHOLE, target_bytes=1_300_000_000)
-    with pytest.raises(NFQError, match="choose a larger target$"):
+    with pytest.raises(NFQError, match=r"choose a larger target$"):
         formats(WHOLE, target_bytes=1_000_000_000, text_encoders="5bit")
 
 
