@@ -103,12 +103,14 @@ def _component_info(file: NFQFile, component: Component) -> dict[str, Any]:
     }
 
 
-def main_component(info: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The component to which a file's size or levels apply, from the result of `container_info`.
+def of_main_component(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The result of `container_info` with the number of weights and the bits of the diffusion model, if there is one.
 
-    This is the diffusion model; in a file without one, the whole file.
+    Presets and target bits count the diffusion model only, so files compare by these.
     """
-    return next((each for each in info["components"] if each["kind"] == "diffusion model" and each["weights"]), info)
+    models = (each for each in info["components"] if each["kind"] == "diffusion model" and each["weights"])
+    main = next(models, info)
+    return {**info, **{name: main[name] for name in ("weights", "bits_per_weight", "packed_bits_per_weight")}}
 
 
 def _model_name(info: Mapping[str, Any]) -> str:

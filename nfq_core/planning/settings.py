@@ -215,11 +215,17 @@ class Settings:
 
     @classmethod
     def from_form(
-        cls, preset: str, levels: int, conv_levels: int, effort: str, quantize_first_last: bool = False
+        cls,
+        preset: str,
+        levels: int,
+        conv_levels: int,
+        effort: str,
+        quantize_first_last: bool = False,
+        text_encoders: str | None = None,
     ) -> Settings:
         """Settings from a form that always shows every input: levels count only if `preset` is BY_LEVELS."""
         chosen = {"levels": levels, "conv_levels": conv_levels} if preset == BY_LEVELS else {"preset": preset}
-        return cls.of(**chosen, effort=effort, quantize_first_last=quantize_first_last)
+        return cls.of(**chosen, effort=effort, quantize_first_last=quantize_first_last, text_encoders=text_encoders)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as a file's header records them; `policy.recorded_text_encoders` adds those of text encoders."""

@@ -16,7 +16,7 @@ from nfq_core import NFQFile, NFTensor, Settings, load, quantize_state_dict
 from nfq_core.checkpoints.batch import convert_folders
 from nfq_core.checkpoints.convert import dequantize_file, quantize_file
 from nfq_core.checkpoints.dry_run import forecast_file, forecast_lines
-from nfq_core.checkpoints.examine import compare_files, file_info, info_lines, main_component, verify_file
+from nfq_core.checkpoints.examine import compare_files, file_info, info_lines, of_main_component, verify_file
 from nfq_core.checkpoints.kinds import kind_of
 from nfq_core.checkpoints.state_dict import load_tensors
 from nfq_core.checkpoints.targets import container_name
@@ -76,7 +76,10 @@ def test_info_of_each_component(whole, packed):
     assert found["VAE"]["packed_bits_per_weight"] is None
     assert found["diffusion model"]["packed_bits_per_weight"] <= 4.1 < found["CLIP-L"]["packed_bits_per_weight"]
     assert sum(each["weights"] for each in info["components"]) == info["weights"]
-    assert main_component(info) is info["components"][0]
+    main = of_main_component(info)
+    for key in ("weights", "bits_per_weight", "packed_bits_per_weight"):
+        assert main[key] == info["components"][0][key] != info[key]
+    assert main["file_bytes"] == info["file_bytes"]
     lines = dict(info_lines(packed, info))
     assert "packed" in lines["OpenCLIP-G"] and lines["VAE"].endswith("kept")
 
@@ -85,7 +88,7 @@ def test_a_file_of_one_component_has_no_lines_of_components(alone):
     info = file_info(alone[1])
     lines = dict(info_lines(alone[1], info))
     assert lines["model"] == "CLIP-L, plain keys" and "CLIP-L" not in lines
-    assert main_component(info) is info
+    assert of_main_component(info) == info
 
 
 def test_there_and_back(whole, packed, tmp_path):
