@@ -260,9 +260,10 @@ def _component_error(component: Component, weighted: Mapping[str, tuple[int, flo
 
 def _counterparts(before: Original, after: NFQFile) -> dict[str, str]:
     """Name in the original of each quantised tensor that it has: the same, or the UNet's name in another layout."""
-    if any(key in before.entries for key in after.quantized):
-        return {key: key for key in after.quantized if key in before.entries}
+    same = {key: key for key in after.quantized if key in before.entries}
+    if len(same) == len(after.quantized):
+        return same
     shapes = after.shapes(), {key: entry.shape for key, entry in before.entries.items()}
     ours, theirs = (known_ldm_names(detect(each), each) for each in shapes)
     known = {ldm: key for key, ldm in theirs.items()}
-    return {key: known[ldm] for key, ldm in ours.items() if ldm in known and key in after.quantized}
+    return {key: known[ldm] for key, ldm in ours.items() if ldm in known and key in after.quantized} | same

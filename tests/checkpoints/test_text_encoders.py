@@ -20,7 +20,7 @@ from nfq_core.checkpoints.examine import compare_files, file_info, info_lines, o
 from nfq_core.checkpoints.kinds import kind_of
 from nfq_core.checkpoints.state_dict import load_tensors
 from nfq_core.checkpoints.targets import container_name
-from nfq_core.checkpoints.whole_checkpoint import missing_companions, text_encoders_of, unet_names
+from nfq_core.checkpoints.whole_checkpoint import diffusers_unet_names, missing_companions, text_encoders_of, unet_names
 from nfq_core.errors import UnsupportedFileError
 from nfq_core.files.original import Original
 from nfq_core.models.unet_keys import tensor_shapes
@@ -125,6 +125,15 @@ def test_compare_tells_the_models_apart(whole, packed, tmp_path):
     assert result["not_compared"] == ["CLIP-L", "OpenCLIP-G"]
     assert result["sqnr_db"] == pytest.approx(parts["diffusion model"])
     assert all(layer["name"] in UNET for layer in result["layers"])
+
+
+def test_compare_with_the_unet_in_another_layout(whole, packed, tmp_path):
+    """The text encoders have their names, the UNet has others."""
+    before = load_file(whole)
+    with NFQFile(packed) as file:
+        names = diffusers_unet_names(file)
+    save_file({names.get(key, key): value for key, value in before.items()}, tmp_path / "other.safetensors")
+    assert compare_files(tmp_path / "other.safetensors", packed) == compare_files(whole, packed)
 
 
 def test_a_dry_run_of_each_component(whole, packed, tmp_path):
