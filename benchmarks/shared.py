@@ -24,7 +24,7 @@ from torch import nn
 
 from nfq_core.files.atomic import AtomicFile
 from nfq_core.files.safetensors_io import aligned_entries, header_bytes, tensor_bytes
-from nfq_core.models.unet_keys import SDXL_BASE, Layout, tensor_shapes
+from nfq_core.models.unet_keys import SDXL_BASE, Layout, Shape, tensor_shapes
 from nfq_core.parallel import default_threads
 from nfq_core.report.markdown import markdown_table as markdown_table
 
@@ -242,7 +242,12 @@ def channel_spread(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 def write_sdxl_unet(path: Path, layout: Layout = "ldm") -> None:
     """Write a synthetic UNet of SDXL's names and shapes in fp16 (5.14 GB)."""
-    entries = aligned_entries({name: ("F16", shape) for name, shape in tensor_shapes(SDXL_BASE, layout).items()})
+    write_synthetic(path, tensor_shapes(SDXL_BASE, layout))
+
+
+def write_synthetic(path: Path, shapes: Mapping[str, Shape]) -> None:
+    """Write random fp16 weights under these names."""
+    entries = aligned_entries({name: ("F16", shape) for name, shape in shapes.items()})
     header = header_bytes(entries, {"format": "pt"})
     with AtomicFile(path) as file:
         file.write_at(0, header)

@@ -12,9 +12,19 @@ from pathlib import Path
 
 from . import article
 from .hosts import comfyui, diffusers_load
-from .quality import calibration, checks, collecting, levels, prediction, presets, sharing, trellis
+from .quality import (
+    calibration,
+    checks,
+    collecting,
+    levels,
+    prediction,
+    presets,
+    sharing,
+    text_encoder,
+    trellis,
+)
 from .shared import RESULTS, ROOT, argument_parser
-from .speed import calibrating, decode, fullsize, gpu_static, int8, search
+from .speed import calibrating, checkpoint, decode, fullsize, gpu_static, int8, search
 from .speed.gpu import tables as gpu
 
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
@@ -26,12 +36,14 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "sharing": ("sharing", sharing.table),
     "prediction": ("prediction", prediction.table),
     "presets": ("presets", presets.table),
+    "text_encoder": ("text_encoder", text_encoder.table),
     "trellis_formats": ("trellis", trellis.formats_table),
     "trellis_demo": ("trellis", trellis.demo_table),
     "trellis_goals": ("trellis", trellis.goals_table),
     "article": ("article", article.table),
     "int8": ("int8", int8.table),
     "fullsize": ("fullsize", fullsize.table),
+    "checkpoint": ("checkpoint", checkpoint.table),
     "search": ("search", search.table),
     "decode": ("decode", decode.table),
     "gpu": ("gpu", gpu.table),

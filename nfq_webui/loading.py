@@ -14,6 +14,7 @@ from ..nfq_core.checkpoints.whole_checkpoint import (
     dequantize_state_dict,
     missing_companions,
     rename_tensors,
+    unet_names,
 )
 from ..nfq_core.files.container import HASH_KEY, SUFFIX
 
@@ -53,7 +54,7 @@ class NFQLoading:
         self._ahead: tuple[tuple, StateDict] | None = None
 
     def read_ahead(self, path: str, remedy: str = "") -> None:
-        """Read and check every tensor of a file, packed weights staying packed.
+        """Read and check every tensor of a file; the UNet's weights stay packed.
 
         Args:
             path: the file.
@@ -71,7 +72,7 @@ class NFQLoading:
         self._ahead = None
 
     def take(self, path: str, remedy: str = "") -> StateDict:
-        """All tensors of a file, with packed weights, under the names of a whole LDM checkpoint.
+        """All tensors of a file under the names of a whole LDM checkpoint; the UNet's weights are packed.
 
         Uses the tensors read ahead, or reads the file now; arguments and errors as for `read_ahead`.
         """
@@ -81,7 +82,7 @@ class NFQLoading:
         return _read(path, remedy)
 
     def take_dense(self, path: str, device: torch.device | str, remedy: str = "") -> dict[str, torch.Tensor]:
-        """`take`, with every weight dequantised to fp16."""
+        """`take`, with the UNet's weights dequantised to fp16."""
         return dequantize_state_dict(self.take(path, remedy), device=device)
 
 
@@ -94,5 +95,7 @@ def _read(path: str, remedy: str) -> StateDict:
     with NFQFile(path) as file:
         if remedy:
             refuse_incomplete(file, remedy)
-        names = checkpoint_names(file)
-        return rename_tensors(load_tensors(file), names)
+        names, unet = checkpoint_names(file), unet_names(file)
+        # The program's text encoders have no packed layers.
+        others = {key for key in names if key not in unet}
+        return rename_tensors(load_tensors(file, dense=others), names)

@@ -19,6 +19,7 @@ from ..nfq_core.checkpoints.memory import choose_memory_mode, needed_bytes
 from ..nfq_core.checkpoints.state_dict import StateDict, load_tensors
 from ..nfq_core.checkpoints.whole_checkpoint import MARKERS, unet_names
 from ..nfq_core.models.unet_keys import CHECKPOINT_PREFIX
+from ..nfq_core.planning.settings import of_unet
 from .host import PROVENANCE, UNETS, NodeProgress, Provenance
 from .ops import NFOps, wrap
 from .patcher import adopt
@@ -42,7 +43,7 @@ def load_unet(
     """
     with NFQFile(path) as file:
         names, wanted = _unet_names(file)
-        mode = _memory_mode(memory, file)
+        mode = _memory_mode(memory, file, names)
         tensors = load_tensors(file, wanted, memory=mode, progress=progress or NodeProgress())
         return build_model({names.get(key, key): tensors[key] for key in wanted}, file, mode, disable_dynamic)
 
@@ -59,8 +60,9 @@ def load_checkpoint(
     """
     with NFQFile(path) as file:
         names, wanted = _unet_names(file)
-        mode = _memory_mode(memory, file)
-        tensors = load_tensors(file, memory=mode, progress=progress or NodeProgress())
+        mode = _memory_mode(memory, file, names)
+        dense = set(_companion_keys(file, names))
+        tensors = load_tensors(file, memory=mode, dense=dense, progress=progress or NodeProgress())
         model = build_model({names.get(key, key): tensors[key] for key in wanted}, file, mode)
     clip, vae = _clip_and_vae(names, tensors)
     if clip is None and getattr(vae, "first_stage_model", None) is None:
@@ -86,9 +88,14 @@ def load_vae_patcher(path: str, disable_dynamic: bool = False) -> Any:
 def _companions_of(path: str, disable_dynamic: bool) -> tuple[Any, Any]:
     with NFQFile(path) as file:
         names, _ = _unet_names(file)
-        shapes = {key: torch.empty(entry.shape, device="meta") for key, entry in file.quantized.items()}
-        kept = [key for key in file.keys() if key not in shapes]  # noqa: SIM118
-        return _clip_and_vae(names, shapes | load_tensors(file, kept), disable_dynamic)
+        shapes = {key: torch.empty(shape, device="meta") for key, shape in file.shapes().items() if key in names}
+        others = load_tensors(file, _companion_keys(file, names), memory="resident")
+        return _clip_and_vae(names, shapes | others, disable_dynamic)
+
+
+def _companion_keys(file: NFQFile, names: Mapping[str, str]) -> list[str]:
+    """The tensors of CLIP, VAE and the rest, which the host holds dense; `names` lists the UNet's."""
+    return [key for key in file.keys() if key not in names]  # noqa: SIM118
 
 
 def _clip_and_vae(names: Mapping[str, str], tensors: StateDict, disable_dynamic: bool = False) -> tuple[Any, Any]:
@@ -119,14 +126,14 @@ def _unet_names(file: NFQFile) -> tuple[dict[str, str], list[str]]:
     return names, [*names, *(key for key in MARKERS if key in file.kept)]
 
 
-def _memory_mode(memory: str, file: NFQFile) -> str:
-    """Choose between "packed" and "resident" for a file's weights, and log the choice."""
+def _memory_mode(memory: str, file: NFQFile, names: Mapping[str, str]) -> str:
+    """Choose between "packed" and "resident" for the UNet's weights, and log the choice; `names` lists the UNet's."""
     management = comfy.model_management
     device, cpu = management.get_torch_device(), torch.device("cpu")
-    weights = sum(entry.weights for entry in file.quantized.values())
+    weights = sum(entry.weights for key, entry in file.quantized.items() if key in names)
     dtype = management.unet_dtype(model_params=weights, weight_dtype=torch.float16)
     free = min(management.get_free_memory(device), management.get_free_memory(cpu))
-    mode, reason = choose_memory_mode(memory, weights * dtype.itemsize, needed_bytes(file)[1], free)
+    mode, reason = choose_memory_mode(memory, weights * dtype.itemsize, needed_bytes(file, names)[1], free)
     log.info("%s is loaded %s: %s", file.path.name, mode, reason)
     return mode
 
@@ -171,7 +178,7 @@ def build_model(tensors: StateDict, file: NFQFile, mode: str, disable_dynamic: b
     if mode == "packed":
         adopt(patcher)
     facts = file.facts
-    made = Provenance(facts.settings, facts.source, os.path.basename(file.path), facts.expected)
+    made = Provenance(of_unet(facts.settings), facts.source, os.path.basename(file.path), facts.expected)
     patcher.set_attachments(PROVENANCE, made)
     patcher.cached_patcher_init = (load_unet, (str(file.path), mode))
     return patcher

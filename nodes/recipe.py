@@ -19,7 +19,7 @@ from ..nfq_core import NFQFile
 from ..nfq_core.checkpoints import extras
 from ..nfq_core.errors import printable
 from ..nfq_core.files.container import BAKED, IMPORTED, Source
-from ..nfq_core.planning.settings import BY_LEVELS, PRESETS, without_repetition
+from ..nfq_core.planning.settings import BY_LEVELS, PRESETS, TEXT_ENCODERS_SETTING, without_repetition
 from .host import CHECKPOINTS, SUFFIX, UNETS, listed_name
 
 LOADER_INPUTS = {"unet_name": UNETS, "ckpt_name": CHECKPOINTS, "model_name": "", "model_path": ""}
@@ -31,7 +31,7 @@ _NODE_INPUTS = ("effort", "levels", "conv_levels", "quantize_first_last", "calib
 _OPTIONS = {
     "target_bytes": "target-size",
     **{name: name.replace("_", "-") for name in ("preset", "target_bpw", *_NODE_INPUTS)},
-    **{name: name.replace("_", "-") for name in ("format", "conv_format", extras.SETTING)},
+    **{name: name.replace("_", "-") for name in ("format", "conv_format", extras.SETTING, TEXT_ENCODERS_SETTING)},
 }
 """Options of `nfq quantize` by setting. Other settings are left out: a stranger's workflow must not reach a shell."""
 

@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from samples import TINY, random_half
 from structure import absolute_imports
 from stub_webui import ROOT, Program
+from text_models import SMALL_G, SMALL_L, random_tensors
 
+from benchmarks.checkpoint_shapes import text_encoders
 from nfq_core import NFTensor, load, quantize_state_dict, save
 from nfq_core.models.unet_keys import tensor_shapes
 
@@ -111,6 +113,22 @@ def test_our_files_are_read_with_ldm_names(program: Program, files: Path, name: 
     wanted = load(files / name)["down_blocks.1.attentions.0.proj_in.weight"]
     assert isinstance(wanted, NFTensor)
     assert torch.equal(found["model.diffusion_model.input_blocks.3.1.proj_in.weight"], wanted.dequantize())
+
+
+def test_packed_text_encoders_are_dense(program: Program, tmp_path: Path) -> None:
+    """In both programs, in the dtype that they had, whether the UNet stays packed or not."""
+    text = text_encoders(SMALL_L, SMALL_G) | {"first_stage_model.decoder.conv_in.weight": (64, 4, 3, 3)}
+    tensors = random_tensors(tensor_shapes(TINY, "prefixed")) | random_tensors(text, torch.bfloat16)
+    save(quantize_state_dict(tensors), tmp_path / "a.nfq.safetensors")
+    wanted = load(tmp_path / "a.nfq.safetensors", memory="resident")
+    readers = [reader(program)]
+    if "backend.loader" in program.modules:
+        readers.append(program.modules["backend.loader"].load_torch_file)
+    for read in readers:
+        found = read(str(tmp_path / "a.nfq.safetensors"))
+        assert found.keys() == tensors.keys()
+        for key in text:
+            assert type(found[key]) is torch.Tensor and torch.equal(found[key], wanted[key])
 
 
 def test_a_model_is_dropped_only_for_a_readable_one(program: Program, files: Path) -> None:

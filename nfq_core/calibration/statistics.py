@@ -23,7 +23,7 @@ from ..files.safetensors_io import DTYPE_NAMES, Entry, SafetensorsFile, aligned_
 from ..files.untrusted import is_count, is_number, parse_error_message, parse_json
 from ..files.writer import Plan
 from ..fitting.feedback import SecondMoment
-from ..models.unet import UNKNOWN, UNetInfo, detect, known_ldm_names
+from ..models.unet import UNKNOWN, UNetInfo, detect, is_unet_key, known_ldm_names
 from ..planning.settings import Formats, Settings
 
 CALIBRATION_KEY = "nfq_calibration"
@@ -193,11 +193,11 @@ class Calibration:
         return ""
 
     def for_plans(self, info: UNetInfo | None, plans: Mapping[str, Plan]) -> tuple[dict[str, LayerInputs], list[str]]:
-        """`for_weights` for the tensors that `plans` quantise, without those that need Hessians but have none.
+        """`for_weights` for the UNet's tensors that `plans` quantise, without those that need Hessians but have none.
 
         If formats were chosen by size, a warning names the weights without a measured sensitivity.
         """
-        quantized = {key: plan for key, plan in plans.items() if plan.format}
+        quantized = {key: plan for key, plan in plans.items() if plan.format and (not info or is_unet_key(info, key))}
         usable, warnings = self.for_weights(info, {key: plan.shape for key, plan in quantized.items()})
         without = [key for key, inputs in usable.items() if inputs.correlation is None]
         unused = {key for key in without if quantized[key].format.window or quantized[key].sensitivity is not None}

@@ -28,6 +28,7 @@ from ..files.atomic import named_errors, remove_leftovers
 from ..files.container import NFQFile, source_name
 from ..files.original import Original, part_refusal, sharded_model
 from ..parallel import Progress, no_progress
+from ..planning.policy import recorded_text_encoders
 from ..planning.settings import DEFAULTS, Settings
 from . import extras
 from .convert import quantize_file
@@ -126,7 +127,7 @@ def convert_folders(
         for row in waiting:
             if not dry_run and remove_leftovers(row.target):
                 row.set_result(Result.SKIPPED, "another process is writing its target")
-            elif not _target_decides(row, recorded, overwrite, rehash) and not dry_run:
+            elif not _target_decides(row, settings, recorded, overwrite, rehash) and not dry_run:
                 report = partial(_report_within_file, progress, done, total, row)
                 _convert(row, settings, recorded, device, calibration, overwrite, report)
             done += row.original_bytes
@@ -191,12 +192,12 @@ def _classify(row: Row, any_kind: bool) -> None:
         row.set_result(Result.SKIPPED, "--any converts it too")
 
 
-def _target_decides(row: Row, recorded: dict, overwrite: bool, rehash: bool) -> bool:
+def _target_decides(row: Row, settings: Settings, recorded: dict, overwrite: bool, rehash: bool) -> bool:
     """Set a row's result from its existing target; False if there is none, or it is to be replaced."""
     try:
         if not row.target.exists():
             return False
-        difference = _difference(row, recorded, rehash)
+        difference = _difference(row, settings, recorded, rehash)
         if not difference:
             row.file_bytes = row.target.stat().st_size
             row.set_result(Result.DONE)
@@ -216,7 +217,7 @@ def _report_within_file(progress: Progress, before: int, total: int, row: Row, p
     progress(before + row.original_bytes * part // max(1, whole), total, row.source.name)
 
 
-def _difference(row: Row, recorded: dict, rehash: bool) -> str:
+def _difference(row: Row, settings: Settings, recorded: dict, rehash: bool) -> str:
     """Why an existing target is not the one wanted; empty if it is."""
     try:
         with NFQFile(row.target) as file:
@@ -226,7 +227,8 @@ def _difference(row: Row, recorded: dict, rehash: bool) -> str:
     with Original(row.source) as original:
         drops = extras.SETTING in recorded
         recorded = {name: value for name, value in recorded.items() if name != extras.SETTING}
-        recorded |= extras.recorded_extras(drops, original.entries)
+        entries, _ = extras.split_extras(original.entries, drops)
+        recorded |= recorded_text_encoders(settings, entries) | extras.recorded_extras(drops, original.entries)
         if facts.settings != recorded:
             return "exists already, made with other settings"
         if facts.source.bytes != row.original_bytes:
@@ -269,7 +271,7 @@ def _convert(
     except TargetExistsError as error:
         row.set_result(Result.FAILED, str(error))
         # Another process may have written it in the meantime.
-        _target_decides(row, recorded, overwrite, rehash=True)
+        _target_decides(row, settings, recorded, overwrite, rehash=True)
     except NFQError as error:
         row.set_result(Result.FAILED, str(error))
     except OSError as error:

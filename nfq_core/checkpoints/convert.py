@@ -32,12 +32,13 @@ from ..files.source_hash import SourceHash
 from ..files.writer import ContainerWriter, Plan
 from ..fitting.quantizer import quantize
 from ..models.completeness import missing_tensors_message, unet_warnings
+from ..models.text_encoders import text_encoder_warnings
 from ..models.unet import UNetInfo, detect
 from ..packed.codec import encode
 from ..parallel import Progress, no_progress, ordered_map, threads_for
 from ..planning.allocation import SizeSearch
 from ..planning.facts import facts_about
-from ..planning.policy import estimate_warnings, plan_tensors
+from ..planning.policy import estimate_warnings, plan_tensors, recorded_text_encoders
 from ..planning.settings import DEFAULTS, FileSize, Settings
 from .extras import recorded_extras, split_extras
 from .memory import refuse_beyond_memory
@@ -58,7 +59,7 @@ def quantize_file(
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> dict:
-    """Convert a safetensors UNet, checkpoint or state dict to `.nfq.safetensors`.
+    """Convert a safetensors UNet, checkpoint, text encoder or state dict to `.nfq.safetensors`.
 
     fp8 and int8 weights are dequantised first (see `prequantized`). A tensor that contains NaN, Inf or magnitudes
     beyond fp16 is kept, with a warning that names it.
@@ -87,7 +88,7 @@ def quantize_file(
         refuse_unconvertible(original, target)
         metadata, extra, warnings = split_metadata(original.metadata)
         entries, about_extras = split_extras(original.entries, drop_extras)
-        warnings += about_extras + about_unet(original, entries)
+        warnings += about_extras + about_model(original, entries)
         made_from = Source(source_name(original.path), original.file_bytes, NO_SHA256, metadata)
         conversion = _Conversion(original, entries, settings, source_hash, device, calibration, progress)
         choice = settings.choice
@@ -162,9 +163,10 @@ class _Conversion:
         return info, self._plans
 
     def recorded_settings(self) -> dict[str, Any]:
-        """The settings for the header, with the calibration if it was used."""
+        """The settings for the header, with those of text encoders if there are some, and the calibration if used."""
         used = self._inputs or self._sensitivities
-        return self._settings.as_dict() | (self._calibration.as_dict() if used else {})
+        recorded = self._settings.as_dict() | recorded_text_encoders(self._settings, self._entries)
+        return recorded | (self._calibration.as_dict() if used else {})
 
     def write(self, writer: ContainerWriter) -> None:
         """One pass: read the source in order, quantise on several threads, write in order."""
@@ -328,11 +330,16 @@ def refuse_same(sources: Iterable[SafetensorsFile], target: str | os.PathLike) -
         raise NFQError(f"{target} is the source itself; name another target")
 
 
-def about_unet(original: Original, entries: dict[str, Entry]) -> list[str]:
-    """Warnings about a model's UNet; CorruptFileError if it is incomplete. `entries` are the tensors to convert."""
+def about_model(original: Original, entries: dict[str, Entry]) -> list[str]:
+    """Warnings about a model's UNet and text encoders; CorruptFileError if the UNet is incomplete.
+
+    Args:
+        original: the source, open.
+        entries: the tensors of the source that are converted.
+    """
     shapes = {key: entry.shape for key, entry in entries.items()}
     info = detect(shapes)
     lost = missing_tensors_message(info, shapes)
     if lost:
         raise CorruptFileError(f"{original.path} is incomplete: {lost}; fetch the file, or make the merge, again")
-    return unet_warnings(info, shapes)
+    return unet_warnings(info, shapes) + text_encoder_warnings(info, shapes)

@@ -16,16 +16,17 @@ from ..files.container import NO_SHA256, Source, source_name
 from ..files.original import Original
 from ..files.writer import Plan
 from ..fitting.backends import search_backend
+from ..models.components import Component, find_components
 from ..packed.formats import TRELLIS_IDS
 from ..packed.layout import BlockFormat
 from ..parallel import Progress, no_progress, ordered_map, threads_for
 from ..planning import forecast
 from ..planning.allocation import EXPECTED_SQNR_DB, SizeSearch
 from ..planning.facts import facts_about
-from ..planning.policy import estimate_warnings, plan_tensors
+from ..planning.policy import estimate_warnings, plan_tensors, recorded_text_encoders
 from ..planning.settings import DEFAULTS, FileSize, Settings
 from ..sizes import size_in_words
-from .convert import about_unet, refuse_unconvertible
+from .convert import about_model, refuse_unconvertible
 from .extras import recorded_extras, split_extras
 from .metadata import split_metadata
 
@@ -48,9 +49,10 @@ def forecast_file(
 
     Returns:
         `target`, `layers` (each `name`, `format`, `shape`, `bits_per_weight` on disk, `expected_sqnr_db`),
-        `file_bytes`, `original_bytes`, `weights`, `packed_bits_per_weight`, `expected_sqnr_db` (of Gaussian weights),
-        `expected_output_db` and `calibration_db`, the calibration's part of it (both None where they are not known),
-        `seconds` and `warnings`.
+        `components` (each `kind`, `name`, `weights`, `packed_bits_per_weight` (None if nothing is quantised) and
+        `file_bytes`), `file_bytes`, `original_bytes`, `weights`, `packed_bits_per_weight`, `expected_sqnr_db` (of
+        Gaussian weights), `expected_output_db` and `calibration_db`, the calibration's part of it (both None where they
+        are not known), `seconds` and `warnings`.
 
     Raises:
         NFQError: as `quantize_file`, as far as it can be known before.
@@ -59,8 +61,9 @@ def forecast_file(
         refuse_unconvertible(original, target)
         metadata, extra, warnings = split_metadata(original.metadata)
         entries, about_extras = split_extras(original.entries, drop_extras)
-        warnings += about_extras + about_unet(original, entries)
-        recorded = recorded_settings(settings, calibration) | recorded_extras(drop_extras, original.entries)
+        warnings += about_extras + about_model(original, entries)
+        recorded = recorded_settings(settings, calibration) | recorded_text_encoders(settings, entries)
+        recorded |= recorded_extras(drop_extras, original.entries)
         made_from = Source(source_name(original.path), original.file_bytes, NO_SHA256, metadata)
         choice = settings.choice
         size = SizeSearch(choice.nbytes if isinstance(choice, FileSize) else None, settings.effort)
@@ -78,15 +81,16 @@ def forecast_file(
                 break
     calibrated = calibration is not None and bool(calibration.for_plans(info, plans)[0])
     quantized = {key: plan for key, plan in plans.items() if plan.format}
-    weights = sum(prod(plan.shape) for plan in quantized.values())
-    packed = sum(plan.format.packed_bytes(prod(plan.shape)) for plan in quantized.values())
+    weights, bits = _packed_bits(quantized)
+    shapes = {key: plan.shape for key, plan in plans.items()}
     return {
         "target": str(target),
         "layers": [_layer(key, plan, stored[key, plan.format]) for key, plan in quantized.items()],
+        "components": [_component(each, plans, stored) for each in find_components(info, shapes)],
         "file_bytes": file_bytes,
         "original_bytes": made_from.bytes,
         "weights": weights,
-        "packed_bits_per_weight": packed * 8 / weights if weights else 0.0,
+        "packed_bits_per_weight": bits or 0.0,
         "expected_sqnr_db": forecast.expected_sqnr_db(plans),
         "expected_output_db": expected.get("output_db"),
         "calibration_db": expected.get("calibration_db"),
@@ -117,6 +121,28 @@ def _stored_bytes(
         progress(done, len(layers), key)
 
 
+def _packed_bits(quantized: Mapping[str, Plan]) -> tuple[int, float | None]:
+    """Number of weights of quantised tensors, and their packed bits per weight; None without any."""
+    weights = sum(prod(plan.shape) for plan in quantized.values())
+    packed = sum(plan.format.packed_bytes(prod(plan.shape)) for plan in quantized.values())
+    return weights, packed * 8 / weights if weights else None
+
+
+def _component(
+    component: Component, plans: Mapping[str, Plan], stored: Mapping[tuple[str, BlockFormat], float]
+) -> dict[str, Any]:
+    own = {key: plans[key] for key in component.keys}
+    weights, bits = _packed_bits({key: plan for key, plan in own.items() if plan.format})
+    nbytes = sum(stored[key, plan.format] if plan.format else plan.nbytes for key, plan in own.items())
+    return {
+        "kind": component.kind,
+        "name": component.name,
+        "weights": weights,
+        "packed_bits_per_weight": bits,
+        "file_bytes": round(nbytes),
+    }
+
+
 def _layer(key: str, plan: Plan, stored_bytes: float) -> dict[str, Any]:
     weights = prod(plan.shape)
     return {
@@ -135,11 +161,16 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
         f"{printable(layer['name']):{width}}  {layer['format']:9}  {layer['bits_per_weight']:6.3f} bits"
         for layer in forecast["layers"]
     ]
+    several = len(forecast["components"]) > 1
     share = forecast["file_bytes"] / forecast["original_bytes"]
     error = forecast["expected_sqnr_db"]
+    for component in forecast["components"] if several else ():
+        bits = component["packed_bits_per_weight"]
+        how = "kept" if bits is None else f"{bits:.3f} packed bits per weight"
+        lines.append(f"{component['name']}: about {size_in_words(component['file_bytes'])}, {how}")
     whole = [
         f"{forecast['target']}: about {size_in_words(forecast['file_bytes'])}, {share:.0%} of the original",
-        f"{forecast['packed_bits_per_weight']:.3f} packed bits per weight",
+        *([] if several else [f"{forecast['packed_bits_per_weight']:.3f} packed bits per weight"]),
         *([] if error is None else [f"expected SQNR of the weights {error:.1f} dB"]),
         f"about {forecast['seconds']:.0f} s",
     ]

@@ -14,6 +14,7 @@ from ..decibels import pooled_sqnr_db, sqnr_db
 from ..errors import CorruptFileError, NFQError, printable
 from ..files.container import NFQFile
 from ..files.original import Original
+from ..models.components import Component, find_components
 from ..models.unet import detect, known_ldm_names
 from ..parallel import Progress, no_progress, ordered_map
 from .memory import refuse_beyond_memory
@@ -40,10 +41,11 @@ def container_info(file: NFQFile) -> dict:
         `expectation`), `weights` (count of quantised weights), `bits_per_weight` (stored bytes of the quantised tensors
         × 8 ÷ those weights),
         `packed_bits_per_weight` (the same for the packed buffers), `file_bytes`, `original_bytes` (size of the source
-        file), `kept` and `kept_bytes` (number and size of the tensors kept), `has_workflow`, and `layers` (each `name`,
-        `format`, `shape`, `bits_per_weight` and, if formats were chosen by size, `sensitivity`: see
-        `allocation.allocate`).
+        file), `kept` and `kept_bytes` (number and size of the tensors kept), `has_workflow`, `components` (the models
+        in the file, see `_component_info`), and `layers` (each `name`, `format`, `shape`, `bits_per_weight` and, if
+        formats were chosen by size, `sensitivity`: see `allocation.allocate`).
     """
+    shapes = file.shapes()
     weights = sum(entry.weights for entry in file.quantized.values())
     stored = sum(file.stored_bytes(key) for key in file.quantized)
     packed = sum(entry.packed_bytes for entry in file.quantized.values())
@@ -64,6 +66,7 @@ def container_info(file: NFQFile) -> dict:
         "kept": len(file.kept),
         "kept_bytes": sum(file.stored_bytes(key) for key in file.kept),
         "has_workflow": "workflow" in file.metadata,
+        "components": [_component_info(file, each) for each in find_components(detect(shapes), shapes)],
         "layers": [
             {
                 "name": key,
@@ -77,6 +80,57 @@ def container_info(file: NFQFile) -> dict:
     }
 
 
+def _component_info(file: NFQFile, component: Component) -> dict[str, Any]:
+    """One of the models in an open container.
+
+    Returns:
+        `kind` ("diffusion model", "text encoder", "VAE" or "other"), `name`, `tensors`, `weights` (count of quantised
+        weights), `bits_per_weight` and `packed_bits_per_weight` (of these weights, as in `container_info`; None if
+        nothing is quantised), `file_bytes` (of its tensors in the file) and `original_bytes` (before they were
+        quantised).
+    """
+    entries = [file.quantized[key] for key in component.keys if key in file.quantized]
+    weights = sum(entry.weights for entry in entries)
+    stored = sum(file.stored_bytes(key) for key in component.keys if key in file.quantized)
+    packed = sum(entry.packed_bytes for entry in entries)
+    return {
+        "kind": component.kind,
+        "name": component.name,
+        "tensors": len(component.keys),
+        "weights": weights,
+        "bits_per_weight": stored * 8 / weights if weights else None,
+        "packed_bits_per_weight": packed * 8 / weights if weights else None,
+        "file_bytes": sum(map(file.stored_bytes, component.keys)),
+        "original_bytes": sum(map(file.dense_bytes, component.keys)),
+    }
+
+
+def of_main_component(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The result of `container_info` with the number of weights and the bits of the diffusion model, if there is one.
+
+    Presets and target bits count the diffusion model only, so files compare by these.
+    """
+    models = (each for each in info["components"] if each["kind"] == "diffusion model" and each["weights"])
+    main = next(models, info)
+    return {**info, **{name: main[name] for name in ("weights", "bits_per_weight", "packed_bits_per_weight")}}
+
+
+def _model_name(info: Mapping[str, Any]) -> str:
+    """The architecture; of a file without a known diffusion model, the names of its text encoders, if it has some."""
+    encoders = [each["name"] for each in info["components"] if each["kind"] == "text encoder"]
+    return ", ".join(encoders) if encoders and info["layout"] == "plain" else info["architecture"]
+
+
+def _component_line(component: Mapping[str, Any]) -> str:
+    size = f"{component['file_bytes']:,} bytes"
+    if component["bits_per_weight"] is None:
+        return f"{size}, kept"
+    return (
+        f"{size}, {component['file_bytes'] / component['original_bytes']:.0%} of the original; "
+        f"{component['bits_per_weight']:.3f} bits/weight in the file, {component['packed_bits_per_weight']:.3f} packed"
+    )
+
+
 def info_lines(path: str | os.PathLike, info: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The result of `file_info` for the file at `path` as pairs of name and text, printable on a terminal."""
     formats = Counter(layer["format"] for layer in info["layers"])
@@ -84,7 +138,7 @@ def info_lines(path: str | os.PathLike, info: Mapping[str, Any]) -> list[tuple[s
     lines = [
         ("file", f"{path}, {info['file_bytes']:,} bytes{share}"),
         ("written by", f"{info['writer']}, container version {info['container_version']}"),
-        ("model", f"{info['architecture']}, {info['layout']} keys"),
+        ("model", f"{_model_name(info)}, {info['layout']} keys"),
         ("source", f"{info['source']['name'] or 'not recorded'} {info['source']['sha256'][:10]}"),
         ("settings", settings_in_words(info["settings"]) or "not recorded"),
         (
@@ -94,6 +148,7 @@ def info_lines(path: str | os.PathLike, info: Mapping[str, Any]) -> list[tuple[s
         ),
         ("bits/weight", f"{info['bits_per_weight']:.3f} in the file, {info['packed_bits_per_weight']:.3f} packed"),
         ("kept", f"{info['kept']} tensors, {info['kept_bytes']:,} bytes"),
+        *((each["name"], _component_line(each)) for each in info["components"] if len(info["components"]) > 1),
         ("workflow", "embedded" if info["has_workflow"] else "none"),
     ]
     if info["expected"]:
@@ -155,27 +210,34 @@ def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progr
 
     Returns:
         `sqnr_db` (of all layers together, see `decibels.pooled_sqnr_db`) and `layers` (each `name`, `format`,
-        `bits_per_weight` as stored, and `sqnr_db`). A `sqnr_db` is None if the weights are equal.
+        `bits_per_weight` as stored, and `sqnr_db`); if several models in the file are quantised, `components` (each
+        `kind`, `name`, `weights` and `sqnr_db`); if the original lacks text encoders, their names as `not_compared`. A
+        `sqnr_db` is None if the weights are equal.
 
     Raises:
         NFQError: a file is missing or damaged, or the original lacks a tensor or has it in another shape.
     """
     with Original(original) as before, NFQFile(path) as after:
         names = _counterparts(before, after)
-        for key, entry in after.quantized.items():
+        shapes = after.shapes()
+        components = find_components(detect(shapes), shapes)
+        absent = [each for each in components if each.encoder and not any(map(each.encoder.owns, before.entries))]
+        left_out = {key for component in absent for key in component.keys}
+        compared = {key: entry for key, entry in after.quantized.items() if key not in left_out}
+        for key, entry in compared.items():
             found = before.entries[names[key]].shape if key in names else None
             if found != entry.shape:
                 raise NFQError(f"{before.path}: tensor {key!r} has shape {found}, {after.path} has {entry.shape}")
 
-        refuse_beyond_memory(after, max((8 * entry.weights for entry in after.quantized.values()), default=0))
+        refuse_beyond_memory(after, max((8 * entry.weights for entry in compared.values()), default=0))
 
         def measure(key: str) -> float:
             return sqnr_db(before.tensor(names[key]), after.load(key).dequantize(torch.float32))
 
         layers = []
-        done, total = 0, sum(before.entries[names[key]].nbytes for key in after.quantized)
-        results = ordered_map(measure, after.quantized, size=lambda key: 8 * after.quantized[key].weights)
-        for (key, entry), ratio in zip(after.quantized.items(), results, strict=True):
+        done, total = 0, sum(before.entries[names[key]].nbytes for key in compared)
+        results = ordered_map(measure, compared, size=lambda key: 8 * compared[key].weights)
+        for (key, entry), ratio in zip(compared.items(), results, strict=True):
             if math.isnan(ratio) or ratio == -math.inf:
                 raise NFQError(f"{before.path}: tensor {key!r} is not what {after.path} was made from")
             layers.append(
@@ -188,17 +250,33 @@ def compare_files(original: str | os.PathLike, path: str | os.PathLike, *, progr
             )
             done += before.entries[names[key]].nbytes
             progress(done, total, key)
+        weighted = {each["name"]: (compared[each["name"]].weights, each["sqnr_db"]) for each in layers}
+        parts = [_component_error(each, weighted) for each in components if weighted.keys() & set(each.keys)]
         return {
-            "sqnr_db": pooled_sqnr_db((after.quantized[each["name"]].weights, each["sqnr_db"]) for each in layers),
+            "sqnr_db": pooled_sqnr_db(weighted.values()),
+            **({"components": parts} if len(parts) > 1 else {}),
+            **({"not_compared": [each.name for each in absent]} if absent else {}),
             "layers": layers,
         }
 
 
+def _component_error(component: Component, weighted: Mapping[str, tuple[int, float | None]]) -> dict[str, Any]:
+    """A component's entry in the result of `compare_files`, from weights and SQNR of each layer by name."""
+    layers = [weighted[key] for key in component.keys if key in weighted]
+    return {
+        "kind": component.kind,
+        "name": component.name,
+        "weights": sum(weights for weights, _ in layers),
+        "sqnr_db": pooled_sqnr_db(layers),
+    }
+
+
 def _counterparts(before: Original, after: NFQFile) -> dict[str, str]:
     """Name in the original of each quantised tensor that it has: the same, or the UNet's name in another layout."""
-    if any(key in before.entries for key in after.quantized):
-        return {key: key for key in after.quantized if key in before.entries}
+    same = {key: key for key in after.quantized if key in before.entries}
+    if len(same) == len(after.quantized):
+        return same
     shapes = after.shapes(), {key: entry.shape for key, entry in before.entries.items()}
     ours, theirs = (known_ldm_names(detect(each), each) for each in shapes)
     known = {ldm: key for key, ldm in theirs.items()}
-    return {key: known[ldm] for key, ldm in ours.items() if ldm in known and key in after.quantized}
+    return {key: known[ldm] for key, ldm in ours.items() if ldm in known and key in after.quantized} | same

@@ -11,6 +11,7 @@ from ..files.container import FACTS_KEY
 from ..files.original import Original
 from ..files.safetensors_io import Entry
 from ..models.completeness import HOST_WIDTHS, context_width, missing_tensors_message
+from ..models.text_encoders import find_text_encoders
 from ..models.unet import UNKNOWN, UNetInfo
 from ..planning.policy import plan_tensors
 from ..planning.settings import DEFAULTS
@@ -72,10 +73,13 @@ def _kind_name(entries: Mapping[str, Entry], info: UNetInfo | None) -> str:
         family = info.name if info.name != UNKNOWN else "SDXL-like"
         companions = tuple(prefix for prefixes in COMPANIONS.values() for prefix in prefixes)
         return f"{family} checkpoint" if any(key.startswith(companions) for key in entries) else f"{family} UNet"
+    encoders = find_text_encoders({key: entry.shape for key, entry in entries.items()})
     names = "\n".join(entries)
     kind = next((kind for kind, pattern in _KEY_PATTERNS.items() if re.search(pattern, names, re.MULTILINE)), None)
     if info is not None and kind in (None, "VAE", "text encoder"):
         return _other_unet_name(entries)
+    if encoders and kind in (None, "text encoder", "CLIP vision encoder"):
+        return f"text encoder ({', '.join(encoder.name for encoder in encoders)})"
     if kind is None and len(entries) <= 2:
         # Shapes are a weak sign, so key patterns come first.
         shapes = [entry.shape for entry in entries.values()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import closing, nullcontext
 from typing import Any
 
@@ -46,6 +46,7 @@ def quantize_state_dict(
     conv_format: str | None = None,
     preset: str | None = None,
     target_bpw: float | None = None,
+    text_encoders: str | None = None,
     device: torch.device | str | None = None,
     calibration: Calibration | None = None,
 ) -> StateDict:
@@ -62,6 +63,7 @@ def quantize_state_dict(
         conv_format: the format of weights of more dimensions instead of `conv_levels`.
         preset: a size, one of `settings.PRESETS`; by default "balanced".
         target_bpw: most packed bits per weight, instead of a preset.
+        text_encoders: see `Settings`.
         device: device to quantise on; by default the tensor's own.
         calibration: statistics of the layers' inputs; weights without any are quantised without it, and logged.
 
@@ -82,6 +84,7 @@ def quantize_state_dict(
         conv_format=conv_format,
         effort=effort,
         quantize_first_last=quantize_first_last,
+        text_encoders=text_encoders,
     )
     stored = describe(state_dict)
     found = find_prequantized(stored, (), state_dict.__getitem__, "the state dict")
@@ -266,15 +269,18 @@ def load_tensors(
     *,
     device: torch.device | str = "cpu",
     memory: str = "packed",
+    dense: Container[str] = (),
     progress: Progress = no_progress,
 ) -> StateDict:
-    """`load` from an open file."""
+    """`load` from an open file. Tensors named in `dense` are dequantised to their recorded dtype in any mode."""
     wanted = list(file.keys() if keys is None else keys)
     # The check reads a number, which torch's meta device cannot give; that device exists everywhere.
     if str(device) != "meta":
         check_device(device)
     device = _with_index(device)
-    sizes = needed_bytes(file, wanted)
+    always_dense = {key for key in wanted if key in dense}
+    dense_bytes, packed_bytes = needed_bytes(file, wanted)
+    sizes = dense_bytes, packed_bytes + sum(file.dense_bytes(key) - file.packed_bytes(key) for key in always_dense)
     mode, reason = choose_memory_mode(memory, *sizes, free_bytes(device) if memory == "auto" else None)
     if memory == "auto":
         log.info("%s: weights are held %s on %s: %s", file.path, mode, device, reason)
@@ -282,7 +288,7 @@ def load_tensors(
         refuse_beyond_memory(file, sizes[0] if mode == "resident" else sizes[1])
     result: StateDict = {}
     try:
-        _load_into(result, file, wanted, device, mode == "resident", progress)
+        _load_into(result, file, wanted, device, set(wanted) if mode == "resident" else always_dense, progress)
         return result
     except BaseException as error:
         # The traceback keeps this frame alive; free its tensors.
@@ -294,10 +300,15 @@ def load_tensors(
 
 
 def _load_into(
-    result: StateDict, file: NFQFile, wanted: list[str], device: torch.device, resident: bool, progress: Progress
+    result: StateDict,
+    file: NFQFile,
+    wanted: list[str],
+    device: torch.device,
+    dense: set[str],
+    progress: Progress,
 ) -> None:
-    """Fill `result` with the wanted tensors, in order."""
-    if resident:
+    """Fill `result` with the wanted tensors, in order; those named in `dense` are dequantised."""
+    if dense:
         # Tried once here, not by all threads at once.
         backend_for(device)
     threads = threads_for(device, CHUNK_WEIGHTS * TEMPORARY_BYTES)
@@ -307,7 +318,7 @@ def _load_into(
     def work(key: str) -> NFTensor | torch.Tensor:
         with nullcontext() if stream is None else torch.cuda.stream(stream):
             tensor = file.load(key).to(device)
-            return tensor.dequantize(tensor.dtype) if resident and isinstance(tensor, NFTensor) else tensor
+            return tensor.dequantize(tensor.dtype) if key in dense and isinstance(tensor, NFTensor) else tensor
 
     done, total = 0, sum(map(file.stored_bytes, wanted))
     with closing(ordered_map(work, wanted, size=file.stored_bytes, threads=threads)) as tensors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import NFQError
@@ -56,7 +57,16 @@ _FORMAT_TAGS = {"nf4_b64": "4LEVELS"}
 
 
 def settings_tag(settings: Settings) -> str:
-    """Settings as part of a file name: `small`, `3.4bpw`, `1.2GB`, `NF16` or `NF12-NF24` (Linear, convolutions)."""
+    """Settings as part of a file name: `small`, `3.4bpw`, `1.2GB`, `NF16` or `NF12-NF24` (Linear, convolutions).
+
+    A choice for text encoders that is not the default follows: `small-TE8bit`, `balanced-TEkeep`.
+    """
+    usual = replace(settings, text_encoders=None).text_encoder_bits
+    chosen = settings.text_encoder_bits
+    return _size_tag(settings) + ("" if chosen == usual else f"-TE{chosen}")
+
+
+def _size_tag(settings: Settings) -> str:
     choice = settings.choice
     if isinstance(choice, BitsPerWeight):
         return choice.preset or f"{choice.bits:g}bpw"

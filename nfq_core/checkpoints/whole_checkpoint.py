@@ -9,7 +9,9 @@ import torch
 
 from ..errors import UnsupportedFileError
 from ..files.container import NFQFile
-from ..models.unet import UNetInfo, detect, diffusers_names, ldm_names, mismatch_message
+from ..models.components import VAE_PREFIXES
+from ..models.text_encoders import TextEncoder, find_text_encoders
+from ..models.unet import UNKNOWN, UNetInfo, detect, diffusers_names, ldm_names, mismatch_message
 from ..models.unet_keys import CHECKPOINT_PREFIX
 from ..packed.tensor import NFTensor
 from ..packed.torch_decode import CHUNK_WEIGHTS, TEMPORARY_BYTES
@@ -18,7 +20,7 @@ from .state_dict import StateDict
 
 COMPANIONS = {
     "text encoder": ("conditioner.", "cond_stage_model.", "text_encoders."),
-    "VAE": ("first_stage_model.", "vae."),
+    "VAE": VAE_PREFIXES,
 }
 """The other models in a whole checkpoint, with the prefixes that their keys may have."""
 
@@ -56,6 +58,12 @@ def _recognised(file: NFQFile) -> tuple[UNetInfo, dict[str, tuple[int, ...]]]:
     shapes = file.shapes()
     info = detect(shapes)
     if info is None:
+        encoders = find_text_encoders(shapes)
+        if encoders:
+            raise UnsupportedFileError(
+                f"{file.path} is a text encoder ({_names(encoders)}), not a diffusion model; it belongs in "
+                "models/text_encoders"
+            )
         raise UnsupportedFileError(f"{file.path} has no UNet of the SDXL family; choose a quantised SDXL-type model")
     return info, shapes
 
@@ -84,7 +92,34 @@ def checkpoint_names(file: NFQFile) -> dict[str, str]:
 
 def missing_companions(file: NFQFile) -> list[str]:
     """The COMPANIONS that a file lacks: both, if it holds only a UNet."""
-    return [part for part, prefixes in COMPANIONS.items() if not any(key.startswith(prefixes) for key in file.kept)]
+    keys = file.keys()
+    return [part for part, prefixes in COMPANIONS.items() if not any(key.startswith(prefixes) for key in keys)]
+
+
+def text_encoders_of(file: NFQFile) -> list[TextEncoder]:
+    """The text encoders in a file, at least one, in the order of its tensors.
+
+    Raises:
+        UnsupportedFileError: the file has none.
+    """
+    shapes = file.shapes()
+    encoders = find_text_encoders(shapes)
+    if not encoders:
+        info = detect(shapes)
+        if info is None:
+            raise UnsupportedFileError(
+                f"{file.path} has no text encoder of a known kind; choose a quantised CLIP, T5 or language model"
+            )
+        model = f"a UNet ({info.name})" if info.name != UNKNOWN else "a UNet"
+        raise UnsupportedFileError(
+            f"{file.path} is {model}, not a text encoder; it belongs in models/diffusion_models, where Load NFQ "
+            "Diffusion Model finds it"
+        )
+    return encoders
+
+
+def _names(encoders: list[TextEncoder]) -> str:
+    return " and ".join(encoder.name for encoder in encoders)
 
 
 def dequantize_state_dict(

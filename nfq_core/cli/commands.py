@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default="nfq-demo", metavar="DIR", help="folder for the results (default: %(default)s)")
     sub.add_argument("--force", action="store_true", help="replace the results of an earlier demo in DIR")
 
-    sub = command("quantize", _quantize, "convert a safetensors UNet, checkpoint or state dict to .nfq.safetensors")
+    sub = command("quantize", _quantize, "convert a safetensors checkpoint, UNet or text encoder to .nfq.safetensors")
     sub.add_argument("source", metavar="SRC", help=f"the model: {MODEL}")
     sub.add_argument(
         "target",
@@ -248,7 +248,7 @@ def _dequantize(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     info = examine.file_info(options.file)
-    return show(options, info, "\n".join(f"{name:14}{text}" for name, text in examine.info_lines(options.file, info)))
+    return show(options, info, "\n".join(f"{name:13} {text}" for name, text in examine.info_lines(options.file, info)))
 
 
 def _backends(options: argparse.Namespace) -> int:
@@ -280,6 +280,8 @@ def _compare(options: argparse.Namespace) -> int:
     for name, layer in zip(names, result["layers"], strict=True):
         figures = f"{layer['bits_per_weight']:6.3f} bits  {decibels_in_words(layer['sqnr_db']):>9}"
         lines.append(f"{name:{width}}  {layer['format']:12}  {figures}")
+    lines += [f"{each['name']}: {decibels_in_words(each['sqnr_db'])}" for each in result.get("components", ())]
+    lines += [f"{name}: not compared, ORIGINAL has none" for name in result.get("not_compared", ())]
     lines.append(f"all {len(result['layers'])} layers together: {decibels_in_words(result['sqnr_db'])}")
     return show(options, result, "\n".join(lines))
 

@@ -11,7 +11,16 @@ from ..checkpoints.memory import check_device
 from ..fitting.codebook import EFFORTS
 from ..fitting.quantizer import FIT_DTYPE
 from ..packed.formats import LEVELS, WRITABLE_IDS
-from ..planning.settings import DEFAULT_CONV_LEVELS, DEFAULT_LEVELS, DEFAULT_PRESET, DEFAULTS, PRESETS, Settings
+from ..planning.settings import (
+    DEFAULT_CONV_LEVELS,
+    DEFAULT_LEVELS,
+    DEFAULT_PRESET,
+    DEFAULTS,
+    FIVE_BITS_UP_TO,
+    PRESETS,
+    TEXT_ENCODERS,
+    Settings,
+)
 from ..sizes import UNITS, parse_size
 
 
@@ -22,13 +31,17 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     dial.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help=f"size in packed bits per weight: {_presets_in_words()} (default: {DEFAULT_PRESET})",
+        help="size in packed bits per weight of the diffusion model: "
+        f"{_presets_in_words()} (default: {DEFAULT_PRESET})",
     )
     dial.add_argument(
         "--target-size", type=_size, metavar="SIZE", help=f"most bytes of the whole file, such as 1.2GB; {UNITS}"
     )
     dial.add_argument(
-        "--target-bpw", type=_positive, metavar="X", help="most packed bits per weight, averaged over all layers"
+        "--target-bpw",
+        type=_positive,
+        metavar="X",
+        help="most packed bits per weight of the diffusion model",
     )
     either = dial.add_mutually_exclusive_group()
     either.add_argument(
@@ -61,6 +74,12 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
         "or formats, best fits levels longer (default: %(default)s)",
     )
     parser.add_argument(
+        "--text-encoders",
+        choices=TEXT_ENCODERS,
+        help="bits per weight of text encoders, or keep them unchanged (default: 5bit for presets and --target-bpw up "
+        f"to {FIVE_BITS_UP_TO} bits per weight, else 8bit)",
+    )
+    parser.add_argument(
         "--quantize-first-last", action="store_true", help="quantise a UNet's outermost convolutions too"
     )
     parser.add_argument(
@@ -89,6 +108,7 @@ def conversion(options: argparse.Namespace) -> dict[str, Any]:
             conv_format=options.conv_format,
             effort=options.effort,
             quantize_first_last=options.quantize_first_last,
+            text_encoders=options.text_encoders,
         )
     except ValueError as error:
         options.wrong_usage(str(error))

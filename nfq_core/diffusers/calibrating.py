@@ -19,7 +19,7 @@ from ..errors import NFQError, missing_package
 from ..files.container import FACTS_KEY
 from ..files.original import Original
 from ..files.untrusted import LOADING_ERRORS, loading_error_message
-from ..layers.packed_layers import packed_layers
+from ..layers.packing import packed_layers
 from ..models.sensitivities import known_by_layer
 from ..parallel import Progress, no_progress
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from ..checkpoints.state_dict import load_tensors
 from ..errors import NFQError
 from ..files.container import NFQFile
 from ..files.safetensors_io import TORCH_DTYPES
-from ..layers.packed_layers import assign_state, packed_layers
+from ..layers.packing import assign_state, packed_layers
 from ..packed.tensor import QUANTIZABLE_DTYPES, NFTensor
 from ..parallel import Progress, no_progress
+from ..planning.settings import of_unet
 from .config import NFQConfig
 from .model import check_fits, make_packed, names_in_model
 
@@ -60,9 +63,9 @@ def load_unet(
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         names = names_in_model(file, shapes)
         check_fits(file, names, shapes, os.fspath(Path(config_dir) / CONFIG))
-        dtype = dtype or _recorded_dtype(file)
+        dtype = dtype or _recorded_dtype(file, names)
         loaded = load_tensors(file, names, device=device, memory=memory, progress=progress)
-        facts = file.facts
+        facts = replace(file.facts, settings=of_unet(file.facts.settings))
     state = {}
     for key, name in names.items():
         # Removing each tensor frees its memory once it is cast.
@@ -109,7 +112,7 @@ def _empty_model(config: dict[str, Any], path: Path) -> nn.Module:
         raise NFQError(f"{path}: diffusers cannot build a UNet from it: {reason}") from None
 
 
-def _recorded_dtype(file: NFQFile) -> torch.dtype:
-    """The recorded dtype of most quantised weights of a file; fp16 if there are none."""
-    most = Counter(entry.dtype for entry in file.quantized.values()).most_common(1)
+def _recorded_dtype(file: NFQFile, keys: Iterable[str]) -> torch.dtype:
+    """The recorded dtype of most of these tensors of a file that are quantised; fp16 if none is."""
+    most = Counter(file.quantized[key].dtype for key in keys if key in file.quantized).most_common(1)
     return TORCH_DTYPES[most[0][0]] if most else torch.float16

@@ -21,7 +21,8 @@ from ..checkpoints.whole_checkpoint import diffusers_unet_names
 from ..errors import NFQError, UnsupportedFileError
 from ..files.atomic import AtomicFile
 from ..files.container import NFQFile
-from ..layers.packed_layers import CANNOT_TRAIN, dense_layers, needs_dense, packed_layers
+from ..layers.packed_layers import CANNOT_TRAIN, needs_dense
+from ..layers.packing import dense_layers, packed_layers
 from .patches import wrap_copying
 from .saving import refuse_offloaded, saved_tensors
 

@@ -19,7 +19,7 @@ from ..errors import CannotQuantizeError, NFQError, UnsupportedFileError, missin
 from ..files.container import PREFIX, Facts, NFQFile
 from ..files.safetensors_io import Entry
 from ..fitting.quantizer import quantize
-from ..layers.packed_layers import PACKED_KINDS, pack_layers
+from ..layers.packing import PACKED_KINDS, pack_layers
 from ..packed.tensor import QUANTIZABLE_DTYPES, NFTensor
 from ..planning.facts import facts_about
 from ..planning.policy import estimate_warnings, plan_tensors

@@ -11,7 +11,8 @@ from diffusers.utils import is_accelerate_available
 from torch import nn
 
 from ..errors import NFQError
-from ..layers.packed_layers import PackedLayer, packed_layers
+from ..layers.packed_layers import PackedLayer
+from ..layers.packing import packed_layers
 
 
 def saved_tensors(model: nn.Module, stock: type) -> dict[str, Any]:

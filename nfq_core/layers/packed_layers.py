@@ -62,12 +62,12 @@ class _LayerState(dict):
 
 
 class PackedLayer:
-    """Base of both kinds of layers: a packed weight, and low-rank changes that are added after dequantising.
+    """Base of all kinds of layers: a packed weight, and low-rank changes that are added after dequantising.
 
     State dicts do not include the changes.
     """
 
-    def _set_packed_weight(self, tensor: NFTensor, layer: nn.Linear | nn.Conv2d) -> None:
+    def _set_packed_weight(self, tensor: NFTensor, layer: nn.Linear | nn.Conv2d | nn.Embedding) -> None:
         self.compute_dtype = tensor.dtype if layer.weight.is_meta else layer.weight.dtype
         """The dtype in which the layer computes, as far as known; PEFT creates its factors in it."""
         self.format_id = tensor.format.id
@@ -75,7 +75,8 @@ class PackedLayer:
         self.weight_dtype = tensor.dtype
         data = tensor.data.view(*[1] * (len(tensor.shape) - 1), -1)
         self.weight = nn.Parameter(data, requires_grad=False)
-        self.bias = layer.bias
+        if not isinstance(layer, nn.Embedding):
+            self.bias = layer.bias
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         """As in torch, but casts change only `compute_dtype`, not the packed weight's bytes."""
@@ -154,7 +155,8 @@ class PackedLayer:
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The dequantised weight in `dtype`, low-rank changes included, as a new tensor."""
-        return self._with_low_rank(dequantize(self.buffer, self.format_id, self.weight_shape, dtype))
+        weight = dequantize(self.buffer, self.format_id, self.weight_shape, dtype)
+        return self._with_low_rank(weight, self.low_rank)
 
     def _forward_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """`dense_weight` in memory that later forward calls may reuse."""
@@ -164,11 +166,11 @@ class PackedLayer:
             dtype = change.up.dtype
         if torch.jit.is_tracing():
             raise NFQError(CANNOT_SCRIPT)
-        return self._with_low_rank(dequantize_for_one_use(self.buffer, self.format_id, self.weight_shape, dtype))
+        weight = dequantize_for_one_use(self.buffer, self.format_id, self.weight_shape, dtype)
+        return self._with_low_rank(weight, change)
 
-    def _with_low_rank(self, weight: torch.Tensor) -> torch.Tensor:
-        """Add `low_rank` to a weight in place; NFQError if their dtypes or devices do not match."""
-        change = self.low_rank
+    def _with_low_rank(self, weight: torch.Tensor, change: LowRank | None) -> torch.Tensor:
+        """Add a change to a weight in place, if there is one; NFQError if their dtypes or devices do not match."""
         if change is None:
             return weight
         other_device, other_dtype = change.up.device != weight.device, change.up.dtype != weight.dtype
@@ -198,7 +200,7 @@ class PackedLinear(PackedLayer, nn.Linear):
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """The stock layer with the weight in `dtype`, changes included."""
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        return _with_dense_weight(layer, self, dtype)
+        return with_dense_weight(layer, self, dtype)
 
 
 class PackedConv2d(PackedLayer, nn.Conv2d):
@@ -223,11 +225,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
 
     def dense(self, dtype: torch.dtype) -> nn.Conv2d:
         """The stock layer with the weight in `dtype`, changes included."""
-        return _with_dense_weight(nn.Conv2d(**_settings(self)), self, dtype)
-
-
-PACKED_KINDS = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
-"""The packed layer that replaces each stock layer."""
+        return with_dense_weight(nn.Conv2d(**_settings(self)), self, dtype)
 
 
 def _is_autocast(device_type: str) -> bool:
@@ -242,85 +240,9 @@ def _settings(layer: nn.Conv2d) -> dict:
     return {name: getattr(layer, name) for name in names} | {"bias": False, "device": "meta"}
 
 
-def _with_dense_weight(layer: nn.Module, packed: PackedLayer, dtype: torch.dtype) -> nn.Module:
+def with_dense_weight(layer: nn.Module, packed: PackedLayer, dtype: torch.dtype) -> nn.Module:
+    """Give a stock layer the dequantised weight and the bias of a packed one, and return it."""
     layer.weight = nn.Parameter(packed.dense_weight(dtype), requires_grad=False)
-    layer.bias = packed.bias
+    if not isinstance(layer, nn.Embedding):
+        layer.bias = packed.bias
     return layer.train(packed.training)
-
-
-def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
-    """The packed layers inside a model, by name."""
-    return {name: module for name, module in model.named_modules() if name and isinstance(module, PackedLayer)}
-
-
-def pack_layers(model: nn.Module, tensors: Mapping[str, NFTensor]) -> None:
-    """Replace Linear and Conv2d layers of a model by packed layers.
-
-    Biases are kept; hooks on the replaced layers are lost. The model may be on torch's meta device.
-
-    Args:
-        model: changed in place, unless an error is raised.
-        tensors: packed weights by their names in the model's state dict; their buffers are shared.
-
-    Raises:
-        NFQError: a layer is missing, or has another shape or type.
-    """
-    modules = dict(model.named_modules())
-    replacements = {}
-    for name, tensor in tensors.items():
-        path = name.removesuffix(".weight")
-        layer = modules.get(path)
-        if layer is None or path == name:
-            raise NFQError(f"the model has no layer for the packed weight {name!r}")
-        kind = next((packed for stock, packed in PACKED_KINDS.items() if isinstance(layer, stock)), None)
-        if kind is None or isinstance(layer, PackedLayer):
-            raise NFQError(
-                f"the packed weight {name!r} needs a Linear or Conv2d layer, the model has {type(layer).__name__}"
-            )
-        if layer.weight.shape != tensor.shape:
-            raise NFQError(
-                f"the packed weight {name!r} has shape {tuple(tensor.shape)}, the model's layer wants "
-                f"{tuple(layer.weight.shape)}"
-            )
-        replacements[path] = kind(layer, tensor).train(layer.training)
-    for path, layer in replacements.items():
-        _replace(model, path, layer)
-
-
-def assign_state(model: nn.Module, state: Mapping[str, NFTensor | torch.Tensor]) -> None:
-    """Set all tensors of a model: packed weights as packed layers, see `pack_layers`, others as parameters and buffers.
-
-    Tensors are shared, not copied or converted. The model may be on torch's meta device.
-
-    Args:
-        model: changed in place, unless an error is raised.
-        state: every tensor by its name in the model's state dict.
-
-    Raises:
-        NFQError: a tensor is missing, unexpected or of another shape, or a packed one has no Linear or Conv2d layer.
-    """
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name in {**shapes, **given}:
-        if given.get(name) != shapes.get(name):
-            has, wants = (each.get(name, "nothing") for each in (given, shapes))
-            raise NFQError(f"tensor {name!r}: the model wants {wants}, the state has {has}")
-    pack_layers(model, {name: tensor for name, tensor in state.items() if isinstance(tensor, NFTensor)})
-    kept = {name: tensor for name, tensor in state.items() if not isinstance(tensor, NFTensor)}
-    model.load_state_dict(kept, strict=False, assign=True)
-
-
-def dense_layers(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
-    """Replace a model's packed layers by stock layers, with their low-rank changes merged.
-
-    Args:
-        model: changed in place.
-        dtype: dtype of the dequantised weights.
-    """
-    for path, layer in packed_layers(model).items():
-        _replace(model, path, layer.dense(dtype))
-
-
-def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, layer)

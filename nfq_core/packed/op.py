@@ -1,6 +1,6 @@
-"""The decode as one opaque torch operation, so that torch.compile does not break the graph.
+"""The decode, of a weight or of rows, as opaque torch operations, so that torch.compile does not break the graph.
 
-This module cannot be reloaded, because torch registers an operation only once.
+This module cannot be reloaded, because torch registers operations only once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .formats import format_by_id
+from .rows import dequantize_rows as decode_rows
 from .tensor import NFTensor
 
 _local = threading.local()
@@ -21,7 +22,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 """Types of real tensors, as opposed to fakes and other subclasses."""
 
 NAMESPACE = f"nfq_{hashlib.sha256(__name__.encode()).hexdigest()[:12]}"
-"""Namespace of the operation in torch: unique to each copy of this package in a process, installed or in a plugin."""
+"""Namespace of the operations in torch: unique to each copy of this package in a process, installed or in a plugin."""
 
 
 def _dequantize(data: torch.Tensor, format_id: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -33,13 +34,32 @@ def _dequantize_fake(data: torch.Tensor, format_id: str, shape: Sequence[int], d
     return data.new_empty(shape, dtype=dtype)
 
 
+def _dequantize_rows(
+    data: torch.Tensor, format_id: str, shape: Sequence[int], rows: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    return decode_rows(NFTensor(data, format_by_id(format_id), shape, dtype), rows, dtype)
+
+
+def _dequantize_rows_fake(
+    data: torch.Tensor, format_id: str, shape: Sequence[int], rows: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    NFTensor(data, format_by_id(format_id), shape, dtype)
+    return data.new_empty((rows.shape[0], shape[1]), dtype=dtype)
+
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define("dequantize(Tensor data, str format_id, int[] shape, ScalarType dtype) -> Tensor")
 _library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
+_library.define("dequantize_rows(Tensor data, str format_id, int[] shape, Tensor rows, ScalarType dtype) -> Tensor")
+_library.impl("dequantize_rows", _dequantize_rows, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::dequantize", _dequantize_fake, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::dequantize_rows", _dequantize_rows_fake, lib=_library)
 
 dequantize = getattr(torch.ops, NAMESPACE).dequantize.default
 """``dequantize(data, format_id, shape, dtype) -> Tensor``: decode a packed buffer, see `NFTensor.dequantize`."""
+
+dequantize_rows = getattr(torch.ops, NAMESPACE).dequantize_rows.default
+"""``dequantize_rows(data, format_id, shape, rows, dtype) -> Tensor``: see `rows.dequantize_rows`."""
 
 
 def dequantize_for_one_use(

@@ -222,14 +222,14 @@ class SizeSearch:
         """
         if self._target is None or NEAR * self._target <= file_bytes <= self._target:
             return True
-        quantized = [plan for plan in plans.values() if plan.format]
-        packed = sum(plan.format.packed_bytes(prod(plan.shape)) for plan in quantized)
+        sized = {key: plan for key, plan in plans.items() if plan.sensitivity is not None}
+        packed = sum(plan.format.packed_bytes(prod(plan.shape)) for plan in sized.values())
         fits = file_bytes <= self._target
-        if fits and not quantized:
+        if fits and not sized:
             return True
-        if fits and all(plan.format.id == LARGEST for plan in quantized):
+        if fits and all(plan.format.id == LARGEST for plan in sized.values()):
             self.warnings.append(
-                f"every layer has {LARGEST}, the largest format; {self._possible(file_bytes, packed, plans)}"
+                f"every layer has {LARGEST}, the largest format; {self._possible(file_bytes, packed, sized)}"
             )
             return True
         if fits and self._tries == MAX_TRIES:
@@ -238,7 +238,7 @@ class SizeSearch:
         if fits and file_bytes > self._best:
             self._best, self._best_packed = file_bytes, packed
         self._tries += 1
-        smallest, _ = packed_bounds({key: plan.shape for key, plan in plans.items() if plan.format}, self._effort)
+        smallest, _ = packed_bounds({key: plan.shape for key, plan in sized.items()}, self._effort)
         if not fits and packed == smallest:
             self._tries = MAX_TRIES
         if self._tries < MAX_TRIES:
@@ -246,12 +246,18 @@ class SizeSearch:
         elif self._best_packed is not None:
             self.packed_bytes = self._best_packed
         else:
-            possible = self._possible(file_bytes, packed, plans)
+            possible = self._possible(file_bytes, packed, sized)
             raise NFQError(f"no file of at most {self._target:,} bytes was found; {possible}; choose a larger target")
         return False
 
     def _possible(self, file_bytes: int, packed: int, plans: Mapping[str, Plan]) -> str:
-        """The sizes that a model's file can have, estimated from one of its files and that file's packed bytes."""
-        bounds = packed_bounds({key: plan.shape for key, plan in plans.items() if plan.format}, self._effort)
+        """The sizes that a model's file can have, estimated from one of its files.
+
+        Args:
+            file_bytes: size of that file.
+            packed: packed bytes of its layers whose formats were chosen by size.
+            plans: the plans of these layers.
+        """
+        bounds = packed_bounds({key: plan.shape for key, plan in plans.items()}, self._effort)
         smallest, largest = (size_in_words(file_bytes - packed + bound) for bound in bounds)
         return f"this model's file can have about {smallest} to {largest}"

@@ -21,7 +21,7 @@ from ..fitting.codebook import EFFORTS, STORED_BITS
 from ..fitting.quantizer import quantize
 from ..fitting.trellis_fit import other_scales
 from ..models.sensitivities import layer_sensitivities
-from ..models.unet import UNetInfo
+from ..models.unet import UNetInfo, is_unet_key
 from ..packed.codec import stored_code_bits
 from ..packed.layout import BLOCK, BlockFormat
 from .allocation import EXPECTED_SQNR_DB, predicted_output_db
@@ -130,7 +130,7 @@ def expected_output_db(
     measured: Mapping[str, float] | None,
     factors: Mapping[str, float] | None = None,
 ) -> float | None:
-    """Expected SQNR in dB of the model's output, see `allocation.predicted_output_db`; None if it is not known.
+    """Expected SQNR in dB of the UNet's output, see `allocation.predicted_output_db`; None if it is not known.
 
     Args:
         info: the recognised UNet, if any.
@@ -138,7 +138,7 @@ def expected_output_db(
         measured: sensitivities that a calibration measured, if any.
         factors: see `allocation.predicted_output_db`.
     """
-    formats = {key: plan.format for key, plan in plans.items() if plan.format}
+    formats = {key: plan.format for key, plan in plans.items() if plan.format and (not info or is_unet_key(info, key))}
     if not formats:
         return None
     shapes = {key: plans[key].shape for key in formats}

@@ -8,15 +8,19 @@ from math import prod
 
 from ..errors import NFQError
 from ..files.prequantized import compute_dtype
-from ..files.safetensors_io import DTYPE_NAMES, Entry
+from ..files.safetensors_io import DTYPE_NAMES, Entry, dtype_bytes
 from ..files.writer import Plan
+from ..models.components import find_components
 from ..models.roles import OTHER, role
 from ..models.sensitivities import layer_sensitivities
-from ..models.unet import UNKNOWN, UNetInfo, detect, first_and_last_convolution, is_unet_key
+from ..models.text_encoders import Part
+from ..models.unet import UNKNOWN, UNetInfo, detect, first_and_last_convolution
+from ..packed.formats import FORMATS
+from ..packed.layout import BlockFormat
 from ..packed.tensor import QUANTIZABLE_DTYPES
 from ..sizes import size_in_words
 from .allocation import allocate, packed_bounds
-from .settings import BitsPerWeight, FileSize, Formats, Settings
+from .settings import TEXT_ENCODERS_SETTING, BitsPerWeight, FileSize, Formats, Settings
 
 MIN_WEIGHTS = 1024
 """Smaller tensors are kept: nothing to gain."""
@@ -26,6 +30,17 @@ HEADER_BYTES = 400
 
 MIN_OF_SMALLEST = 0.9
 """A size below this part of the smallest file, estimated before the file is written, is refused at once."""
+
+EMBEDDING_FORMAT = "nf256_b64"
+"""Format of text encoders' token embeddings."""
+
+TEXT_ENCODER_FORMATS = {
+    ("8bit", "fast"): "nf256_b64",
+    ("8bit", "best"): "nf256_b64",
+    ("5bit", "fast"): "nf32_b64",
+    ("5bit", "best"): "t5w9_b64",
+}
+"""Format of text encoders' layers, by `Settings.text_encoder_bits` and effort."""
 
 _QUANTIZABLE = {DTYPE_NAMES[dtype] for dtype in QUANTIZABLE_DTYPES}
 _FP8 = {"F8_E4M3", "F8_E5M2"}
@@ -39,15 +54,20 @@ def plan_tensors(
 ) -> tuple[UNetInfo | None, dict[str, Plan]]:
     """Decide for every tensor of a model whether and how it is quantised.
 
-    Only the UNet is quantised where one of the SDXL family is recognised; in any other state dict, all weights are.
-    These stay as they are: 1-D tensors, tensors with `emb` in their name (as in the article), tiny ones, and integers.
-    8-bit floats are quantised too, and recorded in the dtype that a host computes in, see `prequantized.compute_dtype`.
+    A size or formats apply to the UNet if one of the SDXL family is recognised; otherwise to everything that is neither
+    a text encoder nor a VAE next to other models. These tensors stay as they are: 1-D ones, those with `emb` in their
+    name (as in the article), tiny ones, and integers. Text encoders have formats of their own, see
+    TEXT_ENCODER_FORMATS and `TextEncoder.part`. If a file holds only text encoders, levels, formats and target sizes
+    apply to their layers, unless `settings.text_encoders` is given.
+    8-bit floats are quantised too, and recorded in the dtype that a host computes in, see `prequantized.compute_dtype`;
+    a text encoder's stay as they are if the format would not make them smaller.
 
     Args:
         entries: dtype and shape of every tensor by name.
         settings: which formats, or which size.
         sensitivities: measured sensitivities by name, see `models.sensitivities`.
-        packed_bytes: bytes of all packed weights, at most; by default what `settings` ask for.
+        packed_bytes: bytes of all packed weights whose formats are chosen by size, at most; by default what `settings`
+            ask for.
 
     Returns:
         What was recognised (None: a plain state dict), and a plan for every tensor.
@@ -55,21 +75,26 @@ def plan_tensors(
     Raises:
         NFQError: the size is too small, or no format has so many bits.
     """
-    info = detect({key: entry.shape for key, entry in entries.items()})
-    spared = first_and_last_convolution(info) if info and not settings.quantize_first_last else frozenset()
-    shapes = {key: entry.shape for key, entry in entries.items() if _is_quantized(key, entry, info, spared)}
+    every = {key: entry.shape for key, entry in entries.items()}
+    info = detect(every)
+    shapes, fixed = _split(info, entries, settings)
     choice = settings.choice
+    formats: dict[str, tuple[BlockFormat, float | None]] = {key: (fmt, None) for key, fmt in fixed.items()}
     if isinstance(choice, Formats):
-        formats = {
+        formats |= {
             key: (choice.linear if len(shape) == 2 else choice.convolution, None) for key, shape in shapes.items()
         }
     else:
-        kept = [Plan(entry.dtype, entry.shape, None).nbytes for key, entry in entries.items() if key not in shapes]
-        beside = sum(kept) + HEADER_BYTES * len(entries)
+        kept = entries.keys() - shapes.keys() - fixed.keys()
+        beside = sum(prod(every[key]) * dtype_bytes(entries[key].dtype) for key in kept)
+        beside += sum(fmt.packed_bytes(prod(every[key])) for key, fmt in fixed.items()) + HEADER_BYTES * len(entries)
         budget = _budget(choice, shapes, beside) if packed_bytes is None else packed_bytes
-        budget = _possible_budget(choice, shapes, budget, beside, settings.effort)
+        way_out = "choose a larger target"
+        if fixed and settings.text_encoder_bits == "8bit":
+            way_out += ", or 5 bits for the text encoders"
+        budget = _possible_budget(choice, shapes, budget, beside, settings.effort, way_out)
         found = layer_sensitivities(info, shapes, sensitivities)
-        formats = allocate(shapes, budget, found.priorities, effort=settings.effort)
+        formats |= allocate(shapes, budget, found.priorities, effort=settings.effort)
     computed = compute_dtype(entries) if any(entry.dtype in _FP8 for entry in entries.values()) else ""
     plans = {}
     for key, entry in entries.items():
@@ -79,6 +104,22 @@ def plan_tensors(
         else:
             plans[key] = Plan(entry.dtype, entry.shape, None)
     return info, plans
+
+
+def recorded_text_encoders(settings: Settings, entries: Mapping[str, Entry]) -> dict[str, str]:
+    """What a file's settings record about text encoders: how they are stored, if the source has some.
+
+    Nothing is recorded if a size or formats apply to them.
+
+    Args:
+        settings: how it is quantised.
+        entries: its tensors by name.
+    """
+    info = detect({key: entry.shape for key, entry in entries.items()})
+    parts = _text_encoder_parts(info, entries)
+    if not parts or parts.keys() & _split(info, entries, settings)[0].keys():
+        return {}
+    return {TEXT_ENCODERS_SETTING: settings.text_encoder_bits}
 
 
 def estimate_warnings(
@@ -100,15 +141,52 @@ def estimate_warnings(
     return [f"the architecture is unknown, so its layers' sensitivities are {basis}{mean}; a calibration measures them"]
 
 
-def _is_quantized(key: str, entry: Entry, info: UNetInfo | None, spared: frozenset[str]) -> bool:
-    return (
-        len(entry.shape) >= 2
-        and entry.dtype in _QUANTIZABLE | _FP8
-        and "emb" not in key
-        and key not in spared
-        and (info is None or is_unet_key(info, key))
-        and prod(entry.shape) >= MIN_WEIGHTS
-    )
+def _can_be_quantized(entry: Entry) -> bool:
+    return len(entry.shape) >= 2 and entry.dtype in _QUANTIZABLE | _FP8 and prod(entry.shape) >= MIN_WEIGHTS
+
+
+def _split(
+    info: UNetInfo | None, entries: Mapping[str, Entry], settings: Settings
+) -> tuple[dict[str, tuple[int, ...]], dict[str, BlockFormat]]:
+    """Shape of each tensor to which the size or formats apply, and format of each tensor that has one of its own."""
+    components = find_components(info, {key: entry.shape for key, entry in entries.items()})
+    spared = first_and_last_convolution(info) if info and not settings.quantize_first_last else frozenset()
+    main = next((each.keys for each in components if each.kind == ("diffusion model" if info else "other")), ())
+    keys = [key for key in main if _can_be_quantized(entries[key]) and key not in spared and "emb" not in key]
+    parts = _text_encoder_parts(info, entries)
+    fixed = _text_encoder_formats(parts, entries, settings)
+    by_preset = isinstance(settings.choice, BitsPerWeight) and bool(settings.choice.preset)
+    if not keys and settings.text_encoders is None and not by_preset:
+        keys = [key for key, part in parts.items() if part == "weight"]
+        fixed = {key: fmt for key, fmt in fixed.items() if parts[key] != "weight"}
+    return {key: entries[key].shape for key in keys}, fixed
+
+
+def _text_encoder_parts(info: UNetInfo | None, entries: Mapping[str, Entry]) -> dict[str, Part]:
+    """The text encoders' tensors that can be quantised, with their parts."""
+    found = {}
+    for component in find_components(info, {key: entry.shape for key, entry in entries.items()}):
+        for key in component.keys if component.encoder else ():
+            part = component.encoder.part(key, entries[key].shape)
+            if part != "kept" and _can_be_quantized(entries[key]):
+                found[key] = part
+    return found
+
+
+def _text_encoder_formats(
+    parts: Mapping[str, Part], entries: Mapping[str, Entry], settings: Settings
+) -> dict[str, BlockFormat]:
+    """Format of each of these tensors of text encoders; those that would not become smaller are left out."""
+    bits = settings.text_encoder_bits
+    if bits == "keep":
+        return {}
+    ids = {"weight": TEXT_ENCODER_FORMATS[bits, settings.effort], "embedding": EMBEDDING_FORMAT}
+    formats = {key: FORMATS[ids[part]] for key, part in parts.items()}
+    return {
+        key: fmt
+        for key, fmt in formats.items()
+        if fmt.packed_bytes(prod(entries[key].shape)) < prod(entries[key].shape) * dtype_bytes(entries[key].dtype)
+    }
 
 
 def _budget(size: BitsPerWeight | FileSize, shapes: Mapping[str, tuple[int, ...]], beside: int) -> int:
@@ -119,9 +197,16 @@ def _budget(size: BitsPerWeight | FileSize, shapes: Mapping[str, tuple[int, ...]
 
 
 def _possible_budget(
-    size: BitsPerWeight | FileSize, shapes: Mapping[str, tuple[int, ...]], budget: int, beside: int, effort: str
+    size: BitsPerWeight | FileSize,
+    shapes: Mapping[str, tuple[int, ...]],
+    budget: int,
+    beside: int,
+    effort: str,
+    way_out: str,
 ) -> int:
     """Packed bytes to plan with: at least those of the smallest formats, because a file may compress below that.
+
+    `way_out` is what a user can do about a file size that is too small.
 
     Raises:
         NFQError: no choice of formats comes near the size, or no format has so many bits.
@@ -142,6 +227,6 @@ def _possible_budget(
     elif size.nbytes < MIN_OF_SMALLEST * (beside + smallest):
         raise NFQError(
             f"{size_in_words(size.nbytes)} are too few; this model's file can have about "
-            f"{size_in_words(beside + smallest)} to {size_in_words(beside + largest)}; choose a larger target"
+            f"{size_in_words(beside + smallest)} to {size_in_words(beside + largest)}; {way_out}"
         )
     return max(budget, smallest)

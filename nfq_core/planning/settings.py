@@ -21,6 +21,15 @@ DEFAULT_PRESET = "balanced"
 BY_LEVELS = "levels"
 """The choice next to the presets in a form, with which the form's levels count."""
 
+TEXT_ENCODERS = ("keep", "8bit", "5bit")
+"""How text encoders are stored: unchanged, or with their layers in a format of so many bits."""
+
+TEXT_ENCODERS_SETTING = "text_encoders"
+"""Name in a file's settings of how its text encoders are stored; recorded only if it has some."""
+
+FIVE_BITS_UP_TO = PRESETS["small"]
+"""Sizes in bits per weight for which text encoders have 5 bits unless a user chooses; otherwise they have 8."""
+
 _LINEAR, _CONVOLUTION = nf_format(DEFAULT_LEVELS), nf_format(DEFAULT_CONV_LEVELS)
 
 
@@ -132,17 +141,31 @@ class Settings:
             long levels are fitted.
         quantize_first_last: quantise a UNet's first and last convolution too. They hold 0.001 % of SDXL's weights, and
             rounding the last one tints the whole picture.
+        text_encoders: one of TEXT_ENCODERS; None: decided by the size, see `text_encoder_bits`.
 
     Raises:
-        ValueError: the effort is unknown.
+        ValueError: the effort or `text_encoders` is unknown.
     """
 
     choice: BitsPerWeight | FileSize | Formats = _DEFAULT_SIZE
     effort: str = "fast"
     quantize_first_last: bool = False
+    text_encoders: str | None = None
 
     def __post_init__(self) -> None:
         effort_by_name(self.effort)
+        if self.text_encoders not in (None, *TEXT_ENCODERS):
+            raise ValueError(
+                f"text_encoders must be one of {', '.join(TEXT_ENCODERS)}, got {str(self.text_encoders)[:20]!r}"
+            )
+
+    @property
+    def text_encoder_bits(self) -> str:
+        """How text encoders are stored, one of TEXT_ENCODERS: 5 bits by default for small sizes, else 8."""
+        if self.text_encoders is not None:
+            return self.text_encoders
+        is_small = isinstance(self.choice, BitsPerWeight) and self.choice.bits <= FIVE_BITS_UP_TO
+        return "5bit" if is_small else "8bit"
 
     @classmethod
     def of(
@@ -157,6 +180,7 @@ class Settings:
         conv_format: str | None = None,
         effort: str = "fast",
         quantize_first_last: bool = False,
+        text_encoders: str | None = None,
     ) -> Settings:
         """Settings from what a user gives; without any choice, the default preset.
 
@@ -165,7 +189,7 @@ class Settings:
             target_bpw: most packed bits per weight.
             target_bytes: most bytes of the whole file.
             levels: see `Formats.of`, also for `conv_levels`, `format` and `conv_format`.
-            effort: see `Settings`, also for `quantize_first_last`.
+            effort: see `Settings`, also for `quantize_first_last` and `text_encoders`.
 
         Raises:
             ValueError: a value is not allowed, or two of a preset, a size and formats are given.
@@ -187,18 +211,24 @@ class Settings:
             choice = FileSize(target_bytes)
         else:
             choice = BitsPerWeight.of_preset(DEFAULT_PRESET if preset is None else preset)
-        return cls(choice, effort, quantize_first_last)
+        return cls(choice, effort, quantize_first_last, text_encoders)
 
     @classmethod
     def from_form(
-        cls, preset: str, levels: int, conv_levels: int, effort: str, quantize_first_last: bool = False
+        cls,
+        preset: str,
+        levels: int,
+        conv_levels: int,
+        effort: str,
+        quantize_first_last: bool = False,
+        text_encoders: str | None = None,
     ) -> Settings:
         """Settings from a form that always shows every input: levels count only if `preset` is BY_LEVELS."""
         chosen = {"levels": levels, "conv_levels": conv_levels} if preset == BY_LEVELS else {"preset": preset}
-        return cls.of(**chosen, effort=effort, quantize_first_last=quantize_first_last)
+        return cls.of(**chosen, effort=effort, quantize_first_last=quantize_first_last, text_encoders=text_encoders)
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as a file's header records them."""
+        """The settings as a file's header records them; `policy.recorded_text_encoders` adds those of text encoders."""
         return self.choice.as_dict() | {"effort": self.effort, "quantize_first_last": self.quantize_first_last}
 
 
@@ -211,3 +241,8 @@ def without_repetition(recorded: Mapping[str, Any]) -> dict[str, Any]:
         return dict(recorded)
     is_current = (recorded["preset"], recorded["target_bpw"]) in tuple(PRESETS.items())
     return {name: value for name, value in recorded.items() if name != ("target_bpw" if is_current else "preset")}
+
+
+def of_unet(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings of a whole file as those of its UNet alone."""
+    return {name: value for name, value in recorded.items() if name != TEXT_ENCODERS_SETTING}

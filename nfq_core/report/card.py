@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..checkpoints.examine import container_info, expected_in_words, settings_in_words
+from ..checkpoints.examine import container_info, expected_in_words, of_main_component, settings_in_words
 from ..checkpoints.whole_checkpoint import missing_companions
 from ..decibels import ratio_in_words
 from ..errors import CorruptFileError, NFQError
@@ -59,7 +59,7 @@ def card_facts(
     Returns:
         `base_model` and `license`, `placeholders` (which of the two were not given), `recommended` (a name),
         `report_folder` (its name, or None), `plots` (names of the plots in it) and `files`: each as
-        `examine.container_info` without `layers`, with `name`, `sha256`, `header_sha256`, `whole_checkpoint`, and
+        `examine.of_main_component` without `layers`, with `name`, `sha256`, `header_sha256`, `whole_checkpoint`, and
         `sqnr_db`, `pictures`, `latents` and `drift` if they were measured.
 
     Raises:
@@ -93,7 +93,7 @@ def card_facts(
 
 def _file_facts(path: str | os.PathLike, name: str) -> dict[str, Any]:
     with NFQFile(path) as file:
-        facts = container_info(file)
+        facts = of_main_component(container_info(file))
         del facts["layers"]
         return {
             "name": name,

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.examine import compare_files, container_info
+from ..checkpoints.examine import compare_files, container_info, of_main_component
 from ..decibels import pooled_sqnr_db
 from ..errors import NFQError
 from ..files.container import SUFFIX, NFQFile
@@ -26,6 +26,8 @@ def measure(
     original: str | os.PathLike, files: Sequence[str | os.PathLike], *, progress: Progress = no_progress
 ) -> dict[str, Any]:
     """Compare files with the original that they were made from.
+
+    In a file with a UNet, its bits, errors and layers are those of the UNet.
 
     Args:
         original: a safetensors file in any key layout, or a sharded model by its index or folder.
@@ -93,26 +95,27 @@ def _measure_file(
     original: str | os.PathLike, before: Mapping[str, Any], path: str | os.PathLike, name: str, progress: Progress
 ) -> dict[str, Any]:
     compared = compare_files(original, path, progress=progress)
-    ratio = compared["sqnr_db"]
     ratios = {layer["name"]: layer["sqnr_db"] for layer in compared["layers"]}
     with NFQFile(path) as file:
+        shapes = file.shapes()
+        info = detect(shapes)
+        unet = [key for key in shapes if info and is_unet_key(info, key)]
+        ratios = {key: ratios[key] for key in unet if key in ratios} or ratios
+        ratio = pooled_sqnr_db((file.quantized[key].weights, one) for key, one in ratios.items())
         lost = sum(file.quantized[key].weights for key, one in ratios.items() if one is not None and one <= 0)
         # A few almost constant layers of the right original may be lost too.
-        if 2 * lost > sum(entry.weights for entry in file.quantized.values()):
+        if 2 * lost > sum(file.quantized[key].weights for key in ratios):
             raise NFQError(
                 f"{path} was not made from {original}: its error is as large as the weights ({ratio:.1f} dB)"
             )
-        facts = container_info(file)
-        shapes = file.shapes()
-        info = detect(shapes)
+        facts = of_main_component(container_info(file))
         common = common_names(info, shapes)
-        unet = [key for key in shapes if info and is_unet_key(info, key)]
         unet_bytes, unet_weights = sum(map(file.stored_bytes, unet)), sum(prod(shapes[key]) for key in unet)
         header_sha256 = file.header_sha256
     source = facts.pop("source")
     known = {layer["name"]: layer for layer in facts.pop("layers")}
     layers = []
-    for key in (key for key in common if key in known):
+    for key in (key for key in common if key in ratios):
         part = role(common[key], known[key]["shape"])
         place = {"common_name": common[key], "role": part.name, "group": part.group, "stage": stage(common[key])}
         layers.append({**known[key], **place, "sqnr_db": ratios[key]})

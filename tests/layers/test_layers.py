@@ -206,8 +206,8 @@ def test_a_compiled_model_is_one_graph(changed: bool) -> None:
     [
         ("9.weight", (24, 48), "the model has no layer for the packed weight '9.weight'"),
         ("3.0.bias", (24, 48), "the model has no layer for the packed weight '3.0.bias'"),
-        ("1.weight", (24, 48), "'1.weight' needs a Linear or Conv2d layer, the model has Flatten"),
-        ("2.weight", (24, 48), r"'2.weight' needs a Linear or Conv2d layer, the model has PackedLinear"),
+        ("1.weight", (24, 48), "'1.weight' needs a Linear, Conv2d or Embedding layer, the model has Flatten"),
+        ("2.weight", (24, 48), r"'2.weight' needs a Linear, Conv2d or Embedding layer, the model has PackedLinear"),
         ("3.0.weight", (48, 24), r"'3.0.weight' has shape \(48, 24\), the model's layer wants \(24, 48\)"),
     ],
 )

@@ -148,4 +148,6 @@ def test_existing_files_and_foreign_names(recipe: ModuleType, tmp_path: Path) ->
 def test_dropped_extras_are_dropped_again(recipe: ModuleType) -> None:
     settings = {"levels": 12, "drop_extras": True}
     assert recipe.command_options(settings) == "--levels 12 --drop-extras"
+    whole = {"preset": "small", "target_bpw": 3.4, "effort": "fast", "text_encoders": "8bit"}
+    assert recipe.command_options(whole) == "--preset small --effort fast --text-encoders 8bit"
     assert recipe.node_inputs(settings) == {"preset": "levels", "levels": 12}

@@ -228,7 +228,7 @@ def search(*sizes: int) -> SizeSearch:
     return found
 
 
-LAYER = {"a": Plan("F16", (1000, 1000), MENU[1])}
+LAYER = {"a": Plan("F16", (1000, 1000), MENU[1], 1.0)}
 PACKED = MENU[1].packed_bytes(10**6)
 
 
@@ -250,7 +250,18 @@ def test_the_size_search_ends() -> None:
     assert best.packed_bytes == PACKED
     assert best.accepts(900_000, LAYER) and "no size nearer" in best.warnings[0]
     full = SizeSearch(1_000_000, "best")
-    assert full.accepts(900_000, {"a": Plan("F16", (1000, 1000), MENU[-1])})
+    assert full.accepts(900_000, {"a": Plan("F16", (1000, 1000), MENU[-1], 1.0)})
+    assert "the largest format" in full.warnings[0]
+
+
+def test_the_size_search_leaves_fixed_formats_alone() -> None:
+    """A text encoder's format is not chosen by size: it is neither in the budget nor in the way of the largest."""
+    fixed = {"text": Plan("F16", (2000, 1000), MENU[0])}
+    once = SizeSearch(1_000_000, "best")
+    assert not once.accepts(1_100_000, LAYER | fixed)
+    assert once.packed_bytes == PACKED + 995_000 - 1_100_000
+    full = SizeSearch(1_000_000, "best")
+    assert full.accepts(900_000, {"a": Plan("F16", (1000, 1000), MENU[-1], 1.0)} | fixed)
     assert "the largest format" in full.warnings[0]
 
 

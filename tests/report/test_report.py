@@ -15,8 +15,10 @@ from commands import as_json, one_line, run
 from safetensors.torch import load_file, save_file
 from samples import SMALL_MODEL, TINY, random_half, random_unet
 from systems import names_are_bytes
+from text_models import SMALL_L, random_tensors
 
 import nfq_core
+from benchmarks.checkpoint_shapes import clip
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.checkpoints.examine import compare_files, file_info
 from nfq_core.cli import report_commands as command
@@ -484,3 +486,21 @@ def test_odd_choices(capsys, folder, files, tmp_path):
     assert "has no prompts" in refused(capsys, *arguments, "--prompts", tmp_path / "empty")
     assert "is not a text in UTF-8" in refused(capsys, *arguments, "--prompts", tmp_path / "binary")
     assert "gone: No such file" in refused(capsys, *arguments, "--prompts", tmp_path / "gone")
+
+
+def test_text_encoders_in_a_file_do_not_count(folder, tmp_path):
+    """A report of a whole checkpoint has the figures of its UNet."""
+    unet = {f"model.diffusion_model.{key}": value for key, value in load_file(folder / "ldm.safetensors").items()}
+    text = random_tensors(clip(SMALL_L, "conditioner.embedders.0.transformer."))
+    for name, tensors in (("unet", unet), ("whole", unet | text)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        quantize_file(tmp_path / f"{name}.safetensors", tmp_path / f"{name}.nfq.safetensors", Settings(Formats.of(12)))
+    alone, whole = (
+        measure(tmp_path / f"{name}.safetensors", [tmp_path / f"{name}.nfq.safetensors"])["files"][0]
+        for name in ("unet", "whole")
+    )
+    for key in ("weights", "bits_per_weight", "packed_bits_per_weight", "sqnr_db", "roles", "layers"):
+        assert whole[key] == alone[key]
+    assert [each["name"] for each in whole["components"]] == ["diffusion model", "CLIP-L"]
+    without = measure(tmp_path / "unet.safetensors", [tmp_path / "whole.nfq.safetensors"])["files"][0]
+    assert without["sqnr_db"] == alone["sqnr_db"]

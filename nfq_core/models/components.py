@@ -1,0 +1,65 @@
+"""The models in one file: a diffusion model, text encoders, a VAE, and tensors of no known model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .text_encoders import TextEncoder, find_text_encoders
+from .unet import UNKNOWN, UNetInfo, is_unet_key
+
+Kind = Literal["diffusion model", "text encoder", "VAE", "other"]
+
+VAE_PREFIXES = ("first_stage_model.", "vae.")
+"""Prefixes of a VAE's keys next to another model."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One of the models in a file.
+
+    Args:
+        kind: what it is.
+        name: such as "SDXL" or "CLIP-L"; the kind if it has no name of its own.
+        keys: its tensors, in the file's order.
+        encoder: the text encoder, if it is one.
+    """
+
+    kind: Kind
+    name: str
+    keys: tuple[str, ...]
+    encoder: TextEncoder | None = None
+
+
+def find_components(info: UNetInfo | None, shapes: Mapping[str, Sequence[int]]) -> list[Component]:
+    """The models in a file; every tensor belongs to exactly one. Empty ones are left out.
+
+    Without a UNet of a known layout, tensors of no known model are "other": a diffusion model of another family, for
+    example. A VAE is recognised only next to another model.
+
+    Args:
+        info: the UNet that was detected; None for a file without one.
+        shapes: shape of each tensor by name.
+    """
+    encoders = find_text_encoders(shapes)
+    name = info.name if info and info.name != UNKNOWN else "diffusion model"
+    groups = [Component("diffusion model", name, ())]
+    groups += [Component("text encoder", encoder.name, (), encoder) for encoder in encoders]
+    groups += [Component("VAE", "VAE", ()), Component("other", "other", ())]
+    keys: list[list[str]] = [[] for _ in groups]
+    has_other_models = info is not None or bool(encoders)
+    for key in shapes:
+        if info and is_unet_key(info, key):
+            index = 0
+        elif has_other_models and key.startswith(VAE_PREFIXES):
+            index = len(groups) - 2
+        else:
+            owner = (number for number, encoder in enumerate(encoders, 1) if encoder.owns(key))
+            index = next(owner, len(groups) - 1)
+        keys[index].append(key)
+    return [
+        Component(group.kind, group.name, tuple(own), group.encoder)
+        for group, own in zip(groups, keys, strict=True)
+        if own
+    ]

@@ -1,0 +1,69 @@
+"""Decode chosen rows of a packed matrix, such as the token embeddings of a prompt.
+
+The blocks of these rows are gathered into a small packed buffer of the same format, which any back-end decodes. The
+result therefore has the same bits as these rows of the whole decoded matrix. Blocks that share bytes of a plane are
+gathered together.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+
+import torch
+
+from .layout import BLOCK
+from .tensor import NFTensor
+
+
+def dequantize_rows(matrix: NFTensor, rows: torch.Tensor, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """Decode some rows of a packed matrix.
+
+    The whole matrix is decoded if its rows are not whole blocks, if its format is one of the article's, or if gathering
+    would decode as many blocks.
+
+    Args:
+        matrix: shape (rows, columns).
+        rows: indices of rows, int32 or int64, 1-D, on the device of `matrix`; they may repeat.
+        dtype: see `NFTensor.dequantize`.
+
+    Returns:
+        The rows, shape (len(rows), columns).
+
+    Raises:
+        IndexError: an index is negative or too large. A CUDA device stops with its own error, as for any index.
+    """
+    count, columns = matrix.shape
+    per_row, fmt = columns // BLOCK, matrix.format
+    if columns % BLOCK or not fmt.has_kernel:
+        return matrix.dequantize(dtype).index_select(0, rows)
+    group = fmt.blocks_per_group
+    # A row begins at most `group - gcd` blocks after the first block of a group.
+    span = -(-(group - gcd(group, per_row) + per_row) // group)
+    if len(rows) * span * group >= count * per_row:
+        return matrix.dequantize(dtype).index_select(0, rows)
+    sections, blocks = matrix.sections, count * per_row
+    scales = matrix.data[sections.scales : sections.scales + blocks]
+    # An index out of bounds fails here; the indices below are clamped, because the last row's groups may pass the end.
+    scales.view(count, per_row)[:, 0].index_select(0, rows)
+    first = rows.long() * per_row
+    groups = first.div(group, rounding_mode="floor")
+
+    def gathered(plane: torch.Tensor, width: int, in_group: int) -> torch.Tensor:
+        """The bytes of `span` groups from each row's first one, of a plane with `in_group` rows of bytes per group."""
+        lines = plane.view(-1, width)
+        index = groups[:, None] * in_group + torch.arange(span * in_group, device=rows.device)
+        return lines.index_select(0, index.clamp_(max=len(lines) - 1).view(-1)).view(-1)
+
+    parts = [
+        matrix.data[: sections.coarse],
+        gathered(matrix.data[sections.coarse : sections.fine], BLOCK, group // fmt.coarse_digits),
+        gathered(scales, 1, group),
+        matrix.data[-2:],
+    ]
+    if fmt.fine_bits:
+        parts.insert(2, gathered(matrix.data[sections.fine : sections.scales], BLOCK, group // fmt.fine_digits))
+    small = NFTensor(torch.cat(parts), fmt, (len(rows), span * group, BLOCK), matrix.dtype).dequantize(dtype)
+    if span * group > per_row:
+        index = (first - groups * group)[:, None] + torch.arange(per_row, device=rows.device)
+        small = small[torch.arange(len(rows), device=rows.device)[:, None], index]
+    return small.view(len(rows), columns)
