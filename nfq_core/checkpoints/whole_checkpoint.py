@@ -12,7 +12,7 @@ from ..files.container import NFQFile
 from ..models.unet import UNetInfo, detect, diffusers_names, ldm_names, mismatch_message
 from ..models.unet_keys import CHECKPOINT_PREFIX
 from ..packed.tensor import NFTensor
-from ..packed.torch_decode import CHUNK_WEIGHTS, TEMPORARY_BYTES
+from ..packed.torch_decode import MAX_TEMPORARY_BYTES
 from ..parallel import ordered_map, threads_for
 from .state_dict import StateDict
 
@@ -108,7 +108,7 @@ def dequantize_state_dict(
 
     keys = list(tensors)
     sizes = {key: tensors[key].numel() * dtype.itemsize for key in keys}
-    threads = threads_for(device, CHUNK_WEIGHTS * TEMPORARY_BYTES)
+    threads = threads_for(device, MAX_TEMPORARY_BYTES)
     return dict(zip(keys, ordered_map(work, keys, size=sizes.__getitem__, threads=threads), strict=True))
 
 
