@@ -14,8 +14,7 @@ from . import article
 from .hosts import comfyui, diffusers_load
 from .quality import calibration, checks, collecting, levels, prediction, presets, sharing, trellis
 from .shared import RESULTS, ROOT, argument_parser
-from .speed import calibrating, decode, fullsize, int8, search
-from .speed.gpu import tables as gpu
+from .speed import calibrating, decode, fullsize, gpu, int8, plain_decode, search
 
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "quality": ("quality", checks.table),
@@ -34,6 +33,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "fullsize": ("fullsize", fullsize.table),
     "search": ("search", search.table),
     "decode": ("decode", decode.table),
+    "plain_decode": ("plain_decode", plain_decode.table),
     "gpu": ("gpu", gpu.table),
     "host": ("host", comfyui.table),
     "diffusers_load": ("diffusers_load", diffusers_load.table),
