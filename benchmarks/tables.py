@@ -24,8 +24,7 @@ from .quality import (
     trellis,
 )
 from .shared import RESULTS, ROOT, argument_parser
-from .speed import calibrating, checkpoint, decode, fullsize, gpu_static, int8, search
-from .speed.gpu import tables as gpu
+from .speed import calibrating, checkpoint, decode, fullsize, gpu, gpu_static, int8, plain_decode, search
 
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "quality": ("quality", checks.table),
@@ -46,6 +45,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "checkpoint": ("checkpoint", checkpoint.table),
     "search": ("search", search.table),
     "decode": ("decode", decode.table),
+    "plain_decode": ("plain_decode", plain_decode.table),
     "gpu": ("gpu", gpu.table),
     "gpu_static": ("gpu_static", gpu_static.table),
     "host": ("host", comfyui.table),

@@ -23,7 +23,7 @@ from ..models.unet import detect
 from ..packed.backends import backend_for
 from ..packed.codec import encode
 from ..packed.tensor import NFTensor
-from ..packed.torch_decode import CHUNK_WEIGHTS, TEMPORARY_BYTES
+from ..packed.torch_decode import MAX_TEMPORARY_BYTES
 from ..parallel import Progress, no_progress, ordered_map, threads_for
 from ..planning.facts import facts_about
 from ..planning.policy import estimate_warnings, plan_tensors
@@ -311,7 +311,7 @@ def _load_into(
     if dense:
         # Tried once here, not by all threads at once.
         backend_for(device)
-    threads = threads_for(device, CHUNK_WEIGHTS * TEMPORARY_BYTES)
+    threads = threads_for(device, MAX_TEMPORARY_BYTES)
     # A new thread has its own current stream.
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 

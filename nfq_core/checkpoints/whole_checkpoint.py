@@ -14,7 +14,7 @@ from ..models.text_encoders import TextEncoder, find_text_encoders
 from ..models.unet import UNKNOWN, UNetInfo, detect, diffusers_names, ldm_names, mismatch_message
 from ..models.unet_keys import CHECKPOINT_PREFIX
 from ..packed.tensor import NFTensor
-from ..packed.torch_decode import CHUNK_WEIGHTS, TEMPORARY_BYTES
+from ..packed.torch_decode import MAX_TEMPORARY_BYTES
 from ..parallel import ordered_map, threads_for
 from .state_dict import StateDict
 
@@ -143,7 +143,7 @@ def dequantize_state_dict(
 
     keys = list(tensors)
     sizes = {key: tensors[key].numel() * dtype.itemsize for key in keys}
-    threads = threads_for(device, CHUNK_WEIGHTS * TEMPORARY_BYTES)
+    threads = threads_for(device, MAX_TEMPORARY_BYTES)
     return dict(zip(keys, ordered_map(work, keys, size=sizes.__getitem__, threads=threads), strict=True))
 
 

@@ -55,7 +55,7 @@ def scale_of(maxima: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         maxima: superblock maxima, fp32.
         codes: block scales, uint8 of shape (blocks,).
     """
-    per_block = maxima.repeat_interleave(SUPERBLOCK)[: len(codes)]
+    per_block = maxima.unsqueeze(1).expand(-1, SUPERBLOCK).contiguous().view(-1)[: len(codes)]
     return per_block * codes.float().clamp(min=MIN_SCALE) / _steps(maxima.device)
 
 

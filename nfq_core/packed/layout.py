@@ -11,7 +11,7 @@ import torch
 
 from ..errors import CorruptFileError
 from .common_levels import common_levels
-from .scales import check_scale_parameters, scale_table, unchecked_scale_table
+from .scales import all_scale_tables, check_scale_parameters, scale_table_mask
 
 BLOCK = 64
 """Weights per block: consecutive weights of the row-major flattened tensor, which share one scale."""
@@ -143,14 +143,14 @@ class BlockFormat:
 
         Raises:
             ValueError: the scale parameters are out of bounds. Checked on the CPU only, because it would synchronise
-                other devices.
+                other devices, where the scales are then NaN or others.
         """
-        parameters = self.scale_parameters(data)
         if data.device.type == "cpu":
-            table = scale_table(*parameters.tolist())
-        else:
-            table = unchecked_scale_table(*parameters.int())
-        return table.index_select(0, data[self.sections_of(data, weights).scales : -2].int())
+            check_scale_parameters(*self.scale_parameters(data).tolist())
+        numbers = data[self.sections_of(data, weights).scales :].int()
+        row = numbers[-2:].bitwise_and_(scale_table_mask(data.device))
+        tables = all_scale_tables(data.device).index_select(0, row[:1])[0]
+        return tables.index_select(0, row[1:])[0].index_select(0, numbers[:-2])
 
     def check_scales(self, data: torch.Tensor, weights: int) -> None:
         """CorruptFileError if a scale of a packed buffer is out of bounds."""

@@ -58,22 +58,37 @@ def scale_table(exponent: int, stride: int) -> torch.Tensor:
         ValueError: the table would leave the normal fp16 range, or the stride is not one of SCALE_STRIDES.
     """
     check_scale_parameters(exponent, stride)
-    return unchecked_scale_table(torch.tensor(exponent, device="cpu"), torch.tensor(stride, device="cpu"))
-
-
-def unchecked_scale_table(exponent: torch.Tensor, stride: torch.Tensor) -> torch.Tensor:
-    """`scale_table`, unchecked, computed on the device of its parameters without synchronising.
-
-    Args:
-        exponent: integer of shape ().
-        stride: integer of shape ().
-    """
-    steps = torch.arange(SCALE_MAGNITUDES, dtype=torch.int32, device=exponent.device) * stride
-    mantissas = scale_mantissas(exponent.device)
-    bits = (exponent + 15 + steps // SCALE_STEPS_PER_OCTAVE) * 1024 + mantissas[steps % SCALE_STEPS_PER_OCTAVE]
+    steps = torch.arange(SCALE_MAGNITUDES, dtype=torch.int32, device="cpu") * stride
+    mantissas = scale_mantissas(steps.device)[steps % SCALE_STEPS_PER_OCTAVE]
+    bits = (exponent + 15 + steps // SCALE_STEPS_PER_OCTAVE) * 1024 + mantissas
     zero = bits.new_zeros(1)
     both_signs = torch.cat([zero, bits, zero, bits - 0x8000])
     return both_signs.to(torch.int16).view(torch.float16)
+
+
+SCALE_TABLE_MASK = (31, 3)
+"""Masks that turn an exponent and a stride, read as unsigned bytes, into the indices of `all_scale_tables`."""
+
+
+@cached_tensor
+def all_scale_tables(device: torch.device) -> torch.Tensor:
+    """Every `scale_table`, so that a device can select one without synchronising: fp16 of shape (32, 4, 256), 64 KiB.
+
+    The first two indices are the exponent & 31 and the stride & 3. Entries that no valid parameters name are NaN.
+    """
+    rows, columns = (mask + 1 for mask in SCALE_TABLE_MASK)
+    tables = torch.full((rows, columns, 256), torch.nan, dtype=torch.float16, device="cpu")
+    for stride in SCALE_STRIDES:
+        octaves = (SCALE_MAGNITUDES - 1) * stride // SCALE_STEPS_PER_OCTAVE
+        for exponent in range(FP16_MIN_EXPONENT, FP16_MAX_EXPONENT - octaves + 1):
+            tables[exponent % rows, stride] = scale_table(exponent, stride)
+    return tables.to(device)
+
+
+@cached_tensor
+def scale_table_mask(device: torch.device) -> torch.Tensor:
+    """SCALE_TABLE_MASK as int32 of shape (2,); cached, do not modify."""
+    return torch.tensor(SCALE_TABLE_MASK, dtype=torch.int32, device="cpu").to(device)
 
 
 @cached_tensor

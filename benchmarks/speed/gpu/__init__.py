@@ -1,1 +1,0 @@
-"""Correctness, time and memory on a GPU, in one run."""
