@@ -27,10 +27,11 @@ IMAGES = ROOT / "docs" / "images"
 WIDTH, HEIGHT, DPI, FONT_SIZE = 8, 4.5, 200, 9  # Inches, pixels per inch, points of type: readable at 800 pixels
 LEAST_BITS, MOST_BITS = 2.0, 8.7  # Packed bits per weight that the axis shows
 # Distances of a label from its point, in points of type; from the second on, a line joins the two.
-DISTANCES = (6, 12, 20, 30)
+DISTANCES = (6, 12, 20, 30, 42)
 # Directions of a label, right and up, best first.
 DIRECTIONS = ((1, 0), (1, -1), (0, -1), (-1, -1), (-1, 1), (-1, 0), (0, 1), (1, 1))
-FARTHER, LESS_USUAL = 0.3, 0.06  # Cost of the next distance and of the next direction; a covered thing costs 1
+# Cost of the next distance, of the next direction, and of a covered label; any other covered thing costs 1.
+FARTHER, LESS_USUAL, COVERED_LABEL = 0.3, 0.06, 5.0
 NEARBY = 8  # Pixels around a point that labels keep clear of
 INK = "#333333"
 BLUE, ORANGE, GREEN, PINK, _, _, BLACK = COLOURS
@@ -122,7 +123,7 @@ def draw(points: Sequence[Point], title: str, label: str, note: str, path: Path)
     axes.text(0.99, 0.02, note, transform=axes.transAxes, ha="right", va="bottom", fontsize=FONT_SIZE - 1, color=INK)
     # Labels need the points' final places.
     figure.draw_without_rendering()
-    _name_points(axes, peers)
+    _name_points(axes, peers, [point for point in shown if point.family == OURS and not point.mixed])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png(figure))
     return path
@@ -148,14 +149,16 @@ def _draw(axes: Axes, ours: Sequence[Point], peers: Sequence[Point]) -> None:
     legend._legend_box.align = "left"
 
 
-def _name_points(axes: Axes, peers: Sequence[Point]) -> None:
-    """Put each label where it covers the fewest points, labels and curves; a joined family has one label."""
+def _name_points(axes: Axes, peers: Sequence[Point], ours: Sequence[Point]) -> None:
+    """Put each peer's label where it covers the fewest points, labels and curves; a joined family has one label."""
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
     places = {point.name: axes.transData.transform((point.bits, point.db)) for point in peers}
     curves = [line.get_transform().transform_path(line.get_path()) for line in axes.get_lines() if line.get_ls() == "-"]
-    taken = [Bbox.from_bounds(x - NEARBY, y - NEARBY, 2 * NEARBY, 2 * NEARBY) for x, y in places.values()]
+    around = [axes.transData.transform((point.bits, point.db)) - NEARBY for point in (*peers, *ours)]
+    marks = [Bbox.from_bounds(x, y, 2 * NEARBY, 2 * NEARBY) for x, y in around]
+    labels: list[Bbox] = []
     names = [(point.name, [point]) for point in peers if point.family not in JOINED]
     names += [(name, [point for point in peers if point.family == family]) for family, name in JOINED.items()]
     unit, frame = DPI / 72, axes.get_window_extent()
@@ -169,12 +172,13 @@ def _name_points(axes: Axes, peers: Sequence[Point]) -> None:
             bottom = y + up * distance * unit - (1 - up) / 2 * height
             box = Bbox.from_bounds(left, bottom, width, height)
             if frame.contains(*box.min) and frame.contains(*box.max):
-                covered = box.count_overlaps(taken) + sum(curve.intersects_bbox(box, filled=False) for curve in curves)
+                covered = box.count_overlaps(marks) + COVERED_LABEL * box.count_overlaps(labels)
+                covered += sum(curve.intersects_bbox(box, filled=False) for curve in curves)
                 choices.append((covered + FARTHER * step + LESS_USUAL * turn, distance, right, up, box, point))
         if not choices:
             continue
         _, distance, right, up, box, point = min(choices, key=lambda choice: choice[0])
-        taken.append(box)
+        labels.append(box)
         colour = FAMILIES[point.family][0]
         axes.annotate(
             name,
