@@ -24,6 +24,7 @@ from nfq_core.checkpoints.examine import file_info
 from nfq_core.checkpoints.state_dict import quantize_tensors
 from nfq_core.errors import CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError
 from nfq_core.files.safetensors_io import describe
+from nfq_core.models.sensitivities import SPREAD
 from nfq_core.models.unet import detect
 from nfq_core.models.unet_keys import SDXL_BASE, SSD_1B, tensor_shapes
 from nfq_core.packed.formats import FORMATS
@@ -323,9 +324,9 @@ def test_sizes_use_sensitivities(calibration, model_file, tmp_path):
     told = "the calibration has no sensitivities for 1 weights, such as 'unused.weight'; they are estimated from SDXL's"
     assert told in result["warnings"]
     layers = {layer["name"]: layer for layer in file_info(tmp_path / "nfq")["layers"]}
-    # Per weight, as the header has them.
+    # Per weight, as they count, which the header has.
     ratio = layers["q.weight"]["sensitivity"] / layers["k.weight"]["sensitivity"]
-    assert ratio == pytest.approx(9 / 2000 / (0.1 / 2400), rel=1e-3)
+    assert ratio == pytest.approx((9 / 0.1) ** SPREAD * 2400 / 2000, rel=1e-3)
     in_memory = quantize_tensors(
         describe(load_file(model_file)),
         load_file(model_file).__getitem__,
