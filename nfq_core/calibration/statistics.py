@@ -23,6 +23,7 @@ from ..files.safetensors_io import DTYPE_NAMES, Entry, SafetensorsFile, aligned_
 from ..files.untrusted import is_count, is_number, parse_error_message, parse_json
 from ..files.writer import Plan
 from ..fitting.feedback import SecondMoment
+from ..models.sensitivities import BY_LAYER, layer_sensitivities
 from ..models.unet import UNKNOWN, UNetInfo, detect, is_unet_key, known_ldm_names
 from ..planning.settings import Formats, Settings
 
@@ -195,7 +196,8 @@ class Calibration:
     def for_plans(self, info: UNetInfo | None, plans: Mapping[str, Plan]) -> tuple[dict[str, LayerInputs], list[str]]:
         """`for_weights` for the UNet's tensors that `plans` quantise, without those that need Hessians but have none.
 
-        If formats were chosen by size, a warning names the weights without a measured sensitivity.
+        If formats were chosen by size, a warning names the weights without a measured sensitivity, unless SDXL's apply to
+        all of them layer by layer.
         """
         quantized = {key: plan for key, plan in plans.items() if plan.format and (not info or is_unet_key(info, key))}
         usable, warnings = self.for_weights(info, {key: plan.shape for key, plan in quantized.items()})
@@ -210,7 +212,7 @@ class Calibration:
         sized = [key for key, plan in quantized.items() if plan.sensitivity is not None]
         names = self._names(info, sized)
         missing = [key for key in sized if names[key] not in self.sensitivities]
-        if missing:
+        if missing and not (len(missing) == len(sized) and layer_sensitivities(info, {}).basis == BY_LAYER):
             which = "" if len(missing) == len(sized) else f" for {len(missing):,} weights, such as {missing[0]!r}"
             warnings.append(f"the calibration has no sensitivities{which}; they are estimated from SDXL's")
         return usable, warnings

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.checkpoints.examine import file_info
 from nfq_core.checkpoints.state_dict import quantize_tensors
 from nfq_core.errors import CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError
-from nfq_core.files.safetensors_io import describe
+from nfq_core.files.safetensors_io import Entry, describe
 from nfq_core.models.sensitivities import SPREAD
 from nfq_core.models.unet import detect
 from nfq_core.models.unet_keys import SDXL_BASE, SSD_1B, tensor_shapes
@@ -284,6 +285,21 @@ def test_a_size_met_by_several_files_warns_once(saved, model_file, tmp_path, mon
     assert len(tries) > 1
     told = "the calibration has no sensitivities; they are estimated from SDXL's"
     assert result["warnings"].count(told) == 1
+
+
+@pytest.mark.parametrize(("architecture", "warned"), [(SDXL_BASE, False), (SSD_1B, True)])
+def test_a_calibration_without_sensitivities_is_complete_only_for_sdxl(architecture, warned):
+    """There they are known layer by layer, and `NFCalibrate` measures none."""
+    entries = {name: Entry("F16", shape, 0, 0) for name, shape in tensor_shapes(architecture, "ldm").items()}
+    info, plans = plan_tensors(entries, Settings())
+    inputs = {
+        key: LayerInputs(torch.ones(plan.shape[1]), 99, torch.zeros(math.prod(plan.shape[1:]), 1).half())
+        for key, plan in plans.items()
+        if plan.format
+    }
+    found, warnings = Calibration(inputs, architecture.name).for_plans(info, plans)
+    assert found.keys() == inputs.keys()
+    assert bool(warnings) == warned
 
 
 SENSITIVITIES = {"q.weight": 9.0, "k.weight": 0.1, "conv.weight": 2, "out.weight": 1.0}
