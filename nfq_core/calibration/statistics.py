@@ -196,8 +196,8 @@ class Calibration:
     def for_plans(self, info: UNetInfo | None, plans: Mapping[str, Plan]) -> tuple[dict[str, LayerInputs], list[str]]:
         """`for_weights` for the UNet's tensors that `plans` quantise, without those that need Hessians but have none.
 
-        If formats were chosen by size, a warning names the weights without a measured sensitivity, unless SDXL's apply to
-        all of them layer by layer.
+        If formats were chosen by size, a warning names the weights without a measured sensitivity, unless none has one
+        and SDXL's apply layer by layer.
         """
         quantized = {key: plan for key, plan in plans.items() if plan.format and (not info or is_unet_key(info, key))}
         usable, warnings = self.for_weights(info, {key: plan.shape for key, plan in quantized.items()})
