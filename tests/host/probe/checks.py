@@ -111,8 +111,9 @@ def memory_states(package: str, model, other) -> dict:
 
 
 def _ready_steps(patcher, layer) -> list:
+    """What a layer's patch keeps on the compute device; factors in RAM do not count."""
     patch = patcher._attached(layer)
-    return patch._ready if patch else []
+    return patch._ready if patch and patch._resident else []
 
 
 def _low_rank_bytes(step) -> int:
