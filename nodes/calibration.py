@@ -178,7 +178,7 @@ def calibrate_model(
     if model.get_injections(BYPASS_LORA):
         raise NFQError("Load LoRA (Bypass) works only after NFQ Quantize UNet; before NFQ Calibrate, use Load LoRA")
     shapes = {key: tuple(tensor.shape) for key, tensor in model.model.diffusion_model.state_dict().items()}
-    sensitivities = sensitivities or not known_by_layer(shapes)
+    sensitivities = sensitivities or not known_by_layer(detect(shapes))
     clone = attach_collector(model, True, sensitivities)
     # All prompts first: the host need not swap CLIP and UNet for each.
     encoded = [[clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in one] for one in PROMPTS[:prompts]]

@@ -8,21 +8,15 @@ judged; errors of pictures are pooled as noise.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise, product
-from pathlib import Path
 
-from nfq_core import load
-from nfq_core.checkpoints.convert import quantize_file
-from nfq_core.checkpoints.examine import file_info
 from nfq_core.demo.calibrate import CALIBRATION_SEED
 from nfq_core.fitting.codebook import EFFORTS
-from nfq_core.packed.tensor import NFTensor
 from nfq_core.planning.settings import PRESETS, Settings
 
 from ..shared import markdown_table, run_command
-from .worlds import WORLDS, Judge, World
+from .worlds import WORLDS, Judge, World, quantized
 
 CAPTIONS, SEEDS = 16, (0, 1000)
 PROMPTS = 32  # Captions of the calibration
@@ -39,13 +33,9 @@ def rows_of(world: World) -> Iterator[dict]:
     calibration = world.calibrate(PROMPTS)
     cases = [(effort, preset) for effort in EFFORTS for preset in (*NAMES, ONE_FORMAT[effort])]
     for calibrated, (effort, preset) in product((False, True), cases):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "quantised.nfq.safetensors"
-            choice = {"preset": preset} if preset in PRESETS else {"format": preset, "conv_format": preset}
-            settings = Settings.of(**choice, effort=effort)
-            quantize_file(world.weights, path, settings, calibration=calibration if calibrated else None)
-            dense = {key: t.dequantize() if isinstance(t, NFTensor) else t for key, t in load(path).items()}
-            about = file_info(path)
+        choice = {"preset": preset} if preset in PRESETS else {"format": preset, "conv_format": preset}
+        settings = Settings.of(**choice, effort=effort)
+        dense, about = quantized(world.weights, settings, calibration if calibrated else None)
         found = {name: about[name] for name in ("packed_bits_per_weight", "expected")} | judge.figures(dense)
         print(f"  {world.name}, {preset}, {effort}, calibrated: {calibrated}: {found['output_db']:.1f} dB", flush=True)
         yield {"model": world.name, "calibrated": calibrated, "effort": effort, "preset": preset, **found}

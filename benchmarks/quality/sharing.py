@@ -15,14 +15,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from nfq_core import Calibration, load
-from nfq_core.checkpoints.convert import quantize_file
+from nfq_core import Calibration
 from nfq_core.demo.calibrate import CALIBRATION_SEED
-from nfq_core.packed.tensor import NFTensor
 from nfq_core.planning.settings import Settings
 
 from ..shared import markdown_table, run_command
-from .worlds import INVERTED, SHAPES, Judge, World
+from .worlds import INVERTED, SHAPES, Judge, World, quantized
 
 PRESET, PROMPTS, CAPTIONS, SEEDS = "balanced", 32, 16, (0, 1000)
 LORA_RANK = 16
@@ -38,14 +36,6 @@ def lora(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) 
     return changes
 
 
-def quantized(weights: Path, calibration: Calibration | None) -> dict[str, torch.Tensor]:
-    """The weights in a file, quantised and dequantised."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "quantised.nfq.safetensors"
-        quantize_file(weights, path, Settings.of(preset=PRESET), calibration=calibration)
-        return {key: one.dequantize() if isinstance(one, NFTensor) else one for key, one in load(path).items()}
-
-
 def judged(
     world: World, base: Path, changes: Mapping[str, torch.Tensor], calibrations: Mapping[str, Calibration | None]
 ) -> dict[str, dict]:
@@ -53,7 +43,7 @@ def judged(
     judge = Judge(world, world.captions(PROMPTS, CALIBRATION_SEED), CAPTIONS, SEEDS)
     found = {}
     for name, calibration in calibrations.items():
-        dense = quantized(base, calibration)
+        dense, _ = quantized(base, Settings.of(preset=PRESET), calibration)
         dense |= {key: (dense[key].float() + change).half() for key, change in changes.items()}
         found[name] = judge.figures(dense)
         print(f"  {world.name}, {name}: {found[name]['output_db']:.1f} dB", flush=True)

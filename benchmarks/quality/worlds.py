@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from nfq_core import Calibration, collect
+from nfq_core import Calibration, collect, load
+from nfq_core.checkpoints.convert import quantize_file
+from nfq_core.checkpoints.examine import file_info
 from nfq_core.decibels import sqnr_db
 from nfq_core.demo import shapes
 from nfq_core.demo.calibrate import (
@@ -40,6 +43,7 @@ from nfq_core.demo.model import (
     bundled_weights_path,
     sample_ids,
 )
+from nfq_core.planning.settings import Settings
 from nfq_core.report.metrics import psnr_db
 
 from . import landscapes
@@ -138,6 +142,16 @@ class World:
             for number in range(NOISY_BATCHES):
                 pipeline(*(part[number::NOISY_BATCHES] for part in noisy))
         return replace(calibration, sensitivities=measured.calibration().sensitivities)
+
+
+def quantized(
+    weights: Path, settings: Settings, calibration: Calibration | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The weights in a file, quantised into another file and dequantised; what `file_info` says of that file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "quantised.nfq.safetensors"
+        quantize_file(weights, path, settings, calibration=calibration)
+        return load(path, memory="resident"), file_info(path)
 
 
 class Judge:

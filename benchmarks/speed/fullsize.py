@@ -84,19 +84,20 @@ def write_calibration(path: Path) -> None:
 
 def run(folder: Path) -> dict:
     """All measurements, as written to the results."""
-    source, target, statistics = (folder / name for name in ("sdxl.safetensors", "sdxl.nfq.safetensors", "calibration"))
+    names = ("sdxl.safetensors", "sdxl.nfq.safetensors", "calibrated.nfq.safetensors", "calibration")
+    source, target, other, statistics = (folder / name for name in names)
     if not source.exists():
         write_sdxl_unet(source)
     write_calibration(statistics)
-    convert = ("nfq_core", "quantize", str(source), str(target), "--force", "--json")
-    taken: dict[str, list[float]] = {"convert": [], "calibrated": []}
-    peaks = {}
-    # Those with a calibration come second: the peak is that of the largest process so far, and the file stays.
+    commands = {"convert": (str(target),), "calibrated": (str(other), "--calibration", str(statistics))}
+    taken: dict[str, list[float]] = {name: [] for name in commands}
+    peaks: dict[str, int] = {}
+    # The one with a calibration comes second, because a peak is that of the largest process so far.
     for _ in range(CONVERT_RUNS):
-        for name, more in (("convert", ()), ("calibrated", ("--calibration", str(statistics)))):
-            taken[name].append(timed(lambda more=more: json_of(*convert, *more)))
+        for name, words in commands.items():
+            arguments = ("nfq_core", "quantize", str(source), *words, "--force", "--json")
+            taken[name].append(timed(lambda arguments=arguments: json_of(*arguments)))
             peaks.setdefault(name, peak_resident_bytes(of_children=True))
-    json_of(*convert)
     seconds = {name: summary(found) for name, found in taken.items()}
     print(seconds, peaks, flush=True)
     facts = json_of("nfq_core", "info", str(target), "--json")

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from ..files.safetensors_io import Entry
 from ..files.writer import Plan
-from ..fitting.feedback import expected_gain
 from ..models.unet import UNetInfo
 from ..planning.forecast import expected_output_db
 from ..planning.policy import plan_tensors
@@ -63,6 +62,5 @@ def feedback_factors(inputs: Mapping[str, LayerInputs]) -> dict[str, float]:
     Args:
         inputs: statistics by weight name; layers without Hessians are left out.
     """
-    distinct = {id(one): one.second_moment() for one in inputs.values()}
-    factors = {key: expected_gain(moment) ** FEEDBACK_SHARE for key, moment in distinct.items() if moment is not None}
-    return {name: factors[id(one)] for name, one in inputs.items() if id(one) in factors}
+    gains = {name: one.feedback_gain for name, one in inputs.items()}
+    return {name: gain**FEEDBACK_SHARE for name, gain in gains.items() if gain is not None}

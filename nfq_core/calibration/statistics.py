@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from ..files.container import UNRECORDED, Source, source_name
 from ..files.safetensors_io import DTYPE_NAMES, Entry, SafetensorsFile, aligned_entries, header_bytes, tensor_bytes
 from ..files.untrusted import is_count, is_number, parse_error_message, parse_json
 from ..files.writer import Plan
-from ..fitting.feedback import SecondMoment
-from ..models.sensitivities import BY_LAYER, layer_sensitivities
+from ..fitting.feedback import SecondMoment, expected_gain
+from ..models.sensitivities import known_by_layer
 from ..models.unet import UNKNOWN, UNetInfo, detect, is_unet_key, known_ldm_names
 from ..planning.settings import Formats, Settings
 
@@ -82,6 +83,12 @@ class LayerInputs:
         if self.correlation is None:
             return None
         return SecondMoment(self.importance.repeat_interleave(self.taps), self.correlation)
+
+    @cached_property
+    def feedback_gain(self) -> float | None:
+        """See `feedback.expected_gain`; None if no Hessian was collected."""
+        moment = self.second_moment()
+        return None if moment is None else expected_gain(moment)
 
     def arguments(self) -> dict[str, Any]:
         """These statistics as keyword arguments of `quantize`."""
@@ -212,8 +219,9 @@ class Calibration:
         sized = [key for key, plan in quantized.items() if plan.sensitivity is not None]
         names = self._names(info, sized)
         missing = [key for key in sized if names[key] not in self.sensitivities]
-        if missing and not (len(missing) == len(sized) and layer_sensitivities(info, {}).basis == BY_LAYER):
-            which = "" if len(missing) == len(sized) else f" for {len(missing):,} weights, such as {missing[0]!r}"
+        nothing_measured = len(missing) == len(sized)
+        if missing and not (nothing_measured and known_by_layer(info)):
+            which = "" if nothing_measured else f" for {len(missing):,} weights, such as {missing[0]!r}"
             warnings.append(f"the calibration has no sensitivities{which}; they are estimated from SDXL's")
         return usable, warnings
 

@@ -21,6 +21,7 @@ from ..files.original import Original
 from ..files.untrusted import LOADING_ERRORS, loading_error_message
 from ..layers.packing import packed_layers
 from ..models.sensitivities import known_by_layer
+from ..models.unet import detect
 from ..parallel import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def calibrate(
         prompts = PROMPTS[:prompts]
     chosen = PROMPTS if prompts is None else prompts
     if sensitivities is None:
-        sensitivities = not known_by_layer({name: tuple(one.shape) for name, one in unet.state_dict().items()})
+        info = detect({name: tuple(one.shape) for name, one in unet.state_dict().items()})
+        sensitivities = not known_by_layer(info)
     with collect(unet, hessians=True, sensitivities=sensitivities) as collected:
         for number, prompt in enumerate(chosen):
             _sample(pipeline, prompt, number, len(chosen), steps, side, guidance, seed + number, progress)

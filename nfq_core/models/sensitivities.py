@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .roles import OTHER_CONVOLUTION, OTHER_LINEAR, role
-from .unet import UNKNOWN, UNetInfo, detect, diffusers_names
+from .unet import UNKNOWN, UNetInfo, diffusers_names
 from .unet_keys import SDXL_BASE, UNetArchitecture, tensor_shapes
 
 SDXL_SENSITIVITIES = Path(__file__).with_name("sdxl_sensitivities.json")
@@ -102,9 +102,9 @@ def layer_sensitivities(
     return Sensitivities({key: known.get(key, value * unit) for key, value in values.items()}, MEASURED)
 
 
-def known_by_layer(shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Whether SDXL's sensitivities apply layer by layer to the model with these tensors, by name in any layout."""
-    return layer_sensitivities(detect(shapes), {}).basis == BY_LAYER
+def known_by_layer(info: UNetInfo | None) -> bool:
+    """Whether SDXL's sensitivities apply layer by layer to a model; `info` is the UNet that was detected in it."""
+    return layer_sensitivities(info, {}).basis == BY_LAYER
 
 
 def _has_layers_of_sdxl(architecture: UNetArchitecture) -> bool:

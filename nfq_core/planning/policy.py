@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 
 from ..errors import NFQError
 from ..files.prequantized import compute_dtype
 from ..files.safetensors_io import DTYPE_NAMES, Entry, dtype_bytes
 from ..files.writer import Plan
-from ..models.components import find_components
+from ..models.components import Component, find_components
 from ..models.roles import OTHER, role
 from ..models.sensitivities import layer_sensitivities
 from ..models.text_encoders import Part
@@ -115,8 +115,9 @@ def recorded_text_encoders(settings: Settings, entries: Mapping[str, Entry]) -> 
         settings: how it is quantised.
         entries: its tensors by name.
     """
-    info = detect({key: entry.shape for key, entry in entries.items()})
-    parts = _text_encoder_parts(info, entries)
+    shapes = {key: entry.shape for key, entry in entries.items()}
+    info = detect(shapes)
+    parts = _text_encoder_parts(find_components(info, shapes), entries)
     if not parts or parts.keys() & _split(info, entries, settings)[0].keys():
         return {}
     return {TEXT_ENCODERS_SETTING: settings.text_encoder_bits}
@@ -153,7 +154,7 @@ def _split(
     spared = first_and_last_convolution(info) if info and not settings.quantize_first_last else frozenset()
     main = next((each.keys for each in components if each.kind == ("diffusion model" if info else "other")), ())
     keys = [key for key in main if _can_be_quantized(entries[key]) and key not in spared and "emb" not in key]
-    parts = _text_encoder_parts(info, entries)
+    parts = _text_encoder_parts(components, entries)
     fixed = _text_encoder_formats(parts, entries, settings)
     by_preset = isinstance(settings.choice, BitsPerWeight) and bool(settings.choice.preset)
     if not keys and settings.text_encoders is None and not by_preset:
@@ -162,10 +163,10 @@ def _split(
     return {key: entries[key].shape for key in keys}, fixed
 
 
-def _text_encoder_parts(info: UNetInfo | None, entries: Mapping[str, Entry]) -> dict[str, Part]:
+def _text_encoder_parts(components: Iterable[Component], entries: Mapping[str, Entry]) -> dict[str, Part]:
     """The text encoders' tensors that can be quantised, with their parts."""
     found = {}
-    for component in find_components(info, {key: entry.shape for key, entry in entries.items()}):
+    for component in components:
         for key in component.keys if component.encoder else ():
             part = component.encoder.part(key, entries[key].shape)
             if part != "kept" and _can_be_quantized(entries[key]):

@@ -8,17 +8,10 @@ from __future__ import annotations
 import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType
 
 import pytest
 import torch
-from stub_lora import KEY, ROOT, Adapter, Failing, lora_module, patch
-
-
-@pytest.fixture
-def lora(plugin: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module of layers' patches, over the stand-in."""
-    return lora_module(plugin, monkeypatch)
+from stub_lora import KEY, ROOT, Adapter, Failing, patch
 
 
 def fitting(value: float = 1.0) -> tuple:
