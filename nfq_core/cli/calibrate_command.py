@@ -27,7 +27,7 @@ def add_calibrate_command(command: AddCommand) -> None:
     """Add `nfq calibrate`."""
     sub = command("calibrate", _calibrate, "sample an SDXL model and record the inputs of its layers")
     sub.add_argument(
-        "source", metavar="SRC", help="a .safetensors checkpoint with text encoders, or a folder of diffusers' layout"
+        "source", metavar="SRC", help="a .safetensors checkpoint with text encoders, or a diffusers folder"
     )
     sub.add_argument(
         "target",
@@ -80,8 +80,8 @@ def _add_sampling_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--config",
         metavar="DIR",
-        help="folder of diffusers' layout with settings and tokenisers for a checkpoint (default: diffusers fetches "
-        "SDXL's)",
+        help="diffusers folder with settings and tokenisers for a checkpoint; its weights are not read (default: "
+        "diffusers fetches SDXL's)",
     )
 
 

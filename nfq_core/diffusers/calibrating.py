@@ -59,40 +59,29 @@ def calibrate(
     if sensitivities is None:
         info = detect({name: tuple(one.shape) for name, one in unet.state_dict().items()})
         sensitivities = not known_by_layer(info)
+    options: dict[str, Any] = {"num_inference_steps": steps, "height": side, "width": side}
+    if guidance is not None:
+        options["guidance_scale"] = guidance
     with collect(unet, hessians=True, sensitivities=sensitivities) as collected:
         for number, prompt in enumerate(chosen):
-            _sample(pipeline, prompt, number, len(chosen), steps, side, guidance, seed + number, progress)
+            name = f"prompt {number + 1} of {len(chosen)}"
+
+            def report(_: object, step: int, *more: Any, done: int = number * steps, name: str = name) -> Any:
+                progress(done + min(step + 1, steps), len(chosen) * steps, name)
+                return more[-1]
+
+            _sample(pipeline, prompt, seed + number, name, **options, callback_on_step_end=report)
     return collected.calibration(prompts=len(chosen), steps=steps)
 
 
-def _sample(
-    pipeline: StableDiffusionXLPipeline,
-    prompt: Prompt,
-    number: int,
-    count: int,
-    steps: int,
-    side: int,
-    guidance: float | None,
-    seed: int,
-    progress: Progress,
-) -> None:
-    done = number * steps
-
-    def report(pipeline: object, step: int, timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
-        progress(done + min(step + 1, steps), count * steps, f"prompt {number + 1} of {count}")
-        return tensors
-
-    options = {} if guidance is None else {"guidance_scale": guidance}
+def _sample(pipeline: StableDiffusionXLPipeline, prompt: Prompt, seed: int, name: str, **options: Any) -> None:
+    """Sample one prompt; NFQError, which calls it by `name`, if that fails or gives NaN."""
     try:
         latents = pipeline(
             prompt.positive,
             negative_prompt=prompt.negative,
-            num_inference_steps=steps,
-            height=side,
-            width=side,
             output_type="latent",
             generator=torch.Generator().manual_seed(seed),
-            callback_on_step_end=report,
             **options,
         ).images
     except ValueError as error:
@@ -102,4 +91,4 @@ def _sample(
         if latents.dtype == torch.float16:
             advice = "load the model in bfloat16 or float32, as `--device cpu` does"
         kind = str(latents.dtype).removeprefix("torch.")
-        raise NFQError(f"prompt {number + 1} gave NaN or infinity in {kind}; {advice}")
+        raise NFQError(f"{name} gave NaN or infinity in {kind}; {advice}")

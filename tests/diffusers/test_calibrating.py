@@ -100,7 +100,7 @@ def test_nan_is_told(pipeline, dtype: torch.dtype, advice: str):
     with torch.no_grad():
         next(pipeline.unet.parameters()).fill_(float("nan"))
     kind = str(dtype).removeprefix("torch.")
-    with pytest.raises(NFQError, match=f"prompt 1 gave NaN or infinity in {kind}; {advice}"):
+    with pytest.raises(NFQError, match=f"prompt 1 of 1 gave NaN or infinity in {kind}; {advice}"):
         calibrate(pipeline.to(dtype), 1, **FAST, sensitivities=False)
 
 
