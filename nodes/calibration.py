@@ -22,6 +22,8 @@ from ..nfq_core.calibration.fingerprint import fingerprint
 from ..nfq_core.calibration.prompts import PROMPTS
 from ..nfq_core.calibration.sensitivity import PASSES
 from ..nfq_core.calibration.statistics import Calibration
+from ..nfq_core.checkpoints.memory import is_out_of_memory
+from ..nfq_core.models.completeness import context_width
 from ..nfq_core.models.sensitivities import known_by_layer
 from ..nfq_core.models.unet import detect
 from .bake import without_dynamic_vram
@@ -36,6 +38,11 @@ from .host import (
     refuse_existing,
 )
 from .weights import dense, is_quantized, key_patches
+
+LATENT_PIXELS = 8
+"""Pixels per latent, in each direction."""
+
+SAMPLER, SCHEDULER = "euler", "normal"
 
 
 class SamplingCollector:
@@ -136,12 +143,6 @@ def save_calibration(model: Any, filename_prefix: str, overwrite: bool) -> tuple
     return path, summary
 
 
-LATENT_PIXELS = 8
-"""Pixels per latent, in each direction."""
-
-SAMPLER, SCHEDULER = "euler", "normal"
-
-
 def calibrate_model(
     model: Any,
     clip: Any,
@@ -171,7 +172,8 @@ def calibrate_model(
         The file's name in the folder of calibrations, and whether it was there already.
 
     Raises:
-        NFQError: there is no CLIP, the MODEL cannot be calibrated, its output holds NaN, or memory is short.
+        NFQError: there is no CLIP or one of another model, the MODEL cannot be calibrated, its output holds NaN, or
+            memory is short.
     """
     if clip is None:
         raise NFQError("there is no CLIP; connect that of the checkpoint loader")
@@ -182,6 +184,9 @@ def calibrate_model(
     clone = attach_collector(model, True, sensitivities)
     # All prompts first: the host need not swap CLIP and UNet for each.
     encoded = [[clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in one] for one in PROMPTS[:prompts]]
+    given, wanted = encoded[0][0][0][0].shape[-1], context_width(shapes)
+    if wanted and given != wanted:
+        raise NFQError(f"this CLIP gives tokens of width {given}, the MODEL reads {wanted}; connect its own CLIP")
     made_by = _fingerprint(model, encoded, steps, cfg, side, sensitivities)
     path = output_path(name, CALIBRATIONS, CALIBRATION_SUFFIX)
     path = f"{path.removesuffix(CALIBRATION_SUFFIX)}-{made_by}{CALIBRATION_SUFFIX}"
@@ -189,10 +194,12 @@ def calibrate_model(
         if os.path.exists(path) and Calibration.load(path).inputs:
             return listed_output(path, CALIBRATIONS), True
     progress = LayerProgress(node_id, lambda prompt: {})
+    out_of_memory = False
     try:
         _sample(clone, encoded, steps, cfg, side, progress)
-        out_of_memory = False
-    except comfy.model_management.OOM_EXCEPTION:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         out_of_memory = True
     if out_of_memory:
         # Outside the handler, whose traceback holds the sampler's tensors.

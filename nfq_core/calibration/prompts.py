@@ -6,7 +6,10 @@ negative prompts, short ones and none. Neighbours differ, so that the first few 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from ..errors import NFQError
 
 STEPS = 8
 """Denoising steps of each prompt."""
@@ -63,3 +66,32 @@ PROMPTS: tuple[Prompt, ...] = (
     Prompt("nebula and stars, deep space, violet and teal, long exposure", ""),
     Prompt("an elderly couple dances in a garden, candid photograph, late afternoon light", "cgi, illustration"),
 )
+
+
+def prompts_to_sample(
+    prompts: int | Sequence[Prompt] | None = None, steps: int = STEPS, side: int = SIDE
+) -> Sequence[Prompt]:
+    """Check how a model is to be sampled, before anything is loaded.
+
+    Args:
+        prompts: the first so many of the bundled prompts, or other prompts; by default all bundled ones.
+        steps: denoising steps of each.
+        side: width and height in pixels.
+
+    Returns:
+        The prompts.
+
+    Raises:
+        NFQError: one of these cannot be sampled.
+    """
+    if steps < 1:
+        raise NFQError(f"steps must be at least 1, got {steps}")
+    if side < 8 or side % 8:
+        raise NFQError(f"side must be a multiple of 8 pixels, got {side}")
+    if prompts is None:
+        return PROMPTS
+    if not isinstance(prompts, int):
+        return prompts
+    if not 1 <= prompts <= len(PROMPTS):
+        raise NFQError(f"prompts must be from 1 to {len(PROMPTS)}, the number of bundled ones, got {prompts}")
+    return PROMPTS[:prompts]

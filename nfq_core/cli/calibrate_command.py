@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import os
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from ..calibration.fingerprint import fingerprint
-from ..calibration.prompts import PROMPTS, SIDE, STEPS
+from ..calibration.prompts import PROMPTS, SIDE, STEPS, prompts_to_sample
 from ..calibration.statistics import CALIBRATION_SUFFIX, Calibration
+from ..checkpoints.convert import refuse_unconvertible
+from ..checkpoints.memory import is_out_of_memory
 from ..checkpoints.targets import PLAIN_SUFFIX, model_name, target_path
-from ..errors import CorruptFileError, NFQError, TargetExistsError, UnsupportedFileError
+from ..errors import CorruptFileError, NFQError, UnsupportedFileError
+from ..files.atomic import is_same_file, refuse_unwritable
 from ..files.original import Original
 from .terminal import AddCommand, progress_bar, show
 
@@ -24,7 +27,7 @@ def add_calibrate_command(command: AddCommand) -> None:
     """Add `nfq calibrate`."""
     sub = command("calibrate", _calibrate, "sample an SDXL model and record the inputs of its layers")
     sub.add_argument(
-        "source", metavar="SRC", help="a .safetensors checkpoint with text encoders, or a folder of diffusers' layout"
+        "source", metavar="SRC", help="a .safetensors checkpoint with text encoders, or a diffusers folder"
     )
     sub.add_argument(
         "target",
@@ -77,8 +80,8 @@ def _add_sampling_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--config",
         metavar="DIR",
-        help="folder of diffusers' layout with settings and tokenisers for a checkpoint (default: diffusers fetches "
-        "SDXL's)",
+        help="diffusers folder with settings and tokenisers for a checkpoint; its weights are not read (default: "
+        "diffusers fetches SDXL's)",
     )
 
 
@@ -86,8 +89,9 @@ def _calibrate(options: argparse.Namespace) -> int:
     started = perf_counter()
     name = f"{model_name(options.source)[0]}{CALIBRATION_SUFFIX}"
     target = target_path(options.target, options.source, name, PLAIN_SUFFIX)
-    if os.path.exists(target) and not options.force:
-        raise TargetExistsError(f"{target} exists already; --force overwrites it")
+    if target.exists() and is_same_file(target, options.source):
+        raise NFQError(f"{target} is the source itself; name another target")
+    refuse_unwritable(target, options.force)
     calibration = _sampled(options)
     result = {
         "target": str(target),
@@ -111,12 +115,13 @@ def calibrate_first(options: argparse.Namespace) -> Calibration:
     """
     if options.calibration:
         raise NFQError("--calibrate makes a calibration, and --calibration reads one; give one of them")
-    if os.path.exists(options.target) and not options.force:
-        raise TargetExistsError(f"{options.target} exists already; --force overwrites it")
     how = {name: getattr(options, name) for name in SAMPLING}
-    prompts = PROMPTS[: len(PROMPTS) if options.prompts is None else options.prompts]
+    prompts = prompts_to_sample(options.prompts, **_given(options, "steps", "side"))
     with Original(options.source) as model:
+        refuse_unconvertible(model, options.target)
         made_by = fingerprint(model.entries, model.tensor, how, prompts)
+    if not options.dry_run:
+        refuse_unwritable(options.target, options.force)
     folder = Path(options.target).parent
     kept = folder / f"{model_name(options.source)[0]}-{made_by}{CALIBRATION_SUFFIX}"
     with suppress(CorruptFileError, UnsupportedFileError):
@@ -136,16 +141,27 @@ def refuse_unused(options: argparse.Namespace) -> None:
 
 
 def _sampled(options: argparse.Namespace) -> Calibration:
-    from ..diffusers.calibrating import calibrate, load_pipeline
+    from ..diffusers.calibrating import calibrate
+    from ..diffusers.pipelines import load_pipeline
 
-    pipeline = load_pipeline(options.source, options.device, options.config, v_prediction=options.v_prediction)
-    with progress_bar("sampling", options, "step") as progress:
-        return calibrate(
-            pipeline,
-            options.prompts,
-            steps=STEPS if options.steps is None else options.steps,
-            side=SIDE if options.side is None else options.side,
-            guidance=options.guidance,
-            sensitivities=options.sensitivities or None,
-            progress=progress,
-        )
+    how = _given(options, "prompts", "steps", "side")
+    prompts_to_sample(**how)
+    try:
+        pipeline = load_pipeline(options.source, options.device, options.config, v_prediction=options.v_prediction)
+        with progress_bar("sampling", options, "step") as progress:
+            return calibrate(
+                pipeline,
+                **how,
+                guidance=options.guidance,
+                sensitivities=options.sensitivities or None,
+                progress=progress,
+            )
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    raise NFQError("out of memory while sampling; choose a smaller --side, or --device cpu")
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of the options that were given, as keyword arguments."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}

@@ -57,9 +57,9 @@ def load_unet(
     """
     if dtype is not None and dtype not in QUANTIZABLE_DTYPES:
         raise ValueError(f"dtype must be fp16, bf16, fp32 or fp64, got {dtype}")
-    config = _read_config(Path(config_dir))
+    config = read_config(Path(config_dir))
     with NFQFile(nfq_path) as file:
-        model = _empty_model(config, Path(config_dir) / CONFIG)
+        model = empty_model(config, Path(config_dir) / CONFIG)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         names = names_in_model(file, shapes)
         check_fits(file, names, shapes, os.fspath(Path(config_dir) / CONFIG))
@@ -81,7 +81,7 @@ def load_unet(
     return make_packed(model, quantizer)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """Read a folder's `config.json`, which must describe a UNet2DConditionModel."""
     path = folder / CONFIG
     try:
@@ -102,7 +102,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != "quantization_config"}
 
 
-def _empty_model(config: dict[str, Any], path: Path) -> nn.Module:
+def empty_model(config: dict[str, Any], path: Path) -> nn.Module:
     """The model that a config describes, on torch's meta device."""
     try:
         with torch.device("meta"):

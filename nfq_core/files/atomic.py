@@ -52,6 +52,11 @@ def write_whole(path: str | os.PathLike, data: bytes, overwrite: bool = False) -
         file.commit()
 
 
+def refuse_unwritable(path: str | os.PathLike, overwrite: bool) -> None:
+    """Raise NFQError if `AtomicFile` could not write a file here, before long work whose result it will hold."""
+    AtomicFile(path, overwrite).discard()
+
+
 def prepare_folder(folder: Path, names: Iterable[str], overwrite: bool) -> None:
     """Create a folder if it is missing, and check that files of these names can be written to it.
 

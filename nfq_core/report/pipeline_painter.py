@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..checkpoints.memory import check_device
 from ..errors import NFQError, missing_package
 from ..files.container import NFQFile
 from ..files.original import Original
+from ..files.pipeline_folder import refuse_other_folders
 from ..files.untrusted import LOADING_ERRORS, loading_error_message
 from ..models.unet import detect, diffusers_names
 from ..packed.tensor import NFTensor
@@ -25,8 +25,6 @@ from .protocol import Sample, Series
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionXLPipeline
-
-PIPELINE = "StableDiffusionXLPipeline"
 
 PIPELINE_GUIDANCE = 5.0
 """The pipeline's default."""
@@ -62,7 +60,7 @@ class PipelinePainter:
     def __init__(self, folder: str | os.PathLike, drawing: Drawing) -> None:
         check_device(drawing.device, torch.float32)
         self._folder = Path(folder)
-        _check_folder(self._folder)
+        refuse_other_folders(self._folder)
         self._pipeline = _load_pipeline(self._folder, torch.device(drawing.device))
         self._own_scheduler = self._pipeline.scheduler
         self.device = drawing.device
@@ -155,17 +153,6 @@ class PipelinePainter:
             raise NFQError(f"{self._folder} cannot draw with {sampler}: its scheduler has no beta_schedule")
         levels = {name: own[name] for name in NOISE_LEVELS if name in own}
         return DPMSolverMultistepScheduler.from_config({**levels, **SAMPLERS[sampler]})
-
-
-def _check_folder(folder: Path) -> None:
-    try:
-        kind = json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"]
-    except OSError:
-        raise NFQError(f"{folder} is not a diffusers folder: its model_index.json cannot be read") from None
-    except (ValueError, KeyError, TypeError):
-        raise NFQError(f"{folder}: its model_index.json is damaged; fetch the folder again") from None
-    if kind != PIPELINE:
-        raise NFQError(f"{folder} holds a {kind}; pictures are drawn with a {PIPELINE}")
 
 
 def _load_pipeline(folder: Path, device: torch.device) -> StableDiffusionXLPipeline:

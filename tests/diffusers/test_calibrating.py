@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from commands import run
+from commands import one_line, run
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -16,8 +18,7 @@ from sdxl_folder import make_folder
 from nfq_core import Calibration, NFQError, NFQFile
 from nfq_core.calibration.fingerprint import fingerprint
 from nfq_core.calibration.prompts import PROMPTS, Prompt
-from nfq_core.diffusers import calibrate
-from nfq_core.diffusers import calibrating as module
+from nfq_core.diffusers import calibrate, pipelines
 
 FAST = {"steps": 2, "side": 64}
 
@@ -29,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pipeline(folder: Path):
-    return module.load_pipeline(folder, "cpu")
+    return pipelines.load_pipeline(folder, "cpu")
 
 
 def test_prompts_differ_and_some_have_no_negative_one():
@@ -78,18 +79,29 @@ def test_a_quantised_unet_is_refused(pipeline):
         calibrate(pipeline, 1, **FAST)
 
 
-def test_a_size_that_does_not_fit_is_told(pipeline):
-    with pytest.raises(
-        NFQError, match="the pipeline cannot sample this: `height` and `width` have to be divisible by 8"
-    ):
-        calibrate(pipeline, 1, steps=1, side=65)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"side": 65}, "side must be a multiple of 8 pixels, got 65"),
+        ({"prompts": [Prompt("")], "guidance": 7.5, "side": -8}, "side must be a multiple of 8 pixels, got -8"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(pipeline, wrong: dict, message: str):
+    with pytest.raises(NFQError, match=message):
+        calibrate(pipeline, **wrong)
 
 
-def test_nan_is_told(pipeline):
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [(torch.float16, "load the model in bfloat16 or float32"), (torch.float32, "fetch the model again")],
+)
+def test_nan_is_told(pipeline, dtype: torch.dtype, advice: str):
     with torch.no_grad():
         next(pipeline.unet.parameters()).fill_(float("nan"))
-    with pytest.raises(NFQError, match="prompt 1 gave NaN or infinity in float32; load the model in bfloat16"):
-        calibrate(pipeline, 1, **FAST)
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(NFQError, match=f"prompt 1 of 1 gave NaN or infinity in {kind}; {advice}"):
+        calibrate(pipeline.to(dtype), 1, **FAST, sensitivities=False)
 
 
 def test_an_interrupt_leaves_no_hooks(pipeline):
@@ -114,9 +126,11 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_quantising_calibrates_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch):
-    """The UNet's file holds no text encoders, so the whole folder stands in for a checkpoint here."""
-    sampled, load = [], module.load_pipeline
-    monkeypatch.setattr(module, "load_pipeline", lambda source, *_, **__: sampled.append(source) or load(folder, "cpu"))
+    """A UNet in a diffusers folder is sampled with the rest of the folder."""
+    sampled, load = [], pipelines.load_pipeline
+    monkeypatch.setattr(
+        pipelines, "load_pipeline", lambda *given, **more: sampled.append(given[0]) or load(*given, **more)
+    )
     unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
     for name in ("a", "b"):
         target = tmp_path / f"{name}.nfq.safetensors"
@@ -143,18 +157,60 @@ def test_options_without_calibrating_are_refused(folder: Path, tmp_path: Path, c
     assert code == 1 and "--steps says how to sample; add --calibrate, or leave it out" in error
 
 
-@pytest.mark.parametrize("zero_terminal_snr", [False, True])
-def test_models_that_predict_v(pipeline, zero_terminal_snr: bool):
-    module.predict_v(pipeline, zero_terminal_snr)
-    config = pipeline.scheduler.config
-    assert config.prediction_type == "v_prediction" and bool(config.rescale_betas_zero_snr) == zero_terminal_snr
-    assert calibrate(pipeline, 1, **FAST, sensitivities=False).inputs
+def test_what_is_wrong_is_told_before_the_model_is_loaded(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pipelines, "load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
+    unet = tmp_path / "unet.safetensors"
+    unet.write_bytes((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
+    existing = tmp_path / "existing.nfq.safetensors"
+    existing.write_bytes(b"old")
+    locked = tmp_path / "locked.safetensors"
+    locked.symlink_to("/proc/locked.safetensors")
+    for arguments, message in (
+        (("calibrate", unet, unet, "--force"), "is the source itself; name another target"),
+        (("calibrate", unet, tmp_path / "gone" / "x"), "no such folder; create it first, or name another"),
+        (("calibrate", unet, tmp_path / "x.ckpt"), "only if its name ends in .safetensors"),
+        (("calibrate", unet, locked), "could not be written"),
+        (("calibrate", unet, tmp_path / "x", "--prompts", "0"), "prompts must be from 1 to 32"),
+        (("quantize", unet, existing, "--calibrate"), "exists already; --force overwrites it"),
+        (("quantize", unet, "--calibrate", "--steps", "0"), "steps must be at least 1"),
+    ):
+        code, _, error = run(capsys, *arguments)
+        assert code == 1 and message in one_line(error)
+    assert existing.read_bytes() == b"old"
+    assert {path.name for path in tmp_path.iterdir()} == {unet.name, existing.name, locked.name}
 
 
-def test_a_file_without_text_encoders_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    code, _, error = run(capsys, "quantize", unet, tmp_path / "x.nfq.safetensors", "--calibrate", *OPTIONS)
-    assert code == 1 and "holds no text encoders, which prompts need; give the whole checkpoint" in error
+def test_a_full_disk_leaves_the_old_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch):
+    target = tmp_path / "sdxl.calibration.safetensors"
+    target.write_bytes(b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("nfq_core.files.atomic._flush", full)
+    code, _, error = run(capsys, "calibrate", folder, target, "--force", *OPTIONS)
+    assert code == 1 and f"could not be written: {os.strerror(errno.ENOSPC)}; nothing was changed" in one_line(error)
+    assert [path.name for path in tmp_path.iterdir()] == [target.name] and target.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (KeyboardInterrupt(), "interrupted; no unfinished file is left"),
+        (torch.OutOfMemoryError("out of memory"), "out of memory while sampling; choose a smaller --side"),
+    ],
+)
+def test_a_run_that_ends_early_writes_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch, fault: BaseException, message: str
+):
+    def fails(*_: object, **__: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("diffusers.EulerDiscreteScheduler.step", fails)
+    code, _, error = run(capsys, "calibrate", folder, tmp_path / "x", *OPTIONS)
+    assert code == 1 and message in one_line(error)
     assert not list(tmp_path.iterdir())
 
 

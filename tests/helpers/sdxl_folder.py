@@ -1,4 +1,4 @@
-"""A diffusers folder of SDXL's kind with random weights, small enough to draw with in a test."""
+"""A diffusers folder and a checkpoint of SDXL's kind with random weights, small enough to draw with in a test."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import json
 from pathlib import Path
 
 import torch
+from samples import TINY, unet_config
+from text_models import random_tensors
+
+from benchmarks.checkpoint_shapes import TextSizes, text_encoders
+from nfq_core.models.unet_keys import UNetArchitecture, tensor_shapes
 
 WORDS = [
     "<|startoftext|>",
@@ -13,6 +18,14 @@ WORDS = [
     *"abcdefghijklmnopqrstuvwxyz",
     *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz"),
 ]
+
+TEXT_L, TEXT_G = TextSizes(16, 2, words=len(WORDS)), TextSizes(32, 2, words=len(WORDS))
+"""The two text encoders, together as wide as the context of `TINY`."""
+
+
+def checkpoint_tensors(architecture: UNetArchitecture = TINY) -> dict[str, torch.Tensor]:
+    """The tensors of a single-file checkpoint of the same kind, named as in LDM's: both text encoders and the UNet."""
+    return random_tensors(text_encoders(TEXT_L, TEXT_G) | tensor_shapes(architecture, "prefixed"))
 
 
 def make_folder(folder: Path, variant: str | None = None) -> Path:
@@ -24,33 +37,22 @@ def make_folder(folder: Path, variant: str | None = None) -> Path:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     torch.manual_seed(0)
-    text_config = CLIPTextConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=37,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=77,
-        projection_dim=32,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1),
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        cross_attention_dim=64,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=32 + 6 * 8,
-        norm_num_groups=8,
-    )
+
+    def text_config(sizes: TextSizes) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=sizes.words,
+            hidden_size=sizes.width,
+            intermediate_size=4 * sizes.width,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=4,
+            max_position_embeddings=sizes.positions,
+            projection_dim=sizes.width,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+
+    unet = diffusers.UNet2DConditionModel(**unet_config(TINY))
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -73,8 +75,8 @@ def make_folder(folder: Path, variant: str | None = None) -> Path:
     )
     pipeline = diffusers.StableDiffusionXLPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel(text_config),
-        text_encoder_2=CLIPTextModelWithProjection(text_config),
+        text_encoder=CLIPTextModel(text_config(TEXT_L)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(TEXT_G)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,

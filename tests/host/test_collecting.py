@@ -84,10 +84,28 @@ def test_a_lora_is_calibrated_by_itself(host) -> None:
     assert host.run(nodes)["calibration"]["text"] == [message.replace("saved", "found") + " again"]
 
 
+def test_a_model_that_predicts_v_is_calibrated_as_such(host) -> None:
+    found = {}
+    for prediction in ("eps", "v_prediction"):
+        kind = {"model": ["model", 0], "sampling": prediction, "zsnr": prediction == "v_prediction"}
+        nodes = {"model": NARROW, "kind": {"class_type": "ModelSamplingDiscrete", "inputs": kind}}
+        nodes |= calibrate(["kind", 0], filename_prefix=prediction)
+        nodes["shown"] = {"class_type": "PreviewAny", "inputs": {"source": ["calibration", 0]}}
+        (message,) = host.run(nodes)["calibration"]["text"]
+        found[prediction] = Calibration.load(host.output / "nfq_calibrations" / message.removeprefix("saved "))
+    first = "input_blocks.1.0.in_layers.2.weight"
+    importance = [each.inputs[first].importance for each in found.values()]
+    assert not torch.equal(*importance) and all(map(torch.isfinite, map(torch.sum, importance)))
+
+
 def test_a_packed_model_is_refused(host) -> None:
     with pytest.raises(HostError, match="a calibration needs dense weights"):
         nodes = {"model": OURS, "collect": collect(["model", 0])}
         host.run(sample(nodes, ["collect", 0], steps=1))
+    with pytest.raises(HostError, match="a calibration needs dense weights"):
+        nodes = {"model": OURS, **calibrate(["model", 0])}
+        nodes["shown"] = {"class_type": "PreviewAny", "inputs": {"source": ["calibration", 0]}}
+        host.run(nodes)
 
 
 def test_a_compiled_model_is_refused(host) -> None:

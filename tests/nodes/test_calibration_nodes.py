@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from samples import SMALLEST, unet_config
+from samples import SMALLEST, TINY, unet_config
 
 from nfq_core import Calibration
 from nfq_core.calibration.collector import Collector
@@ -219,15 +219,14 @@ def test_a_quantized_model_is_refused(nodes: dict, model: Patcher, error: type) 
 
 
 class Clip:
+    def __init__(self, width: int = 48) -> None:
+        self._width = width
+
     def tokenize(self, text: str) -> str:
         return text
 
     def encode_from_tokens_scheduled(self, tokens: str) -> list:
-        return [tokens]
-
-
-class OutOfMemory(Exception):
-    pass
+        return [[torch.zeros(1, 77, self._width), {"text": tokens}]]
 
 
 @pytest.fixture
@@ -236,8 +235,7 @@ def sampled(monkeypatch: pytest.MonkeyPatch, plugin: ModuleType) -> list[tuple]:
     seen: list[tuple] = []
 
     def sample(model: Patcher, noise: object, steps: int, cfg: float, *more: Any, **options: Any) -> torch.Tensor:
-        positive, negative = more[2:4]
-        seen.append((positive[0], negative[0], steps, cfg))
+        seen.append((*(cond[0][1]["text"] for cond in more[2:4]), steps, cfg))
         model.sample(options["seed"])
         options["callback"](steps - 1)
         return torch.zeros(1)
@@ -248,7 +246,6 @@ def sampled(monkeypatch: pytest.MonkeyPatch, plugin: ModuleType) -> list[tuple]:
     host = importlib.import_module("comfy.sample")
     monkeypatch.setattr(host, "sample", sample, raising=False)
     monkeypatch.setattr(importlib.import_module(f"{plugin.__name__}.nodes.calibration"), "key_patches", key_patches)
-    monkeypatch.setattr(importlib.import_module("comfy.model_management"), "OOM_EXCEPTION", OutOfMemory, raising=False)
     return seen
 
 
@@ -306,7 +303,11 @@ def test_calibrate_keeps_nothing_unfinished(
 ) -> None:
     host = importlib.import_module("comfy.sample")
     if fault == "memory":
-        monkeypatch.setattr(host, "sample", lambda *_, **__: (_ for _ in ()).throw(OutOfMemory()))
+
+        def fails(*_: object, **__: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+        monkeypatch.setattr(host, "sample", fails)
     elif fault == "nan":
         monkeypatch.setattr(host, "sample", lambda *_, **__: torch.tensor([float("nan")]))
     elif fault == "interrupt":
@@ -321,6 +322,29 @@ def test_calibrate_keeps_nothing_unfinished(
     with pytest.raises((error, InterruptedError), match=message):
         node.execute(model, None if fault == "no clip" else Clip(), prompts=2, side=512)
     assert not list((tmp_path / "output").rglob("*.safetensors")) and hooks(model) == 0
+
+
+def test_calibrate_refuses_before_it_samples(
+    nodes: dict, model: Patcher, sampled: list[tuple], error: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_attention = Patcher(type(model.model.diffusion_model)(**unet_config(TINY)))
+    with pytest.raises(error, match="this CLIP gives tokens of width 768, the MODEL reads 48; connect its own CLIP"):
+        calibrate(nodes, with_attention, Clip(768))
+    with pytest.raises(error, match="this MODEL is not a UNet of the SDXL family"):
+        calibrate(nodes, Patcher(torch.nn.Sequential(torch.nn.Linear(4, 4))))
+    compiled = model.clone()
+    compiled.model_options["torch_compile_kwargs"] = {"backend": "inductor"}
+    with pytest.raises(error, match="this MODEL is compiled"):
+        calibrate(nodes, compiled)
+    with monkeypatch.context() as patch:
+        patch.setattr(Patcher, "get_injections", lambda *_: [object()])
+        with pytest.raises(error, match=r"Load LoRA \(Bypass\) works only after NFQ Quantize UNet"):
+            calibrate(nodes, model)
+    layer = model.model.diffusion_model.conv_in
+    layer.weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), False)
+    with pytest.raises(error, match="this MODEL is quantised, but a calibration needs dense weights"):
+        calibrate(nodes, model)
+    assert not sampled and hooks(model) == 0
 
 
 def test_quantize_lists_calibrations(nodes: dict, tmp_path: Path) -> None:
