@@ -103,9 +103,16 @@ def _empty_text_encoder(config: Mapping[str, Any], path: Path) -> PreTrainedMode
     try:
         with torch.device("meta"):
             return stock(stock.config_class.from_dict(dict(config)))
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
+    except (*LOADING_ERRORS, IndexError, _config_error()) as error:
+        reason = " ".join(str(error).split())
         raise NFQError(f"{path}: transformers cannot build a text encoder from it: {reason}") from None
+
+
+def _config_error() -> type[Exception]:
+    """The error of newer versions of transformers for a config's values."""
+    from huggingface_hub import errors
+
+    return getattr(errors, "StrictDataclassError", ValueError)
 
 
 def _fill_positions(model: PreTrainedModel, device: torch.device | str) -> None:
