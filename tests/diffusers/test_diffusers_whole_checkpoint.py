@@ -169,7 +169,7 @@ def test_checkpoints_that_lack_something(folder: Path) -> None:
     path = without(folder, "none.nfq.safetensors", "conditioner.")
     with pytest.raises(NFQError, match=r"has no text encoder; name a whole checkpoint, or load its parts"):
         load_pipeline(path, settings)
-    with pytest.raises(NFQError, match="holds a UNet and no text encoder; .*load_unet reads the UNet"):
+    with pytest.raises(NFQError, match=r"holds a UNet and no text encoder; .*load_unet reads the UNet"):
         load_text_encoder(path, settings / "text_encoder")
     path = without(folder, "one.nfq.safetensors", "conditioner.embedders.1.")
     with pytest.raises(
@@ -184,7 +184,7 @@ def test_checkpoints_that_lack_something(folder: Path) -> None:
     with pytest.raises(NFQError, match="has no VAE"):
         load_pipeline(path, settings)
     path = without(folder, "text.nfq.safetensors", "model.", "first_stage_model.")
-    with pytest.raises(NFQError, match=r"is a text encoder \(CLIP and CLIP\), not a UNet; load_text_encoder reads it"):
+    with pytest.raises(NFQError, match=r"is a text encoder \(CLIP and CLIP\), not a UNet; load_text_encoder reads"):
         load_unet(path, settings / "unet")
     path = without(
         folder, "layer.nfq.safetensors", "conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_b"
