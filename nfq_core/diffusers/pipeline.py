@@ -196,6 +196,10 @@ def _read_index(folder: Path) -> dict[str, Any]:
     kind = index.get("_class_name") if isinstance(index, dict) else None
     if not isinstance(kind, str) or not hasattr(diffusers, kind) or "unet" not in index:
         raise NFQError(f"{path} describes {kind or 'no pipeline'}; name the folder of an SDXL pipeline")
+    parts = [name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None]
+    missing = next((name for name in parts if not (folder / name).is_dir()), None)
+    if missing is not None:
+        raise NFQError(f"{folder} has no folder {missing!r}, which its model_index.json names; fetch it again")
     return index
 
 

@@ -168,23 +168,22 @@ def find_text_encoder(
         held = "no text encoder of a known kind" if info is None else "a UNet and no text encoder"
         advice = "" if info is None else "; load_unet reads the UNet"
         raise UnsupportedFileError(f"{file.path} holds {held}; name a file with CLIP or T5{advice}")
-    stored, differences = file.shapes(), {}
+    stored, found = file.shapes(), []
     for encoder in encoders:
         renamed = rename(stored, encoder, shapes)
         actual = {name: each.shape(stored[each.key]) for each in renamed for name in each.names}
         if actual == shapes:
             return encoder, renamed
-        same = sum(actual.get(name) == shape for name, shape in shapes.items())
-        differences[encoder.name] = (same, actual)
-    held = " and ".join(encoder.name for encoder in encoders)
-    same, actual = max(differences.values(), key=lambda pair: pair[0])
-    if not same:
-        name = next(name for name in shapes if name.endswith(_TABLES))
+        found.append(actual)
+    table = next(name for name in shapes if name.endswith(_TABLES))
+    similar = [actual for actual in found if actual.get(table, ())[1:] == shapes[table][1:]]
+    if not similar:
+        held = " and ".join(encoder.name for encoder in encoders)
         raise UnsupportedFileError(
-            f"{file.path} holds {held}, but {config} describes a text encoder of width {shapes[name][1]:,}; use a file "
-            "with this text encoder, or the config of the one that was quantised"
+            f"{file.path} holds {held}, but {config} describes a text encoder of width {shapes[table][1]:,}; use a "
+            "file with this text encoder, or the config of the one that was quantised"
         )
-    check_shapes(file, actual, shapes, config)
+    check_shapes(file, similar[0], shapes, config)
     raise AssertionError("the shapes differ")
 
 

@@ -13,16 +13,20 @@ import torch
 from safetensors.torch import save_file
 from samples import random_weight
 
+from benchmarks.checkpoint_shapes import text_encoders as sdxl_text_encoders
 from nfq_core import Calibration, NFQError, NFTensor, load, quantize_state_dict, save
 from nfq_core.layers import PackedEmbedding, packed_layers
+from nfq_core.models.text_encoders import find_text_encoders
 
 transformers = pytest.importorskip("transformers", reason="the text encoders are transformers'")
 for package in ("accelerate", "diffusers", "peft"):
     pytest.importorskip(package, reason="what is tested needs it")
 
 from clip_models import clip_names, hidden_states, open_clip_names, text_encoder  # noqa: E402
+from diffusers_models import write_config  # noqa: E402
 
 from nfq_core.diffusers import NFQConfig, load_text_encoder, load_unet  # noqa: E402
+from nfq_core.diffusers.text_names import rename  # noqa: E402
 
 KINDS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 L, G, T5 = KINDS
@@ -145,6 +149,25 @@ def test_open_clip_names(folders: Path, tmp_path: Path, bits: str, memory: str) 
     assert bool(packed_layers(model)) is (memory == "packed" and bits != "keep") and equal(model, reference)
 
 
+@pytest.mark.parametrize("kind", [L, G])
+def test_names_of_a_whole_sdxl_checkpoint(kind: str) -> None:
+    """Every tensor of its text encoders has a place in transformers' models of SDXL's sizes, and none is left empty."""
+    shapes = sdxl_text_encoders()
+    first, second = find_text_encoders(shapes)
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    if kind == G:
+        sizes = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+    with torch.device("meta"):
+        config = transformers.CLIPTextConfig(**sizes, projection_dim=1280)
+        model = getattr(transformers, kind)(config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    encoder = second if kind == G else first
+    renamed = rename(shapes, encoder, wanted)
+    assert {name: each.shape(shapes[each.key]) for each in renamed for name in each.names} == wanted
+    unused = {key for key in shapes if encoder.owns(key)} - {each.key for each in renamed}
+    assert unused == ({f"{encoder.prefix}logit_scale"} if kind == G else set())
+
+
 def lora(model: torch.nn.Module, seed: int, rank: int = 4) -> tuple[Any, dict[str, torch.Tensor]]:
     """PEFT's configuration and tensors of a LoRA on all attention of a text encoder."""
     from peft import LoraConfig
@@ -265,7 +288,7 @@ def test_files_and_configs_that_do_not_match(folders: Path, tmp_path: Path) -> N
     with pytest.raises(NFQError, match="transformers cannot build a text encoder from it"):
         load_text_encoder(clip, tmp_path)
     with pytest.raises(NFQError, match=r"is a text encoder \(CLIP\), not a UNet; load_text_encoder reads it"):
-        load_unet(clip, folders / L)
+        load_unet(clip, write_config(tmp_path / "unet"))
     save({"a.weight": torch.zeros(4, 4)}, tmp_path / "other.nfq.safetensors")
     with pytest.raises(NFQError, match="holds no text encoder of a known kind; name a file with CLIP or T5"):
         load_text_encoder(tmp_path / "other.nfq.safetensors", folders / L)

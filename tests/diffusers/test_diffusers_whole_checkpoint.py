@@ -178,7 +178,7 @@ def test_checkpoints_that_lack_something(folder: Path) -> None:
         load_pipeline(path, settings)
     foreign = clip_names(text_encoder("CLIPTextModel", hidden_size=192), "cond_stage_model.transformer.")
     path = without(folder, "foreign.nfq.safetensors", "conditioner.", add=foreign)
-    with pytest.raises(NFQError, match=r"holds CLIP, but .*text_encoder/config.json .* width 64"):
+    with pytest.raises(NFQError, match=r"holds CLIP, but .*text_encoder/config.json.* width 64"):
         load_pipeline(path, settings)
     path = without(folder, "vae.nfq.safetensors", "first_stage_model.")
     with pytest.raises(NFQError, match="has no VAE"):
@@ -210,6 +210,9 @@ def test_folders_that_do_not_match(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(NFQError, match="its VAE does not fit"):
         load_pipeline(file, tmp_path / "sdxl")
     shutil.copytree(folder / "sdxl" / "vae", tmp_path / "sdxl" / "vae", dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "sdxl" / "tokenizer")
+    (tmp_path / "sdxl" / "scheduler" / "scheduler_config.json").write_text("no JSON")
     with pytest.raises(NFQError, match="cannot be loaded as a pipeline"):
+        load_pipeline(file, tmp_path / "sdxl")
+    shutil.rmtree(tmp_path / "sdxl" / "tokenizer")
+    with pytest.raises(NFQError, match=r"has no folder 'tokenizer', which its model_index.json names"):
         load_pipeline(file, tmp_path / "sdxl")
