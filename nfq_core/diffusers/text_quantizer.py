@@ -11,7 +11,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from ..checkpoints.state_dict import load_tensors
-from ..errors import CannotQuantizeError, NFQError
+from ..errors import CannotQuantizeError, NFQError, UnsupportedFileError
 from ..files.container import FACTS_KEY, PREFIX, Facts, NFQFile
 from ..files.original import Original
 from ..files.safetensors_io import Entry
@@ -60,7 +60,12 @@ class NFQTextQuantizer(HfQuantizer):
             )
         if not self.pre_quantized:
             self._check_source(checkpoint_files or ())
-        elif not checkpoint_files or len(checkpoint_files) > 1:
+        elif checkpoint_files is None:
+            raise UnsupportedFileError(
+                "this version of transformers cannot read a quantised folder, 5.0 or newer can; "
+                "load_text_encoder(FILE, FOLDER) reads it with this one"
+            )
+        elif len(checkpoint_files) != 1:
             raise NFQError("its weights are in several files; a quantised model has one")
         else:
             self._read(model, checkpoint_files[0])
