@@ -62,8 +62,8 @@ class NFQTextQuantizer(HfQuantizer):
             self._check_source(checkpoint_files or ())
         elif checkpoint_files is None:
             raise UnsupportedFileError(
-                "this version of transformers cannot read a quantised folder, 5.0 or newer can; "
-                "load_text_encoder(FILE, FOLDER) reads it with this one"
+                "this version of transformers cannot read a quantised folder; update transformers, or read it with "
+                "load_text_encoder(FILE, FOLDER)"
             )
         elif len(checkpoint_files) != 1:
             raise NFQError("its weights are in several files; a quantised model has one")
