@@ -22,12 +22,17 @@ from ..nfq_core.planning.settings import (
     DEFAULT_LEVELS,
     DEFAULT_PRESET,
     DEFAULTS,
+    FIVE_BITS_UP_TO,
     PRESETS,
+    TEXT_ENCODERS,
 )
 from .conversion import DROP_EXTRAS, Converter, default_name, target_path
 from .loading import KEEP_PACKED, is_ours
 
 SECTION = ("nfq", "NFQ")
+
+DEFAULT = "default"
+"""The choice for text encoders that leaves it to the size, see `Settings.text_encoder_bits`."""
 
 converter = Converter()
 
@@ -52,6 +57,11 @@ def facts(path: str) -> str:
 
 def _presets_in_words() -> str:
     return f"bits per weight: {', '.join(f'{name} {bits}' for name, bits in PRESETS.items())}"
+
+
+def _text_encoders_in_words() -> str:
+    small = ", ".join(name for name, bits in PRESETS.items() if bits <= FIVE_BITS_UP_TO)
+    return f"Text encoders (default: 5bit with preset {small}, else 8bit)"
 
 
 def _refusal(error: NFQError) -> str:
@@ -102,6 +112,7 @@ def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
         effort: str,
         levels: int,
         conv_levels: int,
+        text_encoders: str,
         name: str,
         overwrite: bool,
         drop_extras: bool,
@@ -109,7 +120,8 @@ def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
         try:
             source = path_of(title)
             folder = shared.cmd_opts.ckpt_dir or sd_models.model_path
-            settings = Settings.from_form(preset, int(levels), int(conv_levels), effort)
+            bits = None if text_encoders == DEFAULT else text_encoders
+            settings = Settings.from_form(preset, int(levels), int(conv_levels), effort, text_encoders=bits)
             target = target_path(folder, name or default_name(source, settings))
             yield from converter.run(source, target, settings, overwrite, drop_extras)
             sd_models.list_models()
@@ -130,6 +142,7 @@ def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
             only = f"(only with preset {BY_LEVELS})"
             levels = gr.Dropdown(list(LEVELS), value=DEFAULT_LEVELS, label=f"Levels of Linear layers {only}")
             conv_levels = gr.Dropdown(list(LEVELS), value=DEFAULT_CONV_LEVELS, label=f"Levels of convolutions {only}")
+            text_encoders = gr.Dropdown([DEFAULT, *TEXT_ENCODERS], value=DEFAULT, label=_text_encoders_in_words())
         with gr.Row():
             name = gr.Textbox(
                 label="Name of the new checkpoint", placeholder="default: the source name with the preset or levels"
@@ -147,6 +160,7 @@ def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
         again.click(refresh, [], [chosen, about], queue=False)
         # Without the program's queue the page can show only the last line.
         handler = last_line if shared.cmd_opts.no_gradio_queue else lines
-        start.click(handler, [chosen, preset, effort, levels, conv_levels, name, overwrite, drop_extras], [status])
+        inputs = [chosen, preset, effort, levels, conv_levels, text_encoders, name, overwrite, drop_extras]
+        start.click(handler, inputs, [status])
         stop.click(converter.stop, [], [], queue=False)
     return tab

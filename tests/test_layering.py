@@ -28,9 +28,10 @@ LIGHT = {"numpy", "safetensors", "torch", "tqdm", "zstandard"}
 
 ON_CHOICE = {module: {"diffusers"} for module in MODULES if module.startswith("nfq_core.diffusers")}
 ON_CHOICE |= {"nfq_core.diffusers.lora": {"peft"}, "nfq_core.packed.triton_decode": {"triton"}}
+ON_CHOICE |= {f"nfq_core.diffusers.{module}": {"transformers"} for module in ("text_model", "text_quantizer")}
 """What modules need that are imported only after they were chosen."""
 
-EXTRAS = {"PIL", "accelerate", "diffusers", "matplotlib", "numba", "peft", "transformers"}
+EXTRAS = {"PIL", "accelerate", "diffusers", "huggingface_hub", "matplotlib", "numba", "peft", "transformers"}
 """What only some features need: imported where such a feature starts."""
 
 

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import stub_webui
@@ -271,3 +273,29 @@ def test_extras_are_named_and_left_out_by_the_check_box(conversion, tmp_path: Pa
         *_, last = lines
         assert message in last and "--drop-extras" not in last
         assert ("model_ema.x" in load(target)) is not drop
+
+
+@pytest.mark.parametrize(
+    ("preset", "choice", "bits"),
+    [("small", "default", "5bit"), ("balanced", "default", "8bit"), ("levels", "default", "8bit")]
+    + [("small", bits, bits) for bits in ("keep", "8bit", "5bit")],
+)
+def test_the_tab_s_choice_for_text_encoders(monkeypatch, tmp_path: Path, preset: str, choice: str, bits: str) -> None:
+    program = stub_webui.install(monkeypatch, forge=False)
+    program.load_extension()
+    page = sys.modules[f"{reader(program).__module__.partition('.')[0]}.nfq_webui.page"]
+    seen, widgets = [], MagicMock()
+    monkeypatch.setattr(page, "gr", widgets)
+    monkeypatch.setattr(page.converter, "run", lambda *arguments: seen.append(arguments) or iter(["done"]))
+    models, shared = (program.modules[f"modules.{name}"] for name in ("sd_models", "shared"))
+    shared.cmd_opts = SimpleNamespace(no_gradio_queue=False, ckpt_dir=str(tmp_path))
+    models.get_closet_checkpoint_match = lambda title: Info(f"/models/{title}")
+    models.list_models = lambda: None
+    program.tabs[0]()
+    choices = [call.args[0] for call in widgets.Dropdown.call_args_list]
+    assert ["default", "keep", "8bit", "5bit"] in choices
+    # The buttons of a stub are one object: refresh, quantise, stop.
+    quantise = widgets.Button.return_value.click.call_args_list[1].args[0]
+    assert list(quantise("a.safetensors", preset, "fast", 16, 32, choice, "new", False, False)) == ["done"]
+    _, target, settings, *_ = seen[0]
+    assert settings.text_encoder_bits == bits and target == str(tmp_path / "new.nfq.safetensors")

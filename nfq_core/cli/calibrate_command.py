@@ -142,12 +142,14 @@ def refuse_unused(options: argparse.Namespace) -> None:
 
 def _sampled(options: argparse.Namespace) -> Calibration:
     from ..diffusers.calibrating import calibrate
-    from ..diffusers.pipelines import load_pipeline
+    from ..diffusers.dense_pipeline import load_dense_pipeline
 
     how = _given(options, "prompts", "steps", "side")
     prompts_to_sample(**how)
     try:
-        pipeline = load_pipeline(options.source, options.device, options.config, v_prediction=options.v_prediction)
+        pipeline = load_dense_pipeline(
+            options.source, options.device, options.config, v_prediction=options.v_prediction
+        )
         with progress_bar("sampling", options, "step") as progress:
             return calibrate(
                 pipeline,

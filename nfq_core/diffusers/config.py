@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from ..calibration.statistics import Calibration
 from ..checkpoints.extras import SETTING
-from ..planning.settings import Settings, without_repetition
+from ..planning.settings import TEXT_ENCODERS_SETTING, Settings, without_repetition
 from .foreign import refuse_other_method
 from .patches import wrap_config_merging
 from .quantizer import NFQQuantizer
+
+if TYPE_CHECKING:
+    from .text_quantizer import NFQTextQuantizer
 
 
 class Method(str, Enum):
@@ -28,6 +31,8 @@ METHOD = Method.NFQ
 class NFQConfig(QuantizationConfigMixin):
     """Settings for `from_pretrained(…, quantization_config=NFQConfig(…))`, which quantises a model at load.
 
+    `from_pretrained` is that of a diffusers model, or of a text encoder in transformers.
+
     Args:
         levels: levels of Linear weights, instead of a preset: 32, 24, 16, 12 or 7.
         conv_levels: levels of convolutions.
@@ -37,6 +42,7 @@ class NFQConfig(QuantizationConfigMixin):
         conv_format: the format of convolutions instead of `conv_levels`.
         preset: a size, one of `settings.PRESETS`; by default "balanced".
         target_bpw: most packed bits per weight, instead of a preset.
+        text_encoders: how a text encoder is packed, see `Settings`.
         calibration: statistics of the layers' inputs, or their file; see `nfq_core.collect`.
         quant_method: "nfq", as in `config.json`.
 
@@ -55,6 +61,7 @@ class NFQConfig(QuantizationConfigMixin):
         conv_format: str | None = None,
         preset: str | None = None,
         target_bpw: float | None = None,
+        text_encoders: str | None = None,
         calibration: Calibration | str | os.PathLike | None = None,
         quant_method: str = METHOD.value,
     ) -> None:
@@ -70,6 +77,7 @@ class NFQConfig(QuantizationConfigMixin):
             conv_format=conv_format,
             effort=effort,
             quantize_first_last=quantize_first_last,
+            text_encoders=text_encoders,
         )
         self.calibration = calibration
         self._invalid = ""
@@ -106,6 +114,8 @@ class NFQConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The settings as a JSON-ready dict; a calibration is given by its name."""
         settings = self.settings.as_dict()
+        if self.settings.text_encoders is not None:
+            settings[TEXT_ENCODERS_SETTING] = self.settings.text_encoders
         if isinstance(self.calibration, Calibration):
             settings["calibration"] = self.calibration.source.name
         elif self.calibration is not None:
@@ -130,3 +140,9 @@ class NFQConfig(QuantizationConfigMixin):
     def quantizer(self, **options: Any) -> NFQQuantizer:
         """Create the quantiser for a model; `options` come from diffusers."""
         return NFQQuantizer(self, **options)
+
+    def text_quantizer(self, **options: Any) -> NFQTextQuantizer:
+        """Create the quantiser for a text encoder; `options` come from transformers."""
+        from .text_quantizer import NFQTextQuantizer
+
+        return NFQTextQuantizer(self, **options)

@@ -19,6 +19,8 @@ from ..errors import NFQError
 from ..files.container import NFQFile
 from ..files.safetensors_io import TORCH_DTYPES
 from ..layers.packing import assign_state, packed_layers
+from ..models.text_encoders import find_text_encoders
+from ..models.unet import detect
 from ..packed.tensor import QUANTIZABLE_DTYPES, NFTensor
 from ..parallel import Progress, no_progress
 from ..planning.settings import of_unet
@@ -55,15 +57,15 @@ def load_unet(
         NFQError: the file or config is missing, damaged or newer, or the two do not match.
         ValueError: `dtype` or `memory` is not allowed.
     """
-    if dtype is not None and dtype not in QUANTIZABLE_DTYPES:
-        raise ValueError(f"dtype must be fp16, bf16, fp32 or fp64, got {dtype}")
-    config = read_config(Path(config_dir))
+    check_dtype(dtype)
+    config = read_unet_config(Path(config_dir))
     with NFQFile(nfq_path) as file:
+        _refuse_text_encoder(file)
         model = empty_model(config, Path(config_dir) / CONFIG)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         names = names_in_model(file, shapes)
         check_fits(file, names, shapes, os.fspath(Path(config_dir) / CONFIG))
-        dtype = dtype or _recorded_dtype(file, names)
+        dtype = dtype or recorded_dtype(file, names)
         loaded = load_tensors(file, names, device=device, memory=memory, progress=progress)
         facts = replace(file.facts, settings=of_unet(file.facts.settings))
     state = {}
@@ -81,25 +83,58 @@ def load_unet(
     return make_packed(model, quantizer)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise ValueError if models cannot be loaded in this dtype; None: the recorded one."""
+    if dtype is not None and dtype not in QUANTIZABLE_DTYPES:
+        raise ValueError(f"dtype must be fp16, bf16, fp32 or fp64, got {dtype}")
+
+
+def read_unet_config(folder: Path) -> dict[str, Any]:
     """Read a folder's `config.json`, which must describe a UNet2DConditionModel."""
+    config = read_config(folder, "unet")
+    kind = config.get("_class_name")
+    if kind != UNet2DConditionModel.__name__:
+        raise NFQError(
+            f"{folder / CONFIG} describes {kind or 'no model'}; name the folder of a {UNet2DConditionModel.__name__}'s "
+            "config"
+        )
+    return config
+
+
+def read_config(folder: Path, part: str) -> dict[str, Any]:
+    """Read a folder's `config.json`, without what it says about quantisation.
+
+    Args:
+        folder: the folder.
+        part: name of the model's folder in a pipeline's, for messages.
+
+    Raises:
+        NFQError: it is missing or no JSON object.
+    """
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        inner = folder / "unet" / CONFIG
-        advice = f"name {inner.parent}" if inner.exists() else "name the folder of the UNet's config.json"
+        inner = folder / part / CONFIG
+        model = "UNet" if part == "unet" else "text encoder"
+        advice = f"name {inner.parent}" if inner.exists() else f"name the folder of the {model}'s config.json"
         raise NFQError(f"{path}: no such file; {advice}") from None
     except OSError as error:
         raise NFQError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise NFQError(f"{path} is not valid JSON ({error}); fetch it again") from None
-    kind = config.get("_class_name") if isinstance(config, dict) else None
-    if kind != UNet2DConditionModel.__name__:
-        raise NFQError(
-            f"{path} describes {kind or 'no model'}; name the folder of a {UNet2DConditionModel.__name__}'s config"
-        )
+    if not isinstance(config, dict):
+        config = {}
     return {name: value for name, value in config.items() if name != "quantization_config"}
+
+
+def _refuse_text_encoder(file: NFQFile) -> None:
+    """Raise NFQError if a file holds only text encoders."""
+    shapes = file.shapes()
+    encoders = [] if detect(shapes) else find_text_encoders(shapes)
+    if encoders:
+        names = " and ".join(encoder.name for encoder in encoders)
+        raise NFQError(f"{file.path} is a text encoder ({names}), not a UNet; load_text_encoder reads it")
 
 
 def empty_model(config: dict[str, Any], path: Path) -> nn.Module:
@@ -112,7 +147,7 @@ def empty_model(config: dict[str, Any], path: Path) -> nn.Module:
         raise NFQError(f"{path}: diffusers cannot build a UNet from it: {reason}") from None
 
 
-def _recorded_dtype(file: NFQFile, keys: Iterable[str]) -> torch.dtype:
+def recorded_dtype(file: NFQFile, keys: Iterable[str]) -> torch.dtype:
     """The recorded dtype of most of these tensors of a file that are quantised; fp16 if none is."""
     most = Counter(file.quantized[key].dtype for key in keys if key in file.quantized).most_common(1)
     return TORCH_DTYPES[most[0][0]] if most else torch.float16

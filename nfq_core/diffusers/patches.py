@@ -116,3 +116,23 @@ def wrap_adapter_creation(adapter_error: Callable[[Any], Exception | None]) -> N
         return wrapper
 
     wrap_once(LoraModel, "_create_and_replace", make)
+
+
+@lru_cache
+def wrap_textual_inversion() -> None:
+    """Make diffusers dequantise a packed table of tokens before it adds the rows of a textual inversion."""
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    def make(load: Callable) -> Callable:
+        signature = inspect.signature(load)
+
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            given = signature.bind_partial(self, *args, **kwargs).arguments.get("text_encoder")
+            encoder = getattr(self, "text_encoder", None) if given is None else given
+            if hasattr(encoder, "unpack_tokens"):
+                encoder.unpack_tokens()
+            return load(self, *args, **kwargs)
+
+        return wrapper
+
+    wrap_once(TextualInversionLoaderMixin, "load_textual_inversion", make)

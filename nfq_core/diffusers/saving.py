@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -27,18 +27,7 @@ def saved_tensors(model: nn.Module, stock: type) -> dict[str, Any]:
     """
     refuse_offloaded(model)
     state, layers = model.state_dict(), packed_layers(model)
-    if any(".base_layer." in name for name in state):
-        fused = any(getattr(module, "merged_adapters", None) for module in model.modules())
-        raise NFQError(
-            f"LoRAs are attached, which a packed model's file cannot store; {'unfuse_lora() and ' if fused else ''}"
-            f"unload_lora_weights() {'remove' if fused else 'removes'} them, save_lora_adapter() saves them"
-        )
-    fused = next((name for name, layer in layers.items() if layer.low_rank is not None), None)
-    if fused is not None:
-        raise NFQError(
-            f"a LoRA is fused into {fused!r} permanently, which a packed model's file cannot store; dequantize() makes "
-            "a stock model of both, or load the model again without the LoRA"
-        )
+    refuse_adapters(state, model)
     _check_config(model, stock, {name: tuple(tensor.shape) for name, tensor in state.items()}, layers)
     return state | {f"{name}.weight": layer.packed for name, layer in layers.items()}
 
@@ -77,6 +66,27 @@ def _without_allocation() -> AbstractContextManager:
     from accelerate import init_empty_weights
 
     return init_empty_weights()
+
+
+def refuse_adapters(state: Iterable[str], model: nn.Module) -> None:
+    """Raise NFQError if a model has LoRAs, attached or fused.
+
+    Args:
+        state: names in its state dict.
+        model: the model.
+    """
+    if any(".base_layer." in name for name in state):
+        fused = any(getattr(module, "merged_adapters", None) for module in model.modules())
+        raise NFQError(
+            f"LoRAs are attached, which a packed model's file cannot store; {'unfuse_lora() and ' if fused else ''}"
+            f"unload_lora_weights() {'remove' if fused else 'removes'} them, save_lora_adapter() saves them"
+        )
+    fused = next((name for name, layer in packed_layers(model).items() if layer.low_rank is not None), None)
+    if fused is not None:
+        raise NFQError(
+            f"a LoRA is fused into {fused!r} permanently, which a packed model's file cannot store; dequantize() makes "
+            "a stock model of both, or load the model again without the LoRA"
+        )
 
 
 def refuse_offloaded(model: nn.Module) -> None:

@@ -79,15 +79,15 @@ def assign_state(model: nn.Module, state: Mapping[str, NFTensor | torch.Tensor])
     model.load_state_dict(kept, strict=False, assign=True)
 
 
-def dense_layers(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
+def dense_layers(model: nn.Module, dtype: torch.dtype | None = torch.float16) -> None:
     """Replace a model's packed layers by stock layers, with their low-rank changes merged.
 
     Args:
         model: changed in place.
-        dtype: dtype of the dequantised weights.
+        dtype: dtype of the dequantised weights; None: each layer's `compute_dtype`.
     """
     for path, layer in packed_layers(model).items():
-        _replace(model, path, layer.dense(dtype))
+        _replace(model, path, layer.dense(dtype or layer.compute_dtype))
 
 
 def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:

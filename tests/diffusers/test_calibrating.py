@@ -18,7 +18,7 @@ from sdxl_folder import make_folder
 from nfq_core import Calibration, NFQError, NFQFile
 from nfq_core.calibration.fingerprint import fingerprint
 from nfq_core.calibration.prompts import PROMPTS, Prompt
-from nfq_core.diffusers import calibrate, pipelines
+from nfq_core.diffusers import calibrate, dense_pipeline
 
 FAST = {"steps": 2, "side": 64}
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pipeline(folder: Path):
-    return pipelines.load_pipeline(folder, "cpu")
+    return dense_pipeline.load_dense_pipeline(folder, "cpu")
 
 
 def test_prompts_differ_and_some_have_no_negative_one():
@@ -127,9 +127,9 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_quantising_calibrates_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch):
     """A UNet in a diffusers folder is sampled with the rest of the folder."""
-    sampled, load = [], pipelines.load_pipeline
+    sampled, load = [], dense_pipeline.load_dense_pipeline
     monkeypatch.setattr(
-        pipelines, "load_pipeline", lambda *given, **more: sampled.append(given[0]) or load(*given, **more)
+        dense_pipeline, "load_dense_pipeline", lambda *given, **more: sampled.append(given[0]) or load(*given, **more)
     )
     unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
     for name in ("a", "b"):
@@ -160,7 +160,7 @@ def test_options_without_calibrating_are_refused(folder: Path, tmp_path: Path, c
 def test_what_is_wrong_is_told_before_the_model_is_loaded(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(pipelines, "load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(dense_pipeline, "load_dense_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
     unet = tmp_path / "unet.safetensors"
     unet.write_bytes((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
     existing = tmp_path / "existing.nfq.safetensors"

@@ -11,13 +11,14 @@ import pytest
 import torch
 from samples import TINY, random_weight
 
-from nfq_core import NFQError, load, save
+from nfq_core import NFQError, quantize_state_dict, save
 from nfq_core.layers import packed_layers
 
 diffusers = pytest.importorskip("diffusers", reason="the pipelines are diffusers'")
 for package in ("accelerate", "peft", "transformers"):
     pytest.importorskip(package, reason="the pipelines need it")
 
+from clip_models import make_settings_folder, whole_checkpoint  # noqa: E402
 from diffusers_models import packed_unet, pipeline_parts, reads_folders, stock_unet, write_config  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 
@@ -270,13 +271,11 @@ def test_group_offload(file: Path, parts: dict[str, Any], picture: torch.Tensor,
 
 
 @reads_folders
-def test_the_examples_of_the_documentation(
-    file: Path, parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_examples_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They run one after the other in a folder that holds what they name."""
-    Pipeline(unet=stock_unet(), **parts).save_pretrained(tmp_path / "sdxl")
-    write_config(tmp_path / "without-weights" / "unet")
-    save(load(file), tmp_path / "sdxl-balanced.nfq.safetensors")
+    stock = make_settings_folder(tmp_path / "without-weights")
+    stock.to(torch.float32).save_pretrained(tmp_path / "sdxl")
+    save(quantize_state_dict(whole_checkpoint(stock)), tmp_path / "sdxl-balanced.nfq.safetensors")
     monkeypatch.chdir(tmp_path)
     # Fewer steps, smaller pictures.
     call = Pipeline.__call__

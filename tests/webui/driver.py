@@ -141,11 +141,11 @@ def check_page() -> dict[str, Any]:
         if function.fn is not None:
             functions[function.fn.__name__] = function.fn
     make, show = functions["lines"], functions["show"]
-    made = list(make("dequantised.safetensors", "levels", "fast", 12, 24, "", False, False))
-    again = list(make("dequantised.safetensors", "levels", "fast", 12, 24, "", False, False))
-    outside = list(make("dequantised.safetensors", "small", "fast", 12, 24, "../../outside", False, False))
-    twice = list(make("tiny.nfq.safetensors", "tiny", "fast", 12, 24, "", False, False))
-    stopped = make("dequantised.safetensors", "balanced", "best", 16, 32, "sub/stopped", True, False)
+    made = list(make("dequantised.safetensors", "levels", "fast", 12, 24, "5bit", "", False, False))
+    again = list(make("dequantised.safetensors", "levels", "fast", 12, 24, "5bit", "", False, False))
+    outside = list(make("dequantised.safetensors", "small", "fast", 12, 24, "keep", "../../outside", False, False))
+    twice = list(make("tiny.nfq.safetensors", "tiny", "fast", 12, 24, "default", "", False, False))
+    stopped = make("dequantised.safetensors", "balanced", "best", 16, 32, "default", "sub/stopped", True, False)
     first = next(stopped)
     functions["stop"]()
     from modules import sd_models

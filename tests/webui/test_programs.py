@@ -47,8 +47,8 @@ def test_the_page_describes_and_quantises(ask: Callable, tmp_path) -> None:
     assert "tiny.nfq.safetensors" in found["settings"] and "newer.nfq.safetensors has container" in found["settings"]
     assert "bits/weight" in found["shown"] and "preset balanced" in found["shown"]
     assert found["plain"] == "<p>Not quantised with NFQ.</p>" and "update the plugin" in found["broken"]
-    assert found["made"].startswith(f"{folder}/dequantised-NF12-NF24.nfq.safetensors: 0.00 GB")
-    assert "dequantised-NF12-NF24.nfq.safetensors" in {title.split(" ")[0] for title in found["titles"]}
+    assert found["made"].startswith(f"{folder}/dequantised-NF12-NF24-TE5bit.nfq.safetensors: 0.00 GB")
+    assert "dequantised-NF12-NF24-TE5bit.nfq.safetensors" in {title.split(" ")[0] for title in found["titles"]}
     assert found["again"].endswith("exists already; choose another name, or tick Overwrite")
     assert found["outside"].startswith("Error: '../../outside' is not a file name in")
     assert "is quantised already" in found["twice"]

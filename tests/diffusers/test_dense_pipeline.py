@@ -18,7 +18,7 @@ from sdxl_folder import checkpoint_tensors, make_folder
 
 from nfq_core import Calibration, NFQError, NFQFile
 from nfq_core.diffusers import calibrate
-from nfq_core.diffusers.pipelines import load_pipeline
+from nfq_core.diffusers.dense_pipeline import load_dense_pipeline
 from nfq_core.models.unet import detect, diffusers_names
 
 TENSORS = checkpoint_tensors()
@@ -46,7 +46,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_a_checkpoint_is_loaded_with_all_its_weights(checkpoint: Path, settings: Path) -> None:
-    pipeline = load_pipeline(checkpoint, "cpu", str(settings))
+    pipeline = load_dense_pipeline(checkpoint, "cpu", str(settings))
     names = diffusers_names(detect({key: tensor.shape for key, tensor in UNET.items()}), UNET)
     found = pipeline.unet.state_dict()
     assert found.keys() == set(names.values())
@@ -82,7 +82,7 @@ def test_a_folder_or_the_unet_in_it(tmp_path: Path, variant: str | None) -> None
     whole = make_folder(tmp_path / "sdxl", variant)
     (weights,) = (whole / "unet").glob("*.safetensors")
     for source in (whole, whole / "unet", weights):
-        assert load_pipeline(source, "cpu").text_encoder is not None
+        assert load_dense_pipeline(source, "cpu").text_encoder is not None
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_models_that_predict_v(
     tmp_path: Path, settings: Path, markers: tuple[str, ...], asked: bool, prediction: str, zero_terminal_snr: bool
 ) -> None:
     save_file(TENSORS | {name: torch.empty(0) for name in markers}, tmp_path / "v.safetensors")
-    pipeline = load_pipeline(tmp_path / "v.safetensors", "cpu", str(settings), v_prediction=asked)
+    pipeline = load_dense_pipeline(tmp_path / "v.safetensors", "cpu", str(settings), v_prediction=asked)
     config = pipeline.scheduler.config
     assert config.prediction_type == prediction and bool(config.rescale_betas_zero_snr) == zero_terminal_snr
     assert calibrate(pipeline, 1, steps=2, side=64, sensitivities=False).inputs
@@ -111,9 +111,9 @@ def test_settings_that_cannot_be_fetched(checkpoint: Path, settings: Path, monke
         raise LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr("diffusers.loaders.single_file._download_diffusers_model_config_from_hub", offline)
-    monkeypatch.setattr("nfq_core.diffusers.pipelines.SDXL_BASE", replace(TINY, name="unknown"))
+    monkeypatch.setattr("nfq_core.diffusers.dense_pipeline.SDXL_BASE", replace(TINY, name="unknown"))
     with pytest.raises(NFQError, match="cannot be fetched; go online once, or name a diffusers folder"):
-        load_pipeline(checkpoint, "cpu")
+        load_dense_pipeline(checkpoint, "cpu")
 
 
 OTHERS = {
@@ -160,18 +160,18 @@ def test_other_files_are_refused(tmp_path: Path, settings: Path, kind: str) -> N
     tensors, message = OTHERS[kind]
     save_file(tensors, tmp_path / "other.safetensors")
     with pytest.raises(NFQError, match=f"other.safetensors.*{message}"):
-        load_pipeline(tmp_path / "other.safetensors", "cpu", str(settings))
+        load_dense_pipeline(tmp_path / "other.safetensors", "cpu", str(settings))
 
 
 def test_a_cut_file_is_refused(checkpoint: Path, settings: Path) -> None:
     checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
     with pytest.raises(NFQError, match="is cut short"):
-        load_pipeline(checkpoint, "cpu", str(settings))
+        load_dense_pipeline(checkpoint, "cpu", str(settings))
 
 
 def test_settings_that_are_none_are_refused(checkpoint: Path, settings: Path, tmp_path: Path) -> None:
     for config in (tmp_path / "gone", checkpoint, settings / "unet"):
         with pytest.raises(NFQError, match=r"is not a diffusers folder: its .* cannot be read"):
-            load_pipeline(checkpoint, "cpu", str(config))
+            load_dense_pipeline(checkpoint, "cpu", str(config))
     with pytest.raises(NFQError, match="device 'tpu' cannot be used here"):
-        load_pipeline(checkpoint, "tpu", str(settings))
+        load_dense_pipeline(checkpoint, "tpu", str(settings))

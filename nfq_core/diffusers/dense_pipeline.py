@@ -19,7 +19,7 @@ from ..files.pipeline_folder import INDEX, refuse_other_folders
 from ..files.untrusted import LOADING_ERRORS, loading_error_message
 from ..models.unet import detect
 from ..models.unet_keys import SDXL_BASE, UNetArchitecture
-from .loading import CONFIG, empty_model, read_config
+from .loading import CONFIG, empty_model, read_unet_config
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -28,7 +28,7 @@ _SECOND_TEXT_ENCODER = "conditioner.embedders.1."
 """Start of the names of an SDXL checkpoint's second text encoder; the first one precedes it."""
 
 
-def load_pipeline(
+def load_dense_pipeline(
     source: str | os.PathLike, device: str | None = None, config: str | None = None, *, v_prediction: bool = False
 ) -> StableDiffusionXLPipeline:
     """Load a pipeline of the SDXL family without its VAE: fp32 on a CPU, fp16 on other devices.
@@ -143,7 +143,7 @@ def _refuse_other_settings(path: Path, architecture: UNetArchitecture, config: s
     if config is not None:
         folder = Path(config)
         refuse_other_folders(folder)
-        unet = empty_model(read_config(folder / "unet"), folder / "unet" / CONFIG)
+        unet = empty_model(read_unet_config(folder / "unet"), folder / "unet" / CONFIG)
         info = detect({name: tuple(weight.shape) for name, weight in unet.state_dict().items()})
         described = info and info.architecture
     if architecture != described:
