@@ -62,7 +62,7 @@ def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> 
 
 
 def backend_for(device: torch.device, dtype: torch.dtype = torch.float16) -> Backend:
-    """The back-end for a device and output dtype; logs once why a GPU uses plain torch.
+    """The back-end for a device and output dtype; logs once what decodes on a GPU, and a warning if it is plain torch.
 
     The first call for a GPU compiles and tests its kernels, which takes seconds and waits for the device.
 
@@ -110,7 +110,9 @@ def _choose(device: torch.device, dtype: torch.dtype) -> Backend:
         decode, reason = _tested(name, load, device, dtype)
         if decode is None:
             decode, reason = via_fp16(halves), f"{str(dtype)[6:]} is cast from fp16: {reason}"
-        return Backend(name, "; ".join([reason, *obstacles]), decode)
+        reason = "; ".join([reason, *obstacles])
+        log.info("weights on %s are decoded to %s by the %s kernel: %s", device, str(dtype)[6:], name, reason)
+        return Backend(name, reason, decode)
     reason = "; ".join(obstacles)
     if device.type in KERNEL_DEVICES:
         _warn_once(device, reason)

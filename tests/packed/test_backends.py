@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -192,6 +193,16 @@ def test_an_nvidia_gpu_whose_cuda_kernel_fails_uses_triton(asked, monkeypatch, c
     assert not caplog.records
     assert cli.main(["backends"]) == 0
     assert capsys.readouterr().out.splitlines()[1] == "cuda:0   triton  one launch per weight; cuda fails"
+
+
+def test_a_kernel_is_logged_as_information(asked, monkeypatch, caplog) -> None:
+    """The console of a host shows it, for users without the command."""
+    stub_gpus(monkeypatch)
+    with caplog.at_level(logging.INFO, "nfq"):
+        for _ in range(2):
+            backends.backend_for(CUDA)
+    (record,) = caplog.records
+    assert record.getMessage() == "weights on cuda:0 are decoded to float16 by the cuda kernel: one launch per weight"
 
 
 def test_one_gpu_that_fails_leaves_the_others_alone(asked, monkeypatch, caplog) -> None:

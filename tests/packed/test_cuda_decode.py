@@ -346,6 +346,26 @@ def test_where_nvrtc_is_looked_for_on_windows(monkeypatch, tmp_path, cuda, first
     assert found[0] == str(tmp_path / "lib" / first) and len(found) == 3 and found[-1] == first
 
 
+@pytest.mark.parametrize(
+    ("cuda", "file"),
+    [
+        ("12.8", "cuda_nvrtc/bin/nvrtc64_120_0.dll"),
+        ("13.0", "cu13/bin/x86_64/nvrtc64_130_0.dll"),
+        ("12.8", "cuda_nvrtc/lib/libnvrtc.so.12"),
+        ("13.0", "cu13/lib/libnvrtc.so.13"),
+    ],
+)
+def test_nvidias_packages_beside_torch(monkeypatch, tmp_path, cuda, file) -> None:
+    """Where the packages nvidia-cuda-nvrtc and nvidia-cuda-nvrtc-cu12 have their files."""
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_bytes(b"no library")
+    package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(nvrtc, "find_spec", lambda name: package if name == "nvidia" else None)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(nvrtc.sys, "platform", "win32" if file.endswith("dll") else "linux")
+    assert next(nvrtc.candidates()) == str(tmp_path / file)
+
+
 def test_nvrtc_that_cannot_be_loaded(monkeypatch, tmp_path) -> None:
     fake_folder(monkeypatch, tmp_path, ["lib/libnvrtc.so.99"], "99.0")
     with pytest.raises(NvrtcError, match=r"NVRTC cannot be loaded \(.*libnvrtc.so.99: "):
