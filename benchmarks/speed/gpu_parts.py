@@ -195,7 +195,7 @@ def decode(part: Part) -> None:
 
 
 def _model_works(part: Part, tensors: Sequence[NFTensor]) -> dict[str, Callable[[], object]]:
-    """What decodes all layers, and what copies as many bytes; all write to the same memory, by name."""
+    """What to time on all layers, by name: the decodes, peers' decodes, and copies of as many bytes."""
     buffer = torch.empty(max(tensor.numel() for tensor in tensors), dtype=torch.float16, device=part.device)
     outs = [buffer[: tensor.numel()].view(tensor.shape) for tensor in tensors]
     copies = [_copy_of(tensor, buffer) for tensor in tensors]

@@ -171,6 +171,7 @@ def _cast(layer) -> torch.Tensor | str:
     try:
         comfy.ops.cast_modules_with_vbar([layer], torch.float32, CPU, torch.float32, False)
         weight, _ = comfy.ops.resolve_cast_module_with_vbar(layer, torch.float32, CPU, torch.float32, None, False)
-    except NotImplementedError as error:
+    except (NotImplementedError, AttributeError) as error:
+        # 0.22 asks the layer for the name of its format before it asks the format to quantise.
         return str(error)
     return weight.dequantize() if isinstance(weight, comfy.ops.QuantizedTensor) else weight
