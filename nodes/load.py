@@ -19,6 +19,7 @@ from ..nfq_core.checkpoints.memory import choose_memory_mode, needed_bytes
 from ..nfq_core.checkpoints.state_dict import StateDict, load_tensors
 from ..nfq_core.checkpoints.whole_checkpoint import MARKERS, unet_names
 from ..nfq_core.models.unet_keys import CHECKPOINT_PREFIX
+from ..nfq_core.packed.backends import warm_up
 from ..nfq_core.planning.settings import of_unet
 from .host import PROVENANCE, UNETS, NodeProgress, Provenance
 from .ops import NFOps, wrap
@@ -177,6 +178,7 @@ def build_model(tensors: StateDict, file: NFQFile, mode: str, disable_dynamic: b
         )
     if mode == "packed":
         adopt(patcher)
+        warm_up(patcher.load_device, patcher.model.manual_cast_dtype or patcher.model.get_dtype())
     facts = file.facts
     made = Provenance(of_unet(facts.settings), facts.source, os.path.basename(file.path), facts.expected)
     patcher.set_attachments(PROVENANCE, made)

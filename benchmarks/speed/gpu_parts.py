@@ -186,7 +186,17 @@ def decode(part: Part) -> None:
         formats |= {format_id: found} if found else {}
     tensors = [tensor.to(part.device) for tensor in state.values() if isinstance(tensor, NFTensor)]
     part.results |= {"weights": prod(shape), "layers": len(tensors)}
-    buffer = torch.empty(prod(shape), dtype=torch.float16, device=part.device)
+    works = _model_works(part, tensors)
+    if reason := unavailable("bitsandbytes"):
+        part.skipped["bitsandbytes NF4"] = reason
+        del works["bitsandbytes NF4"]
+    for name, work in works.items():
+        model |= {name: found} if (found := part.attempt(name, lambda work=work: part.times(work))) else {}
+
+
+def _model_works(part: Part, tensors: Sequence[NFTensor]) -> dict[str, Callable[[], object]]:
+    """What to time on all layers, by name: the decodes, peers' decodes, and copies of as many bytes."""
+    buffer = torch.empty(max(tensor.numel() for tensor in tensors), dtype=torch.float16, device=part.device)
     outs = [buffer[: tensor.numel()].view(tensor.shape) for tensor in tensors]
     copies = [_copy_of(tensor, buffer) for tensor in tensors]
     blocks = [random_q4_0(tensor.shape, WEIGHT_STD, part.device) for tensor in tensors]
@@ -200,7 +210,7 @@ def decode(part: Part) -> None:
         for (data, state), out in zip(nf4, outs, strict=True):
             dequantize_4bit(data, state, out=out) if part.on_gpu else dequantize_4bit(data, state)
 
-    works: dict[str, Callable[[], object]] = {
+    return {
         "decode": lambda: [tensor.dequantize(out=out) for tensor, out in zip(tensors, outs, strict=True)],
         "copies": lambda: [copy() for copy in copies],
         "torch": lambda: [
@@ -209,19 +219,12 @@ def decode(part: Part) -> None:
         "bitsandbytes NF4": bitsandbytes,
         "Q4_0 in torch": lambda: [dequantize_q4_0(data, t.shape) for data, t in zip(blocks, tensors, strict=True)],
     }
-    if reason := unavailable("bitsandbytes"):
-        part.skipped["bitsandbytes NF4"] = reason
-        del works["bitsandbytes NF4"]
-    for name, work in works.items():
-        model |= {name: found} if (found := part.attempt(name, lambda work=work: part.times(work))) else {}
 
 
 def _format_times(part: Part, format_id: str, shape: Sequence[int]) -> dict[str, dict]:
     """Milliseconds of a weight's decode, of copying as many bytes, and of the decode in plain torch."""
-    packed, out = (
-        _random_packed(format_id, shape, part.device),
-        torch.empty(shape, dtype=torch.float16, device=part.device),
-    )
+    packed = _random_packed(format_id, shape, part.device)
+    out = torch.empty(shape, dtype=torch.float16, device=part.device)
     return {
         "decode": part.graph_times(lambda: packed.dequantize(out=out)),
         "copies": part.graph_times(_copy_of(packed, out)),

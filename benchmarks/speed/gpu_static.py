@@ -5,8 +5,8 @@ disassembles them. *Instructions per weight* are all instructions of a kernel ÷
 scales and filling the tables are included. The kernels have no loops, which is checked, and instructions with a false
 predicate count too. A thread issues so many; how long they take is not measured.
 
-Host: the time that the CPU needs for one launch, with stubs of the driver and of torch's current stream, which take
-hardly any; and the processor time of NVRTC for all kernels of a dtype. What is not installed is left out and named.
+Host: the processor time of one launch, with stubs of the driver and of torch's current stream, which take hardly any,
+and that of NVRTC for all kernels of a dtype. What is not installed is left out and named.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -28,7 +29,7 @@ from nfq_core.packed.cuda_driver import Driver
 from nfq_core.packed.formats import format_by_id
 from nfq_core.packed.layout import BLOCK, BlockFormat
 
-from ..shared import markdown_table, run_command, summary, timed, unavailable
+from ..shared import markdown_table, run_command, summary, unavailable
 from . import sass
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 120)
@@ -111,8 +112,15 @@ def triton_rows(skipped: dict[str, str]) -> list[dict]:
     return rows
 
 
+def processor_seconds(work: Callable[[], object]) -> float:
+    """Processor time of a work, which other programs on this machine hardly change."""
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
 def launch_microseconds() -> dict:
-    """Host time of one decode, from the call until the launch returned, in microseconds."""
+    """Processor time of one decode on the host, from the call until the launch returned, in microseconds."""
     with tempfile.TemporaryDirectory() as folder:
         path = compiled(Path(folder) / "stub.so", torch.float16, "stub_cuda.h", "-shared", "-fPIC")
         library = ctypes.CDLL(str(path))
@@ -131,7 +139,7 @@ def launch_microseconds() -> dict:
                     for _ in range(LAUNCHES):
                         decoder.dequantize_into(out, data, fmt)
 
-                found[format_id] = summary([1e6 * timed(work) / LAUNCHES for _ in range(ROUNDS)])
+                found[format_id] = summary([1e6 * processor_seconds(work) / LAUNCHES for _ in range(ROUNDS)])
     return found
 
 
@@ -144,9 +152,8 @@ def compile_seconds(skipped: dict[str, str]) -> dict:
         return {}
     found = {}
     for dtype in OUTPUTS:
-        started = time.process_time()
-        library.compile(cuda_decode.source(dtype), f"sm_{MAIN}")
-        found[str(dtype).removeprefix("torch.")] = round(time.process_time() - started, 2)
+        seconds = processor_seconds(lambda dtype=dtype: library.compile(cuda_decode.source(dtype), f"sm_{MAIN}"))
+        found[str(dtype).removeprefix("torch.")] = round(seconds, 2)
     return {"version": library.version, "target": f"sm_{MAIN}", "processor_seconds": found}
 
 
@@ -198,7 +205,7 @@ def table(results: dict) -> str:
     lines = [markdown_table(header, rows)] if rows else []
     if "launch_us" in results:
         times = " – ".join(f"{one['median']:.1f}" for one in sorted(results["launch_us"].values(), key=_median))
-        lines.append(f"Host time of a launch, without the driver's and torch's own: {times} µs.")
+        lines.append(f"Processor time of a launch on the host, without the driver's and torch's own: {times} µs.")
     if results["nvrtc"]:
         seconds = results["nvrtc"]["processor_seconds"].values()
         version = results["nvrtc"]["version"]

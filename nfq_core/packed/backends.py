@@ -1,7 +1,7 @@
 """Decode back-ends: chosen per device before the call, with a reason to show to users.
 
-NVIDIA devices use a CUDA kernel that is compiled at run time; AMD (ROCm) and Intel devices use a Triton kernel where
-Triton is installed. Plain torch serves all other devices, and those whose kernel fails its test.
+NVIDIA devices use a CUDA kernel that is compiled at run time. AMD (ROCm) and Intel devices use a Triton kernel where
+Triton is installed, as do NVIDIA devices whose CUDA kernel cannot be used. Plain torch serves all other devices.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -35,6 +36,9 @@ MAX_WEIGHTS = 2**31 - 2**20
 Decode = Callable[[torch.Tensor, torch.Tensor, BlockFormat], None]
 """As `torch_decode.dequantize_into`."""
 
+Load = Callable[[torch.device, torch.dtype], tuple[Decode, str]]
+"""Makes a kernel ready for a device and an output dtype; returns it, and how it works in words."""
+
 _choosing = threading.RLock()
 """Held while a back-end is chosen, so that a kernel is compiled and its failure logged once."""
 
@@ -58,43 +62,67 @@ def dequantize_into(out: torch.Tensor, data: torch.Tensor, fmt: BlockFormat) -> 
 
 
 def backend_for(device: torch.device, dtype: torch.dtype = torch.float16) -> Backend:
-    """The back-end for a device and output dtype; logs once why a GPU uses plain torch.
+    """The back-end for a device and output dtype; logs once what decodes on a GPU, and a warning if it is plain torch.
 
     The first call for a GPU compiles and tests its kernels, which takes seconds and waits for the device.
 
     Raises:
         RuntimeError: the first call happens while a CUDA graph is captured.
     """
-    if device.type in KERNEL_DEVICES and device.index is None:
-        device = torch.device(device.type, getattr(torch, device.type).current_device())
+    device = _with_index(device)
     with _choosing:
         return _choose(device, dtype)
+
+
+def warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """Start `backend_for` in a thread, so that the first decode does not wait for the compiler.
+
+    An error is left to the first decode, which meets it again.
+    """
+
+    def choose(device: torch.device) -> None:
+        with suppress(Exception):
+            backend_for(device, dtype)
+
+    if device.type in KERNEL_DEVICES:
+        # The current device is a thread's own.
+        threading.Thread(target=choose, args=(_with_index(device),), name="nfq warm-up", daemon=True).start()
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """A GPU without an index is the current one."""
+    if device.type not in KERNEL_DEVICES or device.index is not None:
+        return device
+    return torch.device(device.type, getattr(torch, device.type).current_device())
 
 
 @lru_cache(32)
 def _choose(device: torch.device, dtype: torch.dtype) -> Backend:
     obstacle = _without_kernel(device)
-    if not obstacle:
+    obstacles = [obstacle] if obstacle else []
+    for name, load in () if obstacle else _kernels(device):
         if _is_cuda(device) and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("dequantise a weight to this dtype once before you capture a CUDA graph")
-        name, load = ("cuda", _load_cuda) if _is_nvidia(device) else ("triton", _load_triton)
         halves, reason = _tested(name, load, device, torch.float16)
         if halves is None:
-            obstacle = reason
-        else:
-            decode, own_reason = _tested(name, load, device, dtype)
-            if decode is not None:
-                return Backend(name, own_reason, decode)
-            return Backend(name, f"{str(dtype)[6:]} is cast from fp16: {own_reason}", via_fp16(halves))
+            obstacles.append(reason)
+            continue
+        decode, reason = _tested(name, load, device, dtype)
+        if decode is None:
+            decode, reason = via_fp16(halves), f"{str(dtype)[6:]} is cast from fp16: {reason}"
+        reason = "; ".join([reason, *obstacles])
+        log.info("weights on %s are decoded to %s by the %s kernel: %s", device, str(dtype)[6:], name, reason)
+        return Backend(name, reason, decode)
+    reason = "; ".join(obstacles)
     if device.type in KERNEL_DEVICES:
-        _warn_once(device, obstacle)
-    return Backend("torch", obstacle, torch_decode.dequantize_into)
+        _warn_once(device, reason)
+    return Backend("torch", reason, torch_decode.dequantize_into)
 
 
 @lru_cache(32)
-def _warn_once(device: torch.device, obstacle: str) -> None:
+def _warn_once(device: torch.device, reason: str) -> None:
     """Warn for all dtypes together."""
-    log.warning("weights on %s are decoded in plain torch, which is slower: %s", device, obstacle)
+    log.warning("weights on %s are decoded in plain torch, which is slower: %s", device, reason)
 
 
 def _is_cuda(device: torch.device) -> bool:
@@ -111,9 +139,16 @@ def _without_kernel(device: torch.device) -> str:
         return f"plain torch serves {device.type} devices"
     if os.environ.get("NFQ_BACKEND") == "torch":
         return "requested by NFQ_BACKEND=torch"
-    if not _is_nvidia(device) and find_spec("triton") is None:
-        return "Triton is not installed"
-    return ""
+    return "" if _kernels(device) else "Triton is not installed"
+
+
+def _kernels(device: torch.device) -> list[tuple[str, Load]]:
+    """The kernels to try on a device, in order: their names and what loads them.
+
+    Triton brings a compiler of its own, so that it can serve an NVIDIA device whose NVRTC is missing or broken.
+    """
+    triton = [("triton", _load_triton)] if find_spec("triton") else []
+    return [("cuda", _load_cuda), *triton] if _is_nvidia(device) else triton
 
 
 def _load_cuda(device: torch.device, dtype: torch.dtype) -> tuple[Decode, str]:
@@ -128,9 +163,7 @@ def _load_triton(device: torch.device, dtype: torch.dtype) -> tuple[Decode, str]
 
 
 @lru_cache(32)
-def _tested(
-    name: str, load: Callable[[torch.device, torch.dtype], tuple[Decode, str]], device: torch.device, dtype: torch.dtype
-) -> tuple[Decode | None, str]:
+def _tested(name: str, load: Load, device: torch.device, dtype: torch.dtype) -> tuple[Decode | None, str]:
     """Load a kernel, and compare it with plain torch on small buffers of all formats.
 
     Returns:

@@ -143,9 +143,9 @@ def _folders() -> Iterator[Path]:
     yield Path(torch.__file__).parent / "lib"
     spec = find_spec("nvidia")
     for folder in (spec and spec.submodule_search_locations) or ():
-        # nvidia/cuda_nvrtc/lib up to CUDA 12, nvidia/cu13/lib since.
-        yield from sorted(Path(folder).glob("*/lib"))
-        yield from sorted(Path(folder).glob("*/bin"))
+        # Up to CUDA 12 nvidia/cuda_nvrtc/lib or, under Windows, bin; since then nvidia/cu13/lib or bin/x86_64.
+        for pattern in ("*/lib", "*/bin", "*/bin/*"):
+            yield from sorted(Path(folder).glob(pattern))
 
 
 def _load_builtins(candidate: str) -> None:

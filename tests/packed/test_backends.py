@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -135,13 +137,17 @@ def asked():
 CUDA, ROCM, XPU = torch.device("cuda:0"), torch.device("cuda:1"), torch.device("xpu:0")
 
 
-def stub_gpus(monkeypatch, fails: tuple[torch.dtype, ...] = (), triton: bool = True) -> dict:
-    """An NVIDIA, an AMD and an Intel GPU, whose kernels fail with some dtypes; returns the decodes by name."""
+def stub_gpus(
+    monkeypatch, fails: tuple[torch.dtype, ...] = (), triton: bool = True, failing: tuple[str, ...] = ("cuda", "triton")
+) -> dict:
+    """An NVIDIA, an AMD and an Intel GPU; kernels in `failing` fail with some dtypes; returns the decodes by name."""
     decodes = {"cuda": lambda *_: None, "triton": lambda *_: None}
 
     def tested(name: str, load, device: torch.device, dtype: torch.dtype):
-        assert name == ("cuda" if device == CUDA else "triton") and load in (backends._load_cuda, backends._load_triton)
-        return (None, f"{name} fails") if dtype in fails else (decodes[name], "one launch per weight")
+        assert load is {"cuda": backends._load_cuda, "triton": backends._load_triton}[name]
+        assert name == "triton" or device == CUDA
+        failed = dtype in fails and name in failing
+        return (None, f"{name} fails") if failed else (decodes[name], "one launch per weight")
 
     monkeypatch.setattr(backends, "_is_nvidia", lambda device: device == CUDA)
     monkeypatch.setattr(backends, "find_spec", lambda _: object() if triton else None)
@@ -161,6 +167,8 @@ def test_what_is_taken_on_a_gpu(asked, monkeypatch, caplog, device, fails, asks,
     monkeypatch.setenv("NFQ_BACKEND", asks)
     name = "cuda" if device == CUDA else "triton"
     obstacle = "requested by NFQ_BACKEND=torch" if asks else f"{name} fails" if fails else ""
+    if device == CUDA and triton and fails and not asks:
+        obstacle = "cuda fails; triton fails"
     if device != CUDA and not triton and not asks:
         obstacle = "Triton is not installed"
     backend = backends.backend_for(device)
@@ -173,6 +181,75 @@ def test_what_is_taken_on_a_gpu(asked, monkeypatch, caplog, device, fails, asks,
     backends.backend_for(device)
     backends.backend_for(device, torch.bfloat16)
     assert [obstacle in record.message for record in caplog.records] == [True] * bool(obstacle)
+
+
+def test_an_nvidia_gpu_whose_cuda_kernel_fails_uses_triton(asked, monkeypatch, caplog, capsys) -> None:
+    """For example where NVRTC is missing or broken: Triton brings its own compiler."""
+    decodes = stub_gpus(monkeypatch, (torch.float16,), failing=("cuda",))
+    for dtype in (torch.float16, torch.bfloat16):
+        backend = backends.backend_for(CUDA, dtype)
+        assert (backend.name, backend.reason) == ("triton", "one launch per weight; cuda fails")
+        assert backend.dequantize_into is decodes["triton"]
+    assert not caplog.records
+    assert cli.main(["backends"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "cuda:0   triton  one launch per weight; cuda fails"
+
+
+def test_a_kernel_is_logged_as_information(asked, monkeypatch, caplog) -> None:
+    """The console of a host shows it, for users without the command."""
+    stub_gpus(monkeypatch)
+    with caplog.at_level(logging.INFO, "nfq"):
+        for _ in range(2):
+            backends.backend_for(CUDA)
+    (record,) = caplog.records
+    assert record.getMessage() == "weights on cuda:0 are decoded to float16 by the cuda kernel: one launch per weight"
+
+
+def test_one_gpu_that_fails_leaves_the_others_alone(asked, monkeypatch, caplog) -> None:
+    stub_gpus(monkeypatch, (torch.float16,), failing=("triton",))
+    assert [backends.backend_for(device).name for device in (CUDA, ROCM, XPU)] == ["cuda", "torch", "torch"]
+    assert [str(record.args[0]) for record in caplog.records] == [str(ROCM), str(XPU)]
+
+
+def test_warming_up_chooses_in_a_thread_of_its_own(asked, monkeypatch) -> None:
+    """The caller goes on at once; the first decode waits for the choice that has begun."""
+    stub_gpus(monkeypatch)
+    tested, compiling, seen = backends._tested, threading.Event(), []
+
+    def slow(name: str, load, device: torch.device, dtype: torch.dtype):
+        assert compiling.wait(10)
+        seen.append((threading.current_thread().name, device, dtype))
+        return tested(name, load, device, dtype)
+
+    monkeypatch.setattr(backends, "_tested", slow)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    backends.warm_up(torch.device("cuda"), torch.bfloat16)
+    compiling.set()
+    for thread in threading.enumerate():
+        if thread.name == "nfq warm-up":
+            thread.join(10)
+    assert backends.backend_for(CUDA, torch.bfloat16).name == "cuda"
+    assert seen == [("nfq warm-up", CUDA, torch.float16), ("nfq warm-up", CUDA, torch.bfloat16)]
+
+
+def test_warming_up_leaves_errors_to_the_first_decode(asked, monkeypatch, recwarn) -> None:
+    def fails(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("no memory")
+
+    stub_gpus(monkeypatch)
+    monkeypatch.setattr(backends, "_tested", fails)
+    backends.warm_up(CUDA, torch.float16)
+    for thread in threading.enumerate():
+        if thread.name == "nfq warm-up":
+            thread.join(10)
+    assert not recwarn
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        backends.backend_for(CUDA)
+
+
+def test_warming_up_does_nothing_without_a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(threading, "Thread", lambda **_: pytest.fail("a thread was started"))
+    backends.warm_up(torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

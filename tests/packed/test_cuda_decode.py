@@ -68,6 +68,7 @@ def use(built, monkeypatch, dtype: torch.dtype) -> Stub:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(backends, "KERNEL_DEVICES", ("cpu",))
     monkeypatch.setattr(backends, "_is_nvidia", lambda device: True)
+    monkeypatch.setattr(backends, "find_spec", lambda _: None)
     monkeypatch.delenv("NFQ_BACKEND", raising=False)
     return stub
 
@@ -169,6 +170,45 @@ def test_what_fails_before_the_choice_is_a_reason(stub, caplog, function, result
         assert (backend.name, backend.reason) == ("torch", reason)
         assert backend.dequantize_into is torch_decode.dequantize_into
     assert [reason in record.message for record in caplog.records] == [True]
+
+
+def test_a_machine_without_nvrtc(stub, monkeypatch, caplog) -> None:
+    def missing() -> Nvrtc:
+        raise NvrtcError("NVRTC is not installed beside torch")
+
+    monkeypatch.setattr(cuda_decode, "load_nvrtc", missing)
+    for dtype in (torch.float16, torch.float32):
+        backend = backends.backend_for(GPU, dtype)
+        assert (backend.name, backend.reason) == ("torch", "NVRTC is not installed beside torch")
+        check(backend.dequantize_into, "nf24_b64", 1001, dtype)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("plain torch, which is slower: NVRTC is not installed beside torch")
+
+
+def test_a_library_that_is_no_nvrtc(stub, monkeypatch) -> None:
+    """A toolkit from before CUDA 11.1 lacks functions."""
+    monkeypatch.setattr(cuda_decode, "load_nvrtc", lambda: Nvrtc(Without(stub.library, "nvrtcGetNumSupportedArchs")))
+    reason = "the cuda kernel fails on this device (nvrtcGetNumSupportedArchs is missing)"
+    assert backends.backend_for(GPU).reason == reason
+
+
+class Without:
+    """A library that lacks a function."""
+
+    def __init__(self, library: ctypes.CDLL, name: str) -> None:
+        self._library, self._name = library, name
+
+    def __getattr__(self, name: str) -> object:
+        if name == self._name:
+            raise AttributeError(f"{name} is missing")
+        return getattr(self._library, name)
+
+
+def test_a_second_device_that_is_too_old(stub, monkeypatch, caplog) -> None:
+    """It decodes in plain torch; the first one keeps its kernel."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1) if device == SECOND else (8, 6))
+    assert [backends.backend_for(device).name for device in (GPU, SECOND)] == ["cuda", "torch"]
+    assert [record.args[0] for record in caplog.records] == [SECOND]
 
 
 def test_a_device_too_old_for_nvrtc(stub, monkeypatch) -> None:
@@ -304,6 +344,26 @@ def test_where_nvrtc_is_looked_for_on_windows(monkeypatch, tmp_path, cuda, first
     monkeypatch.setattr(nvrtc.sys, "platform", "win32")
     found = list(nvrtc.candidates())
     assert found[0] == str(tmp_path / "lib" / first) and len(found) == 3 and found[-1] == first
+
+
+@pytest.mark.parametrize(
+    ("cuda", "file"),
+    [
+        ("12.8", "cuda_nvrtc/bin/nvrtc64_120_0.dll"),
+        ("13.0", "cu13/bin/x86_64/nvrtc64_130_0.dll"),
+        ("12.8", "cuda_nvrtc/lib/libnvrtc.so.12"),
+        ("13.0", "cu13/lib/libnvrtc.so.13"),
+    ],
+)
+def test_nvidias_packages_beside_torch(monkeypatch, tmp_path, cuda, file) -> None:
+    """Where the packages nvidia-cuda-nvrtc and nvidia-cuda-nvrtc-cu12 have their files."""
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_bytes(b"no library")
+    package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(nvrtc, "find_spec", lambda name: package if name == "nvidia" else None)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(nvrtc.sys, "platform", "win32" if file.endswith("dll") else "linux")
+    assert next(nvrtc.candidates()) == str(tmp_path / file)
 
 
 def test_nvrtc_that_cannot_be_loaded(monkeypatch, tmp_path) -> None:

@@ -22,7 +22,7 @@ from aiohttp import web
 from comfy_execution.progress import get_progress_state
 from server import PromptServer
 
-from . import checks, patch_checks
+from . import checks, dynamic_vram, patch_checks
 
 NARROW_CHANNELS = 64
 
@@ -209,7 +209,7 @@ class Timer:
 
 
 class Check:
-    """Runs a function of `checks` or `patch_checks` in this process."""
+    """Runs a function of one of the modules with checks in this process."""
 
     CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "nfq test", "run", (), True
 
@@ -222,7 +222,7 @@ class Check:
 
     def run(self, check, run, model=None, other=None, **argument):
         package = next(name for name in sys.modules if name.endswith("ComfyUI-NFQ.nodes"))
-        function = getattr(checks, check, None) or getattr(patch_checks, check)
+        function = next(getattr(part, check) for part in (checks, patch_checks, dynamic_vram) if hasattr(part, check))
         result = function(package, model, other, **argument)
         return {"ui": {"text": [json.dumps(result)]}}
 
