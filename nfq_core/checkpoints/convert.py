@@ -13,7 +13,7 @@ import torch
 
 from ..calibration.expectation import expectation
 from ..calibration.statistics import Calibration, LayerInputs, measured_sensitivities
-from ..errors import CannotQuantizeError, CorruptFileError, NFQError, UnsupportedFileError, printable
+from ..errors import CannotQuantizeError, CorruptFileError, NFQError, UnsupportedFileError, command, printable
 from ..files.article import is_article_file
 from ..files.atomic import AtomicFile, is_same_file
 from ..files.container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source, source_name
@@ -314,14 +314,14 @@ def refuse_unconvertible(original: Original, target: str | os.PathLike) -> None:
     refuse_name(target)
     if is_article_file(original.entries):
         raise UnsupportedFileError(
-            f"{original.path} was written by the article's code; `nfq import-article` converts it"
+            f"{original.path} was written by the article's code; {command('import-article')} converts it"
         )
 
 
 def refuse_container(file: SafetensorsFile | Original) -> None:
     """Raise NFQError if the source is a container."""
     if FACTS_KEY in file.metadata:
-        raise NFQError(f"{file.path} is quantised already; dequantise it first with `nfq dequantize`")
+        raise NFQError(f"{file.path} is quantised already; dequantise it first with {command('dequantize')}")
 
 
 def refuse_same(sources: Iterable[SafetensorsFile], target: str | os.PathLike) -> None:

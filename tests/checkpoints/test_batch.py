@@ -72,7 +72,7 @@ def test_models_are_converted_and_others_named(models, out):
         "lora.safetensors": "skipped",
     }
     lora, one, two = report["files"]
-    assert (lora["kind"], lora["reason"], lora["target"]) == ("LoRA", "--any converts it too", None)
+    assert (lora["kind"], lora["reason"], lora["target"]) == ("LoRA", "any_kind=True converts it too", None)
     assert one["kind"] == two["kind"] == "SDXL-like UNet"
     assert files(out).keys() == {f"one{TAGGED}", os.path.join("sub", f"two{TAGGED}")}
     for row in (one, two):
@@ -137,7 +137,7 @@ def test_a_source_that_was_replaced_by_an_older_file_of_its_size(models, out):
     replaced(models)
     report = convert_folders([models], out)
     assert results(report) == {"one.safetensors": "failed", "two.safetensors": "done", "lora.safetensors": "skipped"}
-    wanted = f"{out / 'one'}{TAGGED} exists already, made from another file; --force replaces it"
+    wanted = f"{out / 'one'}{TAGGED} exists already, made from another file; overwrite=True replaces it"
     assert reasons(report)["one.safetensors"] == wanted
     assert (out / f"one{TAGGED}").read_bytes() == old
     report = convert_folders([models], out, overwrite=True)
@@ -149,7 +149,7 @@ def test_a_source_that_was_replaced_by_an_older_file_of_its_size(models, out):
 def test_other_settings_under_the_same_name(models, out):
     convert_folders([models], out)
     report = convert_folders([models], out, Settings(quantize_first_last=True))
-    assert reasons(report)["one.safetensors"].endswith("made with other settings; --force replaces it")
+    assert reasons(report)["one.safetensors"].endswith("made with other settings; overwrite=True replaces it")
     report = convert_folders([models], out, Settings(Formats.of(12)))
     assert results(report)["one.safetensors"] == "converted"
     assert results(convert_folders([models], out))["one.safetensors"] == "done"
@@ -181,7 +181,7 @@ def test_a_target_that_is_not_sound(models, out, damage):
     }
     target.write_bytes(data[damage])
     report = convert_folders([models], out)
-    assert "exists already and is not a valid NFQ file; --force" in reasons(report)["one.safetensors"]
+    assert "exists already and is not a valid NFQ file; overwrite=True" in reasons(report)["one.safetensors"]
     assert results(convert_folders([models], out, overwrite=True))["one.safetensors"] == "converted"
     assert target.read_bytes() == whole
 
@@ -389,7 +389,7 @@ def test_the_command(capsys, models, out):
     lines = text.splitlines()
     assert len(lines) == 4
     assert lines[1].startswith(f"converted   {models / 'one.safetensors'}")
-    assert " bytes (" in lines[1]
+    assert re.search(r"UNet, [\d.]+ KB, \d+% of [\d.]+ [KM]B, in [\d.]+ s$", lines[1])
     assert lines[-1].startswith("3 converted; ")
     with NFQFile(out / "one-NF24.nfq.safetensors") as file:
         assert file.facts.settings["levels"] == 24
