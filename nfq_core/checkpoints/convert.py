@@ -39,20 +39,24 @@ from ..parallel import Progress, no_progress, ordered_map, threads_for
 from ..planning.allocation import SizeSearch
 from ..planning.facts import facts_about
 from ..planning.policy import estimate_warnings, plan_tensors, recorded_text_encoders
-from ..planning.settings import DEFAULTS, FileSize, Settings
+from ..planning.settings import FileSize, Settings
 from .extras import recorded_extras, split_extras
 from .memory import refuse_beyond_memory
 from .metadata import PAGE_METADATA, split_metadata
-from .targets import PLAIN_SUFFIX, refuse_name
+from .targets import PLAIN_SUFFIX, container_name, dense_name, refuse_name, target_path
 
 log = logging.getLogger("nfq")
+
+OUTPUT_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+"""The dtypes to dequantise to, as file names and commands spell them."""
 
 
 def quantize_file(
     source: str | os.PathLike,
-    target: str | os.PathLike,
-    settings: Settings = DEFAULTS,
+    target: str | os.PathLike | None = None,
+    settings: Settings | None = None,
     *,
+    preset: str | None = None,
     device: str | None = None,
     calibration: Calibration | None = None,
     drop_extras: bool = False,
@@ -66,8 +70,9 @@ def quantize_file(
 
     Args:
         source: the file to convert; for a sharded model its index or folder.
-        target: the file to write.
-        settings: a size or formats, and effort.
+        target: the file to write, or a folder for it; by default next to the source, named after it and the settings.
+        settings: a size or formats, and effort, see `Settings.of`; by default the preset "balanced".
+        preset: a size instead of settings, one of `settings.PRESETS`.
         device: device to quantise on, such as "cuda"; by default the CPU.
         calibration: statistics of the layers' inputs. A weight without statistics is quantised without them, with a
             warning that names it. If it was used, the header records the name and hash of its file.
@@ -76,14 +81,18 @@ def quantize_file(
         progress: see `Progress`.
 
     Returns:
-        `file_bytes`, `original_bytes`, `quantized` and `kept` (counts), `expected` (see `expectation`), `warnings` and
-        `seconds`.
+        `target`, `file_bytes`, `original_bytes`, `quantized` and `kept` (counts), `expected` (see `expectation`),
+        `warnings` and `seconds`.
 
     Raises:
         NFQError: the source cannot be converted, its UNet is incomplete, the calibration belongs to another
             architecture, or the target cannot be written. No file is left behind then.
+        ValueError: the preset is unknown, or given next to settings.
     """
     started = perf_counter()
+    settings = Settings.given(settings, preset)
+    if target is None or os.path.isdir(target):
+        target = target_path(target and os.fspath(target), source, container_name(source, settings))
     with Original(source) as original, SourceHash() as source_hash:
         refuse_unconvertible(original, target)
         metadata, extra, warnings = split_metadata(original.metadata)
@@ -107,7 +116,9 @@ def quantize_file(
                 file_bytes = writer.finish(facts)
                 break
         warnings += conversion.warnings + size.warnings
-    return conversion_result(source, facts, plans, writer, file_bytes, warnings, started)
+    return {"target": os.fspath(target)} | conversion_result(
+        source, facts, plans, writer, file_bytes, warnings, started
+    )
 
 
 class _Conversion:
@@ -232,7 +243,10 @@ def conversion_result(
     warnings: list[str],
     started: float,
 ) -> dict:
-    """Log a conversion's warnings, and return the result of `quantize_file`. `started` is a `perf_counter` reading."""
+    """Log a conversion's warnings, and return the result of `quantize_file` without the target.
+
+    `started` is a `perf_counter` reading.
+    """
     warnings = list(map(printable, warnings))
     for warning in warnings:
         log.warning("%s: %s", source, warning)
@@ -249,7 +263,7 @@ def conversion_result(
 
 def dequantize_file(
     source: str | os.PathLike,
-    target: str | os.PathLike,
+    target: str | os.PathLike | None = None,
     dtype: torch.dtype | None = None,
     *,
     overwrite: bool = False,
@@ -259,19 +273,22 @@ def dequantize_file(
 
     Args:
         source: the `.nfq.safetensors` file.
-        target: the file to write.
+        target: the file to write, or a folder for it; by default next to the source, named after it and the dtype.
         dtype: dtype of dequantised tensors; by default the dtype of each before it was quantised. Kept tensors do not
             change.
         overwrite: replace an existing target.
         progress: see `Progress`.
 
     Returns:
-        `file_bytes`, `tensors` and `seconds`.
+        `target`, `file_bytes`, `tensors` and `seconds`.
 
     Raises:
         NFQError: the source is not a valid container, or the target cannot be written. No file is left behind then.
     """
     started = perf_counter()
+    if target is None or os.path.isdir(target):
+        name = dense_name(source, OUTPUT_NAMES.get(dtype, ""))
+        target = target_path(target and os.fspath(target), source, name, PLAIN_SUFFIX)
     with NFQFile(source) as file:
         refuse_same([file], target)
         refuse_name(target, PLAIN_SUFFIX)
@@ -301,6 +318,7 @@ def dequantize_file(
                 progress(done, total, key)
             out.commit()
     return {
+        "target": os.fspath(target),
         "file_bytes": len(header) + total,
         "tensors": len(entries),
         "seconds": round(perf_counter() - started, 3),

@@ -45,7 +45,7 @@ NEW_CONTAINER = "the .nfq.safetensors file to write, or a folder for it"
 
 NEW_PLAIN = "the .safetensors file to write, or a folder for it"
 
-OUTPUT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+OUTPUT_DTYPES = {name: dtype for dtype, name in convert.OUTPUT_NAMES.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -184,6 +184,9 @@ class NFQFile(SafetensorsFile):
             self.close()
             raise
 
+    def __repr__(self) -> str:
+        return f"NFQFile({os.fspath(self.path)!r}, {len(self.quantized)} quantised and {len(self.kept)} kept tensors)"
+
     max_header_bytes = MAX_CONTAINER_HEADER_BYTES - 8
 
     @property
