@@ -42,7 +42,9 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     models = sorted(options.folder.resolve().glob("*.safetensors"))
 
-    ray.init(address=options.address)
+    ray.init(address=options.address, **({} if options.address else {"include_dashboard": False}))
+    if options.gpus > ray.cluster_resources().get("GPU", 0):
+        parser.exit(1, f"Ray has no {options.gpus:g} GPUs here; leave --gpus out, or join a cluster with --address\n")
     task = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus)(quantize)
     waiting = [task.remote(model, out, options.preset, options.gpus) for model in models]
     failed = False

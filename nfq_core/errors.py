@@ -11,8 +11,8 @@ import unicodedata
 MAX_MESSAGE = 2000
 """Longest message in characters: a message may quote a file, whose text may be megabytes long."""
 
-OVERWRITE = "overwrite=True"
-"""How Python code replaces an existing target, in messages; commands show their own option, see `cli.terminal`."""
+OVERWRITE, ANY = "overwrite=True", "any_kind=True"
+"""Arguments that messages advise; commands show their own options for them, see `cli.terminal`."""
 
 DEBUG = "NFQ_DEBUG"
 """Environment variable that makes commands print the traceback of an internal error."""

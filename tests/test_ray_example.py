@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from samples import SMALL_MODEL
 
@@ -51,3 +52,10 @@ def test_a_folder_of_models(tmp_path: Path) -> None:
     (models / "damaged.safetensors").unlink()
     again = run(models, "--out", out, "--preset", "small")
     assert (again.returncode, again.stdout.count("done before")) == (0, 3), again.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_machine_without_gpus(tmp_path: Path) -> None:
+    done = run(tmp_path, "--out", tmp_path / "out", "--gpus", 0.5)
+    assert done.returncode == 1
+    assert "Ray has no 0.5 GPUs here; leave --gpus out" in done.stderr

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..calibration.statistics import Calibration, recorded_settings
 from ..errors import (
+    ANY,
     DEBUG,
     OVERWRITE,
     AlreadyQuantizedError,
@@ -40,9 +41,6 @@ from .memory import is_out_of_memory
 
 log = logging.getLogger("nfq")
 
-
-ANY = "any_kind=True"
-"""How Python code converts files of other kinds too, in messages; commands show their own option."""
 
 POLL_SECONDS = 1
 """Pause before looking again at files that only other processes work on."""
@@ -137,9 +135,8 @@ def convert_folders(
     run = _Run(settings, recorded, device, calibration, overwrite, rehash)
     waiting = [row for row in rows if row.result is Result.TO_CONVERT]
     done, total, stopped = 0, sum(row.original_bytes for row in waiting), ""
-    if not dry_run:
-        for row in waiting:
-            row.set_result(Result.NOT_TRIED)
+    for row in () if dry_run else waiting:
+        row.set_result(Result.NOT_TRIED)
     try:
         while waiting:
             held = []
@@ -220,11 +217,7 @@ def _report_within_file(progress: Progress, before: int, total: int, row: Row, p
 
 
 class _Run:
-    """What one run does to its files; see `convert_folders` for the arguments.
-
-    Args:
-        recorded: the settings as headers record them, without those of text encoders.
-    """
+    """What one run does to its files; see `convert_folders`. `recorded` are the settings as headers record them."""
 
     def __init__(
         self,

@@ -43,12 +43,9 @@ from ..planning.settings import FileSize, Settings
 from .extras import recorded_extras, split_extras
 from .memory import refuse_beyond_memory
 from .metadata import PAGE_METADATA, split_metadata
-from .targets import PLAIN_SUFFIX, container_name, dense_name, refuse_name, target_path
+from .targets import PLAIN_SUFFIX, container_target, dense_target, refuse_name
 
 log = logging.getLogger("nfq")
-
-OUTPUT_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-"""The dtypes to dequantise to, as file names and commands spell them."""
 
 
 def quantize_file(
@@ -72,7 +69,7 @@ def quantize_file(
         source: the file to convert; for a sharded model its index or folder.
         target: the file to write, or a folder for it; by default next to the source, named after it and the settings.
         settings: a size or formats, and effort, see `Settings.of`; by default the preset "balanced".
-        preset: a size instead of settings, one of `settings.PRESETS`.
+        preset: a size instead of settings, one of `settings.PRESETS`; ValueError if both are given.
         device: device to quantise on, such as "cuda"; by default the CPU.
         calibration: statistics of the layers' inputs. A weight without statistics is quantised without them, with a
             warning that names it. If it was used, the header records the name and hash of its file.
@@ -87,12 +84,10 @@ def quantize_file(
     Raises:
         NFQError: the source cannot be converted, its UNet is incomplete, the calibration belongs to another
             architecture, or the target cannot be written. No file is left behind then.
-        ValueError: the preset is unknown, or given next to settings.
     """
     started = perf_counter()
     settings = Settings.given(settings, preset)
-    if target is None or os.path.isdir(target):
-        target = target_path(target and os.fspath(target), source, container_name(source, settings))
+    target = container_target(target, source, settings)
     with Original(source) as original, SourceHash() as source_hash:
         refuse_unconvertible(original, target)
         metadata, extra, warnings = split_metadata(original.metadata)
@@ -116,9 +111,7 @@ def quantize_file(
                 file_bytes = writer.finish(facts)
                 break
         warnings += conversion.warnings + size.warnings
-    return {"target": os.fspath(target)} | conversion_result(
-        source, facts, plans, writer, file_bytes, warnings, started
-    )
+    return conversion_result(source, facts, plans, writer, file_bytes, warnings, started)
 
 
 class _Conversion:
@@ -183,8 +176,9 @@ class _Conversion:
         """One pass: read the source in order, quantise on several threads, write in order."""
         self._done, self._unfit = 0, []
         jobs = self._read(writer)
+        threads = threads_for(self._device)
         for key, frames, raw, reason in ordered_map(
-            self._quantize, jobs, size=lambda job: len(job[1]), threads=threads_for(self._device)
+            self._quantize, jobs, size=lambda job: len(job[1]), threads=threads
         ):
             if frames is None:
                 self._unfit += [f"tensor {key!r} is kept as it is: {reason}"] if reason else []
@@ -243,14 +237,12 @@ def conversion_result(
     warnings: list[str],
     started: float,
 ) -> dict:
-    """Log a conversion's warnings, and return the result of `quantize_file` without the target.
-
-    `started` is a `perf_counter` reading.
-    """
+    """Log a conversion's warnings, and return the result of `quantize_file`. `started` is a `perf_counter` reading."""
     warnings = list(map(printable, warnings))
     for warning in warnings:
         log.warning("%s: %s", source, warning)
     return {
+        "target": os.fspath(writer.path),
         "file_bytes": file_bytes,
         "original_bytes": facts.source.bytes,
         "quantized": len(writer.quantized_keys),
@@ -286,9 +278,7 @@ def dequantize_file(
         NFQError: the source is not a valid container, or the target cannot be written. No file is left behind then.
     """
     started = perf_counter()
-    if target is None or os.path.isdir(target):
-        name = dense_name(source, OUTPUT_NAMES.get(dtype, ""))
-        target = target_path(target and os.fspath(target), source, name, PLAIN_SUFFIX)
+    target = dense_target(target, source, dtype)
     with NFQFile(source) as file:
         refuse_same([file], target)
         refuse_name(target, PLAIN_SUFFIX)
@@ -331,9 +321,8 @@ def refuse_unconvertible(original: Original, target: str | os.PathLike) -> None:
     refuse_same(original.files, target)
     refuse_name(target)
     if is_article_file(original.entries):
-        raise UnsupportedFileError(
-            f"{original.path} was written by the article's code; {command('import-article')} converts it"
-        )
+        converter = command("import-article")
+        raise UnsupportedFileError(f"{original.path} was written by the article's code; {converter} converts it")
 
 
 def refuse_container(file: SafetensorsFile | Original) -> None:

@@ -208,11 +208,9 @@ def save(
         key: Plan(entry.dtype, entry.shape, value.format if isinstance(value, NFTensor) else None)
         for (key, entry), value in zip(describe(state_dict).items(), state_dict.values(), strict=True)
     }
-    if preset is not None:
-        settings = Settings.given(settings, preset)
-    facts = facts_about(
-        info, settings.as_dict() if isinstance(settings, Settings) else settings or {}, source, expected
-    )
+    settings = settings if preset is None else Settings.given(settings, preset)
+    recorded = settings.as_dict() if isinstance(settings, Settings) else settings or {}
+    facts = facts_about(info, recorded, source, expected)
     extra = {name: json.dumps(value) for name, value in (("workflow", workflow), ("prompt", prompt)) if value}
 
     def work(key: str) -> tuple[str, list[bytes]]:

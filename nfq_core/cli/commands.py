@@ -18,7 +18,7 @@ from ..checkpoints.article_import import import_article
 from ..checkpoints.batch import convert_folders
 from ..checkpoints.dry_run import forecast_file, forecast_lines
 from ..checkpoints.memory import is_out_of_memory
-from ..checkpoints.targets import PLAIN_SUFFIX, container_name, dense_name, model_name, target_path
+from ..checkpoints.targets import OUTPUT_NAMES, PLAIN_SUFFIX, container_name, dense_name, model_name, target_path
 from ..decibels import decibels_in_words
 from ..errors import DEBUG, NFQError, command, internal_fault, printable, reason_of
 from ..files.container import SUFFIX
@@ -45,7 +45,7 @@ NEW_CONTAINER = "the .nfq.safetensors file to write, or a folder for it"
 
 NEW_PLAIN = "the .safetensors file to write, or a folder for it"
 
-OUTPUT_DTYPES = {name: dtype for dtype, name in convert.OUTPUT_NAMES.items()}
+OUTPUT_DTYPES = {name: dtype for dtype, name in OUTPUT_NAMES.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,8 +13,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..checkpoints.batch import ANY
-from ..errors import OVERWRITE, printable
+from ..errors import ANY, OVERWRITE, printable
 from ..parallel import Progress
 
 Run = Callable[[argparse.Namespace], int]

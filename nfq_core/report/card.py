@@ -218,15 +218,20 @@ def _how_to_use(facts: Mapping[str, Any]) -> list[str]:
     if any(map(_is_unet, files)):
         # JSON strings are valid Python strings.
         file, base = (json.dumps(words, ensure_ascii=False) for words in (chosen, facts["base_model"]))
+        known = all(one["architecture"] != UNKNOWN for one in filter(_is_unet, files))
+        folder, about_folder = (
+            ("", "")
+            if known
+            else (', "unet"', "; `unet` is a folder with the `config.json` of the base model's UNet, and no weights")
+        )
         steps += [
-            "**diffusers**, with `nfq_core` of ComfyUI-NFQ; `unet` is a folder with the `config.json` of the base "
-            "model's UNet, and no weights:",
+            f"**diffusers**, with `nfq_core` of ComfyUI-NFQ{about_folder}:",
             f"""```python
 from diffusers import StableDiffusionXLPipeline
 from nfq_core.diffusers import load_unet
 
-unet = load_unet({file}, "unet")
-pipeline = StableDiffusionXLPipeline.from_pretrained({base}, unet=unet, torch_dtype=unet.dtype)
+unet = load_unet({file}{folder})
+pipeline = StableDiffusionXLPipeline.from_pretrained({base}, unet=unet).to(unet.dtype)
 ```""",
             "**Automatic1111's web UI and Forge**, with the same repository as an extension: put a checkpoint into "
             "`models/Stable-diffusion` and choose it in the list. A UNet alone works in Forge only: choose its text "
