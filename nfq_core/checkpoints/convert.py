@@ -78,8 +78,7 @@ def quantize_file(
         progress: see `Progress`.
 
     Returns:
-        `target`, `file_bytes`, `original_bytes`, `quantized` and `kept` (counts), `expected` (see `expectation`),
-        `warnings` and `seconds`.
+        `target`, `file_bytes`, `original_bytes`, `quantized`, `kept`, `expected` (see `expectation`), `warnings`, `seconds`.
 
     Raises:
         NFQError: the source cannot be converted, its UNet is incomplete, the calibration belongs to another
@@ -238,8 +237,7 @@ def conversion_result(
     started: float,
 ) -> dict:
     """Log a conversion's warnings, and return the result of `quantize_file`. `started` is a `perf_counter` reading."""
-    warnings = list(map(printable, warnings))
-    for warning in warnings:
+    for warning in (warnings := list(map(printable, warnings))):
         log.warning("%s: %s", source, warning)
     return {
         "target": os.fspath(writer.path),
