@@ -78,7 +78,7 @@ def quantize_file(
         progress: see `Progress`.
 
     Returns:
-        `target`, `file_bytes`, `original_bytes`, `quantized`, `kept`, `expected` (see `expectation`), `warnings`, `seconds`.
+        `target`, `file_bytes`, `original_bytes`, `quantized`, `kept` (counts), `expected`, `warnings` and `seconds`.
 
     Raises:
         NFQError: the source cannot be converted, its UNet is incomplete, the calibration belongs to another
