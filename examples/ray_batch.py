@@ -15,6 +15,7 @@ from pathlib import Path
 import ray
 
 import nfq_core
+from nfq_core.sizes import size_in_words
 
 
 def quantize(source: Path, out: Path, preset: str, gpus: float) -> str:
@@ -25,7 +26,7 @@ def quantize(source: Path, out: Path, preset: str, gpus: float) -> str:
         return f"{source}: done before"
     except nfq_core.NFQError as error:
         return f"failed: {error}"
-    return f"{source}: {made['original_bytes'] / 1e9:.2f} GB -> {made['file_bytes'] / 1e9:.2f} GB, {made['target']}"
+    return f"{source}: {size_in_words(made['original_bytes'])} -> {size_in_words(made['file_bytes'])}, {made['target']}"
 
 
 def main() -> int:

@@ -42,7 +42,7 @@ def test_a_folder_of_models(tmp_path: Path) -> None:
     (models / "damaged.safetensors").write_bytes(b"no model")
     done = run(models, "--out", out, "--preset", "small")
     assert done.returncode == 1, done.stderr
-    lines = sorted(line for line in done.stdout.splitlines() if " GB -> " in line or line.startswith("failed"))
+    lines = sorted(line for line in done.stdout.splitlines() if " -> " in line or line.startswith("failed"))
     assert [line.partition(":")[0] for line in lines] == [*(str(models / f"{n}.safetensors") for n in "abc"), "failed"]
     assert "damaged.safetensors is not a safetensors file" in lines[-1]
     alone = quantize_file(models / "a.safetensors", tmp_path, preset="small")["target"]

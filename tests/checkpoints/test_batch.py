@@ -395,7 +395,7 @@ def test_the_command(capsys, models, out):
     lines = text.splitlines()
     assert len(lines) == 4
     assert lines[1].startswith(f"converted   {models / 'one.safetensors'}")
-    assert re.search(r"UNet, [\d.]+ KB, \d+% of [\d.]+ [KM]B, in [\d.]+ s$", lines[1])
+    assert re.search(r"UNet, [\d.]+ [KM]B, \d+% of [\d.]+ [KM]B, in [\d.]+ s$", lines[1])
     assert lines[-1].startswith("3 converted; ")
     with NFQFile(out / "one-NF24.nfq.safetensors") as file:
         assert file.facts.settings["levels"] == 24
