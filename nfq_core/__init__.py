@@ -2,6 +2,7 @@
 
 from .calibration.collector import collect
 from .calibration.statistics import Calibration
+from .checkpoints.convert import dequantize_file, quantize_file
 from .checkpoints.state_dict import load, quantize_state_dict, save
 from .errors import (
     CannotQuantizeError,
@@ -33,8 +34,10 @@ __all__ = [
     "UnsupportedFileError",
     "__version__",
     "collect",
+    "dequantize_file",
     "load",
     "quantize",
+    "quantize_file",
     "quantize_state_dict",
     "save",
 ]

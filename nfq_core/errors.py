@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import shutil
+import sys
 import unicodedata
 
 MAX_MESSAGE = 2000
 """Longest message in characters: a message may quote a file, whose text may be megabytes long."""
+
+OVERWRITE, ANY = "overwrite=True", "any_kind=True"
+"""Arguments that messages advise; commands show their own options for them, see `cli.terminal`."""
 
 DEBUG = "NFQ_DEBUG"
 """Environment variable that makes commands print the traceback of an internal error."""
@@ -46,8 +52,34 @@ def missing_package(needed: str, *requirements: str) -> ImportError:
         needed: start of the message: which feature needs which packages.
         requirements: pip requirements, quoted for a shell.
     """
-    command = f"python -m pip install {' '.join(requirements)}"
-    return ImportError(f"{needed}: {command}, with the Python that runs this")
+    return ImportError(f"{needed}: {pip_command(*requirements)}")
+
+
+def pip_command(*requirements: str) -> str:
+    """The command that installs packages for this process's Python; requirements as for a shell."""
+    return f"{_python()} -m pip install {' '.join(requirements)}"
+
+
+def command(arguments: str) -> str:
+    """The command `nfq` with arguments, in backquotes, as the user of this process can type it.
+
+    Without the command on the path it is this process's Python with `-m nfq_core`; of a plugin that is not installed as
+    a package, the folder to run it in follows.
+    """
+    if shutil.which("nfq"):
+        return f"`nfq {arguments}`"
+    try:
+        importlib.metadata.distribution("comfyui-nfq")
+        where = ""
+    except importlib.metadata.PackageNotFoundError:
+        where = f" in the folder {os.path.dirname(os.path.dirname(os.path.abspath(__file__)))}"
+    return f"`{_python()} -m nfq_core {arguments}`{where}"
+
+
+def _python() -> str:
+    """This process's Python, quoted for a shell."""
+    path = sys.executable or "python"
+    return f'"{path}"' if " " in path else path
 
 
 def reason_of(error: OSError) -> str:

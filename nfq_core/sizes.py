@@ -1,4 +1,4 @@
-"""File sizes as people read and write them."""
+"""File sizes and times as people read and write them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,24 @@ def parse_size(text: str) -> int:
 
 
 def size_in_words(nbytes: int) -> str:
-    """A size in decimal GB or MB, to about three digits."""
+    """A size in decimal GB, MB, KB or bytes, to about three digits."""
     if nbytes >= 1e9:
         return f"{nbytes / 1e9:.2f} GB"
+    if nbytes < 1e5:
+        return f"{nbytes / 1e3:.1f} KB" if nbytes >= 1e3 else f"{nbytes} byte{'' if nbytes == 1 else 's'}"
     return f"{nbytes / 1e6:.{0 if nbytes >= 1e8 else 1 if nbytes >= 1e7 else 2}f} MB"
+
+
+def share_in_words(nbytes: int, original_bytes: int) -> str:
+    """A file's size next to that of its original: "1.27 GB, 25% of 5.14 GB"; the size alone if the other is 0."""
+    if not original_bytes:
+        return size_in_words(nbytes)
+    return f"{size_in_words(nbytes)}, {nbytes / original_bytes:.0%} of {size_in_words(original_bytes)}"
+
+
+def duration_in_words(seconds: float) -> str:
+    """A time as "41.2 s", "3 min 05 s" or "2 h 07 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, whole = divmod(round(seconds), 60)
+    return f"{minutes} min {whole:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

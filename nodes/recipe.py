@@ -17,7 +17,7 @@ import folder_paths
 
 from ..nfq_core import NFQFile
 from ..nfq_core.checkpoints import extras
-from ..nfq_core.errors import printable
+from ..nfq_core.errors import command, printable
 from ..nfq_core.files.container import BAKED, IMPORTED, Source
 from ..nfq_core.planning.settings import BY_LEVELS, PRESETS, TEXT_ENCODERS_SETTING, without_repetition
 from .host import CHECKPOINTS, SUFFIX, UNETS, listed_name
@@ -188,19 +188,19 @@ def _how_to_make(recipe: Recipe, folder: str, name: str) -> str:
     known = f" (SHA-256 {recipe.sha256})" if recipe.sha256 else ""
     source = f"{recipe.source!r}{known}" if recipe.source else "an unrecorded model"
     if IMPORTED in recipe.settings:
-        return f"It was imported from {source}: run `nfq import-article` on that file again"
+        return f"It was imported from {source}: run {command('import-article')} on that file again"
     baked = f" plus {', '.join(recipe.baked)}" if recipe.baked else ""
-    command = f"run `nfq quantize` on it with {command_options(recipe.settings) or 'its defaults'}"
+    by_command = f"run {command('quantize')} on it with {command_options(recipe.settings) or 'its defaults'}"
     inputs = node_inputs(recipe.settings)
     if inputs is None:
         first = "save that with Save Checkpoint, and " if recipe.baked else ""
-        return f"It was made from {source}{baked}: {first}{command}"
+        return f"It was made from {source}{baked}: {first}{by_command}"
     with_settings = f" with {_in_words(inputs)}" if inputs else ""
     companions = " and its CLIP and VAE" if folder == CHECKPOINTS else ""
     return (
         f"It was made from {source}{baked}{with_settings}: load that with the stock loader, connect NFQ Quantize UNet "
         f"with these settings, then Save NFQ Checkpoint with filename_prefix {name[: -len(SUFFIX)]!r}{companions}"
-        f"{'' if recipe.baked else f'; or {command}'}"
+        f"{'' if recipe.baked else f'; or {by_command}'}"
     )
 
 

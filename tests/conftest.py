@@ -7,6 +7,7 @@ that stands in this file itself is not asked about folders above it, so it is re
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,17 @@ def same_signal_handlers() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(autouse=True)
+def command_on_the_path(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hints name the command `nfq` only where it is on the path, as after an installation."""
+    folder = tmp_path_factory.getbasetemp() / "bin"
+    if not folder.exists():
+        folder.mkdir()
+        for name in ("nfq", "nfq.bat"):
+            (folder / name).touch(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
 @pytest.fixture

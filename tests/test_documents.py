@@ -12,6 +12,8 @@ from urllib.parse import unquote
 
 import pytest
 import stub_host
+from safetensors.torch import save_file
+from samples import random_unet
 
 from nfq_core.cli.commands import _parser
 
@@ -173,10 +175,19 @@ def test_every_command_is_documented() -> None:
 
 def test_the_example_of_the_python_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (block,) = code_blocks(ROOT / "docs" / "PYTHON.md", "python")
+    save_file(random_unet(), tmp_path / "model.safetensors")
     names: dict = {}
-    exec(compile(block, "docs/PYTHON.md", "exec"), names)
+    for block in code_blocks(ROOT / "docs" / "PYTHON.md", "python"):
+        exec(compile(block, "docs/PYTHON.md", "exec"), names)
     assert (names["weight"].dequantize() == names["buffer"]).all()
+    assert (tmp_path / "model-small.nfq.safetensors").exists() and (tmp_path / "model-fp16.safetensors").exists()
+
+
+def test_every_example_in_python_is_run() -> None:
+    """Here, or by `test_diffusers_pipeline.py`."""
+    pages = {by_name(page) for page in DOCUMENTS if code_blocks(page, "python")}
+    run_with_diffusers = {"README.md", "docs/DIFFUSERS.md", "docs/CALIBRATION.md", "docs/BENCHMARKS.md"}
+    assert pages == {"docs/PYTHON.md"} | run_with_diffusers
 
 
 def test_workflows_and_forms_are_yaml() -> None:

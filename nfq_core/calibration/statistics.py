@@ -122,6 +122,10 @@ class Calibration:
     source: Source = UNRECORDED
     sensitivities: Mapping[str, float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        sampled = "" if self.prompts is None else f", {self.prompts} prompts"
+        return f"Calibration({self.architecture}, {len(self.inputs)} weights{sampled})"
+
     def as_dict(self) -> dict[str, str]:
         """Name and hash of the calibration, as the header of a file quantised with it records them."""
         return {"calibration": self.source.name, "calibration_sha256": self.source.sha256}

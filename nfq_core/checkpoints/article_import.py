@@ -7,7 +7,7 @@ from time import perf_counter
 
 import torch
 
-from ..errors import CorruptFileError, UnsupportedFileError
+from ..errors import CorruptFileError, UnsupportedFileError, command
 from ..files.article import (
     ArticleTensor,
     article_codebook,
@@ -62,7 +62,9 @@ def import_article(
         refuse_same([file], target)
         refuse_name(target)
         if not is_article_file(file.entries):
-            raise UnsupportedFileError(f"{file.path} was not written by the article's code; `nfq quantize` converts it")
+            raise UnsupportedFileError(
+                f"{file.path} was not written by the article's code; {command('quantize')} converts it"
+            )
         try:
             quantized = dict(quantized_shapes(file.entries, file.tensor))
             plans = {key: _plan(file.entries[key], shape_and_levels) for key, shape_and_levels in quantized.items()}

@@ -13,7 +13,7 @@ import torch
 
 from ..calibration.expectation import expectation
 from ..calibration.statistics import Calibration, LayerInputs, measured_sensitivities
-from ..errors import CannotQuantizeError, CorruptFileError, NFQError, UnsupportedFileError, printable
+from ..errors import CannotQuantizeError, CorruptFileError, NFQError, UnsupportedFileError, command, printable
 from ..files.article import is_article_file
 from ..files.atomic import AtomicFile, is_same_file
 from ..files.container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source, source_name
@@ -39,20 +39,21 @@ from ..parallel import Progress, no_progress, ordered_map, threads_for
 from ..planning.allocation import SizeSearch
 from ..planning.facts import facts_about
 from ..planning.policy import estimate_warnings, plan_tensors, recorded_text_encoders
-from ..planning.settings import DEFAULTS, FileSize, Settings
+from ..planning.settings import FileSize, Settings
 from .extras import recorded_extras, split_extras
 from .memory import refuse_beyond_memory
 from .metadata import PAGE_METADATA, split_metadata
-from .targets import PLAIN_SUFFIX, refuse_name
+from .targets import PLAIN_SUFFIX, container_target, dense_target, refuse_name
 
 log = logging.getLogger("nfq")
 
 
 def quantize_file(
     source: str | os.PathLike,
-    target: str | os.PathLike,
-    settings: Settings = DEFAULTS,
+    target: str | os.PathLike | None = None,
+    settings: Settings | None = None,
     *,
+    preset: str | None = None,
     device: str | None = None,
     calibration: Calibration | None = None,
     drop_extras: bool = False,
@@ -66,8 +67,9 @@ def quantize_file(
 
     Args:
         source: the file to convert; for a sharded model its index or folder.
-        target: the file to write.
-        settings: a size or formats, and effort.
+        target: the file to write, or a folder for it; by default next to the source, named after it and the settings.
+        settings: a size or formats, and effort, see `Settings.of`; by default the preset "balanced".
+        preset: a size instead of settings, one of `settings.PRESETS`; ValueError if both are given.
         device: device to quantise on, such as "cuda"; by default the CPU.
         calibration: statistics of the layers' inputs. A weight without statistics is quantised without them, with a
             warning that names it. If it was used, the header records the name and hash of its file.
@@ -76,14 +78,15 @@ def quantize_file(
         progress: see `Progress`.
 
     Returns:
-        `file_bytes`, `original_bytes`, `quantized` and `kept` (counts), `expected` (see `expectation`), `warnings` and
-        `seconds`.
+        `target`, `file_bytes`, `original_bytes`, `quantized`, `kept` (counts), `expected`, `warnings` and `seconds`.
 
     Raises:
         NFQError: the source cannot be converted, its UNet is incomplete, the calibration belongs to another
             architecture, or the target cannot be written. No file is left behind then.
     """
     started = perf_counter()
+    settings = Settings.given(settings, preset)
+    target = container_target(target, source, settings)
     with Original(source) as original, SourceHash() as source_hash:
         refuse_unconvertible(original, target)
         metadata, extra, warnings = split_metadata(original.metadata)
@@ -172,8 +175,9 @@ class _Conversion:
         """One pass: read the source in order, quantise on several threads, write in order."""
         self._done, self._unfit = 0, []
         jobs = self._read(writer)
+        threads = threads_for(self._device)
         for key, frames, raw, reason in ordered_map(
-            self._quantize, jobs, size=lambda job: len(job[1]), threads=threads_for(self._device)
+            self._quantize, jobs, size=lambda job: len(job[1]), threads=threads
         ):
             if frames is None:
                 self._unfit += [f"tensor {key!r} is kept as it is: {reason}"] if reason else []
@@ -233,10 +237,10 @@ def conversion_result(
     started: float,
 ) -> dict:
     """Log a conversion's warnings, and return the result of `quantize_file`. `started` is a `perf_counter` reading."""
-    warnings = list(map(printable, warnings))
-    for warning in warnings:
+    for warning in (warnings := list(map(printable, warnings))):
         log.warning("%s: %s", source, warning)
     return {
+        "target": os.fspath(writer.path),
         "file_bytes": file_bytes,
         "original_bytes": facts.source.bytes,
         "quantized": len(writer.quantized_keys),
@@ -249,7 +253,7 @@ def conversion_result(
 
 def dequantize_file(
     source: str | os.PathLike,
-    target: str | os.PathLike,
+    target: str | os.PathLike | None = None,
     dtype: torch.dtype | None = None,
     *,
     overwrite: bool = False,
@@ -259,19 +263,20 @@ def dequantize_file(
 
     Args:
         source: the `.nfq.safetensors` file.
-        target: the file to write.
+        target: the file to write, or a folder for it; by default next to the source, named after it and the dtype.
         dtype: dtype of dequantised tensors; by default the dtype of each before it was quantised. Kept tensors do not
             change.
         overwrite: replace an existing target.
         progress: see `Progress`.
 
     Returns:
-        `file_bytes`, `tensors` and `seconds`.
+        `target`, `file_bytes`, `tensors` and `seconds`.
 
     Raises:
         NFQError: the source is not a valid container, or the target cannot be written. No file is left behind then.
     """
     started = perf_counter()
+    target = dense_target(target, source, dtype)
     with NFQFile(source) as file:
         refuse_same([file], target)
         refuse_name(target, PLAIN_SUFFIX)
@@ -301,6 +306,7 @@ def dequantize_file(
                 progress(done, total, key)
             out.commit()
     return {
+        "target": os.fspath(target),
         "file_bytes": len(header) + total,
         "tensors": len(entries),
         "seconds": round(perf_counter() - started, 3),
@@ -313,15 +319,14 @@ def refuse_unconvertible(original: Original, target: str | os.PathLike) -> None:
     refuse_same(original.files, target)
     refuse_name(target)
     if is_article_file(original.entries):
-        raise UnsupportedFileError(
-            f"{original.path} was written by the article's code; `nfq import-article` converts it"
-        )
+        converter = command("import-article")
+        raise UnsupportedFileError(f"{original.path} was written by the article's code; {converter} converts it")
 
 
 def refuse_container(file: SafetensorsFile | Original) -> None:
     """Raise NFQError if the source is a container."""
     if FACTS_KEY in file.metadata:
-        raise NFQError(f"{file.path} is quantised already; dequantise it first with `nfq dequantize`")
+        raise NFQError(f"{file.path} is quantised already; dequantise it first with {command('dequantize')}")
 
 
 def refuse_same(sources: Iterable[SafetensorsFile], target: str | os.PathLike) -> None:

@@ -17,6 +17,7 @@ from ..files.original import Original
 from ..models.components import Component, find_components
 from ..models.unet import detect, known_ldm_names
 from ..parallel import Progress, no_progress, ordered_map
+from ..sizes import share_in_words, size_in_words
 from .memory import refuse_beyond_memory
 
 MAX_LINE = 500
@@ -122,7 +123,7 @@ def _model_name(info: Mapping[str, Any]) -> str:
 
 
 def _component_line(component: Mapping[str, Any]) -> str:
-    size = f"{component['file_bytes']:,} bytes"
+    size = size_in_words(component["file_bytes"])
     if component["bits_per_weight"] is None:
         return f"{size}, kept"
     return (
@@ -134,9 +135,8 @@ def _component_line(component: Mapping[str, Any]) -> str:
 def info_lines(path: str | os.PathLike, info: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The result of `file_info` for the file at `path` as pairs of name and text, printable on a terminal."""
     formats = Counter(layer["format"] for layer in info["layers"])
-    share = f", {info['file_bytes'] / info['original_bytes']:.0%} of the original" if info["original_bytes"] else ""
     lines = [
-        ("file", f"{path}, {info['file_bytes']:,} bytes{share}"),
+        ("file", f"{path}, {share_in_words(info['file_bytes'], info['original_bytes'])}"),
         ("written by", f"{info['writer']}, container version {info['container_version']}"),
         ("model", f"{_model_name(info)}, {info['layout']} keys"),
         ("source", f"{info['source']['name'] or 'not recorded'} {info['source']['sha256'][:10]}"),
@@ -147,7 +147,7 @@ def info_lines(path: str | os.PathLike, info: Mapping[str, Any]) -> list[tuple[s
             + "".join(f", {count} {name}" for name, count in sorted(formats.items())),
         ),
         ("bits/weight", f"{info['bits_per_weight']:.3f} in the file, {info['packed_bits_per_weight']:.3f} packed"),
-        ("kept", f"{info['kept']} tensors, {info['kept_bytes']:,} bytes"),
+        ("kept", f"{info['kept']} tensors, {size_in_words(info['kept_bytes'])}"),
         *((each["name"], _component_line(each)) for each in info["components"] if len(info["components"]) > 1),
         ("workflow", "embedded" if info["has_workflow"] else "none"),
     ]

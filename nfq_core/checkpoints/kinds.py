@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..errors import command
 from ..files.article import is_article_file
 from ..files.container import FACTS_KEY
 from ..files.original import Original
@@ -57,7 +58,7 @@ def kind_of(file: Original) -> Kind:
     if FACTS_KEY in file.metadata:
         return Kind("quantised file", obstacle="it is an NFQ file already")
     if is_article_file(file.entries):
-        return Kind("the article's file", obstacle="`nfq import-article` converts it")
+        return Kind("the article's file", obstacle=f"{command('import-article')} converts it")
     info, plans = plan_tensors(file.entries, DEFAULTS)
     lost = missing_tensors_message(info, {key: entry.shape for key, entry in file.entries.items()})
     if lost:

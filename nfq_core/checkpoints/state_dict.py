@@ -173,7 +173,8 @@ def save(
     state_dict: Mapping[str, NFTensor | torch.Tensor],
     path: str | os.PathLike,
     *,
-    settings: Mapping[str, Any] | None = None,
+    settings: Settings | Mapping[str, Any] | None = None,
+    preset: str | None = None,
     source: Source = UNRECORDED,
     expected: Mapping[str, float] | None = None,
     workflow: Any = None,
@@ -187,6 +188,7 @@ def save(
         state_dict: tensors by their original names, on any device.
         path: the file to write.
         settings: how they were quantised, for the header.
+        preset: the preset that they were quantised with, instead of settings.
         source: the file that they were quantised from, for the header.
         expected: what is expected of the model's output, for the header, see `expectation`.
         workflow: a ComfyUI workflow, as JSON-ready objects, for the header.
@@ -199,13 +201,16 @@ def save(
 
     Raises:
         NFQError: the target exists or cannot be written, or safetensors lacks a tensor's dtype.
+        ValueError: the preset is unknown, or given next to settings.
     """
     info = detect({key: tuple(tensor.shape) for key, tensor in state_dict.items()})
     plans = {
         key: Plan(entry.dtype, entry.shape, value.format if isinstance(value, NFTensor) else None)
         for (key, entry), value in zip(describe(state_dict).items(), state_dict.values(), strict=True)
     }
-    facts = facts_about(info, settings or {}, source, expected)
+    settings = settings if preset is None else Settings.given(settings, preset)
+    recorded = settings.as_dict() if isinstance(settings, Settings) else settings or {}
+    facts = facts_about(info, recorded, source, expected)
     extra = {name: json.dumps(value) for name, value in (("workflow", workflow), ("prompt", prompt)) if value}
 
     def work(key: str) -> tuple[str, list[bytes]]:

@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ..errors import NFQError
 from ..files.atomic import is_same_file
 from ..files.container import SUFFIX, NFQFile
@@ -28,6 +30,9 @@ _EXTENSION = re.compile(r"\.[A-Za-z][A-Za-z0-9]*")
 
 _DIFFUSERS_NAME = re.compile(r"diffusion_pytorch_model(\..+)?")
 """The name that diffusers gives every model's file, with or without a variant such as `.fp16`."""
+
+OUTPUT_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+"""The dtypes to dequantise to, as file names and commands spell them."""
 
 _DTYPE_TAGS = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp64"}
 
@@ -83,7 +88,7 @@ def container_name(source: str | os.PathLike, settings: Settings) -> str:
     return f"{model_name(source)[0]}-{settings_tag(settings)}{SUFFIX}"
 
 
-def dense_name(source: str | os.PathLike, tag: str = "") -> str:
+def dense_name(source: str | os.PathLike, tag: str | None = None) -> str:
     """File name of the plain safetensors file for a container: `<Model>-fp16.safetensors`.
 
     Args:
@@ -95,6 +100,20 @@ def dense_name(source: str | os.PathLike, tag: str = "") -> str:
             dtypes = Counter(entry.dtype for entry in file.quantized.values())
         tag = _DTYPE_TAGS.get(dtypes.most_common(1)[0][0], "dense") if dtypes else "dense"
     return f"{_without(Path(source).name, (SUFFIX,)) or Path(source).stem}-{tag}{PLAIN_SUFFIX}"
+
+
+def container_target(target: str | os.PathLike | None, source: str | os.PathLike, settings: Settings) -> Path:
+    """Path of the container that Python code writes: as given, in the folder given, or next to the source."""
+    if target is not None and not os.path.isdir(target):
+        return Path(target)
+    return target_path(target and os.fspath(target), source, container_name(source, settings))
+
+
+def dense_target(target: str | os.PathLike | None, source: str | os.PathLike, dtype: torch.dtype | None) -> Path:
+    """The same for the plain safetensors file made from a container; a dtype of None is the recorded one."""
+    if target is not None and not os.path.isdir(target):
+        return Path(target)
+    return target_path(target and os.fspath(target), source, dense_name(source, OUTPUT_NAMES.get(dtype)), PLAIN_SUFFIX)
 
 
 def target_path(given: str | None, source: str | os.PathLike, name: str, suffix: str = SUFFIX) -> Path:

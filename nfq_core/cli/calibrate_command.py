@@ -14,18 +14,19 @@ from ..calibration.statistics import CALIBRATION_SUFFIX, Calibration
 from ..checkpoints.convert import refuse_unconvertible
 from ..checkpoints.memory import is_out_of_memory
 from ..checkpoints.targets import PLAIN_SUFFIX, model_name, target_path
-from ..errors import CorruptFileError, NFQError, UnsupportedFileError
+from ..errors import CorruptFileError, NFQError, UnsupportedFileError, command
 from ..files.atomic import is_same_file, refuse_unwritable
 from ..files.original import Original
+from .outcomes import calibration_text
 from .terminal import AddCommand, progress_bar, show
 
 SAMPLING = ("prompts", "steps", "side", "guidance", "sensitivities", "v_prediction", "config")
 """How a model is sampled, by option."""
 
 
-def add_calibrate_command(command: AddCommand) -> None:
+def add_calibrate_command(add: AddCommand) -> None:
     """Add `nfq calibrate`."""
-    sub = command("calibrate", _calibrate, "sample an SDXL model and record the inputs of its layers")
+    sub = add("calibrate", _calibrate, "sample an SDXL model and record the inputs of its layers")
     sub.add_argument(
         "source", metavar="SRC", help="a .safetensors checkpoint with text encoders, or a diffusers folder"
     )
@@ -46,8 +47,8 @@ def add_calibrate_option(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calibrate",
         action="store_true",
-        help="sample SRC first, on --device (for this: cuda if there is one); the result is kept next to DST and found "
-        "again",
+        help="first sample SRC with bundled prompts to calibrate it, on cuda if there is one or on the device of "
+        "--device; the calibration is kept next to DST and reused",
     )
     _add_sampling_options(group)
 
@@ -57,25 +58,33 @@ def _add_sampling_options(parser: argparse._ActionsContainer) -> None:
         "--prompts",
         type=int,
         metavar="N",
-        help=f"how many of the {len(PROMPTS)} bundled prompts to sample (default: all)",
+        help=f"how many of the {len(PROMPTS)} bundled prompts to calibrate with (default: all)",
     )
     parser.add_argument(
         "--steps",
         type=int,
         metavar="N",
-        help=f"denoising steps of each (default: {STEPS}; fewer for Turbo and Lightning)",
+        help=f"denoising steps for each prompt of a calibration (default: {STEPS}; fewer for Turbo and Lightning)",
     )
-    parser.add_argument("--side", type=int, metavar="N", help=f"width and height in pixels (default: {SIDE})")
     parser.add_argument(
-        "--guidance", type=float, metavar="X", help="CFG scale (default: the pipeline's, 5; 1 for Turbo and Lightning)"
+        "--side", type=int, metavar="N", help=f"width and height of the sampled pictures in pixels (default: {SIDE})"
+    )
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="X",
+        help="CFG scale while sampling (default: 5, the pipeline's; give 1 for Turbo and Lightning)",
     )
     parser.add_argument(
         "--sensitivities",
         action="store_true",
-        help="also measure each layer's sensitivity, in five times the time; always done where SDXL's do not apply",
+        help="also measure how much each layer's error disturbs the output, which takes five times as long; always "
+        "done for models without SDXL's layers",
     )
     parser.add_argument(
-        "--v-prediction", action="store_true", help="the model predicts v, and its file has no marker that says so"
+        "--v-prediction",
+        action="store_true",
+        help="sample the model as one that predicts v, where its file has no marker that says so",
     )
     parser.add_argument(
         "--config",
@@ -102,8 +111,8 @@ def _calibrate(options: argparse.Namespace) -> int:
         "file_bytes": calibration.save(target, overwrite=options.force),
         "seconds": round(perf_counter() - started, 1),
     }
-    text = "{target}: {weights} weights, {prompts} prompts, {file_bytes:,} bytes in {seconds:.1f} s".format(**result)
-    return show(options, result, text)
+    use = command(f"quantize {options.source} --calibration {target}")
+    return show(options, result, f"{calibration_text(result, 'prompts')}\nnext: {use}")
 
 
 def calibrate_first(options: argparse.Namespace) -> Calibration:
@@ -150,7 +159,7 @@ def _sampled(options: argparse.Namespace) -> Calibration:
         pipeline = load_dense_pipeline(
             options.source, options.device, options.config, v_prediction=options.v_prediction
         )
-        with progress_bar("sampling", options, "step") as progress:
+        with progress_bar("sampling", options) as progress:
             return calibrate(
                 pipeline,
                 **how,

@@ -15,20 +15,25 @@ from ..calibration.merging import merge_calibrations
 from ..calibration.statistics import CALIBRATION_SUFFIX, Calibration
 from ..checkpoints import convert, examine
 from ..checkpoints.article_import import import_article
-from ..checkpoints.batch import batch_lines, convert_folders
+from ..checkpoints.batch import convert_folders
 from ..checkpoints.dry_run import forecast_file, forecast_lines
 from ..checkpoints.memory import is_out_of_memory
-from ..checkpoints.targets import PLAIN_SUFFIX, container_name, dense_name, model_name, target_path
+from ..checkpoints.targets import OUTPUT_NAMES, PLAIN_SUFFIX, container_name, dense_name, model_name, target_path
 from ..decibels import decibels_in_words
-from ..errors import DEBUG, NFQError, internal_fault, printable, reason_of
+from ..errors import DEBUG, NFQError, command, internal_fault, printable, reason_of
 from ..files.container import SUFFIX
 from ..fitting.backends import search_backend
 from ..packed import backends
+from ..planning.allocation import MAX_TRIES
+from ..planning.settings import FileSize
+from ..sizes import duration_in_words, size_in_words
 from ..version import __version__
 from .calibrate_command import add_calibrate_command, add_calibrate_option, calibrate_first, refuse_unused
 from .conversion_options import add_conversion_options, conversion
+from .outcomes import batch_lines, calibration_text, comparison_lines, conversion_text, next_step
+from .parsing import Parser
 from .report_commands import add_card_command, add_report_command
-from .terminal import Run, progress_bar, show
+from .terminal import Run, in_options, progress_bar, show
 
 log = logging.getLogger("nfq")
 
@@ -40,16 +45,17 @@ NEW_CONTAINER = "the .nfq.safetensors file to write, or a folder for it"
 
 NEW_PLAIN = "the .safetensors file to write, or a folder for it"
 
-OUTPUT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+OUTPUT_DTYPES = {name: dtype for dtype, name in OUTPUT_NAMES.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 for success, 1 for bad input (one line on stderr), 2 for wrong usage.
 
     Args:
-        arguments: the command's arguments; by default those of the process.
+        arguments: the command's arguments; by default those of the process. Without any, the help is printed.
     """
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments or ["--help"])
     logging.basicConfig(format="nfq: warning: %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -71,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             message = internal_fault(error)
         else:
             message = "out of memory; no unfinished file is left"
-    print(f"nfq: {printable(' '.join(message.split()))}", file=sys.stderr)
+    print(f"nfq: {printable(in_options(' '.join(message.split())))}", file=sys.stderr)
     return 1
 
 
@@ -79,22 +85,27 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="nfq", description="Quantise SDXL models to small NFQ files.")
+def _parser() -> Parser:
+    parser = Parser(
+        prog="nfq",
+        description="Quantise SDXL models to small NFQ files.",
+        epilog=f"To begin: {command('quantize model.safetensors')}. Options of a command: {command('COMMAND --help')}.",
+    )
     parser.add_argument("--version", action="version", version=f"nfq {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parser.commands = commands.choices
 
-    def command(name: str, run: Run, help_text: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Run, help_text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
         sub.add_argument("--json", action="store_true", help="print only the result, as JSON, on standard output")
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, parser=sub)
         return sub
 
-    sub = command("demo", _demo, "quantise the bundled tiny model to five sizes and draw the same pictures with each")
+    sub = add("demo", _demo, "quantise the bundled tiny model to five sizes and draw the same pictures with each")
     sub.add_argument("--out", default="nfq-demo", metavar="DIR", help="folder for the results (default: %(default)s)")
     sub.add_argument("--force", action="store_true", help="replace the results of an earlier demo in DIR")
 
-    sub = command("quantize", _quantize, "convert a safetensors checkpoint, UNet or text encoder to .nfq.safetensors")
+    sub = add("quantize", _quantize, "convert a safetensors checkpoint, UNet or text encoder to .nfq.safetensors")
     sub.add_argument("source", metavar="SRC", help=f"the model: {MODEL}")
     sub.add_argument(
         "target",
@@ -111,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--force", action="store_true", help="overwrite DST if it exists")
 
-    sub = command("batch", _batch, "convert all SDXL-type models in folders, except those that are converted already")
+    sub = add("batch", _batch, "convert all SDXL-type models in folders, except those that are converted already")
     sub.add_argument("folders", nargs="+", metavar="DIR", help="a folder to search, with its subfolders, or a file")
     sub.add_argument("--out", required=True, metavar="DIR", help="folder for the .nfq.safetensors files")
     sub.add_argument(
@@ -128,9 +139,9 @@ def _parser() -> argparse.ArgumentParser:
         "--force", action="store_true", help="replace results that were made from other files or with other settings"
     )
 
-    add_calibrate_command(command)
+    add_calibrate_command(add)
 
-    sub = command("calibrate-demo", _calibrate_demo, "sample the bundled demo model and write a calibration of it")
+    sub = add("calibrate-demo", _calibrate_demo, "sample the bundled demo model and write a calibration of it")
     sub.add_argument("target", metavar="DST", help=NEW_PLAIN)
     sub.add_argument("--prompts", type=int, default=32, metavar="N", help="number of captions to sample (default: 32)")
     sub.add_argument(
@@ -140,31 +151,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--force", action="store_true", help="overwrite DST if it exists")
 
-    sub = command(
-        "merge-calibrations", _merge_calibrations, "merge several calibrations of one architecture into one file"
-    )
+    sub = add("merge-calibrations", _merge_calibrations, "merge several calibrations of one architecture into one file")
     sub.add_argument(
         "sources", nargs="+", metavar="F", help="calibration files, weighted by the number of inputs that each saw"
     )
     sub.add_argument("target", metavar="DST", help=NEW_PLAIN)
     sub.add_argument("--force", action="store_true", help="overwrite DST if it exists")
 
-    sub = command("info", _info, "show what an .nfq.safetensors file contains and how it was made")
+    sub = add("info", _info, "show what an .nfq.safetensors file contains and how it was made")
     sub.add_argument("file", metavar="F", help=CONTAINER)
 
-    command("backends", _backends, "show which decoder and which trellis search this machine uses, and why")
+    add("backends", _backends, "show which decoder and which trellis search this machine uses, and why")
 
-    sub = command("verify", _verify, "check every checksum and bound of an .nfq.safetensors file")
+    sub = add("verify", _verify, "check every checksum and bound of an .nfq.safetensors file")
     sub.add_argument("file", metavar="F", help=CONTAINER)
 
-    sub = command("compare", _compare, "measure the error of an .nfq.safetensors file against its original")
+    sub = add("compare", _compare, "measure the error of an .nfq.safetensors file against its original")
     sub.add_argument("original", metavar="ORIGINAL", help=f"the model that F was made from: {MODEL}")
     sub.add_argument("file", metavar="F", help=CONTAINER)
+    sub.add_argument("--all", action="store_true", help="list every layer, not only the ten with the largest errors")
 
-    add_report_command(command)
-    add_card_command(command)
+    add_report_command(add)
+    add_card_command(add)
 
-    sub = command("dequantize", _dequantize, "convert an .nfq.safetensors file back to plain safetensors")
+    sub = add("dequantize", _dequantize, "convert an .nfq.safetensors file back to plain safetensors")
     sub.add_argument("file", metavar="F", help=CONTAINER)
     sub.add_argument(
         "target", metavar="DST", nargs="?", help=f"{NEW_PLAIN} (default: next to F, named after F and the dtype)"
@@ -176,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--force", action="store_true", help="overwrite DST if it exists")
 
-    sub = command("import-article", _import, "convert a file written by the article's code to .nfq.safetensors")
+    sub = add("import-article", _import, "convert a file written by the article's code to .nfq.safetensors")
     sub.add_argument("file", metavar="F", help="a file written by the article's code")
     sub.add_argument("target", metavar="DST", help=NEW_CONTAINER)
     sub.add_argument("--force", action="store_true", help="overwrite DST if it exists")
@@ -191,12 +201,13 @@ def _quantize(options: argparse.Namespace) -> int:
     if options.calibrate:
         arguments["calibration"] = calibrate_first(options)
     if options.dry_run:
-        with progress_bar("sampling", options, "layer") as progress:
+        with progress_bar("sampling", options) as progress:
             result = forecast_file(options.source, options.target, **arguments, progress=progress)
         for warning in result["warnings"]:
             log.warning("%s: %s", options.source, warning)
         return show(options, result, "\n".join(forecast_lines(result)))
-    with progress_bar("quantising", options) as progress:
+    passes = MAX_TRIES + 1 if isinstance(arguments["settings"].choice, FileSize) else 1
+    with progress_bar("quantising", options, passes) as progress:
         result = convert.quantize_file(
             options.source, options.target, **arguments, overwrite=options.force, progress=progress
         )
@@ -215,6 +226,8 @@ def _batch(options: argparse.Namespace) -> int:
             dry_run=options.dry_run,
             progress=progress,
         )
+    for row in report["files"]:
+        row["reason"] = in_options(row["reason"])
     show(options, report, "\n".join(batch_lines(report)))
     if report["stopped"]:
         raise NFQError(f"{report['stopped']}; run the same command again to continue")
@@ -242,7 +255,9 @@ def _dequantize(options: argparse.Namespace) -> int:
     return show(
         options,
         {"target": str(options.target)} | result,
-        f"{options.target}: {result['tensors']} tensors, {result['file_bytes']:,} bytes, {result['seconds']:.1f} s",
+        f"{options.target}: {result['tensors']} tensors, {size_in_words(result['file_bytes'])}, in "
+        f"{duration_in_words(result['seconds'])}"
+        + (f"\n{step}" if (step := next_step(options.file, options.target)) else ""),
     )
 
 
@@ -274,22 +289,13 @@ def _verify(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     with progress_bar("comparing", options) as progress:
         result = examine.compare_files(options.original, options.file, progress=progress)
-    names = [printable(layer["name"], examine.MAX_LINE) for layer in result["layers"]]
-    width = max(map(len, names), default=0)
-    lines = []
-    for name, layer in zip(names, result["layers"], strict=True):
-        figures = f"{layer['bits_per_weight']:6.3f} bits  {decibels_in_words(layer['sqnr_db']):>9}"
-        lines.append(f"{name:{width}}  {layer['format']:12}  {figures}")
-    lines += [f"{each['name']}: {decibels_in_words(each['sqnr_db'])}" for each in result.get("components", ())]
-    lines += [f"{name}: not compared, ORIGINAL has none" for name in result.get("not_compared", ())]
-    lines.append(f"all {len(result['layers'])} layers together: {decibels_in_words(result['sqnr_db'])}")
-    return show(options, result, "\n".join(lines))
+    return show(options, result, "\n".join(comparison_lines(options.file, result, options.all)))
 
 
 def _demo(options: argparse.Namespace) -> int:
     from ..demo.run import run_demo
 
-    with progress_bar("demo", options, "model") as progress:
+    with progress_bar("demo", options) as progress:
         report = run_demo(options.out, overwrite=options.force, progress=progress)
     lines = ["levels  bits/weight  file bytes  SQNR dB  picture PSNR dB"]
     for row in report["levels"]:
@@ -306,7 +312,7 @@ def _calibrate_demo(options: argparse.Namespace) -> int:
     if not 1 <= options.prompts <= SCENE_COUNT:
         raise NFQError(f"--prompts must be from 1 to {SCENE_COUNT:,} (all captions), got {options.prompts}")
     options.target = target_path(options.target, "", f"demo{CALIBRATION_SUFFIX}", PLAIN_SUFFIX)
-    with progress_bar("calibrating", options, "caption") as progress:
+    with progress_bar("calibrating", options) as progress:
         result = calibrate_demo(
             options.target,
             options.prompts,
@@ -314,8 +320,7 @@ def _calibrate_demo(options: argparse.Namespace) -> int:
             overwrite=options.force,
             progress=progress,
         )
-    text = "{target}: {weights} weights, {prompts} captions, {file_bytes:,} bytes in {seconds:.1f} s".format(**result)
-    return show(options, result, text)
+    return show(options, result, calibration_text(result, "captions"))
 
 
 def _merge_calibrations(options: argparse.Namespace) -> int:
@@ -331,15 +336,9 @@ def _merge_calibrations(options: argparse.Namespace) -> int:
         "warnings": warnings,
     }
     prompts = "an unknown number of" if calibration.prompts is None else f"{calibration.prompts:,}"
-    text = f"{options.target}: {result['weights']} weights, {prompts} prompts, {result['file_bytes']:,} bytes"
+    text = f"{options.target}: {result['weights']} weights, {prompts} prompts, {size_in_words(result['file_bytes'])}"
     return show(options, result, text)
 
 
 def _show_conversion(options: argparse.Namespace, result: dict) -> int:
-    return show(
-        options,
-        {"target": str(options.target)} | result,
-        f"{options.target}: {result['quantized']} tensors quantised, {result['kept']} kept, "
-        f"{result['original_bytes']:,} → {result['file_bytes']:,} bytes in {result['seconds']:.1f} s"
-        + (f"\n{told}" if (told := examine.expected_in_words(result["expected"])) else ""),
-    )
+    return show(options, {"target": str(options.target)} | result, conversion_text(options.target, result))

@@ -48,30 +48,37 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
         "--levels",
         type=int,
         choices=LEVELS,
-        help=f"number of levels of every Linear weight (default with --conv-levels: {DEFAULT_LEVELS})",
+        help=f"number of levels of every Linear weight, instead of a size (default: {DEFAULT_LEVELS} if only "
+        "convolutions have levels or a format)",
     )
     either.add_argument(
         "--format",
         choices=WRITABLE_IDS,
         metavar="ID",
-        help=f"format of Linear weights: {', '.join(WRITABLE_IDS)}; nf4_b64 has four levels, unlike bitsandbytes' NF4",
+        help=f"format of Linear weights, instead of a size: {', '.join(WRITABLE_IDS)}; "
+        "nf4_b64 has four levels, unlike bitsandbytes' NF4",
     )
     either = dial.add_mutually_exclusive_group()
     either.add_argument(
         "--conv-levels",
         type=int,
         choices=LEVELS,
-        help=f"number of levels of every convolution (default with --levels: {DEFAULT_CONV_LEVELS})",
+        help=f"number of levels of every convolution, instead of a size (default: {DEFAULT_CONV_LEVELS} if only Linear "
+        "weights have levels or a format)",
     )
     either.add_argument(
-        "--conv-format", choices=WRITABLE_IDS, metavar="ID", help="format of convolutions, one of those of --format"
+        "--conv-format",
+        choices=WRITABLE_IDS,
+        metavar="ID",
+        help=f"format of convolutions, instead of a size: {', '.join(WRITABLE_IDS)}",
     )
     parser.add_argument(
         "--effort",
         choices=tuple(EFFORTS),
         default=DEFAULTS.effort,
-        help="a size: fast chooses among scalar codebooks (seconds), best among trellis codes (minutes); with levels "
-        "or formats, best fits levels longer (default: %(default)s)",
+        help="how long to search: with a size, fast chooses among scalar codebooks (seconds) and best among trellis "
+        "codes (minutes, closer to the original); with levels or formats, best fits levels longer (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--text-encoders",
@@ -85,7 +92,12 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drop-extras", action="store_true", help="omit tensors that no loader uses: EMA weights, optimizer states, …"
     )
-    parser.add_argument("--calibration", metavar="F", help="statistics of layer inputs, see docs/CALIBRATION.md")
+    parser.add_argument(
+        "--calibration",
+        metavar="F",
+        help="calibration file of the model, from `nfq calibrate` or the node NFQ Calibrate: brings pictures nearer to "
+        "the original's at the same size",
+    )
     parser.add_argument("--device", metavar="D", help="device to quantise on, such as cuda (default: cpu)")
     parser.set_defaults(wrong_usage=parser.error)
 

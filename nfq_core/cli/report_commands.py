@@ -30,9 +30,9 @@ DEMO = "demo"
 """Argument that means the bundled model and its pipeline."""
 
 
-def add_report_command(command: AddCommand) -> None:
+def add_report_command(add: AddCommand) -> None:
     """Declare `nfq report`."""
-    sub = command("report", _report, "write a report, with plots, of the error of files against their original")
+    sub = add("report", _report, "write a report, with plots, of the error of files against their original")
     sub.add_argument(
         "original",
         metavar="ORIGINAL",
@@ -89,7 +89,7 @@ def _report(options: argparse.Namespace) -> int:
         report = measure(original, files, progress=progress)
     drawn = []
     if painter:
-        with progress_bar("drawing", options, "step") as progress:
+        with progress_bar("drawing", options) as progress:
             drawn = add_pictures(report, original, files, painter, drift=drift, progress=progress)
     write_report(folder, report, drawn, overwrite=options.force)
     lines = []
@@ -108,9 +108,9 @@ def _report(options: argparse.Namespace) -> int:
     return show(options, report, "\n".join([*lines, f"report: {folder / MARKDOWN_NAME}"]))
 
 
-def add_card_command(command: AddCommand) -> None:
+def add_card_command(add: AddCommand) -> None:
     """Declare `nfq card`."""
-    sub = command("card", _card, "write a model card for .nfq.safetensors files, in Markdown")
+    sub = add("card", _card, "write a model card for .nfq.safetensors files, in Markdown")
     sub.add_argument("files", metavar="FILE", nargs="+", help=".nfq.safetensors files that the card describes")
     either = sub.add_mutually_exclusive_group()
     either.add_argument("--original", metavar="F", help="the model that the files were made from: adds their errors")

@@ -13,11 +13,17 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..errors import printable
+from ..errors import ANY, OVERWRITE, printable
 from ..parallel import Progress
 
 Run = Callable[[argparse.Namespace], int]
 """Runs a command; returns its exit code."""
+
+BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} so far, {remaining} left{postfix}"
+"""What a progress bar shows; times in minutes and seconds."""
+
+IN_OPTIONS = {OVERWRITE: "--force", ANY: "--any"}
+"""Options that mean what messages of Python code name."""
 
 AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
 """Declares a command by name, function and a line of help; returns its parser, which has `--json` already."""
@@ -42,14 +48,33 @@ def show(options: argparse.Namespace, result: Any, text: str, *, document: bool 
     return 0
 
 
+def in_options(message: str) -> str:
+    """A message of Python code with the command's options for that code's arguments."""
+    for argument, option in IN_OPTIONS.items():
+        message = message.replace(argument, option)
+    return message
+
+
 @contextmanager
-def progress_bar(title: str, options: argparse.Namespace, unit: str = "B") -> Iterator[Progress]:
-    """A progress callback that draws a bar on a terminal; without one, or with `--json`, it draws nothing."""
+def progress_bar(title: str, options: argparse.Namespace, passes: int = 1) -> Iterator[Progress]:
+    """A progress callback that draws a bar on a terminal; without one, or with `--json`, it draws nothing.
+
+    Args:
+        title: what the command does.
+        options: the command's options.
+        passes: how often the work may start again at most; the title then counts the passes.
+    """
     hidden = True if options.json else None
-    bar = tqdm(desc=title, unit=unit, unit_scale=unit == "B", disable=hidden, leave=False)
+    bar = tqdm(desc=title, bar_format=BAR, disable=hidden, leave=False)
     with logging_redirect_tqdm(), bar:
+        number = 1
 
         def report(done: int, total: int, name: str) -> None:
+            nonlocal number
+            if done < bar.n and passes > 1:
+                number += 1
+                bar.reset()
+                bar.set_description_str(f"{title}, pass {number} of at most {passes}")
             bar.total = total
             bar.set_postfix_str(printable(name[-40:]), refresh=False)
             bar.update(done - bar.n)

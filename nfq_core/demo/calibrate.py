@@ -13,7 +13,7 @@ import torch
 
 from ..calibration.collector import collect
 from ..calibration.statistics import Calibration
-from ..errors import TargetExistsError
+from ..errors import OVERWRITE, TargetExistsError
 from ..parallel import Progress, no_progress
 from .model import SCHEDULER_CONFIG, STEPS, build_pipeline, import_diffusers, load_weights, sample
 from .shapes import describe, draw, random_scene, tokenise
@@ -113,7 +113,7 @@ def calibrate_demo(
     """
     started = perf_counter()
     if Path(target).exists() and not overwrite:
-        raise TargetExistsError(f"{target} exists already; --force overwrites it")
+        raise TargetExistsError(f"{target} exists already; {OVERWRITE} overwrites it")
     calibration = collect_demo(prompts, sensitivities=sensitivities, progress=progress)
     return {
         "target": str(target),

@@ -143,7 +143,7 @@ def _refuse_other_settings(path: Path, architecture: UNetArchitecture, config: s
     if config is not None:
         folder = Path(config)
         refuse_other_folders(folder)
-        unet = empty_model(read_unet_config(folder / "unet"), folder / "unet" / CONFIG)
+        unet = empty_model(read_unet_config(folder / "unet"), str(folder / "unet" / CONFIG))
         info = detect({name: tuple(weight.shape) for name, weight in unet.state_dict().items()})
         described = info and info.architecture
     if architecture != described:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import NFQError
+from ..errors import NFQError, command
 from ..files.prequantized import other_form, scale_name
 from ..packed.tensor import QUANTIZABLE_DTYPES
 
@@ -34,8 +34,8 @@ def refuse_foreign(names: Iterable[str], where: str) -> None:
     scale = scale_name(names)
     if scale is not None:
         raise NFQError(
-            f"{where}: its fp8 or int8 weights have scales ({scale!r}); convert it with `nfq quantize`, then load the "
-            "result with load_unet(FILE, FOLDER)"
+            f"{where}: its fp8 or int8 weights have scales ({scale!r}); convert it with {command('quantize')}, then "
+            "load the result with load_unet(FILE, FOLDER)"
         )
 
 

@@ -1,4 +1,4 @@
-"""Load a UNet2DConditionModel from an `.nfq.safetensors` file and a `config.json`."""
+"""Load a UNet2DConditionModel from an `.nfq.safetensors` file; unknown architectures need a `config.json`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from ..errors import NFQError
 from ..files.container import NFQFile
 from ..files.safetensors_io import TORCH_DTYPES
 from ..layers.packing import assign_state, packed_layers
+from ..models.diffusers_config import diffusers_config
 from ..models.text_encoders import find_text_encoders
-from ..models.unet import detect
+from ..models.unet import UNKNOWN, detect
 from ..packed.tensor import QUANTIZABLE_DTYPES, NFTensor
 from ..parallel import Progress, no_progress
 from ..planning.settings import of_unet
@@ -32,7 +33,7 @@ CONFIG = "config.json"
 
 def load_unet(
     nfq_path: str | os.PathLike,
-    config_dir: str | os.PathLike,
+    config_dir: str | os.PathLike | None = None,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
@@ -43,7 +44,8 @@ def load_unet(
 
     Args:
         nfq_path: the `.nfq.safetensors` file, of a UNet or a whole checkpoint, in any key layout.
-        config_dir: the folder whose `config.json` describes the UNet.
+        config_dir: the folder whose `config.json` describes the UNet. Without it, the UNet must be one of
+            `unet_keys.KNOWN_ARCHITECTURES`, LCM versions included; pictures then have 1024 × 1024 pixels by default.
         dtype: dtype of kept tensors and of the computation: fp16, bf16, fp32 or fp64; by default that of the weights
             before they were quantised.
         device: device of the model.
@@ -58,13 +60,19 @@ def load_unet(
         ValueError: `dtype` or `memory` is not allowed.
     """
     check_dtype(dtype)
-    config = read_unet_config(Path(config_dir))
+    if config_dir is not None:
+        config = read_unet_config(Path(config_dir))
     with NFQFile(nfq_path) as file:
         _refuse_text_encoder(file)
-        model = empty_model(config, Path(config_dir) / CONFIG)
+        if config_dir is None:
+            config = _known_config(file)
+        described_by = (
+            f"the architecture of {file.path}" if config_dir is None else os.fspath(Path(config_dir) / CONFIG)
+        )
+        model = empty_model(config, described_by)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         names = names_in_model(file, shapes)
-        check_fits(file, names, shapes, os.fspath(Path(config_dir) / CONFIG))
+        check_fits(file, names, shapes, described_by)
         dtype = dtype or recorded_dtype(file, names)
         loaded = load_tensors(file, names, device=device, memory=memory, progress=progress)
         facts = replace(file.facts, settings=of_unet(file.facts.settings))
@@ -74,7 +82,7 @@ def load_unet(
         tensor = loaded.pop(key)
         state[name] = tensor.to(dtype) if not isinstance(tensor, NFTensor) and tensor.is_floating_point() else tensor
     assign_state(model, state)
-    model.register_to_config(_name_or_path=os.fspath(config_dir))
+    model.register_to_config(_name_or_path=os.fspath(nfq_path if config_dir is None else config_dir))
     model.eval()
     if not packed_layers(model):
         return model
@@ -87,6 +95,15 @@ def check_dtype(dtype: torch.dtype | None) -> None:
     """Raise ValueError if models cannot be loaded in this dtype; None: the recorded one."""
     if dtype is not None and dtype not in QUANTIZABLE_DTYPES:
         raise ValueError(f"dtype must be fp16, bf16, fp32 or fp64, got {dtype}")
+
+
+def _known_config(file: NFQFile) -> dict[str, Any]:
+    """The config of a file's UNet if its architecture is known; NFQError if it is not."""
+    info = detect(file.shapes())
+    if info is None or info.architecture is None or info.name == UNKNOWN:
+        what = "its UNet's architecture is not known" if info else "it has no UNet of SDXL's kind"
+        raise NFQError(f"{file.path}: {what}; give load_unet the folder of the UNet's config.json as config_dir")
+    return diffusers_config(info.architecture)
 
 
 def read_unet_config(folder: Path) -> dict[str, Any]:
@@ -137,14 +154,14 @@ def _refuse_text_encoder(file: NFQFile) -> None:
         raise NFQError(f"{file.path} is a text encoder ({names}), not a UNet; load_text_encoder reads it")
 
 
-def empty_model(config: dict[str, Any], path: Path) -> nn.Module:
-    """The model that a config describes, on torch's meta device."""
+def empty_model(config: dict[str, Any], described_by: str) -> nn.Module:
+    """The model that a config describes, on torch's meta device; `described_by` names the config."""
     try:
         with torch.device("meta"):
             return UNet2DConditionModel.from_config(config)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
-        raise NFQError(f"{path}: diffusers cannot build a UNet from it: {reason}") from None
+        raise NFQError(f"{described_by}: diffusers cannot build a UNet from it: {reason}") from None
 
 
 def recorded_dtype(file: NFQFile, keys: Iterable[str]) -> torch.dtype:

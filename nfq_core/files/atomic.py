@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-from ..errors import DiskFullError, NFQError, TargetExistsError, reason_of
+from ..errors import OVERWRITE, DiskFullError, NFQError, TargetExistsError, reason_of
 
 try:
     import fcntl
@@ -72,7 +72,7 @@ def prepare_folder(folder: Path, names: Iterable[str], overwrite: bool) -> None:
         raise NFQError(f"{folder} cannot be written; name another folder")
     existing = next((folder / name for name in names if (folder / name).exists()), None)
     if existing is not None and not overwrite:
-        raise TargetExistsError(f"{existing} exists already; --force overwrites it")
+        raise TargetExistsError(f"{existing} exists already; {OVERWRITE} overwrites it")
 
 
 class AtomicFile:
@@ -164,7 +164,7 @@ class AtomicFile:
         if self._target.exists() and not self._target.is_file():
             raise TargetExistsError(f"{self.path} is not a regular file; name another")
         if not self._overwrite and self._target.exists():
-            raise TargetExistsError(f"{self.path} exists already; --force overwrites it")
+            raise TargetExistsError(f"{self.path} exists already; {OVERWRITE} overwrites it")
 
 
 def file_identity(path: str | os.PathLike) -> object:
@@ -223,7 +223,7 @@ def remove_leftovers(path: str | os.PathLike) -> bool:
         Whether another writer is working on `path` now.
     """
     target = Path(os.path.realpath(path))
-    ours = re.compile(re.escape(f".{_stem(target.name)}") + TEMPORARY_ENDING)
+    ours = re.compile(re.escape(f".{stem(target.name)}") + TEMPORARY_ENDING)
     has_writer = False
     # Without permission to list the folder or remove a file, leave it.
     with suppress(OSError):
@@ -234,7 +234,7 @@ def remove_leftovers(path: str | os.PathLike) -> bool:
     return has_writer
 
 
-def _stem(name: str) -> str:
+def stem(name: str) -> str:
     """The part of temporary files' names that identifies the target."""
     raw = os.fsencode(name)
     return name if len(raw) <= MAX_PLAIN_BYTES else hashlib.sha256(raw).hexdigest()[:32]
@@ -246,10 +246,7 @@ def _remove_unless_held(temporary: Path) -> bool:
     if not stat.S_ISREG(status.st_mode):
         return True
     if fcntl is None:
-        try:
-            # Windows cannot rename an open file, not even to its own name.
-            os.rename(temporary, temporary)
-        except PermissionError:
+        if is_held(temporary):
             return False
         if time.time() - status.st_mtime > SETTLED_SECONDS:
             temporary.unlink()
@@ -264,10 +261,32 @@ def _remove_unless_held(temporary: Path) -> bool:
     return True
 
 
+def hold(file: FileIO) -> None:
+    """Hold an open file until it is closed or the process ends, where the file system can."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds a file; True if this cannot be determined."""
+    try:
+        if fcntl is None:
+            # Windows cannot rename an open file, not even to its own name.
+            os.rename(path, path)
+        else:
+            # Network file systems can lock only a file that is open for writing.
+            with open(path, "rb+", buffering=0) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
+
+
 def _open_held_file(target: Path) -> tuple[FileIO, Path]:
     """Create a temporary file for `target`, open for writing and held."""
     while True:
-        temporary = target.with_name(f".{_stem(target.name)}.{secrets.token_hex(4)}.tmp")
+        temporary = target.with_name(f".{stem(target.name)}.{secrets.token_hex(4)}.tmp")
         file = open(temporary, "xb", buffering=0)  # noqa: SIM115
         if fcntl is None:
             return file, temporary

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CorruptFileError, NFQError, UnsupportedFileError
+from ..errors import CorruptFileError, NFQError, UnsupportedFileError, command
 from ..packed.codec import decode, frame_count
 from ..packed.formats import format_by_id
 from ..packed.layout import BlockFormat, Sections
@@ -184,6 +184,9 @@ class NFQFile(SafetensorsFile):
             self.close()
             raise
 
+    def __repr__(self) -> str:
+        return f"NFQFile({os.fspath(self.path)!r}, {len(self.quantized)} quantised and {len(self.kept)} kept tensors)"
+
     max_header_bytes = MAX_CONTAINER_HEADER_BYTES - 8
 
     @property
@@ -260,7 +263,7 @@ class NFQFile(SafetensorsFile):
     def _parse_container(self) -> None:
         if FACTS_KEY not in self.metadata:
             raise UnsupportedFileError(
-                f"{self.path} is not an .nfq.safetensors file; `nfq quantize` or `nfq import-article` converts it"
+                f"{self.path} is not an .nfq.safetensors file; {command('quantize')} converts it"
             )
         try:
             header = parse_json(self.metadata[FACTS_KEY])

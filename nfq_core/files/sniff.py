@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import PurePath
 
+from ..errors import command
+
 HEAD_BYTES = 4096
 """Bytes at the start of a file that are needed to recognise it."""
 
@@ -85,7 +87,7 @@ def _holds_pickle(head: bytes, name: str) -> bool:
 def _json(text: bytes, name: str) -> str:
     if _INDEX_NAME.search(name.lower()) or b'"weight_map"' in text:
         return (
-            "the index of a sharded model, which `nfq quantize`, `compare` and `report` take as the original; "
+            f"the index of a sharded model, which {command('quantize')}, `compare` and `report` take as the original; "
             "name a single .safetensors file here"
         )
     return "JSON, such as settings or a server's error; name the model's .safetensors file, or download it again"

@@ -105,6 +105,7 @@ class ContainerWriter:
         )
         self._end = max((entry.end for entry in self._entries.values()), default=0)
         self._file = AtomicFile(path, overwrite)
+        self.path = self._file.path
 
     def __enter__(self) -> ContainerWriter:
         return self

@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from ..errors import pip_command
 from ..packed.layout import BLOCK, BlockFormat
 from .trellis import TrellisCoder
 
@@ -66,7 +67,7 @@ def obstacle() -> str:
     try:
         import numba  # noqa: F401
     except ImportError:
-        return 'numba is not installed (pip install "comfyui-nfq[fast]")'
+        return f"numba is not installed ({pip_command('numba')})"
     except Exception as error:
         # numba refuses versions of numpy that it does not know, and its compiler may be missing or broken.
         return f"numba cannot be used: {' '.join(str(error).split())}"

@@ -67,6 +67,9 @@ class BlockFormat:
     has_kernel: ClassVar[bool] = True
     """Whether the GPU kernel decodes this format; plain torch decodes all."""
 
+    def __repr__(self) -> str:
+        return f"<{self.id}>"
+
     @property
     def codes(self) -> int:
         """Number of different codes."""

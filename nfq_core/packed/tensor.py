@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import CorruptFileError
@@ -83,9 +85,76 @@ class NFTensor:
         """Number of weights."""
         return prod(self.shape)
 
-    def to(self, device: torch.device | str) -> NFTensor:
-        """The same weight with its packed buffer on `device`."""
-        return NFTensor(self.data.to(device), self.format, self.shape, self.dtype)
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    def dim(self) -> int:
+        """Number of dimensions."""
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """The shape, or its length in one dimension."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def to(
+        self,
+        target: torch.device | str | int | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        **moving: Any,
+    ) -> NFTensor | torch.Tensor:
+        """The same weight on another device, or dequantised to a dtype; the arguments of `torch.Tensor.to`.
+
+        Args:
+            target: a device, or the dtype.
+            dtype: one of QUANTIZABLE_DTYPES; None keeps the weight packed.
+            moving: `device`, or `non_blocking`.
+
+        Raises:
+            TypeError: another argument.
+            ValueError: weights cannot be dequantised to the dtype.
+        """
+        if isinstance(target, torch.dtype):
+            target, dtype = None, target
+        target = moving.pop("device", target)
+        if moving.keys() - {"non_blocking"}:
+            raise TypeError(f"a packed weight has no {', '.join(moving)}; dequantize() it first")
+        packed = self if target is None else self._with(self.data.to(device=target, **moving))
+        return packed if dtype is None else packed.dequantize(dtype)
+
+    def cpu(self) -> NFTensor:
+        """The same weight, packed, in RAM."""
+        return self._with(self.data.cpu())
+
+    def cuda(self, device: torch.device | str | int | None = None) -> NFTensor:
+        """The same weight, packed, on a CUDA device, by default the current one."""
+        return self._with(self.data.cuda(device))
+
+    def _with(self, data: torch.Tensor) -> NFTensor:
+        return NFTensor(data, self.format, self.shape, self.dtype)
+
+    def float(self) -> torch.Tensor:
+        """The weight dequantised to fp32."""
+        return self.dequantize(torch.float32)
+
+    def half(self) -> torch.Tensor:
+        """The weight dequantised to fp16, the dtype of the decode."""
+        return self.dequantize(torch.float16)
+
+    def bfloat16(self) -> torch.Tensor:
+        """The weight dequantised to bf16."""
+        return self.dequantize(torch.bfloat16)
+
+    def numpy(self) -> np.ndarray:
+        """The weight dequantised to fp16 as a numpy array, from any device."""
+        return self.cpu().dequantize().numpy()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("a packed weight has no array of its own; leave copy=False out")
+        array = self.numpy()
+        return array if dtype is None else array.astype(dtype, copy=False)
 
     def dequantize(self, dtype: torch.dtype = torch.float16, out: torch.Tensor | None = None) -> torch.Tensor:
         """Decode the weights: ``fp16(level * scale)``, cast to `dtype`.

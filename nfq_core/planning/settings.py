@@ -214,6 +214,21 @@ class Settings:
         return cls(choice, effort, quantize_first_last, text_encoders)
 
     @classmethod
+    def given(cls, settings: Settings | None, preset: str | None) -> Settings:
+        """Settings of a function that takes a preset instead; without both, the default preset.
+
+        Raises:
+            ValueError: the preset is unknown, or both are given.
+        """
+        if settings is None:
+            return cls.of(preset=preset)
+        if preset is not None:
+            raise ValueError(f"give settings or a preset; for both, write Settings.of(preset={preset!r}, …)")
+        if isinstance(settings, str):
+            raise ValueError(f"settings must be a Settings, got {settings[:20]!r}; write preset={settings[:20]!r}")
+        return settings
+
+    @classmethod
     def from_form(
         cls,
         preset: str,

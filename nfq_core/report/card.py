@@ -12,7 +12,7 @@ from urllib.parse import quote
 from ..checkpoints.examine import container_info, expected_in_words, of_main_component, settings_in_words
 from ..checkpoints.whole_checkpoint import missing_companions
 from ..decibels import ratio_in_words
-from ..errors import CorruptFileError, NFQError
+from ..errors import CorruptFileError, NFQError, command
 from ..files.container import NFQFile
 from ..files.untrusted import parse_json
 from ..models.unet import UNKNOWN
@@ -76,7 +76,7 @@ def card_facts(
         measured = {file["header_sha256"]: file for file in report["files"]}
         for path, one in zip(files, facts, strict=True):
             if one["header_sha256"] not in measured:
-                raise NFQError(f"{path} is not in {report_folder}; run `nfq report` with it, or leave it out")
+                raise NFQError(f"{path} is not in {report_folder}; run {command('report')} with it, or leave it out")
             measurements = measured[one["header_sha256"]]
             one.update({key: measurements[key] for key in MEASUREMENTS if key in measurements})
     given = {"base_model": base_model, "license": license}
@@ -112,9 +112,13 @@ def _read_report(folder: Path) -> dict[str, Any]:
         markdown(report, ())
         {file["header_sha256"] for file in report["files"]}
     except OSError as error:
-        raise NFQError(f"{path} cannot be read ({error.strerror}); `nfq report --out {folder}` writes it") from None
+        raise NFQError(
+            f"{path} cannot be read ({error.strerror}); {command(f'report --out {folder}')} writes it"
+        ) from None
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError):
-        raise CorruptFileError(f"{path} is damaged; `nfq report --out {folder} --force` writes it again") from None
+        raise CorruptFileError(
+            f"{path} is damaged; {command(f'report --out {folder} --force')} writes it again"
+        ) from None
     return report
 
 
@@ -214,15 +218,20 @@ def _how_to_use(facts: Mapping[str, Any]) -> list[str]:
     if any(map(_is_unet, files)):
         # JSON strings are valid Python strings.
         file, base = (json.dumps(words, ensure_ascii=False) for words in (chosen, facts["base_model"]))
+        known = all(one["architecture"] != UNKNOWN for one in filter(_is_unet, files))
+        folder, about_folder = (
+            ("", "")
+            if known
+            else (', "unet"', "; `unet` is a folder with the `config.json` of the base model's UNet, and no weights")
+        )
         steps += [
-            "**diffusers**, with `nfq_core` of ComfyUI-NFQ; `unet` is a folder with the `config.json` of the base "
-            "model's UNet, and no weights:",
+            f"**diffusers**, with `nfq_core` of ComfyUI-NFQ{about_folder}:",
             f"""```python
 from diffusers import StableDiffusionXLPipeline
 from nfq_core.diffusers import load_unet
 
-unet = load_unet({file}, "unet")
-pipeline = StableDiffusionXLPipeline.from_pretrained({base}, unet=unet, torch_dtype=unet.dtype)
+unet = load_unet({file}{folder})
+pipeline = StableDiffusionXLPipeline.from_pretrained({base}, unet=unet).to(unet.dtype)
 ```""",
             "**Automatic1111's web UI and Forge**, with the same repository as an extension: put a checkpoint into "
             "`models/Stable-diffusion` and choose it in the list. A UNet alone works in Forge only: choose its text "

@@ -7,21 +7,27 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from commands import run
 from safetensors.torch import save_file
 from samples import SMALL_MODEL, random_half, random_unet
-from systems import link, replaces_open_files, words
+from systems import WINDOWS, link, replaces_open_files, words
 
+import nfq_core
 from nfq_core import NFQFile, Settings
 from nfq_core.calibration.statistics import Calibration, LayerInputs
 from nfq_core.checkpoints import batch
 from nfq_core.checkpoints.batch import convert_folders
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.errors import DEBUG, NFQError
+from nfq_core.files import claims
 from nfq_core.files.atomic import AtomicFile
 from nfq_core.files.safetensors_io import SafetensorsFile
 from nfq_core.planning.settings import BitsPerWeight, Formats
@@ -72,7 +78,7 @@ def test_models_are_converted_and_others_named(models, out):
         "lora.safetensors": "skipped",
     }
     lora, one, two = report["files"]
-    assert (lora["kind"], lora["reason"], lora["target"]) == ("LoRA", "--any converts it too", None)
+    assert (lora["kind"], lora["reason"], lora["target"]) == ("LoRA", "any_kind=True converts it too", None)
     assert one["kind"] == two["kind"] == "SDXL-like UNet"
     assert files(out).keys() == {f"one{TAGGED}", os.path.join("sub", f"two{TAGGED}")}
     for row in (one, two):
@@ -137,7 +143,7 @@ def test_a_source_that_was_replaced_by_an_older_file_of_its_size(models, out):
     replaced(models)
     report = convert_folders([models], out)
     assert results(report) == {"one.safetensors": "failed", "two.safetensors": "done", "lora.safetensors": "skipped"}
-    wanted = f"{out / 'one'}{TAGGED} exists already, made from another file; --force replaces it"
+    wanted = f"{out / 'one'}{TAGGED} exists already, made from another file; overwrite=True replaces it"
     assert reasons(report)["one.safetensors"] == wanted
     assert (out / f"one{TAGGED}").read_bytes() == old
     report = convert_folders([models], out, overwrite=True)
@@ -149,7 +155,7 @@ def test_a_source_that_was_replaced_by_an_older_file_of_its_size(models, out):
 def test_other_settings_under_the_same_name(models, out):
     convert_folders([models], out)
     report = convert_folders([models], out, Settings(quantize_first_last=True))
-    assert reasons(report)["one.safetensors"].endswith("made with other settings; --force replaces it")
+    assert reasons(report)["one.safetensors"].endswith("made with other settings; overwrite=True replaces it")
     report = convert_folders([models], out, Settings(Formats.of(12)))
     assert results(report)["one.safetensors"] == "converted"
     assert results(convert_folders([models], out))["one.safetensors"] == "done"
@@ -181,7 +187,7 @@ def test_a_target_that_is_not_sound(models, out, damage):
     }
     target.write_bytes(data[damage])
     report = convert_folders([models], out)
-    assert "exists already and is not a valid NFQ file; --force" in reasons(report)["one.safetensors"]
+    assert "exists already and is not a valid NFQ file; overwrite=True" in reasons(report)["one.safetensors"]
     assert results(convert_folders([models], out, overwrite=True))["one.safetensors"] == "converted"
     assert target.read_bytes() == whole
 
@@ -389,7 +395,7 @@ def test_the_command(capsys, models, out):
     lines = text.splitlines()
     assert len(lines) == 4
     assert lines[1].startswith(f"converted   {models / 'one.safetensors'}")
-    assert " bytes (" in lines[1]
+    assert re.search(r"UNet, [\d.]+ [KM]B, \d+% of [\d.]+ [KM]B, in [\d.]+ s$", lines[1])
     assert lines[-1].startswith("3 converted; ")
     with NFQFile(out / "one-NF24.nfq.safetensors") as file:
         assert file.facts.settings["levels"] == 24
@@ -425,6 +431,102 @@ def test_two_runs_at_once(models, out):
         assert outcomes <= {"converted", "done", "skipped"}
     assert files(out).keys() == {f"one{TAGGED}", os.path.join("sub", f"two{TAGGED}")}
     assert set(results(convert_folders([models], out, rehash=True)).values()) == {"done", "skipped"}
+
+
+PROCESS = [sys.executable, "-m", "nfq_core", "batch"]
+
+
+def started(models, out, *options) -> subprocess.Popen:
+    """`nfq batch` in a process of its own, as on another machine that shares the folders."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(nfq_core.__file__).parents[1])}
+    command = [*PROCESS, str(models), "--out", str(out), "--json", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_several_processes_share_the_work(tmp_path, out):
+    models = tmp_path / "many"
+    models.mkdir()
+    names = {f"{number}.safetensors" for number in range(9)}
+    for number, name in enumerate(sorted(names)):
+        save_file(random_unet(seed=number), models / name)
+    processes = [started(models, out) for _ in range(3)]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    reports = [json.loads(text) for text, _ in outputs]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    # Each file is converted once, and no process ends before all are.
+    converted = [name for report in reports for name, result in results(report).items() if result == "converted"]
+    assert sorted(converted) == sorted(names)
+    assert all(set(results(report).values()) <= {"converted", "done"} for report in reports)
+    assert files(out).keys() == {name.replace(".safetensors", TAGGED) for name in names}
+
+
+@pytest.mark.skipif(WINDOWS, reason="a killed process leaves its file open for a while there")
+def test_the_file_of_a_killed_process_is_converted_by_another(tmp_path, out):
+    models = tmp_path / "large"
+    models.mkdir()
+    weight = random_half(1024, 1024)
+    save_file({f"{number}.weight": weight + number / 64 for number in range(12)}, models / "m.safetensors")
+    killed = started(models, out, "--any")
+    try:
+        deadline = time.monotonic() + 120
+        while not any(path.stat().st_size > 300_000 for path in out.glob(".m*.tmp")):
+            assert killed.poll() is None and time.monotonic() < deadline, killed.communicate()
+            time.sleep(0.005)
+        other = started(models, out, "--any")
+        time.sleep(1)
+    finally:
+        killed.kill()
+        killed.communicate()
+    text, error = other.communicate(timeout=300)
+    assert (other.returncode, results(json.loads(text))) == (0, {"m.safetensors": "converted"}), error
+    assert files(out).keys() == {f"m{TAGGED}"}
+
+
+def test_a_file_that_another_machine_works_on_is_waited_for(models, out, monkeypatch):
+    monkeypatch.setattr(batch, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(claims, "STALE_SECONDS", 600)
+    out.mkdir()
+    claim = out / f".one{TAGGED}.1.claim"
+    claim.write_text('{"machine": "elsewhere", "process": 7}')
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(convert_folders, [models], out)
+        while not (out / "sub" / f"two{TAGGED}").exists():
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert not run.done()
+        quantize_file(models / "one.safetensors", out / f"one{TAGGED}")
+        claim.unlink()
+        report = run.result(timeout=60)
+    assert results(report) == {"one.safetensors": "done", "two.safetensors": "converted", "lora.safetensors": "skipped"}
+
+
+def test_a_file_of_a_dead_machine_is_taken_over(models, out, monkeypatch):
+    monkeypatch.setattr(batch, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(claims, "STALE_SECONDS", 0.2)
+    out.mkdir()
+    (out / f".one{TAGGED}.1.claim").write_text('{"machine": "elsewhere", "process": 7}')
+    assert results(convert_folders([models], out))["one.safetensors"] == "converted"
+    assert files(out).keys() == {f"one{TAGGED}", os.path.join("sub", f"two{TAGGED}")}
+
+
+def test_an_interrupt_while_waiting_names_the_other_process(models, out, monkeypatch):
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    out.mkdir()
+    (out / f".one{TAGGED}.1.claim").write_text('{"machine": "elsewhere", "process": 7}')
+    monkeypatch.setattr(batch.time, "sleep", interrupt)
+    report = convert_folders([models], out)
+    assert report["stopped"] == "interrupted"
+    assert results(report)["one.safetensors"] == "not_tried"
+    assert reasons(report)["one.safetensors"] == "process 7 on elsewhere is converting it"
+
+
+def test_a_preset_instead_of_settings(models, out):
+    convert_folders([models / "one.safetensors"], out, preset="small")
+    assert files(out).keys() == {"one-small.nfq.safetensors"}
+    with pytest.raises(ValueError, match=r"Settings\.of\(preset='small', …\)"):
+        convert_folders([models], out, Settings(), preset="small")
 
 
 def test_ctrl_c(capsys, models, out, monkeypatch):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 
 import pytest
 import torch
 from forging import plain, split
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from samples import TINY, random_unet, random_weight
+from samples import SMALL_MODEL, TINY, random_unet, random_weight
 
 import nfq_core
 from nfq_core import NFQFile, NFTensor, Settings, quantize
@@ -443,3 +444,31 @@ def test_an_article_file_is_left_to_its_importer(tmp_path):
     with pytest.raises(UnsupportedFileError, match="import-article"):
         quantize_file(tmp_path / "a", tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def test_without_a_target_it_goes_next_to_the_source(tmp_path):
+    save_file(SMALL_MODEL, tmp_path / "model.safetensors")
+    made = quantize_file(tmp_path / "model.safetensors", preset="small")
+    assert made["target"] == str(tmp_path / "model-small.nfq.safetensors")
+    assert made["file_bytes"] == os.path.getsize(made["target"])
+    (tmp_path / "folder").mkdir()
+    back = dequantize_file(made["target"], tmp_path / "folder", torch.float32)
+    assert back["target"] == str(tmp_path / "folder" / "model-small-fp32.safetensors")
+    with pytest.raises(TargetExistsError, match="exists already; overwrite=True overwrites it"):
+        quantize_file(tmp_path / "model.safetensors", preset="small")
+    quantize_file(tmp_path / "model.safetensors", preset="small", overwrite=True)
+
+
+WRONG_SETTINGS = {
+    "an unknown preset": ({"preset": "smal"}, "preset must be one of large, balanced, small, tiny, got 'smal'"),
+    "both": ({"preset": "small", "settings": Settings()}, r"write Settings\.of\(preset='small', …\)"),
+    "a preset as settings": ({"settings": "small"}, "write preset='small'"),
+}
+
+
+@pytest.mark.parametrize(("given", "told"), WRONG_SETTINGS.values(), ids=WRONG_SETTINGS)
+def test_wrong_settings_are_refused(tmp_path, given, told):
+    save_file(SMALL_MODEL, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=told):
+        quantize_file(tmp_path / "model.safetensors", **given)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -15,12 +16,14 @@ import pytest
 import torch
 from commands import as_json, one_line, run
 from safetensors.torch import load_file, save_file
-from samples import SMALL_MODEL, random_half
+from samples import SMALL_MODEL, random_half, random_unet
 from systems import WINDOWS, names_are_bytes
+from text_models import TINY, t5
 
 import nfq_core
 from nfq_core.calibration.statistics import Calibration, LayerInputs
 from nfq_core.cli import commands as cli
+from nfq_core.cli.terminal import progress_bar
 from nfq_core.errors import DEBUG
 from nfq_core.files.article import write_article_file
 from nfq_core.files.container import NFQFile
@@ -76,8 +79,14 @@ def test_version(capsys):
     assert run(capsys, "--version") == (0, f"nfq {nfq_core.__version__}\n", "")
 
 
+def test_without_arguments_it_prints_the_help(capsys):
+    code, out, error = run(capsys)
+    assert (code, error) == (0, "")
+    assert out == run(capsys, "--help")[1]
+    assert "To begin: `nfq quantize model.safetensors`." in out
+
+
 USAGE = {
-    "no command": [],
     "an unknown command": ["quantise"],
     "no target": ["import-article", "a"],
     "a size without a unit": ["quantize", "a", "b", "--target-size", "3"],
@@ -98,6 +107,69 @@ def test_wrong_usage(capsys, arguments):
     code, out, error = run(capsys, *arguments)
     assert (code, out) == (2, "")
     assert "usage: nfq" in error
+
+
+TYPING_ERRORS = {
+    "a command": (["quantise", "a"], "nfq: error: there is no command 'quantise'; did you mean quantize"),
+    "a command after an option": (["--jason", "infos"], "there is no command 'infos'; did you mean info?"),
+    "a command like no other": (["xyz"], "there is no command 'xyz'; commands: demo, quantize, batch, "),
+    "no command but a file": (["m.safetensors"], "to convert a model, write `nfq quantize m.safetensors`"),
+    "an option": (["quantize", "a", "--prest", "small"], "there is no option --prest; did you mean --preset"),
+    "an option with its value": (["info", "a", "--jsn=1"], "there is no option --jsn; did you mean --json?"),
+    "half an option": (["quantize", "a", "--size", "1GB"], "no option --size; did you mean --target-size"),
+    "an option like no other": (["info", "a", "--xyz"], "`nfq info --help` lists the options"),
+    "an option of another command": (["info", "a", "--levels", "7"], "there is no option --levels"),
+    "a name with a space": (["info", "my", "model"], "'model' is not expected; put quotes around names with spaces"),
+    "a value": (["quantize", "a", "--preset", "smal"], "invalid choice: 'smal' (choose from "),
+}
+
+
+@pytest.mark.parametrize(("arguments", "told"), TYPING_ERRORS.values(), ids=TYPING_ERRORS)
+def test_typing_errors(capsys, arguments, told):
+    code, out, error = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert told in error.splitlines()[-1]
+
+
+def test_every_line_of_help_stands_alone():
+    """It names no other option without saying what that one means, and no page of the documentation."""
+    for name, parser in cli._parser().commands.items():
+        for action in parser._actions:
+            assert action.help, f"nfq {name} {action.dest}"
+            assert not re.search(r"docs/|see |as for|those of", action.help), f"nfq {name}: {action.help}"
+
+
+@pytest.mark.parametrize(
+    ("keys", "folder", "node"),
+    [
+        ({"unet"}, "diffusion_models", "Load NFQ Diffusion Model"),
+        ({"unet", "vae"}, "checkpoints, in a web UI to models/Stable-diffusion", "Load NFQ Checkpoint"),
+        ({"clip"}, "text_encoders", "Load NFQ CLIP"),
+    ],
+)
+def test_what_to_do_next(capsys, tmp_path, keys, folder, node):
+    prefix = "model.diffusion_model." if "vae" in keys else ""
+    parts = {
+        "unet": {prefix + key: tensor for key, tensor in random_unet().items()},
+        "vae": {"first_stage_model.encoder.conv_in.weight": random_half(8, 3, 3, 3)},
+        "clip": {key: random_half(*shape) for key, shape in t5(TINY).items()},
+    }
+    save_file({key: tensor for name in keys for key, tensor in parts[name].items()}, tmp_path / "m.safetensors")
+    target = tmp_path / "m-balanced.nfq.safetensors"
+    code, out, _ = run(capsys, "quantize", tmp_path / "m.safetensors")
+    assert code == 0
+    assert out.splitlines()[-1] == f"next: copy it to ComfyUI/models/{folder}; the node is {node}"
+    code, out, _ = run(capsys, "dequantize", target)
+    assert out.splitlines()[-1] == f"next: copy it to ComfyUI/models/{folder}; the node is {node.replace('NFQ ', '')}"
+
+    place = tmp_path / folder.partition(",")[0]
+    place.mkdir()
+    _, out, _ = run(capsys, "quantize", tmp_path / "m.safetensors", place)
+    assert out.splitlines()[-1] == f"next: press R in ComfyUI and choose it in {node}"
+
+
+def test_no_advice_about_a_model_of_an_unknown_kind(capsys, folder):
+    assert "next:" not in run(capsys, "quantize", folder / "model", folder / "a")[1]
 
 
 def test_quantize_with_a_calibration(capsys, folder):
@@ -185,6 +257,46 @@ def test_the_whole_story_in_text(capsys, folder):
         code, out, error = run(capsys, *arguments)
         assert (code, error) == (0, "")
         assert wanted in out
+
+
+def test_sizes_and_times_as_people_read_them(capsys, folder):
+    target = folder / "a.nfq.safetensors"
+    _, out, _ = run(capsys, "quantize", folder / "model", target)
+    size, original = target.stat().st_size / 1e3, (folder / "model").stat().st_size / 1e3
+    sizes = f"{size:.1f} KB, {size / original:.0%} of {original:.1f} KB"
+    assert re.fullmatch(rf"{re.escape(f'{target}: {sizes}')}; 2 tensors quantised, 1 kept, in \d+\.\d s\n", out)
+    assert run(capsys, "info", target)[1].splitlines()[0] == f"file          {target}, {sizes}"
+    assert run(capsys, "compare", folder / "model", target)[1].splitlines()[0] == f"{target}: {sizes}"
+
+
+def test_compare_lists_the_ten_worst_layers(capsys, tmp_path):
+    weights = {
+        f"{number:02}.weight": random_half(64, 64, seed=number) ** (1 + 2 * (number % 2)) for number in range(24)
+    }
+    save_file(weights, tmp_path / "model")
+    run(capsys, "quantize", tmp_path / "model", tmp_path / "a", "--levels", 16)
+    target = tmp_path / "a.nfq.safetensors"
+    layers = as_json(capsys, "compare", tmp_path / "model", target)["layers"]
+    assert len(layers) == 24
+    worst = sorted(layers, key=lambda layer: layer["sqnr_db"])[:10]
+
+    lines = run(capsys, "compare", tmp_path / "model", target)[1].splitlines()
+    assert lines[1].startswith("all 24 layers together: ")
+    assert lines[-11] == "the 10 layers with the largest errors (--all lists all 24):"
+    assert [line.split()[0] for line in lines[-10:]] == [layer["name"] for layer in worst]
+
+    lines = run(capsys, "compare", tmp_path / "model", target, "--all")[1].splitlines()
+    assert [line.split()[0] for line in lines[-24:]] == [layer["name"] for layer in layers]
+
+
+def test_hints_name_the_python_of_people_without_the_command(capsys, folder, monkeypatch):
+    hint = "is quantised already; dequantise it first with "
+    assert f"{hint}`nfq dequantize`" in run(capsys, "quantize", folder / "nfq", folder / "out")[2]
+    monkeypatch.setenv("PATH", str(folder))
+    error = run(capsys, "quantize", folder / "nfq", folder / "out")[2]
+    assert f"{hint}`{sys.executable} -m nfq_core dequantize`" in error
+    monkeypatch.setattr(sys, "executable", "/my programs/python")
+    assert f'{hint}`"/my programs/python" -m nfq_core' in run(capsys, "quantize", folder / "nfq", folder / "out")[2]
 
 
 def test_trellis_formats_in_json(capsys, folder):
@@ -582,14 +694,27 @@ def test_two_processes_with_one_target_leave_a_sound_file(folder):
     assert leftovers(folder) == {"out.nfq.safetensors"}
 
 
+class Terminal(io.StringIO):
+    """A terminal, where bars are drawn."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_counts_passes_where_there_may_be_several(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    for passes in (1, 5):
+        with progress_bar("quantising", argparse.Namespace(json=False), passes) as progress:
+            for done in (1, 2, 1, 2):
+                progress(done, 2, "a.weight")
+        shown = terminal.getvalue()
+        assert ("quantising, pass 2 of at most 5:" in shown) == (passes == 5)
+    assert " so far, " in shown and " left" in shown
+
+
 @pytest.mark.parametrize("tensors", [{"empty": torch.empty(0)}, {}])
 def test_a_bar_over_nothing(folder, monkeypatch, tensors):
-    """On a terminal, where the bar is drawn: a file of empty tensors only goes there and back."""
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
+    """A file of empty tensors only goes there and back."""
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     save_file(tensors, folder / "nothing")
     paths = {
@@ -599,4 +724,5 @@ def test_a_bar_over_nothing(folder, monkeypatch, tensors):
     for command in ("quantize nothing b", "verify b", "compare nothing b", "dequantize b c"):
         name, *arguments = command.split()
         assert cli.main([name, *(paths[argument] for argument in arguments)]) == 0
-    assert "quantising" in terminal.getvalue() and load_file(paths["c"]).keys() == tensors.keys()
+    assert "quantising" in terminal.getvalue() and " left" in terminal.getvalue()
+    assert load_file(paths["c"]).keys() == tensors.keys()

@@ -51,8 +51,8 @@ def test_lines_about_each_model(capsys, checkpoint, tmp_path):
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert "packed" in lines["CLIP-L"] and "packed" in lines["diffusion"] and "text_encoders 8bit" in lines["settings"]
     _, out, _ = run(capsys, "compare", checkpoint, target)
-    assert [line.split(":")[0] for line in out.splitlines()[-3:]] == [
+    assert [line.split(":")[0] for line in out.splitlines()[1:4]] == [
+        "all 78 layers together",
         "diffusion model",
         "CLIP-L",
-        "all 78 layers together",
     ]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from samples import TINY, random_weight
+from samples import TINY, random_weight, unet_config
 
 from nfq_core import NFQError, quantize_state_dict, save
+from nfq_core.calibration.prompts import PROMPTS
 from nfq_core.layers import packed_layers
 
 diffusers = pytest.importorskip("diffusers", reason="the pipelines are diffusers'")
@@ -19,7 +21,7 @@ for package in ("accelerate", "peft", "transformers"):
     pytest.importorskip(package, reason="the pipelines need it")
 
 from clip_models import make_settings_folder, whole_checkpoint  # noqa: E402
-from diffusers_models import packed_unet, pipeline_parts, reads_folders, stock_unet, write_config  # noqa: E402
+from diffusers_models import noise_of, packed_unet, pipeline_parts, reads_folders, stock_unet, write_config  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 
 from nfq_core.diffusers import NFQConfig, load_unet  # noqa: E402
@@ -270,20 +272,52 @@ def test_group_offload(file: Path, parts: dict[str, Any], picture: torch.Tensor,
     assert torch.equal(draw(pipeline), picture)
 
 
+def make_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the tiny architecture one of those whose configuration `load_unet` knows."""
+    monkeypatch.setattr("nfq_core.models.unet.KNOWN_ARCHITECTURES", (TINY,))
+    monkeypatch.setattr(
+        "nfq_core.diffusers.loading.diffusers_config",
+        lambda architecture: {"_class_name": "UNet2DConditionModel", **unet_config(architecture)},
+    )
+
+
+def test_a_known_architecture_needs_no_config(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = shutil.copy(file, tmp_path)
+    with pytest.raises(NFQError, match=r"architecture is not known; give load_unet the folder of the UNet's config"):
+        load_unet(alone)
+    make_known(monkeypatch)
+    known, given = (
+        load_unet(path, folder, dtype=torch.float32) for path, folder in ((alone, None), (file, file.parent))
+    )
+    assert torch.equal(noise_of(known), noise_of(given))
+    assert known.config.block_out_channels == list(TINY.channels)
+
+
 @reads_folders
-def test_the_examples_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They run one after the other in a folder that holds what they name."""
+def test_the_examples_of_the_documentation(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They run one after the other in a folder that holds what they name, without a deprecated argument."""
     stock = make_settings_folder(tmp_path / "without-weights")
     stock.to(torch.float32).save_pretrained(tmp_path / "sdxl")
-    save(quantize_state_dict(whole_checkpoint(stock)), tmp_path / "sdxl-balanced.nfq.safetensors")
+    for name in ("model", "sdxl"):
+        save(quantize_state_dict(whole_checkpoint(stock)), tmp_path / f"{name}-balanced.nfq.safetensors")
+    make_known(monkeypatch)
     monkeypatch.chdir(tmp_path)
     # Fewer steps, smaller pictures.
     call = Pipeline.__call__
     small = {"num_inference_steps": 2, "height": 16, "width": 16}
-    monkeypatch.setattr(Pipeline, "__call__", lambda self, prompt: call(self, prompt, **small))
-    text = (ROOT / "docs" / "DIFFUSERS.md").read_text(encoding="utf-8")
-    names: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) >= 3
-    for block in blocks:
-        exec(compile(block, "docs/DIFFUSERS.md", "exec"), names)
+    monkeypatch.setattr(Pipeline, "__call__", lambda self, prompt, **given: call(self, prompt, **given | small))
+    monkeypatch.setattr("nfq_core.calibration.prompts.PROMPTS", PROMPTS[:2])
+    names: dict[str, Any] = {"prompts": ["a lighthouse"]}
+    for page in ("README.md", "docs/DIFFUSERS.md", "docs/CALIBRATION.md", "docs/BENCHMARKS.md"):
+        blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.DOTALL | re.MULTILINE)
+        assert blocks
+        for block in blocks:
+            exec(compile(block, page, "exec"), names)
+    assert "deprecated" not in caplog.text + capsys.readouterr().err
+    assert not [warning for warning in recwarn if "dtype` is deprecated" in str(warning.message)]

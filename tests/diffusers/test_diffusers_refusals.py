@@ -285,8 +285,8 @@ def test_saving_elsewhere_in_a_group_of_processes(root: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("stand_in", "message"),
     [
-        (None, r"needs diffusers 0\.33 or newer: python -m pip install \"diffusers>=0\.33\" accelerate, "),
-        ("0.32.2", r"needs diffusers 0\.33 or newer, this is 0\.32\.2: python -m pip install"),
+        (None, r"needs diffusers 0\.33 or newer: \S+ -m pip install \"diffusers>=0\.33\" accelerate$"),
+        ("0.32.2", r"needs diffusers 0\.33 or newer, this is 0\.32\.2: \S+ -m pip install"),
     ],
 )
 def test_diffusers_missing_or_too_old(monkeypatch: pytest.MonkeyPatch, stand_in: str | None, message: str) -> None:
@@ -299,8 +299,6 @@ def test_diffusers_missing_or_too_old(monkeypatch: pytest.MonkeyPatch, stand_in:
 
 def test_accelerate_missing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nfq_core.diffusers.quantizer.is_accelerate_available", lambda: False)
-    with pytest.raises(
-        ImportError, match=r"needs accelerate \(load_unet does not\): python -m pip install accelerate, "
-    ):
+    with pytest.raises(ImportError, match=r"needs accelerate \(load_unet does not\): \S+ -m pip install accelerate$"):
         type(stock_unet()).from_pretrained(root / "stock", quantization_config=NFQConfig())
     assert load_unet(root / "ldm.nfq.safetensors", root / "tiny")

@@ -72,7 +72,7 @@ def test_overwriting_when_asked(tmp_path):
 
 def test_an_existing_target_is_refused_at_once(tmp_path):
     (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(TargetExistsError, match=r"a exists already; --force overwrites it"):
+    with pytest.raises(TargetExistsError, match=r"a exists already; overwrite=True overwrites it"):
         AtomicFile(tmp_path / "a")
     assert names(tmp_path) == ["a"]
 

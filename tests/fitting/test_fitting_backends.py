@@ -66,7 +66,7 @@ def test_plain_torch_by_request(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (ImportError("No module named 'numba'"), 'numba is not installed (pip install "comfyui-nfq[fast]")'),
+        (ImportError("No module named 'numba'"), f"numba is not installed ({sys.executable} -m pip install numba)"),
         (
             SystemError("Numba needs NumPy 2.3 or less.\nGot 2.9."),
             "numba cannot be used: Numba needs NumPy 2.3 or less. Got 2.9.",

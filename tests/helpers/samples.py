@@ -12,6 +12,7 @@ from reference import decode, pack_plane, parse
 
 from nfq_core import NFTensor
 from nfq_core.fitting.feedback import SecondMoment
+from nfq_core.models.diffusers_config import diffusers_config
 from nfq_core.models.unet_keys import UNetArchitecture, tensor_shapes
 from nfq_core.packed.formats import format_by_id
 
@@ -30,33 +31,10 @@ SMALLEST = replace(TINY, channels=(32,), down_depths=((0,),), middle_depth=None,
 
 
 def unet_config(architecture: UNetArchitecture = TINY) -> dict[str, Any]:
-    """What the model's own config.json says, in the form in which diffusers takes it."""
-    down, up = architecture.down_depths, architecture.up_depths
-    depths: dict[str, Any] = {
-        "transformer_layers_per_block": [list(level) for level in down],
-        "reverse_transformer_layers_per_block": [list(level) for level in up],
-    }
-    if architecture.middle_depth:
-        # diffusers takes the middle's depth from the last level, which must then be a number, not a list.
-        depths = {"transformer_layers_per_block": [max(level) or architecture.middle_depth for level in down]}
-    return {
-        "in_channels": architecture.in_channels,
-        "out_channels": architecture.out_channels,
-        "sample_size": 8,
-        "block_out_channels": architecture.channels,
-        "layers_per_block": len(down[0]),
-        "down_block_types": tuple("CrossAttnDownBlock2D" if level[0] else "DownBlock2D" for level in down),
-        "mid_block_type": {None: None, 0: "UNetMidBlock2D"}.get(architecture.middle_depth, "UNetMidBlock2DCrossAttn"),
-        "up_block_types": tuple("CrossAttnUpBlock2D" if level[0] else "UpBlock2D" for level in up),
-        "attention_head_dim": [max(1, width // 64) for width in architecture.channels],
-        "cross_attention_dim": architecture.context_width,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256 if architecture.added_width >= 2048 else 8,
-        "projection_class_embeddings_input_dim": architecture.added_width,
-        "use_linear_projection": True,
-        "time_cond_proj_dim": architecture.guidance_width or None,
-        **depths,
-    }
+    """The settings of diffusers' UNet, with small pictures and, for small models, few numbers about them."""
+    config = diffusers_config(architecture) | {"sample_size": 8}
+    del config["_class_name"]
+    return config if architecture.added_width >= 2048 else config | {"addition_time_embed_dim": 8}
 
 
 def random_weight(*shape: int, seed: int = 0) -> torch.Tensor:

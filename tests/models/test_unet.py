@@ -9,6 +9,7 @@ import pytest
 import torch
 from samples import TINY, unet_config
 
+from nfq_core.models.diffusers_config import diffusers_config
 from nfq_core.models.unet import (
     UNKNOWN,
     detect,
@@ -119,6 +120,34 @@ def _diffusers_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("architecture", [*KNOWN_ARCHITECTURES, LCM, TINY], ids=lambda known: known.name)
 def test_diffusers_builds_the_same_tensors(architecture):
     assert _diffusers_shapes(unet_config(architecture)) == tensor_shapes(architecture, "diffusers")
+
+
+SDXL_CONFIG = {
+    "_class_name": "UNet2DConditionModel",
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "out_channels": 4,
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "time_cond_proj_dim": None,
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "use_linear_projection": True,
+}
+"""What SDXL's published config.json says, where it differs from diffusers' defaults, but for the depths."""
+
+
+def test_the_configuration_of_sdxl_is_the_published_one():
+    config = diffusers_config(SDXL_BASE)
+    # The first level has no attention, so that its depth means nothing: the published file says 1.
+    assert config.pop("transformer_layers_per_block")[1:] == [2, 10]
+    assert config == SDXL_CONFIG
 
 
 @each_architecture

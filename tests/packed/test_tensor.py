@@ -13,7 +13,15 @@ from reference import COMMON_IDS, FORMAT_IDS, decode, sqnr_db
 from samples import gaussian, random_buffer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nfq_core import CannotQuantizeError, CorruptFileError, NFTensor, quantize
+from nfq_core import (
+    Calibration,
+    CannotQuantizeError,
+    CorruptFileError,
+    Formats,
+    NFTensor,
+    Settings,
+    quantize,
+)
 from nfq_core.decibels import sqnr_db as error_db
 from nfq_core.files.article import article_dequantize, article_quantize
 from nfq_core.fitting.codebook import effort_by_name, fit_codebook
@@ -570,3 +578,64 @@ def test_a_code_that_names_no_level_is_refused(prefix):
     tensor.data[sections.fine] |= 1
     with pytest.raises(CorruptFileError, match="a code without a level"):
         tensor.validate()
+
+
+# What one would guess of a tensor
+
+
+@pytest.fixture
+def packed():
+    return quantize(gaussian(6, 40), 16)
+
+
+def test_it_has_the_shape_of_a_tensor(packed):
+    assert (packed.ndim, packed.dim(), packed.size(), packed.size(-1), packed.numel()) == (2, 2, (6, 40), 40, 240)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_to_a_dtype_dequantises(packed, dtype):
+    expected = packed.dequantize(dtype)
+    for found in (
+        packed.to(dtype),
+        packed.to(dtype=dtype),
+        packed.to("cpu", dtype),
+        packed.to(device="cpu", dtype=dtype),
+    ):
+        assert found.dtype == dtype and torch.equal(found, expected)
+
+
+def test_short_names_of_dtypes(packed):
+    assert torch.equal(packed.float(), packed.dequantize(torch.float32))
+    assert torch.equal(packed.half(), packed.dequantize())
+    assert torch.equal(packed.bfloat16(), packed.dequantize(torch.bfloat16))
+
+
+def test_to_a_device_keeps_it_packed(packed):
+    for found in (packed.to("meta"), packed.to(device="meta", non_blocking=True), packed.to(torch.device("meta"))):
+        assert isinstance(found, NFTensor) and found.device.type == "meta" and found.shape == packed.shape
+    assert torch.equal(packed.cpu().data, packed.data)
+    if not torch.cuda.is_available():
+        with pytest.raises((AssertionError, RuntimeError)):
+            packed.cuda()
+
+
+def test_to_refuses_what_it_does_not_do(packed):
+    with pytest.raises(TypeError, match=r"has no memory_format; dequantize\(\) it first"):
+        packed.to("cpu", memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"dequantised to fp16, bf16, fp32 or fp64, got torch\.int8"):
+        packed.to(torch.int8)
+
+
+def test_as_a_numpy_array(packed):
+    expected = packed.dequantize().numpy()
+    assert (packed.numpy() == expected).all() and packed.numpy().dtype == np.float16
+    assert (np.asarray(packed) == expected).all()
+    assert np.asarray(packed, dtype=np.float32).dtype == np.float32
+    assert np.array(packed).shape == (6, 40)
+
+
+def test_what_is_printed_is_short(packed):
+    assert repr(packed) == "NFTensor(nf16_b64, shape=(6, 40), 5.533 bits per weight)"
+    assert repr(packed.format) == "<nf16_b64>"
+    assert len(repr(Settings(Formats.of(12)))) < 160
+    assert repr(Calibration({}, "SDXL", prompts=8)) == "Calibration(SDXL, 0 weights, 8 prompts)"

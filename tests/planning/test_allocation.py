@@ -38,6 +38,7 @@ from nfq_core.planning.allocation import (
 )
 from nfq_core.planning.policy import estimate_warnings, plan_tensors
 from nfq_core.planning.settings import PRESETS, BitsPerWeight, FileSize, Formats, Settings
+from nfq_core.sizes import parse_size
 
 MENU = MENUS["best"]
 NOISE = [10 ** (-EXPECTED_SQNR_DB[fmt.id] / 10) for fmt in MENU]
@@ -311,7 +312,7 @@ def test_packed_bits_asked_for_on_the_command_line(small_model: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("flags", "code", "told"),
     [
-        (["--target-size", "10KB"], 1, "0.01 MB are too few; this model's file can have about 0.0"),
+        (["--target-size", "10KB"], 1, "10.0 KB are too few; this model's file can have about "),
         (["--target-size", "soon"], 2, "'soon' is not a size; write one such as 1.2GB or 1200MiB"),
         (["--target-size", "3"], 2, "'3' has no unit; write 3GB, 3MB or 3B (bytes)"),
         (["--target-bpw", "1.9"], 1, "1.9 packed bits per weight are too few; this model's can have 2."),
@@ -343,7 +344,8 @@ def test_bad_sizes(small_model: Path, tmp_path: Path, capsys, flags: list[str], 
 def test_limits_that_are_told_can_be_had(small_model: Path, tmp_path: Path) -> None:
     with pytest.raises(NFQError) as caught:
         quantize_file(small_model, tmp_path / "a", Settings(FileSize(1)))
-    smallest, largest = (float(number) for number in re.findall("([0-9.]+) MB", str(caught.value))[1:])
+    sizes = re.search("can have about ([0-9.]+ [KM]B) to ([0-9.]+ [KM]B)", str(caught.value)).groups()
+    smallest, largest = (parse_size(size) / 1e6 for size in sizes)
     result = quantize_file(small_model, tmp_path / "large", Settings(FileSize(10**9)))
     assert "the largest format; this model's file can have about" in result["warnings"][-1]
     assert "the architecture is unknown" in result["warnings"][0]

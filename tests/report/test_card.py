@@ -101,7 +101,7 @@ def test_what_was_given_is_said(capsys, files):
     assert {"nfq", "quantized"} <= set(found["tags"])
     assert "fill in" not in card.lower()
     # The rest of the pipeline gets the UNet's dtype, which is the original's, whatever that was.
-    assert f"from_pretrained({json.dumps(base, ensure_ascii=False)}, unet=unet, torch_dtype=unet.dtype)" in card
+    assert f"from_pretrained({json.dumps(base, ensure_ascii=False)}, unet=unet).to(unet.dtype)" in card
 
 
 def test_what_was_not_given_is_plainly_marked(capsys, files):

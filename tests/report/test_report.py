@@ -148,8 +148,10 @@ def test_the_largest_first(files):
 
 
 def test_words():
-    assert [size_in_words(n) for n in (1, 5_707_971, 16_556_542, 441_000_000, 1_330_000_000)] == [
-        "0.00 MB",
+    assert [size_in_words(n) for n in (1, 999, 12_345, 5_707_971, 16_556_542, 441_000_000, 1_330_000_000)] == [
+        "1 byte",
+        "999 bytes",
+        "12.3 KB",
         "5.71 MB",
         "16.6 MB",
         "441 MB",
@@ -291,7 +293,7 @@ def test_a_folder_that_cannot_be_written(capsys, folder, files, tmp_path, monkey
 def test_missing_packages(capsys, folder, files, tmp_path, monkeypatch, missing, package):
     monkeypatch.setitem(sys.modules, missing, None)
     told = refused(capsys, folder / "ldm.safetensors", files[0], "--out", tmp_path / "out")
-    assert f" need {package}: python -m pip install {package}, with the Python that runs this" in told
+    assert f" need {package}: {sys.executable} -m pip install {package}" in told
     assert not (tmp_path / "out").exists()
 
 
@@ -448,7 +450,7 @@ def test_a_folder_without_transformers(capsys, folder, files, tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "transformers", None)
     arguments = ["--out", tmp_path / "out", "--pipeline", tmp_path]
     told = refused(capsys, folder / "ldm.safetensors", files[0], *arguments)
-    assert "need diffusers and transformers: python -m pip install diffusers transformers, " in told
+    assert f"need diffusers and transformers: {sys.executable} -m pip install diffusers transformers" in told
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
