@@ -69,7 +69,7 @@ def import_article(
             info = detect({key: plan.shape for key, plan in plans.items()})
             metadata, extra, warnings = split_metadata(file.metadata)
             recorded = Source(source_name(source), file.file_bytes, "", metadata)
-            facts = facts_about(info, {IMPORTED: "article"}, recorded)
+            facts = facts_about(info, plans, {IMPORTED: "article"}, recorded)
 
             def work(key: str) -> tuple[str, list[bytes] | torch.Tensor, str]:
                 if quantized[key] is None:

@@ -41,6 +41,7 @@ from ..planning.facts import facts_about
 from ..planning.policy import estimate_warnings, plan_tensors, recorded_text_encoders
 from ..planning.settings import DEFAULTS, FileSize, Settings
 from .extras import recorded_extras, split_extras
+from .kinds import NO_MODELS, kind_name
 from .memory import refuse_beyond_memory
 from .metadata import PAGE_METADATA, split_metadata
 from .targets import PLAIN_SUFFIX, refuse_name
@@ -97,7 +98,7 @@ def quantize_file(
             info, plans = conversion.plan(size.packed_bytes)
             recorded = conversion.recorded_settings() | recorded_extras(drop_extras, original.entries)
             expected = expectation(entries, settings, info, plans, calibration, size.packed_bytes)
-            facts = facts_about(info, recorded, made_from, expected)
+            facts = facts_about(info, plans, recorded, made_from, expected)
             with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
                 conversion.write(writer)
                 if not size.accepts(writer.file_bytes, plans):
@@ -331,15 +332,22 @@ def refuse_same(sources: Iterable[SafetensorsFile], target: str | os.PathLike) -
 
 
 def about_model(original: Original, entries: dict[str, Entry]) -> list[str]:
-    """Warnings about a model's UNet and text encoders; CorruptFileError if the UNet is incomplete.
+    """Warnings about a model's UNet and text encoders.
 
     Args:
         original: the source, open.
         entries: the tensors of the source that are converted.
+
+    Raises:
+        CorruptFileError: the diffusion model is incomplete.
+        UnsupportedFileError: the source is a LoRA or VAE.
     """
     shapes = {key: entry.shape for key, entry in entries.items()}
     info = detect(shapes)
     lost = missing_tensors_message(info, shapes)
     if lost:
         raise CorruptFileError(f"{original.path} is incomplete: {lost}; fetch the file, or make the merge, again")
+    refusal = NO_MODELS.get(kind_name(entries, info))
+    if refusal:
+        raise UnsupportedFileError(f"{original.path} is not quantised: {refusal}")
     return unet_warnings(info, shapes) + text_encoder_warnings(info, shapes)

@@ -75,7 +75,7 @@ def forecast_file(
             new = [layer for layer in chosen if layer not in stored]
             stored |= zip(new, _stored_bytes(original, new, plans, settings.effort, progress), strict=True)
             expected = expectation(entries, settings, info, plans, calibration, size.packed_bytes)
-            facts = facts_about(info, recorded, made_from, expected)
+            facts = facts_about(info, plans, recorded, made_from, expected)
             file_bytes = forecast.file_bytes(plans, facts, extra, sum(stored[layer] for layer in chosen))
             if size.accepts(file_bytes, plans):
                 break

@@ -205,7 +205,7 @@ def save(
         key: Plan(entry.dtype, entry.shape, value.format if isinstance(value, NFTensor) else None)
         for (key, entry), value in zip(describe(state_dict).items(), state_dict.values(), strict=True)
     }
-    facts = facts_about(info, settings or {}, source, expected)
+    facts = facts_about(info, plans, settings or {}, source, expected)
     extra = {name: json.dumps(value) for name, value in (("workflow", workflow), ("prompt", prompt)) if value}
 
     def work(key: str) -> tuple[str, list[bytes]]:
