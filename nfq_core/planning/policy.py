@@ -36,6 +36,12 @@ MIN_OF_SMALLEST = 0.9
 CAREFUL_FORMAT = "nf256_b64"
 """Format of the layers that `Family.careful` names."""
 
+MAX_CAREFUL = 0.1
+"""Largest share of these layers among the weights to quantise, which leaves room in every preset.
+
+In a model with more, such as one of few blocks, they have no format of their own.
+"""
+
 EMBEDDING_FORMAT = "nf256_b64"
 """Format of text encoders' token embeddings."""
 
@@ -63,9 +69,9 @@ def plan_tensors(
     known family is recognised; otherwise in everything that is neither a text encoder nor a VAE next to other models.
     Tiny tensors stay as they are, and layers with `emb` in their name (as in the article), the first and last
     convolution of a UNet, and what `families.KEPT` names in other models. `Family.careful` layers get CAREFUL_FORMAT,
-    which counts towards the size. Text encoders have formats of their own, see TEXT_ENCODER_FORMATS and
-    `TextEncoder.part`. If a file holds only text encoders, levels, formats and target sizes apply to their layers,
-    unless `settings.text_encoders` is given.
+    which counts towards the size, unless they exceed MAX_CAREFUL. Text encoders have formats of their own, see
+    TEXT_ENCODER_FORMATS and `TextEncoder.part`. If a file holds only text encoders, levels, formats and target sizes
+    apply to their layers, unless `settings.text_encoders` is given.
     8-bit floats are quantised too, and recorded in the dtype that a host computes in, see `prequantized.compute_dtype`;
     a text encoder's stay as they are if the format would not make them smaller.
 
@@ -180,8 +186,10 @@ def _split(info: UNetInfo | None, entries: Mapping[str, Entry], settings: Settin
         keys = [key for key in own if key not in spared and "emb" not in key]
     else:
         prefix = main.family.prefix if main and main.family else ""
-        layers = [key for key in own if is_layer_to_quantize(key, entries[key].shape, prefix)]
-        keys = [key for key in layers if key not in careful]
+        keys = [key for key in own if is_layer_to_quantize(key, entries[key].shape, prefix)]
+        every, few = ({key: entries[key].shape for key in some} for some in ({*keys, *careful}, careful))
+        careful = careful if _weights(few) <= MAX_CAREFUL * _weights(every) else []
+        keys = [key for key in keys if key not in careful]
     parts = _text_encoder_parts(components, entries)
     fixed = _text_encoder_formats(parts, entries, settings)
     by_preset = isinstance(settings.choice, BitsPerWeight) and bool(settings.choice.preset)

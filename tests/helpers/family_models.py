@@ -9,19 +9,19 @@ WIDTH = 64
 Shapes = dict[str, tuple[int, ...]]
 
 
-def layers(path: str, *names: str, width: int = WIDTH) -> Shapes:
-    """Square Linear layers with biases."""
+def layers(path: str, *names: str, inputs: int = WIDTH) -> Shapes:
+    """Linear layers with biases."""
     shapes: Shapes = {}
     for name in names:
-        shapes |= {f"{path}{name}.weight": (width, width), f"{path}{name}.bias": (width,)}
+        shapes |= {f"{path}{name}.weight": (WIDTH, inputs), f"{path}{name}.bias": (WIDTH,)}
     return shapes
 
 
-def blocks(path: str, *names: str, count: int = 3) -> Shapes:
+def blocks(path: str, *names: str, count: int = 24, inputs: int = WIDTH) -> Shapes:
     """Blocks of such layers."""
     shapes: Shapes = {}
     for number in range(count):
-        shapes |= layers(f"{path}.{number}.", *names)
+        shapes |= layers(f"{path}.{number}.", *names, inputs=inputs)
     return shapes
 
 
@@ -36,8 +36,9 @@ _FLUX = blocks("double_blocks", *of_streams("{}_attn.qkv {}_attn.proj {}_mlp.0 {
 _MMDIT = of_streams("{}.attn.qkv {}.attn.proj {}.mlp.fc1 {}.mlp.fc2 {}.adaLN_modulation.1", "x_block", "context_block")
 _NEXT_DIT = ("attention.qkv", "attention.out", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 _REFINERS = (
-    blocks("layers", *_NEXT_DIT, count=4)
-    | blocks("noise_refiner", *_NEXT_DIT, "attention_norm1", count=2)
+    blocks("layers", *_NEXT_DIT)
+    | blocks("noise_refiner", *_NEXT_DIT, count=2)
+    | {"noise_refiner.0.attention_norm1.weight": (WIDTH,)}
     | blocks("context_refiner", *_NEXT_DIT, count=2)
 )
 _NEXT_DIT_OUTER = layers(
@@ -98,19 +99,19 @@ COMFYUI: dict[str, tuple[Shapes, Shapes]] = {
     ),
     "Z-Image": (
         _REFINERS
-        | blocks("layers", "adaLN_modulation.0", count=4)
-        | blocks("noise_refiner", "adaLN_modulation.0", count=2),
+        | blocks("layers", "adaLN_modulation.0", inputs=16)
+        | blocks("noise_refiner", "adaLN_modulation.0", count=2, inputs=16),
         _NEXT_DIT_OUTER | {"x_pad_token": (1, 4096), "cap_pad_token": (1, 4096)},
     ),
     "Lumina 2": (
         _REFINERS
-        | blocks("layers", "adaLN_modulation.1", count=4)
-        | blocks("noise_refiner", "adaLN_modulation.1", count=2),
+        | blocks("layers", "adaLN_modulation.1", inputs=16)
+        | blocks("noise_refiner", "adaLN_modulation.1", count=2, inputs=16),
         _NEXT_DIT_OUTER,
     ),
     "Anima": (
         _COSMOS
-        | blocks("llm_adapter.blocks", "self_attn.q_proj", "self_attn.o_proj", "cross_attn.q_proj", "mlp.0")
+        | blocks("llm_adapter.blocks", "self_attn.q_proj", "self_attn.o_proj", "cross_attn.q_proj", "mlp.0", count=2)
         | layers("llm_adapter.", "out_proj"),
         _COSMOS_OUTER | {"llm_adapter.embed.weight": (512, WIDTH)},
     ),
@@ -123,7 +124,7 @@ COMFYUI: dict[str, tuple[Shapes, Shapes]] = {
         ),
         layers("", "text_embedding.0", "time_embedding.0", "time_projection.1", "head.head", "img_emb.proj.1")
         | {"patch_embedding.weight": (WIDTH, 16, 1, 2, 2), "head.modulation": (1, 2, 4096)}
-        | {f"blocks.{number}.modulation": (1, 6, 1024) for number in range(3)},
+        | {f"blocks.{number}.modulation": (1, 6, 1024) for number in range(24)},
     ),
 }  # fmt: skip
 """By family: tensors of the repeated blocks and of the rest, as ComfyUI 0.33's model classes name them."""

@@ -150,7 +150,7 @@ def test_sdxl_s_sensitivities_choose_its_formats() -> None:
         (replace(SDXL_BASE, channels=(160, 320, 640)), "are SDXL's, by role; a calibration"),
         (
             None,
-            "are SDXL's, by role and number of weights (3 of 4 layers have none of SDXL's roles and get a mean); a calibration",
+            "are SDXL's, by role and number of weights (3 of 4 layers have none of SDXL's roles and get a mean); a",
         ),
     ],
 )
