@@ -138,6 +138,8 @@ def table(results: Mapping) -> str:
 def speed_table(results: Mapping) -> str:
     """Seconds per billion weights by family, and compared with SDXL's."""
     found = results.get("seconds_per_billion", {})
+    if not found:
+        return "Not measured yet."
     reference = found.get(REFERENCE, {}).get("median")
     rows = [
         [family, f"{one['median']:.1f}", f"{one['median'] / reference:.2f}" if reference else ""]

@@ -1,5 +1,5 @@
-"""Quantised UNets in diffusers: `NFQConfig` quantises at load, `load_unet` reads an `.nfq.safetensors` file,
-`calibrate` samples a pipeline for its calibration.
+"""Quantised models in diffusers: `NFQConfig` quantises at load, `load_unet` and `load_model` read an `.nfq.safetensors`
+file, `calibrate` samples a pipeline for its calibration.
 
 Importing this package registers the quantisation method "nfq" with diffusers. `from_pretrained` needs it for folders
 that a packed model's `save_pretrained` wrote.
@@ -30,9 +30,9 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 
 from .calibrating import calibrate  # noqa: E402
 from .config import METHOD, NFQConfig  # noqa: E402
-from .loading import load_unet  # noqa: E402
+from .loading import load_model, load_unet  # noqa: E402
 
-__all__ = ["NFQConfig", "calibrate", "load_unet"]
+__all__ = ["NFQConfig", "calibrate", "load_model", "load_unet"]
 
 
 def _register() -> None:

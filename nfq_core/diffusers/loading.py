@@ -1,4 +1,4 @@
-"""Load a UNet2DConditionModel from an `.nfq.safetensors` file and a `config.json`."""
+"""Load a diffusers model from an `.nfq.safetensors` file and a `config.json`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin, UNet2DConditionModel
 from torch import nn
 
 from ..checkpoints.state_dict import load_tensors
@@ -27,6 +28,9 @@ from .model import check_fits, make_packed, names_in_model
 
 CONFIG = "config.json"
 
+PARTS = ("unet", "transformer")
+"""Folders of the diffusion model in a pipeline's folder."""
+
 
 def load_unet(
     nfq_path: str | os.PathLike,
@@ -37,11 +41,39 @@ def load_unet(
     memory: str = "packed",
     progress: Progress = no_progress,
 ) -> UNet2DConditionModel:
-    """Load a quantised UNet for a diffusers pipeline; the original weights are not needed.
+    """`load_model` for a UNet2DConditionModel.
 
     Args:
-        nfq_path: the `.nfq.safetensors` file, of a UNet or a whole checkpoint, in any key layout.
-        config_dir: the folder whose `config.json` describes the UNet.
+        nfq_path: the `.nfq.safetensors` file; for SDXL's family of a UNet or a whole checkpoint, in any key layout.
+        config_dir: see `load_model`, also for the other arguments and the result.
+
+    Raises:
+        NFQError: as `load_model`, or the config describes another class.
+        ValueError: `dtype` or `memory` is not allowed.
+    """
+    kind = _read_config(Path(config_dir))["_class_name"]
+    if kind != UNet2DConditionModel.__name__:
+        raise NFQError(
+            f"{Path(config_dir) / CONFIG} describes {kind}; name the folder of a {UNet2DConditionModel.__name__}'s "
+            "config, or use load_model"
+        )
+    return load_model(nfq_path, config_dir, dtype=dtype, device=device, memory=memory, progress=progress)
+
+
+def load_model(
+    nfq_path: str | os.PathLike,
+    config_dir: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    memory: str = "packed",
+    progress: Progress = no_progress,
+) -> ModelMixin:
+    """Load a quantised UNet or transformer for a diffusers pipeline; the original weights are not needed.
+
+    Args:
+        nfq_path: the `.nfq.safetensors` file, with diffusers' names.
+        config_dir: the folder whose `config.json` describes the model.
         dtype: dtype of kept tensors and of the computation: fp16, bf16, fp32 or fp64; by default that of the weights
             before they were quantised.
         device: device of the model.
@@ -82,34 +114,38 @@ def load_unet(
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """Read a folder's `config.json`, which must describe a UNet2DConditionModel."""
+    """Read a folder's `config.json`, which must describe a model of diffusers."""
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        inner = folder / "unet" / CONFIG
-        advice = f"name {inner.parent}" if inner.exists() else "name the folder of the UNet's config.json"
+        inner = next((path for part in PARTS if (path := folder / part / CONFIG).exists()), folder / PARTS[0] / CONFIG)
+        advice = f"name {inner.parent}" if inner.exists() else "name the folder of the model's config.json"
         raise NFQError(f"{path}: no such file; {advice}") from None
     except OSError as error:
         raise NFQError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise NFQError(f"{path} is not valid JSON ({error}); fetch it again") from None
     kind = config.get("_class_name") if isinstance(config, dict) else None
-    if kind != UNet2DConditionModel.__name__:
-        raise NFQError(
-            f"{path} describes {kind or 'no model'}; name the folder of a {UNet2DConditionModel.__name__}'s config"
-        )
+    if _class_of(kind) is None:
+        raise NFQError(f"{path} describes {kind or 'no model'}; name the folder of a diffusers model's config")
     return {name: value for name, value in config.items() if name != "quantization_config"}
+
+
+def _class_of(name: object) -> type[ModelMixin] | None:
+    """diffusers' model class of this name; None if there is none."""
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, type) and issubclass(found, ModelMixin) else None
 
 
 def _empty_model(config: dict[str, Any], path: Path) -> nn.Module:
     """The model that a config describes, on torch's meta device."""
     try:
         with torch.device("meta"):
-            return UNet2DConditionModel.from_config(config)
+            return _class_of(config["_class_name"]).from_config(config)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
-        raise NFQError(f"{path}: diffusers cannot build a UNet from it: {reason}") from None
+        raise NFQError(f"{path}: diffusers cannot build a model from it: {reason}") from None
 
 
 def _recorded_dtype(file: NFQFile, keys: Iterable[str]) -> torch.dtype:
