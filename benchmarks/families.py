@@ -77,7 +77,7 @@ def row_of(checkpoint: Checkpoint) -> dict:
     shapes = {key: entry.shape for key, entry in entries.items()}
     name = model_name(detect(shapes), shapes)
     if name != checkpoint.family:
-        raise RuntimeError(f"{checkpoint.family} {checkpoint.name} is recognised as {name}")
+        raise RuntimeError(f"{checkpoint.name} is recognised as {name}")
     presets = {preset: sizes(entries, preset) for preset in PRESETS}
     weights = weights_of(entries)
     share = presets[DEFAULT_PRESET]["vram_bytes"] / (2 * weights)
@@ -107,8 +107,8 @@ def run(speed: bool, runs: int) -> dict:
     results: dict = {"calculated": True, "rows": []}
     for checkpoint in CHECKPOINTS:
         results["rows"].append(row_of(checkpoint))
-        print(f"  {checkpoint.family} {checkpoint.name}: {results['rows'][-1]['share']:.3f} of bf16", flush=True)
-    results["beyond_limit"] = [row["family"] for row in results["rows"] if row["share"] > LIMIT]
+        print(f"  {checkpoint.name}: {results['rows'][-1]['share']:.3f} of bf16", flush=True)
+    results["beyond_limit"] = [row["checkpoint"] for row in results["rows"] if row["share"] > LIMIT]
     if speed:
         results["seconds_per_billion"] = {}
         for checkpoint in {one.family: one for one in reversed(CHECKPOINTS)}.values():

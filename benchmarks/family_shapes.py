@@ -65,16 +65,16 @@ _COMFYUI_NAMES = {
 """Anima is published with ComfyUI's names."""
 
 CHECKPOINTS = (
-    Checkpoint("Stable Diffusion 1", "1.5", "UNet2DConditionModel", {"cross_attention_dim": 768}),
+    Checkpoint("Stable Diffusion 1", "SD 1.5", "UNet2DConditionModel", {"cross_attention_dim": 768}),
     Checkpoint(
         "Stable Diffusion 2",
-        "2.1",
+        "SD 2.1",
         "UNet2DConditionModel",
         {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
     ),
     Checkpoint(
         "SDXL",
-        "base 1.0",
+        "SDXL base 1.0",
         "UNet2DConditionModel",
         {
             "block_out_channels": (320, 640, 1280),
@@ -91,7 +91,7 @@ CHECKPOINTS = (
     ),
     Checkpoint(
         "Stable Diffusion 3",
-        "3.5 medium",
+        "SD 3.5 medium",
         "SD3Transformer2DModel",
         {
             "num_layers": 24,
@@ -104,7 +104,7 @@ CHECKPOINTS = (
     ),
     Checkpoint(
         "Stable Diffusion 3",
-        "3.5 large",
+        "SD 3.5 large",
         "SD3Transformer2DModel",
         {
             "num_layers": 38,
@@ -114,10 +114,10 @@ CHECKPOINTS = (
             "qk_norm": "rms_norm",
         },
     ),
-    Checkpoint("Flux.1", "dev", "FluxTransformer2DModel", {"guidance_embeds": True}),
+    Checkpoint("Flux.1", "Flux.1 dev", "FluxTransformer2DModel", {"guidance_embeds": True}),
     Checkpoint(
         "Flux.2",
-        "klein 4B",
+        "Flux.2 Klein 4B",
         "Flux2Transformer2DModel",
         {
             "num_layers": 5,
@@ -127,23 +127,23 @@ CHECKPOINTS = (
             "guidance_embeds": False,
         },
     ),
-    Checkpoint("Flux.2", "dev", "Flux2Transformer2DModel"),
-    Checkpoint("Chroma", "1 HD", "ChromaTransformer2DModel"),
-    Checkpoint("Z-Image", "Turbo", "ZImageTransformer2DModel"),
-    Checkpoint("Lumina 2", "Image 2.0", "Lumina2Transformer2DModel", {"cap_feat_dim": 2304}),
-    Checkpoint("Qwen-Image", "Image", "QwenImageTransformer2DModel"),
-    Checkpoint("Anima", "2B", "CosmosTransformer3DModel", _COSMOS_2B, llm_adapter, _COMFYUI_NAMES),
-    Checkpoint("Cosmos-Predict2", "2B", "CosmosTransformer3DModel", _COSMOS_2B),
+    Checkpoint("Flux.2", "Flux.2 dev", "Flux2Transformer2DModel"),
+    Checkpoint("Chroma", "Chroma1 HD", "ChromaTransformer2DModel"),
+    Checkpoint("Z-Image", "Z-Image Turbo", "ZImageTransformer2DModel"),
+    Checkpoint("Lumina 2", "Lumina Image 2.0", "Lumina2Transformer2DModel", {"cap_feat_dim": 2304}),
+    Checkpoint("Qwen-Image", "Qwen-Image", "QwenImageTransformer2DModel"),
+    Checkpoint("Anima", "Anima", "CosmosTransformer3DModel", _COSMOS_2B, llm_adapter, _COMFYUI_NAMES),
+    Checkpoint("Cosmos-Predict2", "Cosmos-Predict2 2B", "CosmosTransformer3DModel", _COSMOS_2B),
     Checkpoint(
-        "Wan", "2.1 1.3B", "WanTransformer3DModel", {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+        "Wan", "Wan 2.1 1.3B", "WanTransformer3DModel", {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
     ),
     Checkpoint(
         "Wan",
-        "2.2 5B",
+        "Wan 2.2 5B",
         "WanTransformer3DModel",
         {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48},
     ),
-    Checkpoint("Wan", "2.1 or 2.2 14B", "WanTransformer3DModel"),
+    Checkpoint("Wan", "Wan 2.1 or 2.2 14B", "WanTransformer3DModel"),
 )
 
 

@@ -77,8 +77,8 @@ def quantize_file(
         progress: see `Progress`.
 
     Returns:
-        `file_bytes`, `original_bytes`, `quantized` and `kept` (counts), `expected` (see `expectation`), `warnings` and
-        `seconds`.
+        `architecture`, `file_bytes`, `original_bytes`, `quantized` and `kept` (counts), `expected` (see `expectation`),
+        `warnings` and `seconds`.
 
     Raises:
         NFQError: the source cannot be converted, its UNet is incomplete, the calibration belongs to another
@@ -238,6 +238,7 @@ def conversion_result(
     for warning in warnings:
         log.warning("%s: %s", source, warning)
     return {
+        "architecture": facts.architecture,
         "file_bytes": file_bytes,
         "original_bytes": facts.source.bytes,
         "quantized": len(writer.quantized_keys),
@@ -332,15 +333,11 @@ def refuse_same(sources: Iterable[SafetensorsFile], target: str | os.PathLike) -
 
 
 def about_model(original: Original, entries: dict[str, Entry]) -> list[str]:
-    """Warnings about a model's UNet and text encoders.
+    """Warnings about a model's UNet and text encoders; NFQError if it is incomplete, or a LoRA or VAE.
 
     Args:
         original: the source, open.
         entries: the tensors of the source that are converted.
-
-    Raises:
-        CorruptFileError: the diffusion model is incomplete.
-        UnsupportedFileError: the source is a LoRA or VAE.
     """
     shapes = {key: entry.shape for key, entry in entries.items()}
     info = detect(shapes)

@@ -16,7 +16,7 @@ from ..calibration.statistics import CALIBRATION_SUFFIX, Calibration
 from ..checkpoints import convert, examine
 from ..checkpoints.article_import import import_article
 from ..checkpoints.batch import batch_lines, convert_folders
-from ..checkpoints.dry_run import forecast_file, forecast_lines
+from ..checkpoints.dry_run import forecast_file, forecast_lines, named
 from ..checkpoints.memory import is_out_of_memory
 from ..checkpoints.targets import PLAIN_SUFFIX, container_name, dense_name, model_name, target_path
 from ..decibels import decibels_in_words
@@ -114,9 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("batch", _batch, "convert all SDXL-type models in folders, except those that are converted already")
     sub.add_argument("folders", nargs="+", metavar="DIR", help="a folder to search, with its subfolders, or a file")
     sub.add_argument("--out", required=True, metavar="DIR", help="folder for the .nfq.safetensors files")
-    sub.add_argument(
-        "--any", action="store_true", help="also convert safetensors files of other kinds, such as LoRAs and VAEs"
-    )
+    sub.add_argument("--any", action="store_true", help="also convert models of other families, and text encoders")
     add_conversion_options(sub)
     sub.add_argument("--dry-run", action="store_true", help="list what would be done, and write nothing")
     sub.add_argument(
@@ -339,7 +337,7 @@ def _show_conversion(options: argparse.Namespace, result: dict) -> int:
     return show(
         options,
         {"target": str(options.target)} | result,
-        f"{options.target}: {result['quantized']} tensors quantised, {result['kept']} kept, "
-        f"{result['original_bytes']:,} → {result['file_bytes']:,} bytes in {result['seconds']:.1f} s"
+        f"{options.target}: {named(result['architecture'])}{result['quantized']} tensors quantised, "
+        f"{result['kept']} kept, {result['original_bytes']:,} → {result['file_bytes']:,} bytes in {result['seconds']:.1f} s"
         + (f"\n{told}" if (told := examine.expected_in_words(result["expected"])) else ""),
     )

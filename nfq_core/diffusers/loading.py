@@ -13,10 +13,11 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel
+from diffusers.utils import is_accelerate_available
 from torch import nn
 
 from ..checkpoints.state_dict import load_tensors
-from ..errors import NFQError
+from ..errors import NFQError, missing_package
 from ..files.container import NFQFile
 from ..files.safetensors_io import TORCH_DTYPES
 from ..layers.packing import assign_state, packed_layers
@@ -25,6 +26,7 @@ from ..parallel import Progress, no_progress
 from ..planning.settings import of_unet
 from .config import NFQConfig
 from .model import check_fits, make_packed, names_in_model
+from .saving import without_allocation
 
 CONFIG = "config.json"
 
@@ -104,6 +106,10 @@ def load_model(
         tensor = loaded.pop(key)
         state[name] = tensor.to(dtype) if not isinstance(tensor, NFTensor) and tensor.is_floating_point() else tensor
     assign_state(model, state)
+    for module in model.modules():
+        # Tables of positions are not in the file.
+        for name, table in module.named_buffers(recurse=False):
+            setattr(module, name, table.to(device))
     model.register_to_config(_name_or_path=os.fspath(config_dir))
     model.eval()
     if not packed_layers(model):
@@ -139,9 +145,14 @@ def _class_of(name: object) -> type[ModelMixin] | None:
 
 
 def _empty_model(config: dict[str, Any], path: Path) -> nn.Module:
-    """The model that a config describes, on torch's meta device."""
+    """The model that a config describes, with parameters on torch's meta device.
+
+    Transformers compute tables of positions while they are built, which only accelerate keeps off that device.
+    """
+    if config["_class_name"] != UNet2DConditionModel.__name__ and not is_accelerate_available():
+        raise missing_package(f"loading a {config['_class_name']} needs accelerate", "accelerate")
     try:
-        with torch.device("meta"):
+        with without_allocation():
             return _class_of(config["_class_name"]).from_config(config)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]

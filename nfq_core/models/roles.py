@@ -61,7 +61,7 @@ ROLES = (
     Role(
         "modulation",
         MODULATION,
-        r"_mod\.(lin|1)\b|modulation\.lin\b|_modulation_|(?i:adaln_modulation)|\bnorm\d?(_context)?\.linear(_\d)?\b",
+        r"_mod\.(lin|1)\b|modulation\.lin(ear)?\b|_modulation_|(?i:adaln_modulation)|\bnorm\d?(_context)?\.linear(_\d)?\b",
         ("self-attention v",),
     ),
     Role("attention q, k, v", VALUE_OUT, r"(\b|_)(attn\d?|attention)\.qkv\b", _SELF_PARTS),

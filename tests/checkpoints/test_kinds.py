@@ -52,7 +52,7 @@ OTHERS = {
     "Stable Diffusion 1 model": foreign(768),
     "Stable Diffusion 2 model": foreign(1024) | {"cond_stage_model.model.transformer.resblocks.0.ln_1.weight": (9,)},
     "UNet that is not of the SDXL family": foreign(512) | {"first_stage_model.encoder.conv_in.weight": (9, 3, 3, 3)},
-    "ControlNet": {"conv_in.weight": (32, 4, 3, 3), "controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3)},
+    "ControlNet": {"conv_in.weight": (32, 4, 3, 3), "controlnet_down_blocks.0.weight": (32, 32, 1, 1)},
     "IP-Adapter": {"image_proj.proj.weight": (64, 1280), "ip_adapter.1.to_k_ip.weight": (640, 2048)},
     "T2I-Adapter": {"adapter.body.0.resnets.0.block1.weight": (64, 64, 3, 3)},
     "video model": {"down_blocks.0.motion_modules.0.temporal_transformer.norm.weight": (64, 64)},

@@ -85,9 +85,10 @@ def test_classes_of_diffusers(built):
         }
         large = {key for key in linear if state[key].numel() >= 1024}
         shapes = {key: state[key].shape for key in large}
-        careful = that_count({key for key in large if is_careful(name, key)}, inner & large, shapes)
+        named = {key for key in large if is_careful(name, key)}
+        careful = that_count(named, inner & large, shapes)
         plans = plans_of(state, levels=16)
-        assert set(plans) == inner & large | careful, name
+        assert set(plans) == inner & large | careful | {key for key in named if "embed" not in key}, name
         assert {key for key, fmt in plans.items() if fmt == "nf256_b64"} == careful, name
 
 
@@ -108,7 +109,8 @@ def test_presets_count_careful_layers(name, preset):
     state = meta(inner | outer)
     info, plans = plan_tensors(describe(state), Settings.of(preset=preset))
     chosen = [plan for plan in plans.values() if plan.format]
-    bits = 8 * sum(plan.format.packed_bytes(4096) for plan in chosen) / (4096 * len(chosen))
+    packed = sum(plan.format.packed_bytes(prod(plan.shape)) for plan in chosen)
+    bits = 8 * packed / sum(prod(plan.shape) for plan in chosen)
     assert PRESETS[preset] - 0.4 < bits <= PRESETS[preset]
     assert not estimate_warnings(info, plans, None)
 
