@@ -52,8 +52,8 @@ def forecast_file(
         `target`, `architecture`, `layers` (each `name`, `format`, `shape`, `bits_per_weight` on disk,
         `expected_sqnr_db`), `components` (each `kind`, `name`, `weights`, `packed_bits_per_weight` (None if nothing is
         quantised) and `file_bytes`), `file_bytes`, `original_bytes`, `weights`, `packed_bits_per_weight`,
-        `expected_sqnr_db` (of Gaussian weights), `expected_output_db` and `calibration_db`, the calibration's part of it
-        (both None where they are not known), `seconds` and `warnings`.
+        `expected_sqnr_db` (of Gaussian weights), `expected_output_db` and `calibration_db`, the calibration's part of
+        it (both None where they are not known), `seconds` and `warnings`.
 
     Raises:
         NFQError: as `quantize_file`, as far as it can be known before.

@@ -338,6 +338,7 @@ def _show_conversion(options: argparse.Namespace, result: dict) -> int:
         options,
         {"target": str(options.target)} | result,
         f"{options.target}: {named(result['architecture'])}{result['quantized']} tensors quantised, "
-        f"{result['kept']} kept, {result['original_bytes']:,} → {result['file_bytes']:,} bytes in {result['seconds']:.1f} s"
+        f"{result['kept']} kept, {result['original_bytes']:,} → {result['file_bytes']:,} bytes "
+        f"in {result['seconds']:.1f} s"
         + (f"\n{told}" if (told := examine.expected_in_words(result["expected"])) else ""),
     )
