@@ -123,7 +123,7 @@ def table(results: Mapping) -> str:
     rows = []
     for row in results["rows"]:
         cells = [
-            f"{row['family']} {row['checkpoint']}",
+            row["checkpoint"],
             f"{row['weights'] / 1e9:.2f}",
             f"{row['bf16_bytes'] / 1e9:.2f}",
         ]

@@ -26,6 +26,8 @@ KEPT = re.compile(r"emb|^\w+_in\.|^(all_)?final_layer\.|^(head|norm_out|proj_out
 They hold few weights, and every token passes through them or is scaled by them.
 """
 
+_ANY_PREFIX = re.compile(r"^(model\.)?(diffusion_model|model|net)\.")
+
 WEIGHT_DIMENSIONS = (2, 4)
 """Dimensions of the weights of Linear and Conv2d layers."""
 
@@ -160,11 +162,10 @@ def is_layer_to_quantize(key: str, shape: Sequence[int], prefix: str = "") -> bo
     Args:
         key: its name.
         shape: its shape.
-        prefix: prefix of the model's names.
+        prefix: prefix of the model's names; if empty, those that programs put before any model's names are removed.
     """
-    prefix = prefix or (CHECKPOINT_PREFIX if key.startswith(CHECKPOINT_PREFIX) else "")
-    is_weight = key.endswith(".weight") and len(shape) in WEIGHT_DIMENSIONS
-    return is_weight and not KEPT.search(key[len(prefix) :])
+    name = key[len(prefix) :] if prefix else _ANY_PREFIX.sub("", key)
+    return key.endswith(".weight") and len(shape) in WEIGHT_DIMENSIONS and not KEPT.search(name)
 
 
 def missing_from_blocks(model: FamilyModel, keys: Iterable[str]) -> list[str]:

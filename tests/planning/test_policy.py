@@ -92,6 +92,7 @@ KEPT = {
     "a weight of five dimensions": ("a.weight", (64, 16, 1, 2, 2), "F16"),
     "a table": ("a.scale_shift_table", (6, 4096), "F32"),
     "the first layer of a transformer": ("img_in.weight", (64, 64), "BF16"),
+    "the first layer after a prefix": ("model.diffusion_model.img_in.weight", (64, 64), "BF16"),
     "the last layer of a transformer": ("final_layer.linear.weight", (64, 64), "BF16"),
     "a time embedding": ("time_embed.0.weight", (1280, 320), "F16"),
     "emb inside a word": ("token_embedding.weight", (512, 512), "F32"),
