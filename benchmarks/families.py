@@ -25,12 +25,11 @@ from nfq_core.planning.policy import plan_tensors
 from nfq_core.planning.settings import DEFAULT_PRESET, PRESETS, Settings
 
 from .family_shapes import CHECKPOINTS, Checkpoint, shapes_of
-from .shared import argument_parser, channel_spread, dated_table, gaussian, summary, timed, write_results
+from .shared import argument_parser, channel_spread, dated_table, gaussian, spread, summary, timed, write_results
 
 SAMPLE = (2048, 1024)  # Shape of the Gaussian weight whose bytes on disk stand for those of all layers
 LIMIT = 0.30  # Largest accepted share of bf16's bytes at the default preset
 SPEED_WEIGHTS = 100_000_000  # Weights of the layers that are quantised to measure the speed
-REFERENCE = "SDXL"
 
 
 @lru_cache
@@ -119,33 +118,20 @@ def run(speed: bool, runs: int) -> dict:
 
 
 def table(results: Mapping) -> str:
-    """Sizes of each checkpoint by preset."""
+    """Sizes of each checkpoint by preset; if it was measured, also the conversion speed of its family."""
+    speeds = results.get("seconds_per_billion", {})
     rows = []
     for row in results["rows"]:
-        cells = [
-            row["checkpoint"],
-            f"{row['weights'] / 1e9:.2f}",
-            f"{row['bf16_bytes'] / 1e9:.2f}",
+        sizes_by_preset = [
+            f"{found['file_bytes'] / 1e9:.2f} / {found['vram_bytes'] / 1e9:.2f}" for found in row["presets"].values()
         ]
-        for preset in PRESETS:
-            found = row["presets"][preset]
-            cells.append(f"{found['file_bytes'] / 1e9:.2f} / {found['vram_bytes'] / 1e9:.2f}")
+        cells = [row["checkpoint"], f"{row['weights'] / 1e9:.2f}", f"{row['bf16_bytes'] / 1e9:.2f}", *sizes_by_preset]
         rows.append([*cells, f"{row['share']:.1%}"])
+        if speeds:
+            rows[-1].append(spread(speeds[row["family"]], " s", 1))
     header = ["diffusion model", "billion weights", "bf16, GB", *(f"`{preset}`, GB" for preset in PRESETS)]
-    return dated_table([*header, f"`{DEFAULT_PRESET}` ÷ bf16"], rows, dict(results))
-
-
-def speed_table(results: Mapping) -> str:
-    """Seconds per billion weights by family, and compared with SDXL's."""
-    found = results.get("seconds_per_billion", {})
-    if not found:
-        return "Not measured yet."
-    reference = found.get(REFERENCE, {}).get("median")
-    rows = [
-        [family, f"{one['median']:.1f}", f"{one['median'] / reference:.2f}" if reference else ""]
-        for family, one in found.items()
-    ]
-    return dated_table(["family", "seconds per billion weights", f"÷ {REFERENCE}'s"], rows, dict(results))
+    header += [f"`{DEFAULT_PRESET}` ÷ bf16", *(["conversion of a billion weights"] if speeds else [])]
+    return dated_table(header, rows, dict(results))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,6 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "gpu": ("gpu", gpu.table),
     "gpu_static": ("gpu_static", gpu_static.table),
     "families": ("families", families.table),
-    "families_speed": ("families", families.speed_table),
     "host": ("host", comfyui.table),
     "diffusers_load": ("diffusers_load", diffusers_load.table),
 }
