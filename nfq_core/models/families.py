@@ -165,7 +165,7 @@ def is_layer_to_quantize(key: str, shape: Sequence[int], prefix: str = "") -> bo
         prefix: prefix of the model's names; if empty, those that programs put before any model's names are removed.
     """
     name = key[len(prefix) :] if prefix else _ANY_PREFIX.sub("", key)
-    return key.endswith(".weight") and len(shape) in WEIGHT_DIMENSIONS and not KEPT.search(name)
+    return f".{key}".endswith(".weight") and len(shape) in WEIGHT_DIMENSIONS and not KEPT.search(name)
 
 
 def missing_from_blocks(model: FamilyModel, keys: Iterable[str]) -> list[str]:

@@ -117,6 +117,10 @@ def test_quantised(shape, dtype):
     assert formats({"a.weight": entry(shape, dtype)}, Settings(Formats())) == {"a.weight": "nf16_b64"}
 
 
+def test_the_weight_of_a_single_layer():
+    assert formats({"weight": entry((64, 64))}, Settings(Formats())) == {"weight": "nf16_b64"}
+
+
 def test_formats_go_by_dimensions_too():
     entries = {"linear.weight": entry((64, 64)), "conv.weight": entry((64, 64, 3, 3))}
     assert formats(entries, Settings(Formats.of(format="t4w8_b64"))) == {
