@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import article
+from . import article, families
 from .hosts import comfyui, diffusers_load
 from .quality import (
     calibration,
@@ -48,6 +48,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "plain_decode": ("plain_decode", plain_decode.table),
     "gpu": ("gpu", gpu.table),
     "gpu_static": ("gpu_static", gpu_static.table),
+    "families": ("families", families.table),
     "host": ("host", comfyui.table),
     "diffusers_load": ("diffusers_load", diffusers_load.table),
 }

@@ -27,8 +27,9 @@ from ..packed.packing import pack_codes
 from ..packed.tensor import NFTensor
 from ..parallel import Progress, no_progress, ordered_map
 from ..planning.facts import facts_about
-from .convert import conversion_result, refuse_container, refuse_same
+from .convert import conversion_result
 from .metadata import split_metadata
+from .sources import refuse_container, refuse_same
 from .targets import refuse_name
 
 
@@ -71,7 +72,7 @@ def import_article(
             info = detect({key: plan.shape for key, plan in plans.items()})
             metadata, extra, warnings = split_metadata(file.metadata)
             recorded = Source(source_name(source), file.file_bytes, "", metadata)
-            facts = facts_about(info, {IMPORTED: "article"}, recorded)
+            facts = facts_about(info, plans, {IMPORTED: "article"}, recorded)
 
             def work(key: str) -> tuple[str, list[bytes] | torch.Tensor, str]:
                 if quantized[key] is None:

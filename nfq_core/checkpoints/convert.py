@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -13,16 +13,14 @@ import torch
 
 from ..calibration.expectation import expectation
 from ..calibration.statistics import Calibration, LayerInputs, measured_sensitivities
-from ..errors import CannotQuantizeError, CorruptFileError, NFQError, UnsupportedFileError, command, printable
-from ..files.article import is_article_file
-from ..files.atomic import AtomicFile, is_same_file
+from ..errors import CannotQuantizeError, printable
+from ..files.atomic import AtomicFile
 from ..files.container import FACTS_KEY, NO_SHA256, Facts, NFQFile, Source, source_name
 from ..files.original import Original
 from ..files.safetensors_io import (
     DTYPE_NAMES,
     TORCH_DTYPES,
     Entry,
-    SafetensorsFile,
     aligned_entries,
     header_bytes,
     tensor_bytes,
@@ -31,9 +29,7 @@ from ..files.safetensors_io import (
 from ..files.source_hash import SourceHash
 from ..files.writer import ContainerWriter, Plan
 from ..fitting.quantizer import quantize
-from ..models.completeness import missing_tensors_message, unet_warnings
-from ..models.text_encoders import text_encoder_warnings
-from ..models.unet import UNetInfo, detect
+from ..models.unet import UNetInfo
 from ..packed.codec import encode
 from ..parallel import Progress, no_progress, ordered_map, threads_for
 from ..planning.allocation import SizeSearch
@@ -43,6 +39,7 @@ from ..planning.settings import FileSize, Settings
 from .extras import recorded_extras, split_extras
 from .memory import refuse_beyond_memory
 from .metadata import PAGE_METADATA, split_metadata
+from .sources import about_model, refuse_same, refuse_unconvertible
 from .targets import PLAIN_SUFFIX, container_target, dense_target, refuse_name
 
 log = logging.getLogger("nfq")
@@ -78,7 +75,8 @@ def quantize_file(
         progress: see `Progress`.
 
     Returns:
-        `target`, `file_bytes`, `original_bytes`, `quantized`, `kept` (counts), `expected`, `warnings` and `seconds`.
+        `target`, `architecture`, `file_bytes`, `original_bytes`, `quantized` and `kept` (counts), `expected` (see
+        `expectation`), `warnings` and `seconds`.
 
     Raises:
         NFQError: the source cannot be converted, its UNet is incomplete, the calibration belongs to another
@@ -100,7 +98,7 @@ def quantize_file(
             info, plans = conversion.plan(size.packed_bytes)
             recorded = conversion.recorded_settings() | recorded_extras(drop_extras, original.entries)
             expected = expectation(entries, settings, info, plans, calibration, size.packed_bytes)
-            facts = facts_about(info, recorded, made_from, expected)
+            facts = facts_about(info, plans, recorded, made_from, expected)
             with ContainerWriter(target, plans, facts, extra=extra, overwrite=overwrite) as writer:
                 conversion.write(writer)
                 if not size.accepts(writer.file_bytes, plans):
@@ -241,6 +239,7 @@ def conversion_result(
         log.warning("%s: %s", source, warning)
     return {
         "target": os.fspath(writer.path),
+        "architecture": facts.architecture,
         "file_bytes": file_bytes,
         "original_bytes": facts.source.bytes,
         "quantized": len(writer.quantized_keys),
@@ -311,40 +310,3 @@ def dequantize_file(
         "tensors": len(entries),
         "seconds": round(perf_counter() - started, 3),
     }
-
-
-def refuse_unconvertible(original: Original, target: str | os.PathLike) -> None:
-    """Raise NFQError if the source is quantised already, or the target's name is not one for its container."""
-    refuse_container(original)
-    refuse_same(original.files, target)
-    refuse_name(target)
-    if is_article_file(original.entries):
-        converter = command("import-article")
-        raise UnsupportedFileError(f"{original.path} was written by the article's code; {converter} converts it")
-
-
-def refuse_container(file: SafetensorsFile | Original) -> None:
-    """Raise NFQError if the source is a container."""
-    if FACTS_KEY in file.metadata:
-        raise NFQError(f"{file.path} is quantised already; dequantise it first with {command('dequantize')}")
-
-
-def refuse_same(sources: Iterable[SafetensorsFile], target: str | os.PathLike) -> None:
-    """Raise NFQError if the target is one of its own sources, which overwriting would destroy."""
-    if os.path.exists(target) and any(is_same_file(source.path, target) for source in sources):
-        raise NFQError(f"{target} is the source itself; name another target")
-
-
-def about_model(original: Original, entries: dict[str, Entry]) -> list[str]:
-    """Warnings about a model's UNet and text encoders; CorruptFileError if the UNet is incomplete.
-
-    Args:
-        original: the source, open.
-        entries: the tensors of the source that are converted.
-    """
-    shapes = {key: entry.shape for key, entry in entries.items()}
-    info = detect(shapes)
-    lost = missing_tensors_message(info, shapes)
-    if lost:
-        raise CorruptFileError(f"{original.path} is incomplete: {lost}; fetch the file, or make the merge, again")
-    return unet_warnings(info, shapes) + text_encoder_warnings(info, shapes)

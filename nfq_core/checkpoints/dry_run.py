@@ -17,6 +17,7 @@ from ..files.original import Original
 from ..files.writer import Plan
 from ..fitting.backends import search_backend
 from ..models.components import Component, find_components
+from ..models.unet import UNKNOWN
 from ..packed.formats import TRELLIS_IDS
 from ..packed.layout import BlockFormat
 from ..parallel import Progress, no_progress, ordered_map, threads_for
@@ -26,9 +27,9 @@ from ..planning.facts import facts_about
 from ..planning.policy import estimate_warnings, plan_tensors, recorded_text_encoders
 from ..planning.settings import DEFAULTS, FileSize, Settings
 from ..sizes import size_in_words
-from .convert import about_model, refuse_unconvertible
 from .extras import recorded_extras, split_extras
 from .metadata import split_metadata
+from .sources import about_model, refuse_unconvertible
 
 
 def forecast_file(
@@ -48,11 +49,11 @@ def forecast_file(
         progress: see `parallel.Progress`; counts layers.
 
     Returns:
-        `target`, `layers` (each `name`, `format`, `shape`, `bits_per_weight` on disk, `expected_sqnr_db`),
-        `components` (each `kind`, `name`, `weights`, `packed_bits_per_weight` (None if nothing is quantised) and
-        `file_bytes`), `file_bytes`, `original_bytes`, `weights`, `packed_bits_per_weight`, `expected_sqnr_db` (of
-        Gaussian weights), `expected_output_db` and `calibration_db`, the calibration's part of it (both None where they
-        are not known), `seconds` and `warnings`.
+        `target`, `architecture`, `layers` (each `name`, `format`, `shape`, `bits_per_weight` on disk,
+        `expected_sqnr_db`), `components` (each `kind`, `name`, `weights`, `packed_bits_per_weight` (None if nothing is
+        quantised) and `file_bytes`), `file_bytes`, `original_bytes`, `weights`, `packed_bits_per_weight`,
+        `expected_sqnr_db` (of Gaussian weights), `expected_output_db` and `calibration_db`, the calibration's part of
+        it (both None where they are not known), `seconds` and `warnings`.
 
     Raises:
         NFQError: as `quantize_file`, as far as it can be known before.
@@ -75,7 +76,7 @@ def forecast_file(
             new = [layer for layer in chosen if layer not in stored]
             stored |= zip(new, _stored_bytes(original, new, plans, settings.effort, progress), strict=True)
             expected = expectation(entries, settings, info, plans, calibration, size.packed_bytes)
-            facts = facts_about(info, recorded, made_from, expected)
+            facts = facts_about(info, plans, recorded, made_from, expected)
             file_bytes = forecast.file_bytes(plans, facts, extra, sum(stored[layer] for layer in chosen))
             if size.accepts(file_bytes, plans):
                 break
@@ -85,6 +86,7 @@ def forecast_file(
     shapes = {key: plan.shape for key, plan in plans.items()}
     return {
         "target": str(target),
+        "architecture": facts.architecture,
         "layers": [_layer(key, plan, stored[key, plan.format]) for key, plan in quantized.items()],
         "components": [_component(each, plans, stored) for each in find_components(info, shapes)],
         "file_bytes": file_bytes,
@@ -154,6 +156,11 @@ def _layer(key: str, plan: Plan, stored_bytes: float) -> dict[str, Any]:
     }
 
 
+def named(architecture: str) -> str:
+    """The beginning of a line about a model: its architecture and a comma, if it is known."""
+    return "" if architecture == UNKNOWN else f"{architecture}, "
+
+
 def forecast_lines(forecast: dict[str, Any]) -> list[str]:
     """The result of `forecast_file` as lines of text: one for each layer, then the whole."""
     width = max((len(printable(layer["name"])) for layer in forecast["layers"]), default=0)
@@ -168,8 +175,9 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
         bits = component["packed_bits_per_weight"]
         how = "kept" if bits is None else f"{bits:.3f} packed bits per weight"
         lines.append(f"{component['name']}: about {size_in_words(component['file_bytes'])}, {how}")
+    size = size_in_words(forecast["file_bytes"])
     whole = [
-        f"{forecast['target']}: about {size_in_words(forecast['file_bytes'])}, {share:.0%} of the original",
+        f"{forecast['target']}: {named(forecast['architecture'])}about {size}, {share:.0%} of the original",
         *([] if several else [f"{forecast['packed_bits_per_weight']:.3f} packed bits per weight"]),
         *([] if error is None else [f"expected SQNR of the weights {error:.1f} dB"]),
         f"about {forecast['seconds']:.0f} s",

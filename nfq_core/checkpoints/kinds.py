@@ -11,7 +11,8 @@ from ..files.article import is_article_file
 from ..files.container import FACTS_KEY
 from ..files.original import Original
 from ..files.safetensors_io import Entry
-from ..models.completeness import HOST_WIDTHS, context_width, missing_tensors_message
+from ..models.completeness import missing_tensors_message
+from ..models.components import model_name
 from ..models.text_encoders import find_text_encoders
 from ..models.unet import UNKNOWN, UNetInfo
 from ..planning.policy import plan_tensors
@@ -24,15 +25,19 @@ _KEY_PATTERNS = {
     "IP-Adapter": r"^(image_proj|ip_adapter)[._]",
     "T2I-Adapter": r"^(adapter\.)?body\.\d+\.(block1|resnets|in_conv)\.",
     "video model": r"motion_modules\.|temporal_transformer|time_stack",
-    "Flux-type model": r"(^|\.)double_blocks\.\d",
-    "Stable Diffusion 3-type model": r"(^|\.)joint_blocks\.\d",
     "VAE": r"^(first_stage_model\.|vae\.)?(encoder|decoder)\.conv_(in|out)\.weight$",
     "CLIP vision encoder": r"^(vision_model|visual)\.",
     "text encoder": r"text_model\.(encoder|embeddings)\.|(^|\.)resblocks\.\d|^encoder\.block\.\d+\.layer\.",
     "upscaler": r"(^|\.)(rdb\d|RDB\d|conv_first|conv_hr|HRconv)\.",
     "embedding": r"^(emb_params|clip_[lgh])$",
 }
-"""Patterns of keys that identify files without a UNet of the SDXL family; the first match counts."""
+"""Patterns of keys that identify files without a known diffusion model; the first match counts."""
+
+NO_MODELS = {
+    "LoRA": "it is a LoRA, which loaders add to a quantised model as it is",
+    "VAE": "it is a VAE, which stays as it is next to a quantised model",
+}
+"""Kinds of files that are not quantised, and why."""
 
 _TOKEN_WIDTHS = (768, 1024, 1280)
 """Token widths of the text encoders of SDXL and its predecessors; an embedding has only a few rows of such a width."""
@@ -62,23 +67,38 @@ def kind_of(file: Original) -> Kind:
     info, plans = plan_tensors(file.entries, DEFAULTS)
     lost = missing_tensors_message(info, {key: entry.shape for key, entry in file.entries.items()})
     if lost:
-        return Kind(f"incomplete UNet ({lost})", obstacle="fetch it, or make the merge, again")
-    name = _kind_name(file.entries, info)
+        return Kind(
+            f"incomplete {'UNet' if 'UNet' in lost else 'model'} ({lost})",
+            obstacle="fetch it, or make the merge, again",
+        )
+    name = kind_name(file.entries, info)
+    if name in NO_MODELS:
+        return Kind(name, obstacle=NO_MODELS[name])
     if not any(plan.format for plan in plans.values()):
         return Kind(name, obstacle="it has no weights to quantise")
     return Kind(name, is_family_unet=info is not None and info.architecture is not None)
 
 
-def _kind_name(entries: Mapping[str, Entry], info: UNetInfo | None) -> str:
+def kind_name(entries: Mapping[str, Entry], info: UNetInfo | None) -> str:
+    """What a file is, in a few words.
+
+    Args:
+        entries: its tensors by name.
+        info: the UNet that was detected; None for a file without one.
+    """
+    shapes = {key: entry.shape for key, entry in entries.items()}
+    model = model_name(info, shapes)
     if info is not None and info.architecture is not None:
-        family = info.name if info.name != UNKNOWN else "SDXL-like"
+        family = "SDXL-like" if model == UNKNOWN else model
         companions = tuple(prefix for prefixes in COMPANIONS.values() for prefix in prefixes)
         return f"{family} checkpoint" if any(key.startswith(companions) for key in entries) else f"{family} UNet"
-    encoders = find_text_encoders({key: entry.shape for key, entry in entries.items()})
+    if info is None and model != UNKNOWN:
+        return f"{model} model"
+    encoders = find_text_encoders(shapes)
     names = "\n".join(entries)
     kind = next((kind for kind, pattern in _KEY_PATTERNS.items() if re.search(pattern, names, re.MULTILINE)), None)
     if info is not None and kind in (None, "VAE", "text encoder"):
-        return _other_unet_name(entries)
+        return "UNet that is not of the SDXL family" if model == UNKNOWN else f"{model} model"
     if encoders and kind in (None, "text encoder", "CLIP vision encoder"):
         return f"text encoder ({', '.join(encoder.name for encoder in encoders)})"
     if kind is None and len(entries) <= 2:
@@ -87,9 +107,3 @@ def _kind_name(entries: Mapping[str, Entry], info: UNetInfo | None) -> str:
         if shapes and all(len(shape) in (1, 2) and shape[-1] in _TOKEN_WIDTHS for shape in shapes):
             return "embedding"
     return kind or "file of an unknown kind"
-
-
-def _other_unet_name(entries: Mapping[str, Entry]) -> str:
-    """Name of a UNet that is not of the SDXL family, by the width of its context."""
-    width = context_width({key: entry.shape for key, entry in entries.items()})
-    return f"{HOST_WIDTHS[width]} model" if width in HOST_WIDTHS else "UNet that is not of the SDXL family"

@@ -210,7 +210,7 @@ def save(
     }
     settings = settings if preset is None else Settings.given(settings, preset)
     recorded = settings.as_dict() if isinstance(settings, Settings) else settings or {}
-    facts = facts_about(info, recorded, source, expected)
+    facts = facts_about(info, plans, recorded, source, expected)
     extra = {name: json.dumps(value) for name, value in (("workflow", workflow), ("prompt", prompt)) if value}
 
     def work(key: str) -> tuple[str, list[bytes]]:

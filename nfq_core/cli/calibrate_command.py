@@ -11,8 +11,8 @@ from typing import Any
 from ..calibration.fingerprint import fingerprint
 from ..calibration.prompts import PROMPTS, SIDE, STEPS, prompts_to_sample
 from ..calibration.statistics import CALIBRATION_SUFFIX, Calibration
-from ..checkpoints.convert import refuse_unconvertible
 from ..checkpoints.memory import is_out_of_memory
+from ..checkpoints.sources import refuse_unconvertible
 from ..checkpoints.targets import PLAIN_SUFFIX, model_name, target_path
 from ..errors import CorruptFileError, NFQError, UnsupportedFileError, command
 from ..files.atomic import is_same_file, refuse_unwritable

@@ -125,9 +125,7 @@ def _parser() -> Parser:
     sub = add("batch", _batch, "convert all SDXL-type models in folders, except those that are converted already")
     sub.add_argument("folders", nargs="+", metavar="DIR", help="a folder to search, with its subfolders, or a file")
     sub.add_argument("--out", required=True, metavar="DIR", help="folder for the .nfq.safetensors files")
-    sub.add_argument(
-        "--any", action="store_true", help="also convert safetensors files of other kinds, such as LoRAs and VAEs"
-    )
+    sub.add_argument("--any", action="store_true", help="also convert models of other families, and text encoders")
     add_conversion_options(sub)
     sub.add_argument("--dry-run", action="store_true", help="list what would be done, and write nothing")
     sub.add_argument(

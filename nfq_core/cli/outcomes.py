@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.batch import Result
+from ..checkpoints.dry_run import named
 from ..checkpoints.examine import MAX_LINE, expected_in_words
 from ..decibels import decibels_in_words
 from ..errors import printable
@@ -30,8 +31,8 @@ _PLACES = {
 def conversion_text(target: str | os.PathLike, result: Mapping[str, Any]) -> str:
     """The result of `quantize_file` or `import_article`."""
     lines = [
-        f"{target}: {share_in_words(result['file_bytes'], result['original_bytes'])}; {result['quantized']} tensors "
-        f"quantised, {result['kept']} kept, in {duration_in_words(result['seconds'])}",
+        f"{target}: {named(result['architecture'])}{share_in_words(result['file_bytes'], result['original_bytes'])}; "
+        f"{result['quantized']} tensors quantised, {result['kept']} kept, in {duration_in_words(result['seconds'])}",
         expected_in_words(result["expected"]),
         next_step(target, target),
     ]

@@ -1,4 +1,4 @@
-"""Quantised models in diffusers pipelines: `NFQConfig` quantises at load; `load_unet`, `load_text_encoder` and
+"""Quantised models in diffusers: `NFQConfig` quantises at load; `load_unet`, `load_model`, `load_text_encoder` and
 `load_pipeline` read an `.nfq.safetensors` file; `calibrate` samples a pipeline for its calibration.
 
 Importing this package registers the quantisation method "nfq" with diffusers, and with transformers if it is installed.
@@ -30,10 +30,10 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 
 from .calibrating import calibrate  # noqa: E402
 from .config import METHOD, NFQConfig  # noqa: E402
-from .loading import load_unet  # noqa: E402
+from .loading import load_model, load_unet  # noqa: E402
 from .pipeline import load_pipeline, load_text_encoder  # noqa: E402
 
-__all__ = ["NFQConfig", "calibrate", "load_pipeline", "load_text_encoder", "load_unet"]
+__all__ = ["NFQConfig", "calibrate", "load_model", "load_pipeline", "load_text_encoder", "load_unet"]
 
 
 def _register() -> None:

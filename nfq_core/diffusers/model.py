@@ -14,6 +14,7 @@ from ..checkpoints.whole_checkpoint import diffusers_unet_names
 from ..errors import NFQError, UnsupportedFileError
 from ..files.container import NFQFile
 from ..layers.packing import dense_layers, packed_layers
+from ..models.families import find_family
 from .packed_base import PackedBase, SavedFiles, lora_error, packed_class, stock_class
 from .patches import wrap_copying
 from .saving import refuse_offloaded, saved_tensors
@@ -106,11 +107,22 @@ def make_stock(model: nn.Module) -> nn.Module:
 def names_in_model(file: NFQFile, shapes: Mapping[str, Any]) -> dict[str, str]:
     """A model's name of each tensor of a file, by key: the same names if they match, else diffusers' UNet names.
 
+    A transformer's file may have a prefix before its names.
+
     Raises:
         UnsupportedFileError: the names differ and the file has no complete UNet of the SDXL family.
     """
     if set(file.keys()) == set(shapes):
         return {name: name for name in shapes}
+    model = find_family(file.shapes())
+    if model:
+        names = {key: key[len(model.prefix) :] for key in file.keys() if key.startswith(model.prefix)}  # noqa: SIM118
+        if not any(name in shapes for name in names.values()):
+            raise UnsupportedFileError(
+                f"{file.path} is {model.family.name} with ComfyUI's names; quantise the transformer's folder in "
+                "diffusers' layout instead"
+            )
+        return names
     return diffusers_unet_names(file)
 
 

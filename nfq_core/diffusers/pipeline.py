@@ -65,7 +65,7 @@ def load_text_encoder(
     except ImportError as error:
         raise missing_package("text encoders need transformers", "transformers") from error
     folder = Path(config_dir)
-    model = _empty_text_encoder(read_config(folder, _TEXT_ENCODERS[0]), folder / CONFIG)
+    model = _empty_text_encoder(read_config(folder, _TEXT_ENCODERS[:1], "text encoder"), folder / CONFIG)
     with NFQFile(nfq_path) as file:
         _, renamed = find_text_encoder(file, shapes_of(model), os.fspath(folder / CONFIG))
         keys = [each.key for each in renamed]

@@ -184,7 +184,8 @@ class NFQQuantizer(DiffusersQuantizer):
             log.warning("%s", warning)
         self._formats = {name: plan.format.id for name, plan in plans.items()}
         self._statistics = {name: statistics.arguments() for name, statistics in inputs.items()}
-        self.facts = facts_about(info, settings.as_dict() | (calibration.as_dict() if inputs or measured else {}))
+        used = calibration.as_dict() if inputs or measured else {}
+        self.facts = facts_about(info, entries, settings.as_dict() | used)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

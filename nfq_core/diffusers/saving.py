@@ -44,7 +44,7 @@ def _check_config(
         )
     config = dict(model.config)
     config.pop("quantization_config")
-    with _without_allocation():
+    with without_allocation():
         try:
             described = {name: tuple(tensor.shape) for name, tensor in stock.from_config(config).state_dict().items()}
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
@@ -59,8 +59,8 @@ def _check_config(
         )
 
 
-def _without_allocation() -> AbstractContextManager:
-    """Models built inside this `with` block allocate no weights."""
+def without_allocation() -> AbstractContextManager:
+    """Models built inside this `with` block allocate no weights; with accelerate, what they compute is on the CPU."""
     if not is_accelerate_available():
         return torch.device("meta")
     from accelerate import init_empty_weights

@@ -121,7 +121,7 @@ class NFQTextQuantizer(HfQuantizer):
         entries = {name: Entry("F16", shape, 0, 0) for name, shape in shapes_of(model).items()}
         info, plans = plan_tensors(entries, settings)
         recorded = settings.as_dict() | recorded_text_encoders(settings, entries)
-        self.facts = facts_about(info, recorded)
+        self.facts = facts_about(info, entries, recorded)
         layers = {
             f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, tuple(PACKED_KINDS))
         }

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import AlreadyQuantizedError, CorruptFileError
+from ..models.families import find_family
 from ..models.unet import detect
 from ..models.unet_keys import CHECKPOINT_PREFIX
 from .safetensors_io import Entry
@@ -153,12 +154,15 @@ def find_prequantized(
 def compute_dtype(entries: Mapping[str, Entry]) -> str:
     """The safetensors dtype in which a host computes with a model's 8-bit weights.
 
-    F16 for UNets, of SDXL's family and others. For other models, the more frequent 16-bit dtype in the file.
+    F16 for UNets, of SDXL's family and others. For other models, the more frequent 16-bit dtype in the file; if there
+    is none, BF16 for the known families, which are published in it.
     """
-    if detect({key: entry.shape for key, entry in entries.items()}) is not None:
+    shapes = {key: entry.shape for key, entry in entries.items()}
+    if detect(shapes) is not None:
         return "F16"
     counts = {dtype: sum(prod(e.shape) for e in entries.values() if e.dtype == dtype) for dtype in ("BF16", "F16")}
-    return "BF16" if counts["BF16"] > counts["F16"] else "F16"
+    is_bf16 = counts["BF16"] > counts["F16"] or (not any(counts.values()) and find_family(shapes) is not None)
+    return "BF16" if is_bf16 else "F16"
 
 
 def rotation_matrix(size: int) -> torch.Tensor:

@@ -1,10 +1,11 @@
-"""Whether a file's UNet is complete, and which loaders cannot load it."""
+"""Whether a file's diffusion model is complete, and which loaders cannot load it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from .families import find_family, missing_from_blocks
 from .unet import UNKNOWN, Difference, UNetInfo, mismatch_message, nearest
 from .unet_keys import CHECKPOINT_PREFIX, KNOWN_ARCHITECTURES, Layout, UNetArchitecture
 
@@ -29,17 +30,23 @@ ADDED = ("label_emb", "add_embedding")
 
 
 def missing_tensors_message(info: UNetInfo | None, shapes: Mapping[str, Sequence[int]]) -> str:
-    """Name the first tensor that an incomplete UNet lacks, and the number of others.
+    """Name the first tensor that an incomplete diffusion model lacks, and the number of others.
 
-    A UNet that lacks all tensors of some kind is another architecture, not incomplete.
+    A UNet that lacks all tensors of some kind is another architecture, not incomplete. A model of another family lacks
+    what one of its blocks misses, although the blocks before and after have it.
 
     Args:
         info: result of `detect`. None may mean that the missing tensor is one that `detect` needs.
         shapes: shape of each tensor of the file by name.
 
     Returns:
-        The message; empty for a complete UNet and for a file without one.
+        The message; empty for a complete model and for a file without one.
     """
+    model = None if info else find_family(shapes)
+    if model:
+        missing = missing_from_blocks(model, shapes)
+        more = f", and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        return f"tensor {missing[0]!r} of {model.family.name} is missing{more}" if missing else ""
     if info is None:
         candidates = (_message(info, shapes, _MAX_DIFFERENCES) for info in _possible_unets(shapes))
         return next(filter(None, candidates), "")

@@ -1,4 +1,4 @@
-"""The role of a layer in a UNet, and its stage: both derived from its name.
+"""The role of a layer in a diffusion model, and its stage in a UNet: both derived from its name.
 
 Names may be in any layout.
 """
@@ -15,31 +15,77 @@ from .unet_keys import ldm_to_diffusers
 
 @dataclass(frozen=True)
 class Role:
-    """What a kind of layer does in a UNet."""
+    """What a kind of layer does in a UNet or diffusion transformer."""
 
     name: str
     group: str
     """Roles of one group share a colour in the plots."""
     pattern: str
     """Regular expression to search for in a layer's name."""
+    parts: tuple[str, ...] = ()
+    """Roles of equal parts of its weight, if it is several layers in one or SDXL has no such layer."""
 
 
 QUERY_KEY, VALUE_OUT, FEED_FORWARD = "attention q, k", "attention v, out", "feed-forward"
-PROJECTION, CONVOLUTION, RESAMPLING, OTHER = "projections", "convolutions", "shortcuts, resampling", "other"
+PROJECTION, CONVOLUTION, RESAMPLING = "projections", "convolutions", "shortcuts, resampling"
+MODULATION, OTHER = "modulation", "other"
 
-GROUPS = (QUERY_KEY, VALUE_OUT, FEED_FORWARD, PROJECTION, CONVOLUTION, RESAMPLING, OTHER)
+GROUPS = (QUERY_KEY, VALUE_OUT, FEED_FORWARD, PROJECTION, CONVOLUTION, RESAMPLING, MODULATION, OTHER)
+
+_SELF = r"\b(attn1?|self_attn|attention)"
+_CROSS = r"\b(attn2|cross_attn)"
+_MLP = r"\b((img_|txt_)?mlp|ffn)"
+_SELF_PARTS = tuple(f"self-attention {part}" for part in ("q", "k", "v"))
+
+_IN_SINGLE_BLOCKS = (
+    Role(
+        "attention q, k, v and feed-forward in",
+        FEED_FORWARD,
+        r"\bsingle_blocks\.\d+\.linear1\b|\bto_qkv_mlp_proj\b",
+        (*_SELF_PARTS, *["feed-forward in"] * 4),
+    ),
+    Role(
+        "attention out and feed-forward out",
+        FEED_FORWARD,
+        r"\bsingle_blocks\.\d+\.linear2\b|\bsingle_transformer_blocks\.\d+\.(proj_out|attn\.to_out\.weight)\b",
+        ("self-attention out", *["feed-forward out"] * 4),
+    ),
+)
+"""Flux's single blocks have one layer for all inputs and one for all outputs: at four times the width, one part
+of five or three of seven are attention's."""
 
 ROLES = (
-    Role("self-attention q", QUERY_KEY, r"\battn1\.to_q\b"),
-    Role("self-attention k", QUERY_KEY, r"\battn1\.to_k\b"),
-    Role("self-attention v", VALUE_OUT, r"\battn1\.to_v\b"),
-    Role("self-attention out", VALUE_OUT, r"\battn1\.to_out\b"),
-    Role("cross-attention q", QUERY_KEY, r"\battn2\.to_q\b"),
-    Role("cross-attention k", QUERY_KEY, r"\battn2\.to_k\b"),
-    Role("cross-attention v", VALUE_OUT, r"\battn2\.to_v\b"),
-    Role("cross-attention out", VALUE_OUT, r"\battn2\.to_out\b"),
-    Role("feed-forward in", FEED_FORWARD, r"\bff\.net\.0\b"),
-    Role("feed-forward out", FEED_FORWARD, r"\bff\.net\.2\b"),
+    *_IN_SINGLE_BLOCKS,
+    # Its noise reaches every token, by way of the attention's and the feed-forward's outputs. No measurement is
+    # published, so it counts like the most sensitive role of SDXL's transformer layers.
+    Role(
+        "modulation",
+        MODULATION,
+        r"_mod\.(lin|1)\b|modulation\.lin(ear)?\b|_modulation_|(?i:adaln_modulation)|\bnorm\d?(_context)?\.linear(_\d)?\b",
+        ("self-attention v",),
+    ),
+    Role("attention q, k, v", VALUE_OUT, r"(\b|_)(attn\d?|attention)\.qkv\b", _SELF_PARTS),
+    Role("self-attention q", QUERY_KEY, _SELF + r"\.(to_q|q|q_proj|add_q_proj)\b"),
+    Role("self-attention k", QUERY_KEY, _SELF + r"\.(to_k|k|k_proj|add_k_proj)\b"),
+    Role("self-attention v", VALUE_OUT, _SELF + r"\.(to_v|v|v_proj|add_v_proj)\b"),
+    Role(
+        "self-attention out", VALUE_OUT, _SELF + r"\.(to_out|to_add_out|o|out|proj|o_proj|output_proj)\b|_attn\.proj\b"
+    ),
+    Role("cross-attention q", QUERY_KEY, _CROSS + r"\.(to_q|q|q_proj)\b"),
+    Role("cross-attention k", QUERY_KEY, _CROSS + r"\.(to_k|k|k_proj|k_img|add_k_proj)\b"),
+    Role("cross-attention v", VALUE_OUT, _CROSS + r"\.(to_v|v|v_proj|v_img|add_v_proj)\b"),
+    Role("cross-attention out", VALUE_OUT, _CROSS + r"\.(to_out|o|o_proj|output_proj|proj)\b"),
+    Role(
+        "feed-forward in",
+        FEED_FORWARD,
+        rf"\bff(_context)?\.(net\.0|linear_in)\b|{_MLP}\.(net\.0|0|fc1|layer1)\b"
+        r"|\bfeed_forward\.(w|linear_)[13]\b|\bproj_mlp\b",
+    ),
+    Role(
+        "feed-forward out",
+        FEED_FORWARD,
+        rf"\bff(_context)?\.(net\.2|linear_out)\b|{_MLP}\.(net\.2|2|fc2|layer2)\b|\bfeed_forward\.(w|linear_)2\b",
+    ),
     Role("projection in", PROJECTION, r"\bproj_in\b"),
     Role("projection out", PROJECTION, r"\bproj_out\b"),
     Role("convolution 1", CONVOLUTION, r"\b(in_layers\.2|conv1)\b"),

@@ -15,9 +15,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 
-from .roles import OTHER_CONVOLUTION, OTHER_LINEAR, role
+from .roles import OTHER_CONVOLUTION, OTHER_LINEAR, ROLES, role
 from .unet import UNKNOWN, UNetInfo, diffusers_names
 from .unet_keys import SDXL_BASE, UNetArchitecture, tensor_shapes
 
@@ -26,6 +27,7 @@ SDXL_SENSITIVITIES = Path(__file__).with_name("sdxl_sensitivities.json")
 BY_LAYER = "SDXL's, layer by layer"
 BY_BLOCK = "SDXL's, by role and block"
 BY_ROLE = "SDXL's, by role"
+BY_WEIGHT = "SDXL's, by role and number of weights"
 MEASURED = "measured"
 
 SPREAD = 0.75
@@ -43,7 +45,7 @@ class Sensitivities:
 
     Args:
         values: sensitivities by weight name.
-        basis: one of BY_LAYER, BY_BLOCK, BY_ROLE and MEASURED.
+        basis: one of BY_LAYER, BY_BLOCK, BY_ROLE, BY_WEIGHT and MEASURED.
     """
 
     values: Mapping[str, float]
@@ -52,7 +54,7 @@ class Sensitivities:
     @property
     def priorities(self) -> Mapping[str, float]:
         """By how much a layer's noise counts when formats are chosen, see SPREAD."""
-        if self.basis not in (BY_ROLE, MEASURED):
+        if self.basis not in (BY_ROLE, BY_WEIGHT, MEASURED):
             return self.values
         return {key: value**SPREAD for key, value in self.values.items()}
 
@@ -72,8 +74,9 @@ def layer_sensitivities(
     1. the measured one;
     2. that of the same layer of SDXL, if the model has SDXL's layers: fine-tunes, Turbo, Lightning, LCM, inpainting;
     3. the mean over SDXL's layers of the same role in the same block, if the model is a known relative of SDXL;
-    4. the mean over SDXL's layers of the same role;
-    5. the mean over SDXL's Linear layers, or over its convolutions.
+    4. in a UNet, the mean over SDXL's layers of the same role; in another model, whose layers have other sizes, the
+       mean per weight over these layers, times its number of weights. A layer of several `Role.parts` gets their mean;
+    5. the same over SDXL's Linear layers, or over its convolutions.
 
     If some layers are measured, the values of the others are scaled to them.
 
@@ -86,15 +89,18 @@ def layer_sensitivities(
     names = diffusers_names(info, shapes) if info and architecture else {}
     if architecture and _has_layers_of_sdxl(architecture):
         basis = BY_LAYER
+    elif architecture and architecture.name != UNKNOWN:
+        basis = BY_BLOCK
     else:
-        basis = BY_BLOCK if architecture and architecture.name != UNKNOWN else BY_ROLE
-    table, values = _sdxl_table(), {}
+        basis = BY_ROLE if info else BY_WEIGHT
+    table, values = _sdxl_table(per_weight=basis == BY_WEIGHT), {}
     for key, shape in shapes.items():
         name = names.get(key, key).removesuffix(".weight")
         if basis == BY_BLOCK:
             name = _block_of_sdxl(name, architecture)
-        has_place = name in table and basis != BY_ROLE
-        values[key] = table[name if has_place else role(name, shape).name]
+        has_place = name in table and basis in (BY_LAYER, BY_BLOCK)
+        value = table[name if has_place else role(name, shape).name]
+        values[key] = value * prod(shape) if basis == BY_WEIGHT else value
     known = {key: value for key, value in (measured or {}).items() if key in shapes}
     if not known:
         return Sensitivities(values, basis)
@@ -115,9 +121,12 @@ def _has_layers_of_sdxl(architecture: UNetArchitecture) -> bool:
     )
 
 
-@lru_cache(1)
-def _sdxl_table() -> dict[str, float]:
-    """SDXL's sensitivities by layer, and their means by role and block (see `_block`), by role and by kind of layer."""
+@lru_cache
+def _sdxl_table(per_weight: bool = False) -> dict[str, float]:
+    """SDXL's sensitivities by layer, and their means by role and block (see `_block`), by role and by kind of layer.
+
+    With `per_weight`, the means are sums divided by the number of weights instead of the number of layers.
+    """
     decibels = json.loads(SDXL_SENSITIVITIES.read_text("utf-8"))["decibels"]
     layers = {name: 10 ** (value / 10) for name, value in decibels.items()}
     shapes, groups = tensor_shapes(SDXL_BASE, "diffusers"), defaultdict(list)
@@ -126,8 +135,10 @@ def _sdxl_table() -> dict[str, float]:
         part, kind = role(name, shape), OTHER_LINEAR if len(shape) <= 2 else OTHER_CONVOLUTION
         if part != kind:  # The first and last convolution have no role, and are like no other layer.
             for group in (_block(name), part.name, kind.name):
-                groups[group].append(value)
-    return {group: sum(values) / len(values) for group, values in groups.items()} | layers
+                groups[group].append((value, prod(shape) if per_weight else 1))
+    means = {group: sum(v for v, _ in members) / sum(n for _, n in members) for group, members in groups.items()}
+    composed = {each.name: sum(means[part] for part in each.parts) / len(each.parts) for each in ROLES if each.parts}
+    return means | composed | layers
 
 
 def _block(name: str) -> str:

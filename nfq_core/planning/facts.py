@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..files.container import UNRECORDED, Facts, Source
-from ..models.unet import UNKNOWN, UNetInfo
+from ..files.safetensors_io import Entry
+from ..files.writer import Plan
+from ..models.components import model_name
+from ..models.unet import UNetInfo
 
 
 def facts_about(
     info: UNetInfo | None,
+    tensors: Mapping[str, Entry | Plan],
     settings: Mapping[str, Any],
     source: Source = UNRECORDED,
     expected: Mapping[str, float] | None = None,
@@ -18,11 +22,17 @@ def facts_about(
     """The header's facts about a model.
 
     Args:
-        info: the UNet recognised in it; None for a plain state dict.
+        info: the UNet recognised in it; None for a model of another family or a plain state dict.
+        tensors: all its tensors by name.
         settings: how it was quantised.
         source: the file it was made from.
         expected: what is expected of its output, see `Facts`.
     """
-    if info is None:
-        return Facts(dict(settings), "plain", UNKNOWN, source, dict(expected or {}))
-    return Facts(dict(settings), info.layout, info.name, source, dict(expected or {}))
+    layout = info.layout if info else "plain"
+    return Facts(
+        dict(settings),
+        layout,
+        model_name(info, {key: tensor.shape for key, tensor in tensors.items()}),
+        source,
+        dict(expected or {}),
+    )

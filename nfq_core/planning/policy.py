@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from math import prod
+from typing import NamedTuple
 
 from ..errors import NFQError
 from ..files.prequantized import compute_dtype
 from ..files.safetensors_io import DTYPE_NAMES, Entry, dtype_bytes
 from ..files.writer import Plan
-from ..models.components import Component, find_components
+from ..models.components import Component, find_components, model_name
+from ..models.families import WEIGHT_DIMENSIONS, is_layer_to_quantize
 from ..models.roles import OTHER, role
 from ..models.sensitivities import layer_sensitivities
 from ..models.text_encoders import Part
@@ -30,6 +32,15 @@ HEADER_BYTES = 400
 
 MIN_OF_SMALLEST = 0.9
 """A size below this part of the smallest file, estimated before the file is written, is refused at once."""
+
+CAREFUL_FORMAT = "nf256_b64"
+"""Format of the layers that `Family.careful` names."""
+
+MAX_CAREFUL = 0.1
+"""Largest share of these layers among the weights to quantise, which leaves room in every preset.
+
+In a model with more, such as one of few blocks, they have no format of their own.
+"""
 
 EMBEDDING_FORMAT = "nf256_b64"
 """Format of text encoders' token embeddings."""
@@ -54,9 +65,11 @@ def plan_tensors(
 ) -> tuple[UNetInfo | None, dict[str, Plan]]:
     """Decide for every tensor of a model whether and how it is quantised.
 
-    A size or formats apply to the UNet if one of the SDXL family is recognised; otherwise to everything that is neither
-    a text encoder nor a VAE next to other models. These tensors stay as they are: 1-D ones, those with `emb` in their
-    name (as in the article), tiny ones, and integers. Text encoders have formats of their own, see
+    A size or formats apply to the weights of Linear and Conv2d layers in the diffusion model, if a UNet or a model of a
+    known family is recognised; otherwise in everything that is neither a text encoder nor a VAE next to other models.
+    Tiny tensors stay as they are, and layers with `emb` in their name (as in the article), the first and last
+    convolution of a UNet, and what `families.KEPT` names in other models. `Family.careful` layers get CAREFUL_FORMAT,
+    which counts towards the size, unless they exceed MAX_CAREFUL. Text encoders have formats of their own, see
     TEXT_ENCODER_FORMATS and `TextEncoder.part`. If a file holds only text encoders, levels, formats and target sizes
     apply to their layers, unless `settings.text_encoders` is given.
     8-bit floats are quantised too, and recorded in the dtype that a host computes in, see `prequantized.compute_dtype`;
@@ -77,8 +90,9 @@ def plan_tensors(
     """
     every = {key: entry.shape for key, entry in entries.items()}
     info = detect(every)
-    shapes, fixed = _split(info, entries, settings)
+    shapes, careful, fixed = _split(info, entries, settings)
     choice = settings.choice
+    fixed |= dict.fromkeys(careful, FORMATS[CAREFUL_FORMAT])
     formats: dict[str, tuple[BlockFormat, float | None]] = {key: (fmt, None) for key, fmt in fixed.items()}
     if isinstance(choice, Formats):
         formats |= {
@@ -88,11 +102,11 @@ def plan_tensors(
         kept = entries.keys() - shapes.keys() - fixed.keys()
         beside = sum(prod(every[key]) * dtype_bytes(entries[key].dtype) for key in kept)
         beside += sum(fmt.packed_bytes(prod(every[key])) for key, fmt in fixed.items()) + HEADER_BYTES * len(entries)
-        budget = _budget(choice, shapes, beside) if packed_bytes is None else packed_bytes
+        budget = _budget(choice, shapes, careful, beside) if packed_bytes is None else packed_bytes
         way_out = "choose a larger target"
-        if fixed and settings.text_encoder_bits == "8bit":
+        if fixed.keys() - careful.keys() and settings.text_encoder_bits == "8bit":
             way_out += ", or 5 bits for the text encoders"
-        budget = _possible_budget(choice, shapes, budget, beside, settings.effort, way_out)
+        budget = _possible_budget(choice, shapes, careful, budget, beside, settings.effort, way_out)
         found = layer_sensitivities(info, shapes, sensitivities)
         formats |= allocate(shapes, budget, found.priorities, effort=settings.effort)
     computed = compute_dtype(entries) if any(entry.dtype in _FP8 for entry in entries.values()) else ""
@@ -118,7 +132,7 @@ def recorded_text_encoders(settings: Settings, entries: Mapping[str, Entry]) -> 
     shapes = {key: entry.shape for key, entry in entries.items()}
     info = detect(shapes)
     parts = _text_encoder_parts(find_components(info, shapes), entries)
-    if not parts or parts.keys() & _split(info, entries, settings)[0].keys():
+    if not parts or parts.keys() & _split(info, entries, settings).sized.keys():
         return {}
     return {TEXT_ENCODERS_SETTING: settings.text_encoder_bits}
 
@@ -126,7 +140,7 @@ def recorded_text_encoders(settings: Settings, entries: Mapping[str, Entry]) -> 
 def estimate_warnings(
     info: UNetInfo | None, plans: Mapping[str, Plan], sensitivities: Mapping[str, float] | None
 ) -> list[str]:
-    """A warning if formats were chosen by size for an unknown architecture without measured sensitivities.
+    """A warning if formats were chosen by size for a model of no known family without measured sensitivities.
 
     Args:
         info: what `plan_tensors` recognised.
@@ -134,7 +148,7 @@ def estimate_warnings(
         sensitivities: the measured sensitivities that it was given.
     """
     sized = {key: plan.shape for key, plan in plans.items() if plan.sensitivity is not None}
-    if not sized or sensitivities or (info and info.name != UNKNOWN):
+    if not sized or sensitivities or model_name(info, {key: plan.shape for key, plan in plans.items()}) != UNKNOWN:
         return []
     basis = layer_sensitivities(info, sized).basis
     others = sum(role(key, shape).group == OTHER for key, shape in sized.items())
@@ -143,24 +157,46 @@ def estimate_warnings(
 
 
 def _can_be_quantized(entry: Entry) -> bool:
-    return len(entry.shape) >= 2 and entry.dtype in _QUANTIZABLE | _FP8 and prod(entry.shape) >= MIN_WEIGHTS
+    return (
+        len(entry.shape) in WEIGHT_DIMENSIONS
+        and entry.dtype in _QUANTIZABLE | _FP8
+        and prod(entry.shape) >= MIN_WEIGHTS
+    )
 
 
-def _split(
-    info: UNetInfo | None, entries: Mapping[str, Entry], settings: Settings
-) -> tuple[dict[str, tuple[int, ...]], dict[str, BlockFormat]]:
-    """Shape of each tensor to which the size or formats apply, and format of each tensor that has one of its own."""
+class _Split(NamedTuple):
+    """The tensors that are quantised: shapes of those to which the size or formats apply, and of `Family.careful` ones.
+
+    The last are the formats of text encoders' tensors.
+    """
+
+    sized: dict[str, tuple[int, ...]]
+    careful: dict[str, tuple[int, ...]]
+    text_encoders: dict[str, BlockFormat]
+
+
+def _split(info: UNetInfo | None, entries: Mapping[str, Entry], settings: Settings) -> _Split:
     components = find_components(info, {key: entry.shape for key, entry in entries.items()})
     spared = first_and_last_convolution(info) if info and not settings.quantize_first_last else frozenset()
-    main = next((each.keys for each in components if each.kind == ("diffusion model" if info else "other")), ())
-    keys = [key for key in main if _can_be_quantized(entries[key]) and key not in spared and "emb" not in key]
+    main = next((each for each in components if each.kind == "diffusion model"), None)
+    main = main or next((each for each in components if each.kind == "other"), None)
+    own = [key for key in main.keys if _can_be_quantized(entries[key])] if main else []
+    careful = [key for key in own if main.family and main.family.is_careful(key)]
+    if info:
+        keys = [key for key in own if key not in spared and "emb" not in key]
+    else:
+        prefix = main.family.prefix if main and main.family else ""
+        keys = [key for key in own if is_layer_to_quantize(key, entries[key].shape, prefix)]
+        every, few = ({key: entries[key].shape for key in some} for some in ({*keys, *careful}, careful))
+        careful = careful if _weights(few) <= MAX_CAREFUL * _weights(every) else []
+        keys = [key for key in keys if key not in careful]
     parts = _text_encoder_parts(components, entries)
     fixed = _text_encoder_formats(parts, entries, settings)
     by_preset = isinstance(settings.choice, BitsPerWeight) and bool(settings.choice.preset)
     if not keys and settings.text_encoders is None and not by_preset:
         keys = [key for key, part in parts.items() if part == "weight"]
         fixed = {key: fmt for key, fmt in fixed.items() if parts[key] != "weight"}
-    return {key: entries[key].shape for key in keys}, fixed
+    return _Split({key: entries[key].shape for key in keys}, {key: entries[key].shape for key in careful}, fixed)
 
 
 def _text_encoder_parts(components: Iterable[Component], entries: Mapping[str, Entry]) -> dict[str, Part]:
@@ -190,16 +226,30 @@ def _text_encoder_formats(
     }
 
 
-def _budget(size: BitsPerWeight | FileSize, shapes: Mapping[str, tuple[int, ...]], beside: int) -> int:
-    """Packed bytes that a size allows, estimated; `beside` are the file's other bytes."""
+def _careful_bytes(careful: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(FORMATS[CAREFUL_FORMAT].packed_bytes(prod(shape)) for shape in careful.values())
+
+
+def _weights(*shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(prod(shape) for each in shapes for shape in each.values())
+
+
+def _budget(
+    size: BitsPerWeight | FileSize,
+    shapes: Mapping[str, tuple[int, ...]],
+    careful: Mapping[str, tuple[int, ...]],
+    beside: int,
+) -> int:
+    """Packed bytes that a size allows, estimated; `beside` are the file's other bytes, careful layers included."""
     if isinstance(size, FileSize):
         return size.nbytes - beside
-    return int(size.bits * sum(map(prod, shapes.values())) / 8)
+    return int(size.bits * _weights(shapes, careful) / 8) - _careful_bytes(careful)
 
 
 def _possible_budget(
     size: BitsPerWeight | FileSize,
     shapes: Mapping[str, tuple[int, ...]],
+    careful: Mapping[str, tuple[int, ...]],
     budget: int,
     beside: int,
     effort: str,
@@ -217,8 +267,8 @@ def _possible_budget(
     smallest, largest = packed_bounds(shapes, effort)
     if isinstance(size, BitsPerWeight):
         # Rounded up, so that a file of each limit exists.
-        weights = sum(map(prod, shapes.values()))
-        low, high = (math.ceil(bound * 8000 / weights) / 1000 for bound in (smallest, largest))
+        weights, fixed = _weights(shapes, careful), _careful_bytes(careful)
+        low, high = (math.ceil((bound + fixed) * 8000 / weights) / 1000 for bound in (smallest, largest))
         if budget < smallest or size.bits > high:
             much, way = ("few", "more") if budget < smallest else ("many", "fewer")
             raise NFQError(

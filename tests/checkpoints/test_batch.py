@@ -78,7 +78,7 @@ def test_models_are_converted_and_others_named(models, out):
         "lora.safetensors": "skipped",
     }
     lora, one, two = report["files"]
-    assert (lora["kind"], lora["reason"], lora["target"]) == ("LoRA", "any_kind=True converts it too", None)
+    assert (lora["kind"], lora["target"]) == ("LoRA", None) and lora["reason"].startswith("it is a LoRA, which")
     assert one["kind"] == two["kind"] == "SDXL-like UNet"
     assert files(out).keys() == {f"one{TAGGED}", os.path.join("sub", f"two{TAGGED}")}
     for row in (one, two):
@@ -96,9 +96,12 @@ def test_models_are_converted_and_others_named(models, out):
 
 
 def test_any_converts_the_others_too(models, out):
+    save_file({"x.weight": random_half(32, 64)}, models / "other.safetensors")
+    assert reasons(convert_folders([models], out))["other.safetensors"] == "--any converts it too"
     report = convert_folders([models], out, any_kind=True)
-    assert set(results(report).values()) == {"converted"}
-    assert (out / f"lora{TAGGED}").exists()
+    assert results(report).pop("lora.safetensors") == "skipped"
+    assert results(report)["other.safetensors"] == "converted"
+    assert (out / f"other{TAGGED}").exists() and not (out / f"lora{TAGGED}").exists()
 
 
 def test_a_second_run_finds_all_done_without_reading_the_sources(models, out, monkeypatch):
@@ -396,7 +399,7 @@ def test_the_command(capsys, models, out):
     assert len(lines) == 4
     assert lines[1].startswith(f"converted   {models / 'one.safetensors'}")
     assert re.search(r"UNet, [\d.]+ [KM]B, \d+% of [\d.]+ [KM]B, in [\d.]+ s$", lines[1])
-    assert lines[-1].startswith("3 converted; ")
+    assert lines[-1].startswith("2 converted, 1 skipped; ")
     with NFQFile(out / "one-NF24.nfq.safetensors") as file:
         assert file.facts.settings["levels"] == 24
 

@@ -272,7 +272,6 @@ HARD = {
     .index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(-65504.0)),
     "fp16 up to its ends": (random_weight(64, 64) * 3e4).clamp(-65504, 65504).half(),
     "one tiny block of many": torch.cat([random_weight(1, 64) * 1e-5, random_weight(1200, 64)]),
-    "five dimensions": random_weight(4, 4, 4, 4, 8).half(),
 }
 
 

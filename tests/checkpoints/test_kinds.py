@@ -12,6 +12,7 @@ from samples import SMALL_MODEL, SMALLEST, TINY, random_half, random_unet
 
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.checkpoints.kinds import kind_of
+from nfq_core.errors import UnsupportedFileError
 from nfq_core.files.article import write_article_file
 from nfq_core.files.original import Original
 from nfq_core.files.safetensors_io import aligned_entries
@@ -51,19 +52,16 @@ OTHERS = {
     "Stable Diffusion 1 model": foreign(768),
     "Stable Diffusion 2 model": foreign(1024) | {"cond_stage_model.model.transformer.resblocks.0.ln_1.weight": (9,)},
     "UNet that is not of the SDXL family": foreign(512) | {"first_stage_model.encoder.conv_in.weight": (9, 3, 3, 3)},
-    "LoRA": {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (64, 640)},
-    "ControlNet": {"conv_in.weight": (32, 4, 3, 3), "controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3)},
+    "ControlNet": {"conv_in.weight": (32, 4, 3, 3), "controlnet_down_blocks.0.weight": (32, 32, 1, 1)},
     "IP-Adapter": {"image_proj.proj.weight": (64, 1280), "ip_adapter.1.to_k_ip.weight": (640, 2048)},
     "T2I-Adapter": {"adapter.body.0.resnets.0.block1.weight": (64, 64, 3, 3)},
     "video model": {"down_blocks.0.motion_modules.0.temporal_transformer.norm.weight": (64, 64)},
-    "Flux-type model": {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": (64, 64)},
-    "Stable Diffusion 3-type model": {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (64, 64)},
-    "VAE": {"encoder.conv_in.weight": (128, 3, 3, 3), "decoder.conv_out.weight": (3, 128, 3, 3)},
+    "Flux.2 model": {"model.diffusion_model.double_stream_modulation_img.lin.weight": (64, 64)},
+    "Stable Diffusion 3 model": {"model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight": (64, 64)},
     "CLIP vision encoder": {"vision_model.encoder.layers.0.mlp.fc1.weight": (64, 64)},
     "text encoder": {"text_model.encoder.layers.0.mlp.fc1.weight": (64, 64)},
     "upscaler": {"body.0.rdb1.conv1.weight": (32, 64, 3, 3)},
-    "embedding": {"clip_g": (8, 1280), "clip_l": (8, 768)},
-    "file of an unknown kind": {"a": (64, 64), "b": (64, 64)},
+    "file of an unknown kind": {"a.weight": (64, 64), "b.weight": (64, 64)},
 }
 
 
@@ -71,6 +69,34 @@ OTHERS = {
 def test_others(name):
     kind = kind_of(file(OTHERS[name]))
     assert (kind.name, kind.is_family_unet, kind.obstacle) == (name, False, "")
+
+
+REFUSED = {
+    "LoRA": ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (64, 640)}, "it is a LoRA, which loaders add to"),
+    "VAE": ({"encoder.conv_in.weight": (9, 3, 3, 3), "decoder.conv_out.weight": (3, 9, 3, 3)}, "it is a VAE, which"),
+    "embedding": ({"clip_g": (8, 1280), "clip_l": (8, 768)}, "it has no weights to quantise"),
+    "file of an unknown kind": ({"table": (64, 64), "a.weight": (64, 64, 1, 2, 2)}, "it has no weights to quantise"),
+    "incomplete model (tensor 'blocks.1.self_attn.q.weight' of Wan is missing)": (
+        {"head.modulation": (1, 2, 64)} | {f"blocks.{n}.self_attn.q.weight": (64, 64) for n in (0, 2)},
+        "fetch it, or make the merge, again",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_files_that_are_not_quantised(name):
+    shapes, reason = REFUSED[name]
+    kind = kind_of(file(shapes))
+    assert (kind.name, kind.is_family_unet) == (name, False) and kind.obstacle.startswith(reason)
+
+
+def test_a_lora_or_vae_offered_as_a_model(tmp_path):
+    for name in ("LoRA", "VAE"):
+        save_file({key: random_half(*shape) for key, shape in REFUSED[name][0].items()}, tmp_path / name)
+        with pytest.raises(UnsupportedFileError) as caught:
+            quantize_file(tmp_path / name, tmp_path / "out")
+        assert str(caught.value).startswith(f"{tmp_path / name} is not quantised: it is a {name}, which")
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted({"LoRA", name})
 
 
 LORAS = [

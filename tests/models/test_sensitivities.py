@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 import pytest
 from samples import TINY
 
 from nfq_core.models.roles import OTHER_CONVOLUTION, OTHER_LINEAR, ROLES
-from nfq_core.models.sensitivities import BY_BLOCK, BY_LAYER, BY_ROLE, MEASURED, SPREAD, layer_sensitivities
+from nfq_core.models.sensitivities import BY_BLOCK, BY_LAYER, BY_ROLE, BY_WEIGHT, MEASURED, SPREAD, layer_sensitivities
 from nfq_core.models.unet import UNetInfo, detect
 from nfq_core.models.unet_keys import (
     KNOWN_ARCHITECTURES,
@@ -134,11 +135,33 @@ def test_layers_without_a_role_get_the_mean_of_their_kind() -> None:
     for name, shape in weights(SDXL_BASE).items():
         if not any(part in name for part in kept):
             kinds[len(shape)].append(SDXL[name])
-    values = layer_sensitivities(None, {"a": (64, 64), "b": (64, 64, 3, 3), "c.proj_in.weight": (64, 64)}).values
+    info = detect(tensor_shapes(TINY, "diffusers"))
+    values = layer_sensitivities(info, {"a": (64, 64), "b": (64, 64, 3, 3), "c.proj_in.weight": (64, 64)}).values
     assert [len(kinds[2]), len(kinds[4])] == [722, 49]
     assert values["a"] == pytest.approx(sum(kinds[2]) / 722)
     assert values["b"] == pytest.approx(sum(kinds[4]) / 49)
     assert values["c.proj_in.weight"] == found(TINY)["down_blocks.1.attentions.0.proj_in.weight"]
+
+
+def test_layers_of_transformers_count_by_their_weights() -> None:
+    """A fused layer is as sensitive per weight as its parts on average."""
+    shapes = {name: shape for name, shape in weights(SDXL_BASE).items() if "attn1.to_" in name}
+    mean = {
+        part: sum(SDXL[name] for name in shapes if f"to_{part}." in name)
+        / sum(prod(shape) for name, shape in shapes.items() if f"to_{part}." in name)
+        for part in "qkv"
+    }
+    layers = {
+        "transformer_blocks.0.attn.to_v.weight": (64, 64),
+        "transformer_blocks.1.attn.to_v.weight": (128, 64),
+        "double_blocks.0.img_attn.qkv.weight": (192, 64),
+        "double_blocks.0.img_mod.lin.weight": (384, 64),
+    }
+    result = layer_sensitivities(None, layers)
+    assert result.basis == BY_WEIGHT and not result.absolute
+    assert list(result.values.values()) == pytest.approx(
+        [4096 * mean["v"], 8192 * mean["v"], 4096 * sum(mean.values()), 6 * 4096 * mean["v"]]
+    )
 
 
 def test_every_role_is_one_of_sdxl() -> None:

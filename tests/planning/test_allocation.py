@@ -149,13 +149,16 @@ def test_sdxl_s_sensitivities_choose_its_formats() -> None:
         (KOALA_700M, ""),
         (replace(SDXL_BASE, added_width=5632), "are SDXL's, layer by layer; a calibration"),
         (replace(SDXL_BASE, channels=(160, 320, 640)), "are SDXL's, by role; a calibration"),
-        (None, "are SDXL's, by role (3 of 4 layers have none of SDXL's roles and get a mean); a calibration"),
+        (
+            None,
+            "are SDXL's, by role and number of weights (3 of 4 layers have none of SDXL's roles and get a mean); a",
+        ),
     ],
 )
 def test_an_unknown_architecture_says_which_sensitivities_are_used(
     architecture: UNetArchitecture | None, warned: str
 ) -> None:
-    shapes = dict.fromkeys(("a.attn1.to_q", "b", "c", "d"), (640, 640))
+    shapes = {f"{name}.weight": (640, 640) for name in ("a.attn1.to_q", "b", "c", "d")}
     shapes = shapes if architecture is None else tensor_shapes(architecture, "ldm")
     entries = {key: Entry("F16", shape, 0, 0) for key, shape in shapes.items()}
     info, plans = plan_tensors(entries, Settings(BitsPerWeight(3.4)))

@@ -80,18 +80,20 @@ def test_without_a_unet_the_same_tensors_are_a_plain_state_dict():
 
 
 def test_levels_go_by_dimensions():
-    entries = {"linear": entry((64, 64)), "conv1d": entry((64, 64, 3)), "conv": entry((64, 64, 3, 3))}
-    assert formats(entries, Settings(Formats.of(7, 12))) == {
-        "linear": "nf7_b64",
-        "conv1d": "nf12_b64",
-        "conv": "nf12_b64",
-    }
-    assert formats(entries, Settings(Formats())) == {"linear": "nf16_b64", "conv1d": "nf32_b64", "conv": "nf32_b64"}
+    entries = {"linear.weight": entry((64, 64)), "conv.weight": entry((64, 64, 3, 3))}
+    assert formats(entries, Settings(Formats.of(7, 12))) == {"linear.weight": "nf7_b64", "conv.weight": "nf12_b64"}
+    assert formats(entries, Settings(Formats())) == {"linear.weight": "nf16_b64", "conv.weight": "nf32_b64"}
 
 
 KEPT = {
     "a bias": ("a.bias", (4096,), "F16"),
     "a scalar": ("a.scale", (), "F32"),
+    "a weight of three dimensions": ("a.weight", (64, 64, 3), "F16"),
+    "a weight of five dimensions": ("a.weight", (64, 16, 1, 2, 2), "F16"),
+    "a table": ("a.scale_shift_table", (6, 4096), "F32"),
+    "the first layer of a transformer": ("img_in.weight", (64, 64), "BF16"),
+    "the first layer after a prefix": ("model.diffusion_model.img_in.weight", (64, 64), "BF16"),
+    "the last layer of a transformer": ("final_layer.linear.weight", (64, 64), "BF16"),
     "a time embedding": ("time_embed.0.weight", (1280, 320), "F16"),
     "emb inside a word": ("token_embedding.weight", (512, 512), "F32"),
     "just too small": ("a.weight", (1, MIN_WEIGHTS - 1), "F16"),
@@ -115,15 +117,19 @@ def test_quantised(shape, dtype):
     assert formats({"a.weight": entry(shape, dtype)}, Settings(Formats())) == {"a.weight": "nf16_b64"}
 
 
+def test_the_weight_of_a_single_layer():
+    assert formats({"weight": entry((64, 64))}, Settings(Formats())) == {"weight": "nf16_b64"}
+
+
 def test_formats_go_by_dimensions_too():
-    entries = {"linear": entry((64, 64)), "conv": entry((64, 64, 3, 3))}
+    entries = {"linear.weight": entry((64, 64)), "conv.weight": entry((64, 64, 3, 3))}
     assert formats(entries, Settings(Formats.of(format="t4w8_b64"))) == {
-        "linear": "t4w8_b64",
-        "conv": "nf32_b64",
+        "linear.weight": "t4w8_b64",
+        "conv.weight": "nf32_b64",
     }
     assert formats(entries, Settings(Formats.of(conv_format="t5w9_b64"))) == {
-        "linear": "nf16_b64",
-        "conv": "t5w9_b64",
+        "linear.weight": "nf16_b64",
+        "conv.weight": "t5w9_b64",
     }
 
 

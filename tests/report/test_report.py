@@ -216,11 +216,11 @@ def test_layers_of_a_state_dict_stand_in_their_order(tmp_path):
 def test_a_layer_whose_weights_hardly_differ_does_not_make_another_original(tmp_path):
     """0.1 is no fp16 number: the noise of such a layer, and so of all layers, is far above the variance."""
     flat = 0.1 + random_half(64, 64).float() / 1_000_000
-    save_file({"flat": flat, "other": random_half(128, 64)}, tmp_path / "a")
+    save_file({"flat.weight": flat, "other.weight": random_half(128, 64)}, tmp_path / "a")
     quantize_file(tmp_path / "a", tmp_path / "b")
     (found,) = measure(tmp_path / "a", [tmp_path / "b"])["files"]
     ratios = {layer["name"]: layer["sqnr_db"] for layer in found["layers"]}
-    assert ratios["flat"] < 0 < 15 < ratios["other"] and found["sqnr_db"] < 0
+    assert ratios["flat.weight"] < 0 < 15 < ratios["other.weight"] and found["sqnr_db"] < 0
 
 
 def test_a_file_that_equals_its_original(tmp_path):
