@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import signal
 import shutil
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def test_models_are_converted_and_others_named(models, out):
 
 def test_any_converts_the_others_too(models, out):
     save_file({"x.weight": random_half(32, 64)}, models / "other.safetensors")
-    assert reasons(convert_folders([models], out))["other.safetensors"] == "--any converts it too"
+    assert reasons(convert_folders([models], out))["other.safetensors"] == "any_kind=True converts it too"
     report = convert_folders([models], out, any_kind=True)
     assert results(report).pop("lora.safetensors") == "skipped"
     assert results(report)["other.safetensors"] == "converted"
@@ -475,6 +476,8 @@ def test_the_file_of_a_killed_process_is_converted_by_another(tmp_path, out):
         while not any(path.stat().st_size > 300_000 for path in out.glob(".m*.tmp")):
             assert killed.poll() is None and time.monotonic() < deadline, killed.communicate()
             time.sleep(0.005)
+        # It holds its claim, and can neither finish nor renew it.
+        killed.send_signal(signal.SIGSTOP)
         other = started(models, out, "--any")
         time.sleep(1)
     finally:

@@ -89,7 +89,7 @@ def test_in_json_and_in_text(model: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_an_impossible_size_and_a_quantised_source_are_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(NFQError, match="MB are too few"):
+    with pytest.raises(NFQError, match="10 bytes are too few"):
         forecast_file(model, tmp_path / "x", Settings.of(target_bytes=10))
     quantize_file(model, tmp_path / "x.nfq.safetensors")
     with pytest.raises(NFQError, match="quantised already"):
