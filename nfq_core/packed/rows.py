@@ -1,6 +1,6 @@
-"""Decode chosen rows of a packed matrix, such as the token embeddings of a prompt.
+"""Rows of a packed matrix: decode chosen ones, such as the token embeddings of a prompt, or split a fused weight.
 
-The blocks of these rows are gathered into a small packed buffer of the same format, which any back-end decodes. The
+To decode rows, their blocks are gathered into a small packed buffer of the same format, which any back-end decodes. The
 result therefore has the same bits as these rows of the whole decoded matrix. Blocks that share bytes of a plane are
 gathered together.
 """
@@ -11,7 +11,9 @@ from math import gcd
 
 import torch
 
+from ..errors import NFQError
 from .layout import BLOCK
+from .packing import pack_codes, unpack_codes
 from .tensor import NFTensor
 
 
@@ -67,3 +69,37 @@ def dequantize_rows(matrix: NFTensor, rows: torch.Tensor, dtype: torch.dtype = t
         index = (first - groups * group)[:, None] + torch.arange(per_row, device=rows.device)
         small = small[torch.arange(len(rows), device=rows.device)[:, None], index]
     return small.view(len(rows), columns)
+
+
+def split_rows(tensor: NFTensor, parts: int) -> list[NFTensor]:
+    """Split a packed weight into parts of equally many rows, such as a fused projection of queries, keys and values.
+
+    Codes, scales and levels are copied, so each part decodes to the bits of its rows in the whole weight.
+
+    Args:
+        tensor: shape (rows, …), on any device.
+        parts: number of parts.
+
+    Returns:
+        The parts in order, each of shape (rows / parts, …) with a buffer of its own.
+
+    Raises:
+        NFQError: the parts are not whole rows and whole blocks, or the format is one of the article's.
+    """
+    rows, fmt = tensor.shape[0], tensor.format
+    blocks, rest = divmod(tensor.numel(), parts * BLOCK)
+    if rows % parts or rest or not fmt.has_kernel:
+        raise NFQError(
+            f"a packed {fmt.id} weight of shape {tuple(tensor.shape)} cannot be split into {parts} parts of whole rows "
+            "and blocks; dequantise it first"
+        )
+    data, sections = tensor.data, tensor.sections
+    planes = data[sections.coarse : sections.fine], data[sections.fine : sections.scales]
+    codes = unpack_codes(*planes, parts * blocks, fmt).split(blocks)
+    scales = data[sections.scales : -2].split(blocks)
+    shape = (rows // parts, *tensor.shape[1:])
+    buffers = (
+        torch.cat([data[: sections.coarse], *pack_codes(own_codes, fmt), own_scales, data[-2:]])
+        for own_codes, own_scales in zip(codes, scales, strict=True)
+    )
+    return [NFTensor(buffer, fmt, shape, tensor.dtype) for buffer in buffers]

@@ -1,4 +1,4 @@
-"""Rows decoded alone have the bits of the same rows of the whole matrix, and cost what they hold."""
+"""Rows decoded or split off have the bits of the same rows of the whole matrix, and cost what they hold."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from math import gcd
 
 import pytest
 import torch
-from samples import random_weight
+from samples import bits, random_buffer, random_weight
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nfq_core import NFTensor, quantize
+from nfq_core import NFQError, NFTensor, quantize
 from nfq_core.checkpoints.article_import import pack_article
 from nfq_core.files.article import ArticleTensor
 from nfq_core.packed import op
 from nfq_core.packed import tensor as tensor_module
 from nfq_core.packed.formats import WRITABLE_IDS, format_by_id
-from nfq_core.packed.rows import dequantize_rows
+from nfq_core.packed.packing import pack_codes, unpack_codes
+from nfq_core.packed.rows import dequantize_rows, split_rows
 
 ROWS = 61
 """Not a multiple of any format's blocks per group, so that the last groups are partial."""
@@ -105,6 +106,47 @@ def test_many_rows_decode_the_matrix_once(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(tensor_module, "dequantize_into", counting)
     assert dequantize_rows(packed, torch.zeros(10 * ROWS, dtype=torch.int64)).shape == (10 * ROWS, 768)
     assert decoded == [ROWS * 768]
+
+
+@pytest.mark.parametrize("own_levels", [True, False])
+@pytest.mark.parametrize("format_id", WRITABLE_IDS)
+@pytest.mark.parametrize("shape", [(3, 64), (15, 192), (21, 4, 4, 4), (192, 100)])
+def test_a_weight_split_by_rows(format_id: str, shape: tuple[int, ...], own_levels: bool) -> None:
+    """Parts begin anywhere in a group of blocks; only the codes and scales of random buffers are all different."""
+    fmt = format_by_id(format_id)
+    if not own_levels and not fmt.has_common_levels:
+        pytest.skip("this format has no common levels")
+    weights = torch.Size(shape).numel()
+    packed = NFTensor(random_buffer(format_id, weights, own_levels=own_levels), fmt, shape, torch.bfloat16)
+    for parts in (1, 3):
+        split = split_rows(packed, parts)
+        for part, wanted in zip(split, packed.dequantize().chunk(parts), strict=True):
+            part.validate()
+            assert (part.format, part.dtype) == (fmt, torch.bfloat16) and part.shape == wanted.shape
+            assert bool(part.sections.coarse) is own_levels
+            assert torch.equal(bits(part.dequantize()), bits(wanted))
+
+
+def test_a_part_has_a_whole_buffer_of_its_own() -> None:
+    """Digits of blocks past the end are 0 as in any packed buffer; the scales' parameters are the whole weight's."""
+    packed = matrix(192, "nf24_b64", 15)
+    part = split_rows(packed, 3)[0]
+    planes = part.data[part.sections.coarse : part.sections.fine], part.data[part.sections.fine : part.sections.scales]
+    codes = unpack_codes(*planes, 15, part.format)
+    assert all(torch.equal(*pair) for pair in zip(pack_codes(codes, part.format), planes, strict=True))
+    assert part.data.data_ptr() != packed.data.data_ptr() and part.data[-2:].equal(packed.data[-2:])
+
+
+@pytest.mark.parametrize(("rows", "columns", "parts"), [(ROWS, 64, 3), (3, 100, 3), (6, 96, 2)])
+def test_parts_that_are_not_whole_rows_and_blocks_are_refused(rows: int, columns: int, parts: int) -> None:
+    with pytest.raises(NFQError, match=rf"shape \({rows}, {columns}\) cannot be split into {parts} parts"):
+        split_rows(matrix(columns, "nf32_b64", rows), parts)
+
+
+def test_an_article_matrix_is_not_split() -> None:
+    packed = NFTensor(random_buffer("article16_b64", 192), format_by_id("article16_b64"), (3, 64), torch.float16)
+    with pytest.raises(NFQError, match="dequantise it first"):
+        split_rows(packed, 3)
 
 
 @pytest.mark.parametrize("format_id", ["nf32_b64", "nf256_b64", "t5w9_b64"])
