@@ -22,7 +22,7 @@ from aiohttp import web
 from comfy_execution.progress import get_progress_state
 from server import PromptServer
 
-from . import checks, patch_checks
+from . import checks, clip_checks, patch_checks
 
 NARROW_CHANNELS = 64
 
@@ -35,6 +35,7 @@ def _know_narrow_models() -> None:
 
 
 _know_narrow_models()
+clip_checks.shrink_text_encoders()
 
 
 def _random(seed: int, *shape: int) -> torch.Tensor:
@@ -209,7 +210,7 @@ class Timer:
 
 
 class Check:
-    """Runs a function of `checks` or `patch_checks` in this process."""
+    """Runs a function of `checks`, `patch_checks` or `clip_checks` in this process."""
 
     CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "nfq test", "run", (), True
 
@@ -217,12 +218,16 @@ class Check:
     def INPUT_TYPES(cls):
         return {
             "required": {"check": ("STRING", {}), "run": ("INT", {"default": 0})},
-            "optional": {"model": ("MODEL",), "other": ("MODEL",), "argument": ("STRING", {})},
+            "optional": {
+                **{"model": ("MODEL",), "other": ("MODEL",), "argument": ("STRING", {})},
+                **{"clip": ("CLIP",), "other_clip": ("CLIP",)},
+            },
         }
 
     def run(self, check, run, model=None, other=None, **argument):
         package = next(name for name in sys.modules if name.endswith("ComfyUI-NFQ.nodes"))
-        function = getattr(checks, check, None) or getattr(patch_checks, check)
+        modules = (checks, patch_checks, clip_checks)
+        function = next(getattr(module, check) for module in modules if hasattr(module, check))
         result = function(package, model, other, **argument)
         return {"ui": {"text": [json.dumps(result)]}}
 
