@@ -19,6 +19,7 @@ from ..nfq_core.packed.rows import split_rows
 from ..nfq_core.planning.settings import TEXT_ENCODERS_SETTING
 from .bake import baker, packed_copy, weight_entry, without_dynamic_vram
 from .host import BYPASS_LORA, PROVENANCE, NodeProgress, Provenance
+from .ops import NFLayer
 from .packed_tensor import is_packed, unwrap
 from .patcher import NFModelPatcher, adopt, dense_weight, nf_layers
 from .recipe import Origin
@@ -58,7 +59,13 @@ class MissingCLIP:
 
 
 def adopt_clip(clip: comfy.sd.CLIP) -> PackedCLIP:
-    """Turn a new CLIP with packed weights into a `PackedCLIP`, whose patcher never changes them."""
+    """Turn a new CLIP with packed weights into a `PackedCLIP`, whose patcher never changes them.
+
+    The host tolerates weights that a file lacks, such as a projection that nothing reads: they become zero.
+    """
+    for layer in clip.cond_stage_model.modules():
+        if isinstance(layer, NFLayer):
+            layer.fill_missing()
     adopt(clip.patcher)
     clip.__class__ = PackedCLIP
     return clip

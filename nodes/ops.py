@@ -18,7 +18,7 @@ class NFLayer:
     """Base of our Linear, Conv2d and Embedding, whose weight may be packed.
 
     The weight is created without memory. `load_state_dict` assigns a packed weight directly and allocates memory only
-    for a dense one. A weight that the state dict lacks becomes zero: the host tolerates some of these.
+    for a dense one.
     """
 
     comfy_cast_weights = True
@@ -36,9 +36,14 @@ class NFLayer:
             missing_keys.remove(prefix + "weight")
             self.weight = _parameter(wrap(unwrap(loaded), shown))
             return
-        if self.weight.is_meta:
-            self.weight = _parameter(torch.zeros(self.weight.shape, dtype=shown, device=self.dense_device))
+        if loaded is not None and self.weight.is_meta:
+            self.weight = _parameter(torch.empty(self.weight.shape, dtype=shown, device=self.dense_device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def fill_missing(self) -> None:
+        """Make a weight that no state dict had zero."""
+        if self.weight.is_meta:
+            self.weight = _parameter(torch.zeros(self.weight.shape, dtype=self.weight.dtype, device=self.dense_device))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> NFLayer:
         """Move or cast the parameters by replacing them: torch would assign to `data`, which keeps a packed weight."""

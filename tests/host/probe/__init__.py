@@ -17,6 +17,7 @@ import comfy.sd
 import comfy.sdxl_clip
 import comfy.supported_models
 import comfy.supported_models_base
+import folder_paths
 import torch
 from aiohttp import web
 from comfy_execution.progress import get_progress_state
@@ -151,7 +152,7 @@ class Companions:
 
     def make(self):
         target = comfy.supported_models_base.ClipTarget(comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel)
-        clip = comfy.sd.CLIP(target, embedding_directory=None)
+        clip = comfy.sd.CLIP(target, embedding_directory=folder_paths.get_folder_paths("embeddings"))
         _fill(clip.cond_stage_model)
         sizes = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
         pixels = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3}
