@@ -18,6 +18,6 @@ class NFQExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> NFQExtension:
     """ComfyUI's entry point; it registers folder and route itself because ComfyUI before 0.22 never calls `on_load`."""
-    host.register_calibrations()
+    host.register_folders()
     routes.register()
     return NFQExtension()

@@ -24,7 +24,8 @@ from ..nfq_core.files.safetensors_io import DTYPE_NAMES, Entry
 from ..nfq_core.fitting.quantizer import FIT_DTYPE
 from ..nfq_core.planning.policy import plan_tensors
 from .host import BYPASS_LORA, COLLECTOR, PROVENANCE, UNET, LayerProgress, Provenance, json_decibels
-from .ops import NFOps, wrap
+from .ops import NFOps
+from .packed_tensor import wrap
 from .patcher import NFModelPatcher, adopt, nf_layers
 from .recipe import Origin
 from .weights import (
@@ -72,7 +73,8 @@ def quantize_model(
     with model.use_ejected():
         patches = key_patches(model)
         layers = quantizable_layers(model.model.diffusion_model)
-        entries = {key: _entry(key, chain[0][0], layers) for key, chain in _without_prefix(patches).items()}
+        weights = {key[len(UNET) :]: chain[0][0] for key, chain in patches.items()}
+        entries = {key: weight_entry(weight, quantized=key in layers) for key, weight in weights.items()}
         measured = measured_sensitivities(entries, settings, calibration)
         info, plans = plan_tensors(entries, settings, measured)
         if info is None or any(plan.format and key not in layers for key, plan in plans.items()):
@@ -83,14 +85,14 @@ def quantize_model(
 
         tensors = quantize_tensors(
             entries,
-            _baker(patches, device or torch.device("cpu")),
+            baker(patches, UNET, device or torch.device("cpu")),
             settings,
             device=device or "cpu",
             progress=LayerProgress(node_id, layer_facts),
             sqnr=sqnr,
             calibration=calibration,
         )
-        packed = _packed_copy(model, tensors)
+        packed = packed_copy(model, model.model.diffusion_model, tensors)
     packed.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, COLLECTOR)
     packed.remove_attachments(COLLECTOR)
     expected = expectation(entries, settings, info, plans, calibration)
@@ -114,59 +116,77 @@ def _refuse_unquantizable(model: Any) -> None:
 
 
 def without_dynamic_vram(model: Any) -> Any:
-    """The same MODEL with the host's static patcher, whose weights are in memory; DynamicVRAM may leave them on disk.
+    """A MODEL's or CLIP's patcher as the host's static one, whose weights are in memory.
+
+    DynamicVRAM may leave them on disk.
 
     Raises:
-        NFQError: the MODEL's loader cannot load it without DynamicVRAM.
+        NFQError: the model's loader cannot load it without DynamicVRAM.
     """
     if not getattr(model, "is_dynamic", bool)():
         return model
     if model.cached_patcher_init is None:
         raise NFQError(
-            "this MODEL's loader cannot load it without DynamicVRAM; load it with a stock loader, or start ComfyUI "
+            "this model's loader cannot load it without DynamicVRAM; load it with a stock loader, or start ComfyUI "
             "with --disable-dynamic-vram"
         )
     return model.clone(disable_dynamic=True)
 
 
-def _without_prefix(patches: Mapping[str, Any]) -> dict[str, Any]:
-    return {key[len(UNET) :]: value for key, value in patches.items()}
+def weight_entry(weight: torch.Tensor, *, quantized: bool) -> Entry:
+    """Describe a weight; fp32 is recorded as fp16, because hosts without fp16 arithmetic hold fp16 files as fp32.
 
-
-def _entry(key: str, weight: torch.Tensor, layers: Mapping[str, torch.nn.Module]) -> Entry:
-    """Describe a weight; fp32 is recorded as fp16, because hosts without fp16 arithmetic hold fp16 files as fp32."""
+    Args:
+        weight: the weight.
+        quantized: whether its layer can be packed.
+    """
     dtype = torch.float16 if weight.dtype != torch.bfloat16 else weight.dtype
-    floating = weight.dtype.is_floating_point and key in layers
+    floating = weight.dtype.is_floating_point and quantized
     return Entry(DTYPE_NAMES[dtype if floating else weight.dtype], tuple(weight.shape), 0, 0)
 
 
-def _baker(patches: Mapping[str, Any], device: torch.device) -> Callable[[str], torch.Tensor]:
+def baker(patches: Mapping[str, Any], prefix: str, device: torch.device) -> Callable[[str], torch.Tensor]:
+    """Return a function that gives a weight by name, with its patches applied.
+
+    Args:
+        patches: see `key_patches`.
+        prefix: what the function adds to a name.
+        device: where patches are applied.
+    """
+
     def bake(key: str) -> torch.Tensor:
-        (weight, convert), *rest = patches[UNET + key]
+        (weight, convert), *rest = patches[prefix + key]
         weight = dense(weight)
         if not rest:
             return weight
         copied = convert(weight.to(device=device, dtype=torch.float32, copy=True), inplace=True)
-        return comfy.lora.calculate_weight(rest, copied, UNET + key)
+        return comfy.lora.calculate_weight(rest, copied, prefix + key)
 
     return bake
 
 
-def _packed_copy(model: Any, tensors: StateDict) -> NFModelPatcher:
-    """A patcher like `model`, around a copy of its model with `tensors` as weights."""
+def packed_copy(model: Any, network: torch.nn.Module, tensors: StateDict) -> NFModelPatcher:
+    """A patcher like `model`, around a copy of its model with new weights.
+
+    Args:
+        model: the static patcher of a MODEL or a CLIP.
+        network: the part of its model that has these weights.
+        tensors: weights by name in `network`, packed or dense.
+    """
     original = model.model
-    config = original.model_config
+    config = getattr(original, "model_config", None)
     memo: dict[int, Any] = {id(getattr(original, "current_patcher", None)): None, id(config): config}
-    parameters = dict(original.diffusion_model.named_parameters(remove_duplicate=False))
+    parameters = dict(network.named_parameters(remove_duplicate=False))
     for key, value in tensors.items():
         if key in parameters:
             parameter = parameters[key]
             kept = None if isinstance(value, NFTensor) else value.to("cpu", parameter.dtype, copy=True)
             memo[id(parameter)] = None if kept is None else torch.nn.Parameter(kept, requires_grad=False)
-    memo |= _without_host_quantization(original.diffusion_model, memo)
+    memo |= _without_host_quantization(network, memo)
     copied = copy.deepcopy(original, memo)
-    for key, module in quantizable_layers(copied.diffusion_model).items():
-        if isinstance(tensors[key], NFTensor):
+    path = next(name for name, module in original.named_modules() if module is network)
+    for key, module in quantizable_layers(copied.get_submodule(path)).items():
+        if isinstance(tensors.get(key), NFTensor):
             module.__class__ = next(ours for base, ours in LAYERS.items() if isinstance(module, base))
             module.weight = torch.nn.Parameter(wrap(tensors[key], parameters[key].dtype), requires_grad=False)
             module.dense_device = None
@@ -185,15 +205,15 @@ def _packed_copy(model: Any, tensors: StateDict) -> NFModelPatcher:
     return adopt(packed)
 
 
-def _without_host_quantization(unet: torch.nn.Module, parameters: Mapping[int, Any]) -> dict[int, torch.nn.Module]:
+def _without_host_quantization(network: torch.nn.Module, parameters: Mapping[int, Any]) -> dict[int, torch.nn.Module]:
     """For `deepcopy`: a plain Linear for each of the host's Linear layers with quantised weights, by the layer's `id`.
 
     Args:
-        unet: the UNet with the host's layers.
+        network: the network with the host's layers.
         parameters: the copy's parameters by the `id` of the original's; None if the weight will be packed.
     """
     memo = {}
-    for module in unet.modules():
+    for module in network.modules():
         if is_host_quantized_linear(module):
             plain = NFOps.Linear(module.in_features, module.out_features, bias=False, device="meta")
             weight = parameters.get(id(module.weight))

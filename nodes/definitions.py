@@ -24,32 +24,23 @@ from ..nfq_core.planning.settings import (
 )
 from . import bake, host, load, report, save
 from .calibration_nodes import NFCalibrate, NFCollectCalibration, NFSaveCalibration
+from .clip_nodes import BITS, NFQuantizeCLIP, NFQuantizedCLIPLoader, NFSaveCLIP
 from .measurement_nodes import NFCompare, NFInspect, NFQualityReport
 from .recipe import missing_file, origin_in_graph
-from .schema import DEFAULT_PREFIX, NOTHING, advanced, filename_prefix_input, schema
+from .schema import (
+    DEFAULT_PREFIX,
+    NOTHING,
+    advanced,
+    file_input,
+    filename_prefix_input,
+    overwrite_input,
+    recipe_input,
+    schema,
+)
 
 
 def _presets_in_words() -> str:
     return ", ".join(f"{name} {bits}" for name, bits in PRESETS.items())
-
-
-def _file_input(name: str, folder: str) -> io.Combo.Input:
-    return io.Combo.Input(
-        name,
-        options=host.file_names(folder),
-        tooltip=f"An {host.SUFFIX} file in models/{folder}. Save NFQ Checkpoint and `nfq quantize` write such files.",
-    )
-
-
-def _recipe_input() -> io.String.Input:
-    return io.String.Input(
-        "recipe",
-        default="",
-        optional=True,
-        socketless=True,
-        tooltip="How the file was made: its source and settings. Filled in when you choose a file. If the file is "
-        "missing, the node explains how to recreate it.",
-    )
 
 
 def _memory_input() -> io.Combo.Input:
@@ -82,7 +73,7 @@ class NFQuantizedUNetLoader(io.ComfyNode):
             display_name="Load NFQ Diffusion Model",
             description="Loads a quantised UNet and, by default, keeps it packed in memory. LoRA, samplers and CFG "
             "work as usual.",
-            inputs=[_file_input("unet_name", host.UNETS), _recipe_input(), _memory_input()],
+            inputs=[file_input("unet_name", host.UNETS), recipe_input(), _memory_input()],
             outputs=[io.Model.Output()],
         )
 
@@ -112,8 +103,9 @@ class NFQuantizedCheckpointLoader(io.ComfyNode):
             node_id="NFQuantizedCheckpointLoader",
             search_aliases=["nfq checkpoint", "load quantized checkpoint", "low vram checkpoint"],
             display_name="Load NFQ Checkpoint",
-            description="Loads a whole checkpoint with a quantised UNet. CLIP and VAE are unchanged.",
-            inputs=[_file_input("ckpt_name", host.CHECKPOINTS), _recipe_input(), _memory_input()],
+            description="Loads a whole checkpoint with a quantised UNet and, usually, CLIP, and by default keeps both "
+            "packed in memory.",
+            inputs=[file_input("ckpt_name", host.CHECKPOINTS), recipe_input(), _memory_input()],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )
 
@@ -245,13 +237,23 @@ class NFSaveCheckpoint(io.ComfyNode):
             description="Writes a quantised MODEL, alone or with CLIP and VAE, to a folder that the NFQ loaders list.",
             inputs=[
                 io.Model.Input("model", tooltip="From NFQ Quantize UNet or an NFQ loader, with no LoRA after it."),
-                io.Clip.Input("clip", optional=True, tooltip="Connect clip and vae to save a whole checkpoint."),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Connect clip and vae to save a whole checkpoint. LoRAs on a dense CLIP are baked in.",
+                ),
                 io.Vae.Input("vae", optional=True, tooltip="Connect clip and vae to save a whole checkpoint."),
                 filename_prefix_input(
                     host.SUFFIX, "output/diffusion_models, or output/checkpoints if clip and vae are connected"
                 ),
-                io.Boolean.Input(
-                    "overwrite", default=False, optional=True, tooltip="Replace an existing file of this name."
+                overwrite_input(),
+                io.Combo.Input(
+                    "text_encoders",
+                    options=[save.AUTO, *BITS, "keep"],
+                    default=save.AUTO,
+                    optional=True,
+                    tooltip="How clip is stored. auto: 5 bits with presets small and tiny, else 8 bits. keep: "
+                    "unchanged. A quantised CLIP is stored as it is.",
                 ),
             ],
             outputs=[],
@@ -267,10 +269,11 @@ class NFSaveCheckpoint(io.ComfyNode):
         vae: Any = None,
         filename_prefix: str = DEFAULT_PREFIX,
         overwrite: bool = False,
+        text_encoders: str = save.AUTO,
     ) -> io.NodeOutput:
         """Save."""
         workflow = (cls.hidden.extra_pnginfo or {}).get("workflow")
-        path = save.save_model(model, clip, vae, filename_prefix, overwrite, workflow, cls.hidden.prompt)
+        path = save.save_model(model, clip, vae, filename_prefix, overwrite, text_encoders, workflow, cls.hidden.prompt)
         return io.NodeOutput(ui={"text": (f"saved {host.output_name_and_size(path)}",)})
 
 
@@ -279,6 +282,9 @@ NODES = [
     NFQuantizeUNet,
     NFSaveCheckpoint,
     NFQuantizedCheckpointLoader,
+    NFQuantizeCLIP,
+    NFSaveCLIP,
+    NFQuantizedCLIPLoader,
     NFInspect,
     NFCompare,
     NFQualityReport,

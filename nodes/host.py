@@ -32,6 +32,12 @@ UNETS = "diffusion_models"
 CHECKPOINTS = "checkpoints"
 """The host's folder for files with UNet, CLIP and VAE."""
 
+TEXT_ENCODERS = "text_encoders"
+"""The host's folder for files with a text encoder."""
+
+FOLDERS = (UNETS, CHECKPOINTS, TEXT_ENCODERS)
+"""The host's folders for our files."""
+
 CALIBRATIONS = "nfq_calibrations"
 """Our folder for calibrations, inside the host's models folder and inside its output folder."""
 
@@ -78,10 +84,12 @@ def file_names(folder: str) -> list[str]:
     return [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(SUFFIX)]
 
 
-def register_calibrations() -> None:
-    """Add our folders of calibrations to those that the host lists."""
-    for parent in (folder_paths.models_dir, folder_paths.get_output_directory()):
+def register_folders() -> None:
+    """Add our folders of calibrations, and the output folder of text encoders, to those that the host lists."""
+    output = folder_paths.get_output_directory()
+    for parent in (folder_paths.models_dir, output):
         folder_paths.add_model_folder_path(CALIBRATIONS, os.path.join(parent, CALIBRATIONS))
+    folder_paths.add_model_folder_path(TEXT_ENCODERS, os.path.join(output, TEXT_ENCODERS))
 
 
 def calibration_names() -> list[str]:
@@ -106,18 +114,18 @@ def original_names(folder: str) -> list[str]:
 
 
 def names_with_folder(names: Callable[[str], list[str]]) -> list[str]:
-    """Files of the UNet and checkpoint folders as "folder/name".
+    """Files of FOLDERS as "folder/name".
 
     Args:
         names: lists the names in a folder, such as `file_names`.
     """
-    return [f"{folder}/{name}" for folder in (UNETS, CHECKPOINTS) for name in names(folder)]
+    return [f"{folder}/{name}" for folder in FOLDERS for name in names(folder)]
 
 
 def split_folder(name: object) -> tuple[str, object]:
     """Split one of `names_with_folder` into its folder and the name in that folder."""
     folder, _, rest = name.partition("/") if isinstance(name, str) else ("", "", name)
-    return (folder, rest) if folder in (UNETS, CHECKPOINTS) else (UNETS, name)
+    return (folder, rest) if folder in FOLDERS else (UNETS, name)
 
 
 def listed_name(folder: str, name: str) -> str | None:

@@ -1,15 +1,16 @@
-"""Loading MODEL, CLIP and VAE from one of our files."""
+"""Loading MODEL, CLIP and VAE from our files."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import comfy.model_management
 import comfy.sd
+import comfy.sd1_clip
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -17,12 +18,16 @@ from comfy.model_patcher import ModelPatcher
 from ..nfq_core import NFQError, NFQFile, NFTensor, UnsupportedFileError
 from ..nfq_core.checkpoints.memory import choose_memory_mode, needed_bytes
 from ..nfq_core.checkpoints.state_dict import StateDict, load_tensors
-from ..nfq_core.checkpoints.whole_checkpoint import MARKERS, unet_names
+from ..nfq_core.checkpoints.whole_checkpoint import MARKERS, text_encoders_of, unet_names
+from ..nfq_core.models.text_encoders import find_text_encoders, text_encoder_warnings
+from ..nfq_core.models.unet import detect
 from ..nfq_core.models.unet_keys import CHECKPOINT_PREFIX
 from ..nfq_core.packed.backends import warm_up
-from ..nfq_core.planning.settings import of_unet
-from .host import PROVENANCE, UNETS, NodeProgress, Provenance
-from .ops import NFOps, wrap
+from ..nfq_core.planning.settings import TEXT_ENCODERS_SETTING, of_unet
+from .clip import MissingCLIP, adopt_clip
+from .host import CHECKPOINTS, PROVENANCE, UNETS, NodeProgress, Provenance
+from .ops import NFLayer, NFOps
+from .packed_tensor import LoadedTensor
 from .patcher import adopt
 
 log = logging.getLogger("nfq")
@@ -62,58 +67,146 @@ def load_checkpoint(
     with NFQFile(path) as file:
         names, wanted = _unet_names(file)
         mode = _memory_mode(memory, file, names)
-        dense = set(_companion_keys(file, names))
-        tensors = load_tensors(file, memory=mode, dense=dense, progress=progress or NodeProgress())
+        tensors = load_tensors(
+            file, memory=mode, dense=_dense_companions(file, names), progress=progress or NodeProgress()
+        )
         model = build_model({names.get(key, key): tensors[key] for key in wanted}, file, mode)
-    clip, vae = _clip_and_vae(names, tensors)
-    if clip is None and getattr(vae, "first_stage_model", None) is None:
+        clip, vae = _clip_and_vae(file, names, tensors)
+    if isinstance(clip, MissingCLIP) and getattr(vae, "first_stage_model", None) is None:
         raise NFQError(
             f"{path} contains neither CLIP nor VAE; move it to models/{UNETS} and use Load NFQ Diffusion Model"
         )
     for part, reload in ((clip, load_clip_patcher), (vae, load_vae_patcher)):
         if getattr(part, "patcher", None) is not None:
-            part.patcher.cached_patcher_init = (reload, (path,))
+            part.patcher.cached_patcher_init = (reload, (path, mode))
     return model, clip, vae
 
 
-def load_clip_patcher(path: str, disable_dynamic: bool = False) -> Any:
+def load_clip_patcher(path: str, memory: str = "packed", disable_dynamic: bool = False) -> Any:
     """Load the patcher of a file's CLIP again, when the host wants it without DynamicVRAM or for a second device."""
-    return _companions_of(path, disable_dynamic)[0].patcher
+    return _companions_of(path, memory, disable_dynamic)[0].patcher
 
 
-def load_vae_patcher(path: str, disable_dynamic: bool = False) -> Any:
+def load_vae_patcher(path: str, memory: str = "packed", disable_dynamic: bool = False) -> Any:
     """Load the patcher of a file's VAE again, as `load_clip_patcher`."""
-    return _companions_of(path, disable_dynamic)[1].patcher
+    return _companions_of(path, memory, disable_dynamic)[1].patcher
 
 
-def _companions_of(path: str, disable_dynamic: bool) -> tuple[Any, Any]:
+def _companions_of(path: str, memory: str, disable_dynamic: bool) -> tuple[Any, Any]:
     with NFQFile(path) as file:
         names, _ = _unet_names(file)
         shapes = {key: torch.empty(shape, device="meta") for key, shape in file.shapes().items() if key in names}
-        others = load_tensors(file, _companion_keys(file, names), memory="resident")
-        return _clip_and_vae(names, shapes | others, disable_dynamic)
+        companions = [key for key in file.keys() if key not in names]  # noqa: SIM118
+        others = load_tensors(file, companions, memory=memory, dense=_dense_companions(file, names))
+        return _clip_and_vae(file, names, shapes | others, disable_dynamic)
 
 
-def _companion_keys(file: NFQFile, names: Mapping[str, str]) -> list[str]:
-    """The tensors of CLIP, VAE and the rest, which the host holds dense; `names` lists the UNet's."""
-    return [key for key in file.keys() if key not in names]  # noqa: SIM118
+def _dense_companions(file: NFQFile, names: Mapping[str, str]) -> set[str]:
+    """The tensors of VAE and the rest, which the host holds dense; `names` lists the UNet's."""
+    encoders = find_text_encoders(file.shapes())
+    return {key for key in file.keys() if key not in names and not any(each.owns(key) for each in encoders)}  # noqa: SIM118
 
 
-def _clip_and_vae(names: Mapping[str, str], tensors: StateDict, disable_dynamic: bool = False) -> tuple[Any, Any]:
+def _clip_and_vae(
+    file: NFQFile, names: Mapping[str, str], tensors: StateDict, disable_dynamic: bool = False
+) -> tuple[Any, Any]:
     """Make CLIP and VAE from a checkpoint's tensors; `names` lists the UNet's, whose shapes the host needs."""
     unet = {
         CHECKPOINT_PREFIX + name: torch.empty(tensors[key].shape, dtype=tensors[key].dtype, device="meta")
         for key, name in names.items()
     }
     others = {key: value for key, value in tensors.items() if key not in names}
+    packed = any(isinstance(value, NFTensor) for value in others.values())
+    shapes = file.shapes()
+    warnings = text_encoder_warnings(detect(shapes), shapes)
     load_parts = comfy.sd.load_state_dict_guess_config
     result = load_parts(
-        unet | others,
+        unet | _for_host(others),
         output_model=False,
+        output_clip=not warnings,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        **(_static(load_parts) if disable_dynamic else {}),
+        te_model_options={"custom_operations": NFOps} if packed else {},
+        **(_static(load_parts) if disable_dynamic or packed else {}),
     )
-    return result[1:3] if result else (None, None)
+    clip, vae = result[1:3] if result else (None, None)
+    if clip is None or (packed and not _is_filled(clip)):
+        names = " and ".join(encoder.name for encoder in find_text_encoders(shapes))
+        has = f"its text encoders ({names}) are not all that its UNet reads" if names else "it has no text encoders"
+        reason = warnings[0] if warnings else f"{has}, so load CLIP from another file"
+        return MissingCLIP(f"{file.path.name}: {reason}, with Load NFQ CLIP or DualCLIPLoader"), vae
+    if packed:
+        adopt_clip(clip)
+        bits = {key: value for key, value in file.facts.settings.items() if key == TEXT_ENCODERS_SETTING}
+        clip.patcher.set_attachments(PROVENANCE, Provenance(bits, file.facts.source, os.path.basename(file.path)))
+    return clip, vae
+
+
+def load_clip(
+    paths: Sequence[str], kind: str, disable_dynamic: bool = False, progress: NodeProgress | None = None
+) -> Any:
+    """Load text encoders as one CLIP.
+
+    Args:
+        paths: a file for each text encoder.
+        kind: what the host's loaders call its type, such as "sdxl".
+        disable_dynamic: whether the host wants a CLIP without DynamicVRAM; packed ones never use it.
+        progress: see `NodeProgress`.
+
+    Raises:
+        NFQError: a file is missing, damaged, foreign or newer, or no text encoder, or the files do not fit the type.
+    """
+    if kind == "sdxl" and len(paths) != 2:
+        raise NFQError("type sdxl needs the files of CLIP-L and OpenCLIP-G; choose them in clip_name and clip_name2")
+    states, found, facts = [], [], []
+    for path in paths:
+        with NFQFile(path) as file:
+            found += [encoder.name for encoder in text_encoders_of(file)]
+            if detect(file.shapes()) is not None:
+                raise UnsupportedFileError(
+                    f"{path} is a whole checkpoint; it belongs in models/{CHECKPOINTS}, where Load NFQ Checkpoint "
+                    "finds it"
+                )
+            tensors = load_tensors(file, progress=progress or NodeProgress())
+            states.append(_for_host(tensors))
+            facts.append(file.facts)
+    load_parts = comfy.sd.load_text_encoder_state_dicts
+    misfit = f"type {kind} does not fit {' and '.join(found)}; choose the type of your diffusion model, or other files"
+    try:
+        clip = load_parts(
+            states,
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
+            clip_type=getattr(comfy.sd.CLIPType, kind.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),
+            model_options={"custom_operations": NFOps},
+            **_static(load_parts),
+        )
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise NFQError(misfit) from None
+    if not _is_filled(clip):
+        raise NFQError(misfit)
+    adopt_clip(clip)
+    first = facts[0]
+    name = os.path.basename(paths[0])
+    clip.patcher.set_attachments(PROVENANCE, Provenance(first.settings, first.source, name))
+    clip.patcher.cached_patcher_init = (load_clip_files_patcher, (list(paths), kind))
+    return clip
+
+
+def load_clip_files_patcher(paths: Sequence[str], kind: str, disable_dynamic: bool = False) -> Any:
+    """Load the patcher of `load_clip` again, for a second device."""
+    return load_clip(paths, kind, disable_dynamic).patcher
+
+
+def _is_filled(clip: Any) -> bool:
+    """Whether each text encoder of a CLIP that was made with our layers got weights from a file."""
+    encoders = (each for each in clip.cond_stage_model.children() if isinstance(each, comfy.sd1_clip.SDClipModel))
+    return all(any(layer.is_filled for layer in each.modules() if isinstance(layer, NFLayer)) for each in encoders)
+
+
+def _for_host(tensors: StateDict) -> dict[str, torch.Tensor]:
+    """Tensors as the host takes them in a state dict."""
+    return {key: LoadedTensor.of(value) if isinstance(value, NFTensor) else value for key, value in tensors.items()}
 
 
 def _static(load: Callable) -> dict[str, bool]:
@@ -157,9 +250,8 @@ def build_model(tensors: StateDict, file: NFQFile, mode: str, disable_dynamic: b
         # The host's fp8 flags are for dense models: here they would only round the few tensors that are not quantised.
         options["dtype"] = torch.float16
     static = _static(load_state_dict) if mode == "packed" or disable_dynamic else {}
-    wrapped = {key: wrap(value) if isinstance(value, NFTensor) else value for key, value in tensors.items()}
     try:
-        patcher = load_state_dict(wrapped, model_options=options, **static)
+        patcher = load_state_dict(_for_host(tensors), model_options=options, **static)
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise

@@ -1,110 +1,34 @@
-"""Layers with a packed weight in the host's own tensor type for quantised weights.
-
-The host casts, moves, pins and counts comfy-kitchen's `QuantizedTensor`. `NFLayout` adds our block formats to it. The
-packed buffer, which includes the scales, is the tensor's only data, so the host counts every byte.
-"""
+"""Layers of the host whose weight may be packed."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.ops
 import torch
-from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layout_class
-from comfy_kitchen.tensor.base import BaseLayoutParams
+from comfy_kitchen.tensor import QuantizedTensor
 
-from ..nfq_core import NFTensor
-from ..nfq_core.packed.layout import BlockFormat
-from ..nfq_core.packed.op import dequantize, dequantize_for_one_use
-
-LAYOUT = f"{__name__}.NFLayout"
-"""The name of `NFLayout` in comfy-kitchen's registry; each copy of the plugin has its own."""
-
-
-@dataclass(frozen=True)
-class NFParams(BaseLayoutParams):
-    """Everything about a packed weight except its buffer.
-
-    `orig_dtype` is the dtype that the host sees; `source_dtype` is the dtype before quantising.
-    """
-
-    scale: None
-    orig_dtype: torch.dtype
-    orig_shape: tuple[int, ...]
-    format: BlockFormat
-    source_dtype: torch.dtype
-
-    def _tensor_fields(self) -> list[str]:
-        return []
-
-
-class NFLayout(QuantizedLayout):
-    """Our block formats as a layout of comfy-kitchen."""
-
-    Params = NFParams
-
-    @classmethod
-    def quantize(cls, tensor: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, NFParams]:
-        """Not supported: a patched weight would lose its patch if it were quantised again."""
-        raise NotImplementedError("NFQ weights are never quantised again by the host")
-
-    @classmethod
-    def dequantize(cls, qdata: torch.Tensor, params: NFParams) -> torch.Tensor:
-        """Dequantise to `params.orig_dtype` and `params.orig_shape`."""
-        return dequantize(qdata, params.format.id, params.orig_shape, params.orig_dtype)
-
-    @classmethod
-    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
-        """The packed buffer."""
-        return (qtensor._qdata,)
-
-    @classmethod
-    def state_dict_tensors(cls, qdata: torch.Tensor, params: NFParams) -> dict[str, torch.Tensor]:
-        """The packed buffer under the weight's own name."""
-        return {"": qdata}
-
-
-register_layout_class(LAYOUT, NFLayout)
-
-
-def wrap(packed: NFTensor, dtype: torch.dtype | None = None) -> QuantizedTensor:
-    """Wrap a packed weight in the host's tensor type.
-
-    Args:
-        packed: the packed weight.
-        dtype: the dtype that the host sees; by default, and instead of fp8, the dtype before quantising.
-    """
-    shown = packed.dtype if dtype is None or dtype.itemsize == 1 else dtype
-    params = NFParams(None, shown, tuple(packed.shape), packed.format, packed.dtype)
-    return QuantizedTensor(packed.data, LAYOUT, params)
-
-
-def is_packed(weight: object) -> bool:
-    """Whether a weight is packed by this plugin."""
-    return isinstance(weight, QuantizedTensor) and weight._layout_cls == LAYOUT
-
-
-def unwrap(weight: QuantizedTensor) -> NFTensor:
-    """Undo `wrap`; the result shares the buffer."""
-    params = weight._params
-    return NFTensor(weight._qdata, params.format, params.orig_shape, params.source_dtype)
+from ..nfq_core.packed.op import dequantize_for_one_use, dequantize_rows
+from .packed_tensor import is_packed, unwrap, wrap
 
 
 class NFLayer:
-    """Base of our Linear and Conv2d, whose weight may be packed.
+    """Base of our Linear, Conv2d and Embedding, whose weight may be packed.
 
     The weight is created without memory. `load_state_dict` assigns a packed weight directly and allocates memory only
     for a dense one.
     """
 
     comfy_cast_weights = True
+    is_filled = False
+    """Whether a state dict had the weight."""
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         loaded = state_dict.get(prefix + "weight")
         shown = self.weight.dtype
+        self.is_filled = self.is_filled or loaded is not None
         if is_packed(loaded) and loaded.shape == self.weight.shape:
             others = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
             super()._load_from_state_dict(others, prefix, *args)
@@ -115,6 +39,11 @@ class NFLayer:
         if loaded is not None and self.weight.is_meta:
             self.weight = _parameter(torch.empty(self.weight.shape, dtype=shown, device=self.dense_device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def fill_missing(self) -> None:
+        """Make a weight that no state dict had zero."""
+        if self.weight.is_meta:
+            self.weight = _parameter(torch.zeros(self.weight.shape, dtype=self.weight.dtype, device=self.dense_device))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> NFLayer:
         """Move or cast the parameters by replacing them: torch would assign to `data`, which keeps a packed weight."""
@@ -181,12 +110,12 @@ def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
 
 def _without_weight(layer: NFLayer, device: torch.device | str | None) -> None:
     layer.dense_device = device
-    if layer.bias is not None:
+    if getattr(layer, "bias", None) is not None:
         layer.bias = _parameter(torch.empty(layer.bias.shape, dtype=layer.bias.dtype, device=device))
 
 
 class NFOps(comfy.ops.manual_cast):
-    """The host's set of operations, with a Linear and a Conv2d that accept packed weights."""
+    """The host's set of operations, with a Linear, a Conv2d and an Embedding that accept packed weights."""
 
     class Linear(NFLayer, comfy.ops.manual_cast.Linear):
         """`torch.nn.Linear` whose weight may be packed."""
@@ -209,3 +138,28 @@ class NFOps(comfy.ops.manual_cast):
         def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             """Compute the layer with a dense weight."""
             return self._conv_forward(x, weight, bias)
+
+    class Embedding(NFLayer, comfy.ops.manual_cast.Embedding):
+        """`torch.nn.Embedding` whose weight may be packed; a call decodes only its rows, on the weight's device."""
+
+        bias = None
+
+        def __init__(
+            self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, device=None, dtype=None
+        ) -> None:
+            torch.nn.Embedding.__init__(self, num_embeddings, embedding_dim, padding_idx, device="meta", dtype=dtype)
+            _without_weight(self, device)
+
+        def forward(self, ids: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+            """Look up rows as the stock layer does; patches are applied to the whole dequantised weight."""
+            if not is_packed(self.weight):
+                return comfy.ops.manual_cast.Embedding.forward(self, ids, out_dtype=out_dtype)
+            comfy.ops.run_every_op()
+            data, params = self.weight._qdata, self.weight._params
+            rows = ids.reshape(-1).to(data.device)
+            if self.weight_function:
+                found = self._dense(torch.float32)[0].index_select(0, rows)
+            else:
+                found = dequantize_rows(data, params.format.id, params.orig_shape, rows, params.orig_dtype)
+            dtype = out_dtype or params.orig_dtype
+            return found.view(*ids.shape, self.embedding_dim).to(device=ids.device, dtype=dtype)

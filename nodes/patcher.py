@@ -21,7 +21,8 @@ import torch
 
 from .lora import HookPatch, WeightPatch
 from .misfits import Misfits
-from .ops import NFLayer, is_packed, unwrap
+from .ops import NFLayer
+from .packed_tensor import is_packed, unwrap
 
 
 def nf_layers(model: torch.nn.Module) -> Iterator[tuple[str, NFLayer]]:

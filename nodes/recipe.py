@@ -20,9 +20,12 @@ from ..nfq_core.checkpoints import extras
 from ..nfq_core.errors import command, printable
 from ..nfq_core.files.container import BAKED, IMPORTED, Source
 from ..nfq_core.planning.settings import BY_LEVELS, PRESETS, TEXT_ENCODERS_SETTING, without_repetition
-from .host import CHECKPOINTS, SUFFIX, UNETS, listed_name
+from .host import CHECKPOINTS, SUFFIX, TEXT_ENCODERS, UNETS, listed_name
 
-LOADER_INPUTS = {"unet_name": UNETS, "ckpt_name": CHECKPOINTS, "model_name": "", "model_path": ""}
+LOADER_INPUTS = {
+    **{"unet_name": UNETS, "ckpt_name": CHECKPOINTS, "clip_name": TEXT_ENCODERS, "clip_name1": TEXT_ENCODERS},
+    **{"model_name": "", "model_path": ""},
+}
 """Inputs that name a loader's file, of stock loaders and others, and the host's folder for it; empty if unknown."""
 
 _NODE_INPUTS = ("effort", "levels", "conv_levels", "quantize_first_last", "calibration")
@@ -80,22 +83,23 @@ def _file_sha256(path: str, mtime_ns: int, size: int) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def origin_in_graph(prompt: Mapping[str, Any] | None, node_id: str | None) -> Origin:
-    """Find where a node's input MODEL came from by following model inputs up the graph.
+def origin_in_graph(prompt: Mapping[str, Any] | None, node_id: str | None, part: str = "model") -> Origin:
+    """Find where a node's input MODEL or CLIP came from by following such inputs up the graph.
 
     Args:
         prompt: the graph in the host's API format.
         node_id: the node.
+        part: "model" or "clip".
     """
     files: list[tuple[str, str]] = []
     baked: list[str] = []
-    for node in _upstream(prompt or {}, str(node_id)):
+    for node in _upstream(prompt or {}, str(node_id), part):
         inputs = node.get("inputs", {})
         loaded = next((name for name in LOADER_INPUTS if isinstance(inputs.get(name), str)), None)
         if loaded:
             files.append((inputs[loaded], LOADER_INPUTS[loaded]))
         elif isinstance(inputs.get("lora_name"), str):
-            strength = inputs.get("strength_model")
+            strength = inputs.get(f"strength_{part}")
             at = f" at {strength:g}" if isinstance(strength, (int, float)) else ""
             baked.append(f"LoRA {_base_name(inputs['lora_name'])}{at}")
     if not files:
@@ -106,8 +110,8 @@ def origin_in_graph(prompt: Mapping[str, Any] | None, node_id: str | None) -> Or
     return Origin(_base_name(first), path or "", (*baked, *merged))
 
 
-def _upstream(prompt: Mapping[str, Any], node_id: str) -> Iterator[Mapping[str, Any]]:
-    """The nodes that a node's MODEL passed through, nearest first; a merge's first model comes before its second."""
+def _upstream(prompt: Mapping[str, Any], node_id: str, part: str) -> Iterator[Mapping[str, Any]]:
+    """The nodes that a node's MODEL or CLIP passed through, nearest first; a merge's first input comes first."""
     seen: set[str] = set()
     waiting = deque([node_id])
     while waiting:
@@ -117,7 +121,7 @@ def _upstream(prompt: Mapping[str, Any], node_id: str) -> Iterator[Mapping[str, 
             continue
         seen.add(current)
         yield node
-        links = sorted((name, value) for name, value in node.get("inputs", {}).items() if name.startswith("model"))
+        links = sorted((name, value) for name, value in node.get("inputs", {}).items() if name.startswith(part))
         waiting.extend(str(value[0]) for _, value in links if isinstance(value, list) and len(value) == 2)
 
 
@@ -191,12 +195,22 @@ def _how_to_make(recipe: Recipe, folder: str, name: str) -> str:
         return f"It was imported from {source}: run {command('import-article')} on that file again"
     baked = f" plus {', '.join(recipe.baked)}" if recipe.baked else ""
     by_command = f"run {command('quantize')} on it with {command_options(recipe.settings) or 'its defaults'}"
+    bits = recipe.settings.get(TEXT_ENCODERS_SETTING)
+    if folder == TEXT_ENCODERS:
+        in_graph = (
+            f"load that with Load CLIP or DualCLIPLoader, connect NFQ Quantize CLIP with bits={bits}, then Save NFQ "
+            f"CLIP with filename_prefix {name[: -len(SUFFIX)]!r}"
+        )
+        ways = ([in_graph] if bits else []) + ([] if recipe.baked else [by_command])
+        return f"It was made from {source}{baked}: {'; or '.join(ways)}"
     inputs = node_inputs(recipe.settings)
     if inputs is None:
         first = "save that with Save Checkpoint, and " if recipe.baked else ""
         return f"It was made from {source}{baked}: {first}{by_command}"
     with_settings = f" with {_in_words(inputs)}" if inputs else ""
     companions = " and its CLIP and VAE" if folder == CHECKPOINTS else ""
+    if companions and bits:
+        companions = f" and {TEXT_ENCODERS_SETTING}={bits}, and its CLIP and VAE"
     return (
         f"It was made from {source}{baked}{with_settings}: load that with the stock loader, connect NFQ Quantize UNet "
         f"with these settings, then Save NFQ Checkpoint with filename_prefix {name[: -len(SUFFIX)]!r}{companions}"

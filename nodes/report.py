@@ -11,29 +11,45 @@ import comfy.lora
 import torch
 
 from ..nfq_core import NFQError, NFQFile
-from ..nfq_core.checkpoints.examine import container_info, expected_in_words, settings_in_words
+from ..nfq_core.checkpoints.examine import (
+    container_info,
+    expected_in_words,
+    of_main_component,
+    settings_in_words,
+)
 from ..nfq_core.decibels import decibels_in_words, pooled_sqnr_db, sqnr_db
 from ..nfq_core.errors import printable
+from ..nfq_core.models.text_encoders import find_text_encoders
 from ..nfq_core.packed.formats import format_by_id
 from .bake import without_dynamic_vram
 from .host import UNET, json_decibels, provenance
-from .ops import unwrap
+from .packed_tensor import unwrap
 from .patcher import nf_layers
 from .weights import dense, key_patches
 
 
 def file_facts(file: NFQFile, name: str) -> dict[str, Any]:
-    """`container_info` of a file, with `name`, and with `fp16_bytes`: its size with quantised weights as fp16."""
+    """`container_info` of a file, with the diffusion model's number of weights and bits if it has one.
+
+    Further fields are `name`, and `fp16_bytes`: its size with all quantised weights as fp16.
+    """
     info = container_info(file)
     stored = sum(map(file.stored_bytes, file.quantized))
-    return {"name": name, "fp16_bytes": info["file_bytes"] - stored + 2 * info["weights"], **info}
+    fp16_bytes = info["file_bytes"] - stored + 2 * info["weights"]
+    return {"name": name, "fp16_bytes": fp16_bytes, **of_main_component(info)}
 
 
 def file_summary(file: NFQFile, name: str) -> dict[str, Any]:
-    """`file_facts` with `formats` instead of `layers`: each format and its count of weights, most frequent first."""
+    """`file_facts` with `formats` instead of `layers`: each format and its count of weights, most frequent first.
+
+    Formats of text encoders are left out if the file has other quantised weights.
+    """
     facts = file_facts(file, name)
+    encoders = find_text_encoders(file.shapes())
+    layers = facts.pop("layers")
+    others = [layer for layer in layers if not any(encoder.owns(layer["name"]) for encoder in encoders)]
     weights: Counter[str] = Counter()
-    for layer in facts.pop("layers"):
+    for layer in others or layers:
         weights[layer["format"]] += math.prod(layer["shape"])
     formats = [
         {"format": id, "levels": format_by_id(id).levels, "trellis_bits": trellis_bits(id), "weights": count}

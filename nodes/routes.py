@@ -9,7 +9,7 @@ from aiohttp import web
 from server import PromptServer
 
 from ..nfq_core import NFQError, NFQFile
-from .host import CHECKPOINTS, UNETS, file_path
+from .host import FOLDERS, file_path
 from .recipe import file_recipe
 from .report import file_summary
 
@@ -23,8 +23,8 @@ async def _file(request: web.Request) -> web.Response:
 
 def _about(folder: str, name: str) -> tuple[int, dict[str, Any]]:
     """HTTP status and body for one file: its recipe for the workflow and its facts for the reader, or an error."""
-    if folder not in (UNETS, CHECKPOINTS):
-        return 400, {"error": f"folder must be {UNETS} or {CHECKPOINTS}"}
+    if folder not in FOLDERS:
+        return 400, {"error": f"folder must be one of {', '.join(FOLDERS)}"}
     try:
         path = file_path(folder, name)
     except NFQError as error:

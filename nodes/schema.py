@@ -7,6 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .host import SUFFIX, file_names
+
 CATEGORY = "NFQ"
 
 NOTHING = "(none)"
@@ -55,3 +57,35 @@ def filename_prefix_input(suffix: str, folder: str) -> io.String.Input:
         optional=True,
         tooltip=f"Name of the file; {suffix} is added. The file is written to {folder}.",
     )
+
+
+def file_input(name: str, folder: str, writer: str = "Save NFQ Checkpoint") -> io.Combo.Input:
+    """The input of a loader that chooses the file.
+
+    Args:
+        name: its name.
+        folder: the host's folder.
+        writer: the node that writes such files, for the tooltip.
+    """
+    return io.Combo.Input(
+        name,
+        options=file_names(folder),
+        tooltip=f"An {SUFFIX} file in models/{folder}. {writer} and `nfq quantize` write such files.",
+    )
+
+
+def recipe_input() -> io.String.Input:
+    """The input of a loader that keeps the file's recipe in the workflow."""
+    return io.String.Input(
+        "recipe",
+        default="",
+        optional=True,
+        socketless=True,
+        tooltip="How the file was made: its source and settings. Filled in when you choose a file. If the file is "
+        "missing, the node explains how to recreate it.",
+    )
+
+
+def overwrite_input() -> io.Boolean.Input:
+    """The input that allows replacing a file."""
+    return io.Boolean.Input("overwrite", default=False, optional=True, tooltip="Replace an existing file of this name.")

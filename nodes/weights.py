@@ -15,7 +15,7 @@ from ..nfq_core import NFQError
 from .host import UNET
 from .ops import NFOps
 
-LAYERS = {torch.nn.Linear: NFOps.Linear, torch.nn.Conv2d: NFOps.Conv2d}
+LAYERS = {torch.nn.Linear: NFOps.Linear, torch.nn.Conv2d: NFOps.Conv2d, torch.nn.Embedding: NFOps.Embedding}
 """The layer types whose weights can be packed, and our own type for each."""
 
 _OTHER_PLUGINS = {"GGMLTensor": "GGUF", "Params4bit": "4-bit bitsandbytes", "Int8Params": "8-bit bitsandbytes"}
@@ -25,8 +25,12 @@ _EIGHT_BIT = re.compile(r"TensorCore(MX)?FP8\w*Layout|TensorWiseINT8Layout")
 """The host's own 8-bit layouts: such weights are dequantised and then quantised like any others."""
 
 
-def key_patches(model: Any) -> dict[str, list]:
-    """The UNet's weights with their patches, in the form of the host's `get_key_patches`.
+def key_patches(model: Any, prefix: str = UNET) -> dict[str, list]:
+    """A network's weights with their patches, in the form of the host's `get_key_patches`.
+
+    Args:
+        model: the patcher of a MODEL or a CLIP.
+        prefix: prefix of the wanted parameters; by default the UNet's.
 
     The host's function fails for weights with scales: the state dict contains the scales, but no layer has such
     parameters.
@@ -34,7 +38,7 @@ def key_patches(model: Any) -> dict[str, list]:
     result = {}
     parameters = model.model.named_parameters(remove_duplicate=False)
     held = {name for name, _ in (*parameters, *model.model.named_buffers(remove_duplicate=False))}
-    for key in model.model_state_dict(UNET):
+    for key in model.model_state_dict(prefix):
         path, _, name = key.rpartition(".")
         is_linear = is_host_quantized_linear(comfy.utils.get_attr(model.model, path))
         if key not in held or (is_linear and name not in ("weight", "bias")):
@@ -59,12 +63,12 @@ def dense(weight: torch.Tensor) -> torch.Tensor:
     return weight if weight.dtype.itemsize > 1 else weight.to(torch.float16)
 
 
-def quantizable_layers(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def quantizable_layers(network: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The layers whose weights can be packed, by weight name."""
     kinds = tuple(LAYERS)
     return {
         f"{name}.weight": module
-        for name, module in unet.named_modules()
+        for name, module in network.named_modules()
         if isinstance(module, kinds) or is_host_quantized_linear(module)
     }
 

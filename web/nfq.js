@@ -12,8 +12,10 @@ import { loadText } from "./lib/text.js";
 const PARTS = {
   NFQuantizedUNetLoader: [(node) => addFileFacts(node, "diffusion_models", "unet_name")],
   NFQuantizedCheckpointLoader: [(node) => addFileFacts(node, "checkpoints", "ckpt_name")],
+  NFQuantizedCLIPLoader: [(node) => addFileFacts(node, "text_encoders", "clip_name")],
   NFQuantizeUNet: [addProgress, addChart],
   NFSaveCheckpoint: [addSaved],
+  NFSaveCLIP: [addSaved],
   NFCalibrate: [addSamplingProgress, addSaved],
   NFSaveCalibration: [addSaved],
   NFInspect: [addChart],

@@ -62,7 +62,7 @@ def _recognised(file: NFQFile) -> tuple[UNetInfo, dict[str, tuple[int, ...]]]:
         if encoders:
             raise UnsupportedFileError(
                 f"{file.path} is a text encoder ({_names(encoders)}), not a diffusion model; it belongs in "
-                "models/text_encoders"
+                "models/text_encoders, where Load NFQ CLIP finds it"
             )
         raise UnsupportedFileError(f"{file.path} has no UNet of the SDXL family; choose a quantised SDXL-type model")
     return info, shapes

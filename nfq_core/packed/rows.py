@@ -1,4 +1,4 @@
-"""Rows of a packed matrix: decode chosen ones, such as the token embeddings of a prompt, or split a fused weight.
+"""Rows of a packed matrix: decode chosen ones, such as the token embeddings of a prompt; split and join fused weights.
 
 To decode rows, their blocks are gathered into a small packed buffer of the same format, which any back-end decodes. The
 result therefore has the same bits as these rows of the whole decoded matrix. Blocks that share bytes of a plane are
@@ -7,6 +7,7 @@ gathered together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
 
 import torch
@@ -103,3 +104,35 @@ def split_rows(tensor: NFTensor, parts: int) -> list[NFTensor]:
         for own_codes, own_scales in zip(codes, scales, strict=True)
     )
     return [NFTensor(buffer, fmt, shape, tensor.dtype) for buffer in buffers]
+
+
+def join_rows(parts: Sequence[NFTensor]) -> NFTensor | None:
+    """Undo `split_rows`: one packed weight with the rows of several, code by code.
+
+    Args:
+        parts: weights of the same format and number of columns, in order, on one device.
+
+    Returns:
+        None if they were not split from one weight: their levels or the parameters of their scales differ, so no packed
+        weight has their values.
+    """
+    first = parts[0]
+    fmt, shape = first.format, first.shape[1:]
+    if not fmt.has_kernel or any(
+        part.format != fmt
+        or part.shape[1:] != shape
+        or part.numel() % BLOCK
+        or not torch.equal(part.data[: part.sections.coarse], first.data[: first.sections.coarse])
+        or not torch.equal(part.data[-2:], first.data[-2:])
+        for part in parts
+    ):
+        return None
+    codes, scales = [], []
+    for part in parts:
+        data, sections = part.data, part.sections
+        planes = data[sections.coarse : sections.fine], data[sections.fine : sections.scales]
+        codes.append(unpack_codes(*planes, part.numel() // BLOCK, fmt))
+        scales.append(data[sections.scales : -2])
+    head = first.data[: first.sections.coarse]
+    buffer = torch.cat([head, *pack_codes(torch.cat(codes), fmt), *scales, first.data[-2:]])
+    return NFTensor(buffer, fmt, (sum(part.shape[0] for part in parts), *shape), first.dtype)

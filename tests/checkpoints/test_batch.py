@@ -6,8 +6,8 @@ import errno
 import json
 import os
 import re
-import signal
 import shutil
+import signal
 import subprocess
 import sys
 import time

@@ -56,7 +56,10 @@ def test_the_command_names_the_family(tmp_path, capsys):
     assert found["architecture"] == "Flux.1" and [each["name"] for each in found["components"]] == ["Flux.1"]
     assert f"{tmp_path / 'b.nfq.safetensors'}: Flux.1, about " in forecast_lines(found)[-2]
     code, text, error = run(capsys, "quantize", tmp_path / "a.safetensors", tmp_path / "b.nfq.safetensors")
-    assert (code, error) == (0, "") and "b.nfq.safetensors: Flux.1, 0.16 MB, 51% of 0.31 MB; 26 tensors quantised, " in text
+    assert (code, error) == (
+        0,
+        "",
+    ) and "b.nfq.safetensors: Flux.1, 0.16 MB, 51% of 0.31 MB; 26 tensors quantised, " in text
     assert as_json(capsys, "info", tmp_path / "b.nfq.safetensors")["architecture"] == "Flux.1"
 
 

@@ -57,7 +57,14 @@ class _NodeOutput:
 class _Casting:
     """`comfy.ops.manual_cast`."""
 
-    Linear, Conv2d = torch.nn.Linear, torch.nn.Conv2d
+    Linear, Conv2d, Embedding = torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding
+
+
+class _QuantizedTensor:
+    """`comfy_kitchen.tensor.QuantizedTensor`, without its operations."""
+
+    def __init__(self, data: torch.Tensor, layout: str, params: Any) -> None:
+        self._qdata, self._layout_cls, self._params = data, layout, params
 
 
 @dataclass(frozen=True)
@@ -107,14 +114,15 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
         _module("comfy_api.torch_helpers"),
         _module("comfy_api.torch_helpers.torch_compile", TORCH_COMPILE_KWARGS="torch_compile_kwargs"),
         _module("comfy_kitchen", __spec__=MagicMock()),
-        _module("comfy_kitchen.tensor", QuantizedLayout=object, QuantizedTensor=type("QuantizedTensor", (), {})),
+        _module("comfy_kitchen.tensor", QuantizedLayout=object, QuantizedTensor=_QuantizedTensor),
         _module("comfy_kitchen.tensor.base", BaseLayoutParams=_LayoutParams),
         _module("comfy"),
         _module("comfy.ops", manual_cast=_Casting),
         _module("comfy.model_patcher", ModelPatcher=object),
+        _module("comfy.sd", CLIP=object),
     ]
     parts = ("cli_args", "hooks", "latent_formats", "lora", "model_base", "model_management", "model_sampling")
-    others = ("patcher_extension", "sample", "sd", "utils", "weight_adapter")
+    others = ("patcher_extension", "sample", "sd1_clip", "utils", "weight_adapter")
     modules += [_module(f"comfy.{part}") for part in (*parts, *others)]
     for module in modules:
         monkeypatch.setitem(sys.modules, module.__name__, module)

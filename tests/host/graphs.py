@@ -24,6 +24,12 @@ def lora(name: str, strength: float, model: list) -> dict:
     }
 
 
+def lora_on_both(name: str, strength: float, source: str) -> dict:
+    """A LoRA on MODEL and CLIP of a node that outputs them first."""
+    inputs = {"lora_name": f"{name}.safetensors", "strength_model": strength, "strength_clip": strength}
+    return {"class_type": "LoraLoader", "inputs": {**inputs, "model": [source, 0], "clip": [source, 1]}}
+
+
 def quantize(model: list, **settings) -> dict:
     """NFQ Quantize UNet; levels bring the preset with which they count."""
     by_levels = {"preset": "levels"} if "levels" in settings else {}

@@ -79,6 +79,30 @@ def random_adapter(architecture: UNetArchitecture, kind: str, seed: int, rank: i
     return {key: value.half() if value.dim() else value for key, value in result.items()}
 
 
+_KOHYA, _DIFFUSERS = "lora_te{}_text_model_encoder_layers_{{}}_", "text_encoder{}.text_model.encoder.layers.{{}}."
+TEXT_LAYOUTS = {
+    "kohya": (*(_KOHYA.format(number) for number in (1, 2)), "_", "lora_down", "lora_up"),
+    "diffusers": (*(_DIFFUSERS.format(number) for number in ("", "_2")), ".", "lora_A", "lora_B"),
+}
+"""Names of adapters for SDXL's text encoders: of a layer in each, separator, and the two factors."""
+
+
+def random_text_adapter(layout: str, seed: int, dora: bool = False, rank: int = 4) -> dict[str, torch.Tensor]:
+    """A LoRA, or a DoRA, for the first layers of SDXL's text encoders, with the key names of one of TEXT_LAYOUTS."""
+    generator = torch.Generator().manual_seed(seed)
+    *prefixes, separator, down, up = TEXT_LAYOUTS[layout]
+    result: dict[str, torch.Tensor] = {}
+    for prefix, width in zip(prefixes, (768, 1280), strict=True):
+        for index in range(3):
+            for layer in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.out_proj"):
+                name = prefix.format(index) + layer.replace(".", separator)
+                result[f"{name}.{down}.weight"] = torch.randn(rank, width, generator=generator) / sqrt(width)
+                result[f"{name}.{up}.weight"] = torch.randn(width, rank, generator=generator) * 0.2
+                if dora:
+                    result[f"{name}.dora_scale"] = torch.randn(width, 1, generator=generator) * 0.1 + 1.0
+    return {key: value.half() for key, value in result.items()}
+
+
 def packed_unet(
     architecture: UNetArchitecture, layout: str, settings: Settings = BY_LEVELS
 ) -> dict[str, NFTensor | torch.Tensor]:

@@ -17,7 +17,10 @@ import nfq_core
 from nfq_core.checkpoints.examine import file_info, verify_file
 
 MODEL = ["model", 0]
-NODES = ("NFQuantizedUNetLoader", "NFQuantizeUNet", "NFSaveCheckpoint", "NFQuantizedCheckpointLoader", "NFInspect")
+NODES = (
+    *("NFQuantizedUNetLoader", "NFQuantizeUNet", "NFSaveCheckpoint", "NFQuantizedCheckpointLoader", "NFInspect"),
+    *("NFQuantizedCLIPLoader", "NFQuantizeCLIP", "NFSaveCLIP"),
+)
 MARKERS = {
     "v-prediction": {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])},
     "EDM v-prediction": {"edm_vpred.sigma_max": torch.tensor(100.0), "edm_vpred.sigma_min": torch.tensor(0.5)},
@@ -213,7 +216,7 @@ def test_inspect(host) -> None:
 
 
 def test_whole_checkpoint(host) -> None:
-    """UNet, CLIP and VAE saved in one file of ours, and in a stock file, sample as before they were saved."""
+    """UNet, unchanged CLIP and VAE, saved in one file of ours and in a stock file, sample as before they were saved."""
 
     def picture(nodes: dict, model: list, clip: list, vae: list) -> dict:
         encode = {"class_type": "CLIPTextEncode", "inputs": {"text": "a red fox", "clip": clip}}
@@ -229,13 +232,13 @@ def test_whole_checkpoint(host) -> None:
 
     made = {"model": ORIGINAL, "companions": {"class_type": "NFQTestCompanions", "inputs": {}}}
     made |= {"packed": quantize(MODEL), "lora": lora("lora", 0.5, ["packed", 0])}
-    made["save"] = save(["packed", 0], "whole", clip=["companions", 0], vae=["companions", 1])
+    both = {"clip": ["companions", 0], "vae": ["companions", 1]}
+    made["save"] = save(["packed", 0], "whole", text_encoders="keep", **both)
     made["stock save"] = {
         "class_type": "CheckpointSave",
         "inputs": {
             "model": ["lora", 0],
-            "clip": ["companions", 0],
-            "vae": ["companions", 1],
+            **both,
             "filename_prefix": "checkpoints/stock",
         },
     }

@@ -61,7 +61,7 @@ def test_forced_hooks_with_a_lora(host) -> None:
 def test_hooks_of_a_packed_text_encoder(host) -> None:
     """Loaded and encoded by the host: with a LoRA alone, with forced and scheduled hooks, and without them again."""
     facts = host.check("clip_hooks", {})
-    assert facts["packed"] == 12
+    assert facts["packed"] == 13
     assert facts["lora"] > 1e-2 and facts["hooks"] > 1e-2
     assert facts["counts"]["scheduled"] == 2 * facts["counts"]["hooks"]
     for name, difference in facts["differences"].items():

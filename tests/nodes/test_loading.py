@@ -1,4 +1,4 @@
-"""Loading a whole checkpoint whose text encoders are packed: the host gets dense tensors of the recorded dtype."""
+"""Loading a whole checkpoint whose text encoders are packed: what the host gets of them, packed or dense."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from samples import TINY as TINY_UNET
 from text_models import SMALL_G, SMALL_L, random_tensors
 
 from benchmarks.checkpoint_shapes import clip, text_encoders
-from nfq_core import load
+from nfq_core import NFTensor, load
 from nfq_core.checkpoints.convert import quantize_file
 from nfq_core.models.unet_keys import tensor_shapes
 
@@ -45,15 +45,21 @@ def loading(plugin: ModuleType, monkeypatch: pytest.MonkeyPatch) -> tuple[Module
     return module, given
 
 
-def check(given: dict, packed: Path) -> None:
+def check(given: dict, packed: Path, memory: str) -> None:
+    """The host gets the UNet's shapes, a dense VAE and text encoders packed or dequantised to their recorded dtype."""
     wanted = load(packed, OTHERS, memory="resident")
     assert {value.dtype for value in wanted.values()} == {torch.bfloat16}
     assert given["tensors"].keys() == UNET.keys() | OTHERS.keys()
+    as_packed = load(packed, OTHERS)
     for key, value in given["tensors"].items():
         if key in UNET:
             assert value.is_meta and tuple(value.shape) == UNET[key]
+        elif memory == "packed" and isinstance(as_packed[key], NFTensor):
+            assert torch.equal(value._qdata, as_packed[key].data) and value._params.orig_shape == OTHERS[key]
         else:
             assert type(value) is torch.Tensor and torch.equal(value, wanted[key])
+    custom = given["options"]["te_model_options"].get("custom_operations")
+    assert (custom is not None) is (memory == "packed")
 
 
 @pytest.mark.parametrize("memory", ["packed", "resident"])
@@ -62,15 +68,16 @@ def test_a_whole_checkpoint(loading: tuple[ModuleType, dict], packed: Path, memo
     # The stub of the host makes neither.
     with pytest.raises(Exception, match="contains neither CLIP nor VAE"):
         module.load_checkpoint(str(packed), memory, lambda *_: None)
-    check(given, packed)
+    check(given, packed, memory)
     is_packed = [type(value).__name__ == "NFTensor" for value in given["model"].values()]
     assert any(is_packed) is (memory == "packed") and len(given["model"]) == len(UNET)
 
 
-def test_loading_clip_and_vae_again(loading: tuple[ModuleType, dict], packed: Path) -> None:
+@pytest.mark.parametrize("memory", ["packed", "resident"])
+def test_loading_clip_and_vae_again(loading: tuple[ModuleType, dict], packed: Path, memory: str) -> None:
     module, given = loading
-    module._companions_of(str(packed), False)
-    check(given, packed)
+    module._companions_of(str(packed), memory, False)
+    check(given, packed, memory)
 
 
 def test_a_text_encoder_in_the_loader_of_unets(loading: tuple[ModuleType, dict], tmp_path: Path) -> None:
@@ -79,5 +86,8 @@ def test_a_text_encoder_in_the_loader_of_unets(loading: tuple[ModuleType, dict],
     quantize_file(tmp_path / "clip_l.safetensors", tmp_path / "clip_l.nfq.safetensors")
     assert len(load_file(tmp_path / "clip_l.safetensors")) == 20
     for load_it in (module.load_unet, module.load_checkpoint):
-        with pytest.raises(Exception, match=r"is a text encoder \(CLIP-L\), .*; it belongs in models/text_encoders"):
+        with pytest.raises(
+            Exception,
+            match=r"is a text encoder \(CLIP-L\), .*models/text_encoders, where Load NFQ CLIP",
+        ):
             load_it(str(tmp_path / "clip_l.nfq.safetensors"))

@@ -62,7 +62,10 @@ INPUTS = {
         ["model"],
         ["preset", "effort", "levels", "conv_levels", "device", "quantize_first_last", "calibration"],
     ),
-    "NFSaveCheckpoint": (["model"], ["clip", "vae", "filename_prefix", "overwrite"]),
+    "NFSaveCheckpoint": (["model"], ["clip", "vae", "filename_prefix", "overwrite", "text_encoders"]),
+    "NFQuantizeCLIP": (["clip"], ["bits"]),
+    "NFSaveCLIP": (["clip"], ["filename_prefix", "overwrite"]),
+    "NFQuantizedCLIPLoader": (["clip_name"], ["type", *(f"clip_name{n}" for n in range(2, 5)), "recipe"]),
     "NFInspect": ([], ["model", "original", "file_name"]),
     "NFCompare": (["image_1", "image_2"], [*(f"image_{n}" for n in range(3, 9)), "vae", "labels", "side"]),
     "NFCalibrate": (["model", "clip"], ["steps", "cfg", "prompts", "side", "sensitivities", "filename_prefix"]),
@@ -106,7 +109,7 @@ def schema_of(node: type) -> SimpleNamespace:
 def test_two_copies_of_the_plugin(plugin: ModuleType, tmp_path: Path) -> None:
     """Each has its own layout, so neither treats the other's packed weights as its own."""
     copy = import_plugin(tmp_path / "ComfyUI-NFQ-copy")
-    layouts = [sys.modules[f"{module.__name__}.nodes.ops"].LAYOUT for module in (plugin, copy)]
+    layouts = [sys.modules[f"{module.__name__}.nodes.packed_tensor"].LAYOUT for module in (plugin, copy)]
     assert layouts[0] != layouts[1]
 
 

@@ -62,6 +62,19 @@ function factLines({ facts, recipe }) {
   ];
 }
 
+function noFiles(folder) {
+  return folder === "text_encoders" ? text("noTextEncoders", { folder }) : text("noFiles", { folder });
+}
+
+function list(steps) {
+  return element("ol", {}, ...steps.map((step) => element("li", {}, step)));
+}
+
+function saveStep(folder, prefix, bits) {
+  if (folder !== "checkpoints") return text("stepSave", { prefix });
+  return bits ? text("stepSaveWholeWith", { prefix, bits }) : text("stepSaveWhole", { prefix });
+}
+
 // Explains how to make a missing file, as far as the workflow records it.
 function missingLines(folder, name, recipe) {
   const head = paragraph(text("missing", { name }), "nfq-warning");
@@ -69,17 +82,22 @@ function missingLines(folder, name, recipe) {
   const source = sourceInWords(recipe) + (recipe.source_sha256 ? ` (SHA-256 ${recipe.source_sha256})` : "");
   if (recipe.settings.imported) return [head, paragraph(text("importIt", { source }))];
   const prefix = name.endsWith(SUFFIX) ? name.slice(0, -SUFFIX.length) : name;
+  const bits = recipe.settings.text_encoders;
+  if (folder === "text_encoders" && bits) {
+    const steps = [text("stepLoad", { source }), text("stepQuantiseClip", { bits }), text("stepSaveClip", { prefix })];
+    return [head, paragraph(text("makeIt")), list(steps)];
+  }
   // null: the node does not offer these settings. Recipes of old workflows have no node_inputs.
-  if (recipe.node_inputs === null) {
+  if (recipe.node_inputs === null || folder === "text_encoders") {
     return [head, paragraph(text("makeIt")), paragraph(text("runIt", { source, options: recipe.command_options }))];
   }
   const settings = settingsInWords(recipe.node_inputs ?? recipe.settings);
   const steps = [
     text("stepLoad", { source }),
     settings ? text("stepQuantiseWith", { settings }) : text("stepQuantise"),
-    folder === "checkpoints" ? text("stepSaveWhole", { prefix }) : text("stepSave", { prefix }),
+    saveStep(folder, prefix, bits),
   ];
-  return [head, paragraph(text("makeIt")), element("ol", {}, ...steps.map((step) => element("li", {}, step)))];
+  return [head, paragraph(text("makeIt")), list(steps)];
 }
 
 function warn(detail) {
@@ -118,7 +136,7 @@ export function addFileFacts(node, folder, input) {
     // A recipe belongs to one file and must not be shown for another.
     if (!opened && name !== shownName) recipeWidget.value = "";
     shownName = name;
-    if (!name) return panel.replaceChildren(paragraph(linked() ? text("linked") : text("noFiles", { folder })));
+    if (!name) return panel.replaceChildren(paragraph(linked() ? text("linked") : noFiles(folder)));
     let reply;
     try {
       reply = await ask(name);

@@ -32,8 +32,8 @@ for (const node of app.graph._nodes) for (const widget of node.widgets ?? []) {
 """
 
 
-def test_there_are_six() -> None:
-    assert len(EXAMPLES) == 6
+def test_there_are_seven() -> None:
+    assert len(EXAMPLES) == 7
 
 
 @pytest.fixture(scope="module")
@@ -113,28 +113,28 @@ def classic(browser, host) -> Iterator[Page]:
     page.close()
 
 
+def test_whole_checkpoint(classic: Page, files: dict) -> None:
+    run_example(classic, files, 1, filename_prefix="examples/one")
+    assert (classic.host.output / "checkpoints" / "examples" / "one.nfq.safetensors").exists()
+    # As its note says: choose the new file and unmute the lower part.
+    classic.script("for (const node of app.graph._nodes) node.mode = 0;")
+    classic.set("NFQuantizedCheckpointLoader", "ckpt_name", "examples/one.nfq.safetensors")
+    classic.set("NFSaveCheckpoint", "overwrite", True)
+    classic.set("SaveImage", "filename_prefix", "walk")
+    classic.run()
+    assert list(classic.host.output.glob("walk*.png"))
+    classic.host.free()
+
+
 def test_quantise_and_save(classic: Page, files: dict) -> None:
-    outputs = run_example(classic, files, 1, filename_prefix="examples/one")
+    outputs = run_example(classic, files, 2, filename_prefix="examples/two")
     assert " dB over all layers" in outputs["NFInspect"]["text"][0]
-    assert (classic.host.output / "diffusion_models" / "examples" / "one.nfq.safetensors").exists()
+    assert (classic.host.output / "diffusion_models" / "examples" / "two.nfq.safetensors").exists()
     classic.host.free()
 
 
 def test_load_and_sample(classic: Page, files: dict) -> None:
-    assert picture(classic, run_example(classic, files, 2)).size == (64, 64)
-    classic.host.free()
-
-
-def test_whole_checkpoint(classic: Page, files: dict) -> None:
-    run_example(classic, files, 3, filename_prefix="examples/three")
-    assert (classic.host.output / "checkpoints" / "examples" / "three.nfq.safetensors").exists()
-    # As its note says: choose the new file and unmute the lower part.
-    classic.script("for (const node of app.graph._nodes) node.mode = 0;")
-    classic.set("NFQuantizedCheckpointLoader", "ckpt_name", "examples/three.nfq.safetensors")
-    classic.set("NFSaveCheckpoint", "overwrite", True)
-    classic.set("SaveImage", "filename_prefix", "three")
-    classic.run()
-    assert list(classic.host.output.glob("three*.png"))
+    assert picture(classic, run_example(classic, files, 3)).size == (64, 64)
     classic.host.free()
 
 
@@ -165,4 +165,12 @@ def test_calibrate_and_quantise(classic: Page, files: dict) -> None:
     classic.host.free()
     again = run_example(classic, files, 6, filename_prefix="examples/six", overwrite=True)
     assert again["NFCalibrate"]["text"] == [f"found {name} again"]
+    classic.host.free()
+
+
+def test_text_encoders(classic: Page, files: dict) -> None:
+    run_example(classic, files, 7, filename_prefix="examples/seven")
+    saved = classic.host.output / "text_encoders" / "examples"
+    assert sorted(path.name for path in saved.iterdir()) == [f"seven_clip_{n}.nfq.safetensors" for n in "gl"]
+    assert "examples/seven_clip_g.nfq.safetensors" in classic.host.options("NFQuantizedCLIPLoader", "clip_name2")
     classic.host.free()

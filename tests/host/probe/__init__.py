@@ -17,12 +17,13 @@ import comfy.sd
 import comfy.sdxl_clip
 import comfy.supported_models
 import comfy.supported_models_base
+import folder_paths
 import torch
 from aiohttp import web
 from comfy_execution.progress import get_progress_state
 from server import PromptServer
 
-from . import checks, dynamic_vram, patch_checks
+from . import checks, clip_checks, dynamic_vram, patch_checks
 
 NARROW_CHANNELS = 64
 
@@ -35,6 +36,7 @@ def _know_narrow_models() -> None:
 
 
 _know_narrow_models()
+clip_checks.shrink_text_encoders()
 
 
 def _random(seed: int, *shape: int) -> torch.Tensor:
@@ -150,7 +152,7 @@ class Companions:
 
     def make(self):
         target = comfy.supported_models_base.ClipTarget(comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel)
-        clip = comfy.sd.CLIP(target, embedding_directory=None)
+        clip = comfy.sd.CLIP(target, embedding_directory=folder_paths.get_folder_paths("embeddings"))
         _fill(clip.cond_stage_model)
         sizes = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
         pixels = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3}
@@ -217,12 +219,16 @@ class Check:
     def INPUT_TYPES(cls):
         return {
             "required": {"check": ("STRING", {}), "run": ("INT", {"default": 0})},
-            "optional": {"model": ("MODEL",), "other": ("MODEL",), "argument": ("STRING", {})},
+            "optional": {
+                **{"model": ("MODEL",), "other": ("MODEL",), "argument": ("STRING", {})},
+                **{"clip": ("CLIP",), "other_clip": ("CLIP",)},
+            },
         }
 
     def run(self, check, run, model=None, other=None, **argument):
         package = next(name for name in sys.modules if name.endswith("ComfyUI-NFQ.nodes"))
-        function = next(getattr(part, check) for part in (checks, patch_checks, dynamic_vram) if hasattr(part, check))
+        modules = (checks, patch_checks, clip_checks, dynamic_vram)
+        function = next(getattr(module, check) for module in modules if hasattr(module, check))
         result = function(package, model, other, **argument)
         return {"ui": {"text": [json.dumps(result)]}}
 

@@ -128,7 +128,8 @@ def _clips(package: str) -> tuple[comfy.sd.CLIP, comfy.sd.CLIP]:
         weight = torch.randn(value.shape, generator=generator)
         weight = weight / weight[0].numel() ** 0.5 if value.dim() > 1 else 1 + 0.05 * weight
         packed_state[name] = state[name] = weight.to(value.dtype)
-        if name.endswith("weight") and ".layers." in name and value.dim() == 2:
+        is_layer = name.endswith("weight") and ".layers." in name and value.dim() == 2
+        if is_layer or name.endswith("token_embedding.weight"):
             quantised = quantize(weight.half(), 16)
             packed_state[name] = ops.wrap(quantised, value.dtype)
             state[name] = quantised.dequantize().to(value.dtype)
