@@ -55,7 +55,8 @@ class MissingCLIP:
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise NFQError(self._message)
 
-    tokenize = clone = load_model = add_patches = clip_layer = get_key_patches = _refuse
+    tokenize = clone = load_model = add_patches = clip_layer = get_key_patches = get_sd = _refuse
+    cond_stage_model = tokenizer = property(_refuse)
 
 
 def adopt_clip(clip: comfy.sd.CLIP) -> PackedCLIP:

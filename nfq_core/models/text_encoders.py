@@ -172,6 +172,6 @@ def text_encoder_warnings(info: UNetInfo | None, shapes: Mapping[str, Sequence[i
         return []
     has = " and ".join(f"{encoder.name} ({encoder.prefix}*)" for encoder in found)
     return [
-        f"the checkpoint's text encoders are {has}; {info.name} also reads {' and '.join(missing)} "
+        f"the checkpoint's text encoders are {has}; its UNet also reads {' and '.join(missing)} "
         f"({_CONDITIONER}*), so load CLIP from another file"
     ]

@@ -102,7 +102,8 @@ FAMILY = {
 
 @torch.no_grad()
 def step(unet: torch.nn.Module, member: Member) -> torch.Tensor:
-    """Latents after the first step of sampling."""
+    """Latents after the first step of sampling; torch multiplies in another order if weights require gradients."""
+    unet.requires_grad_(False)
     scheduler, guided = member.scheduler(), member.guidance > 1
     scheduler.set_timesteps(member.steps)
     timestep, batch = scheduler.timesteps[0], 1 + guided

@@ -15,12 +15,13 @@ from samples import TINY, random_weight, unet_config
 from nfq_core import NFQError, quantize_state_dict, save
 from nfq_core.calibration.prompts import PROMPTS
 from nfq_core.layers import packed_layers
+from nfq_core.models.unet_keys import UNetArchitecture
 
 diffusers = pytest.importorskip("diffusers", reason="the pipelines are diffusers'")
 for package in ("accelerate", "peft", "transformers"):
     pytest.importorskip(package, reason="the pipelines need it")
 
-from clip_models import make_settings_folder, whole_checkpoint  # noqa: E402
+from clip_models import ARCHITECTURE, make_settings_folder, whole_checkpoint  # noqa: E402
 from diffusers_models import noise_of, packed_unet, pipeline_parts, reads_folders, stock_unet, write_config  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 
@@ -272,9 +273,9 @@ def test_group_offload(file: Path, parts: dict[str, Any], picture: torch.Tensor,
     assert torch.equal(draw(pipeline), picture)
 
 
-def make_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the tiny architecture one of those whose configuration `load_unet` knows."""
-    monkeypatch.setattr("nfq_core.models.unet.KNOWN_ARCHITECTURES", (TINY,))
+def make_known(monkeypatch: pytest.MonkeyPatch, *tiny: UNetArchitecture) -> None:
+    """Make tiny architectures some of those whose configuration `load_unet` knows."""
+    monkeypatch.setattr("nfq_core.models.unet.KNOWN_ARCHITECTURES", tiny)
     monkeypatch.setattr(
         "nfq_core.diffusers.loading.diffusers_config",
         lambda architecture: {"_class_name": "UNet2DConditionModel", **unet_config(architecture)},
@@ -285,7 +286,7 @@ def test_a_known_architecture_needs_no_config(file: Path, tmp_path: Path, monkey
     alone = shutil.copy(file, tmp_path)
     with pytest.raises(NFQError, match=r"architecture is not known; give load_unet the folder of the UNet's config"):
         load_unet(alone)
-    make_known(monkeypatch)
+    make_known(monkeypatch, TINY)
     known, given = (
         load_unet(path, folder, dtype=torch.float32) for path, folder in ((alone, None), (file, file.parent))
     )
@@ -306,7 +307,7 @@ def test_the_examples_of_the_documentation(
     stock.to(torch.float32).save_pretrained(tmp_path / "sdxl")
     for name in ("model", "sdxl"):
         save(quantize_state_dict(whole_checkpoint(stock)), tmp_path / f"{name}-balanced.nfq.safetensors")
-    make_known(monkeypatch)
+    make_known(monkeypatch, ARCHITECTURE)
     monkeypatch.chdir(tmp_path)
     # Fewer steps, smaller pictures.
     call = Pipeline.__call__

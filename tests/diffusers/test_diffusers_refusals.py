@@ -87,7 +87,7 @@ def newer(container: bytes) -> bytes:
             "is not an .nfq.safetensors file; `nfq quantize`",
         ),
         ("absent.nfq", "tiny", NFQError, "absent.nfq.safetensors: no such file"),
-        ("ldm.nfq", "absent", NFQError, "absent/config.json: no such file; name the folder of the model's config.json"),
+        ("ldm.nfq", "absent", NFQError, "absent/config.json: no such file; name the folder of the UNet's config.json"),
         ("ldm.nfq", "pipeline", NFQError, "pipeline/config.json: no such file; name .*pipeline/unet"),
         ("ldm.nfq", "ldm.nfq.safetensors", NFQError, "ldm.nfq.safetensors/config.json: no such file"),
         ("ldm.nfq", "other", NFQError, "describes FluxTransformer2DModel; name the folder of a UNet2DConditionModel's"),

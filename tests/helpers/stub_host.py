@@ -63,7 +63,7 @@ class _Casting:
 class _QuantizedTensor:
     """`comfy_kitchen.tensor.QuantizedTensor`, without its operations."""
 
-    def __init__(self, data: torch.Tensor, layout: str, params: Any) -> None:
+    def __init__(self, data: torch.Tensor, layout: str, params: Any = None) -> None:
         self._qdata, self._layout_cls, self._params = data, layout, params
 
 
