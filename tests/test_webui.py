@@ -33,10 +33,11 @@ def forgotten() -> Iterator[None]:
         del sys.modules[name]
 
 
-@pytest.fixture(params=["automatic", "forge"])
+@pytest.fixture(params=["automatic", "forge", "neo"])
 def program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Program:
-    made = stub_webui.install(monkeypatch, forge=request.param == "forge")
+    made = stub_webui.install(monkeypatch, kind=request.param)
     made.load_extension()
+    made.read.clear()
     return made
 
 
@@ -61,8 +62,11 @@ class Info:
 
 
 def reader(program: Program):
+    """The function by which the program reads checkpoints that it merges."""
     models = program.modules["modules.sd_models"]
-    return models.load_torch_file if hasattr(models, "load_torch_file") else models.read_state_dict
+    if hasattr(models, "read_state_dict"):
+        return models.read_state_dict
+    return program.modules.get("modules.extras", models).load_torch_file
 
 
 def change(program: Program, path: Path):
@@ -101,8 +105,8 @@ def test_unloading_scripts_undoes_everything(program: Program) -> None:
 
 def test_other_files_are_read_by_the_program(program: Program, files: Path) -> None:
     for path in (files / "other.safetensors", files / "missing.safetensors", files / "model.ckpt"):
-        assert reader(program)(str(path), True, device=None) == "stock"
-        assert program.read.pop() == ((str(path), True), {"device": None})
+        assert reader(program)(str(path)) == "stock"
+        assert program.read.pop()[0][0] == str(path)
         assert change(program, path) == "stock"
 
 
@@ -147,8 +151,53 @@ def test_a_model_is_dropped_only_for_a_readable_one(program: Program, files: Pat
     assert len(program.read) == calls, "the program was called"
 
 
-def test_forge_keeps_linear_weights_packed(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = stub_webui.install(monkeypatch, forge=True)
+CHANGES = {
+    "another parameter": lambda program: _set(program, "backend.loader", "load_torch_file", lambda ckpt, mode=0: {}),
+    "another result": lambda program: _set(program, "backend.loader", "load_torch_file", lambda ckpt: [ckpt]),
+    "an error": lambda program: _set(program, "backend.loader", "load_torch_file", lambda ckpt: 1 / 0),
+    "no such function": lambda program: delattr(program.modules["modules.processing"], "forge_model_reload"),
+    "other data": lambda program: delattr(program.modules["modules.sd_models"].model_data, "forge_hash"),
+}
+
+
+def _set(program: Program, module: str, name: str, function) -> None:
+    setattr(program.modules[module], name, function)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_program_that_has_changed_stays_as_it_is(monkeypatch, caplog, change) -> None:
+    program = stub_webui.install(monkeypatch, kind="neo")
+    change(program)
+    before = {name: dict(vars(module)) for name, module in program.modules.items() if name != "gradio"}
+    program.load_extension()
+    assert {name: dict(vars(program.modules[name])) for name in before} == before
+    (sentence,) = [record.getMessage() for record in caplog.records]
+    assert (
+        sentence.startswith("NFQ checkpoints cannot be loaded here: this program has changed (")
+        and "\n" not in sentence
+    )
+    assert len(program.tabs) == 1, "files can still be quantised"
+
+
+def test_without_suitable_layers_weights_are_dequantised(files: Path, monkeypatch, caplog) -> None:
+    program = stub_webui.install(monkeypatch, kind="neo")
+    monkeypatch.setattr(stub_webui.Linear, "forward", lambda self, values: values)
+    program.load_extension()
+    assert caplog.records[-1].getMessage().startswith("Weights cannot stay packed in memory here: ")
+    found = program.modules["backend.loader"].load_torch_file(str(files / "whole.nfq.safetensors"))
+    assert not any(hasattr(value, "gguf_cls") for value in found.values())
+
+
+def test_forge_neo_gets_a_pair_on_demand(files: Path, monkeypatch) -> None:
+    program = stub_webui.install(monkeypatch, kind="neo")
+    program.load_extension()
+    tensors, metadata = reader(program)(str(files / "whole.nfq.safetensors"), return_metadata=True, device=None)
+    assert tensors.keys() == reader(program)(str(files / "whole.nfq.safetensors")).keys() and "nfq" in metadata
+
+
+@pytest.mark.parametrize("kind", ["forge", "neo"])
+def test_weights_stay_packed_as_far_as_the_layers_allow(files: Path, monkeypatch, kind: str) -> None:
+    program = stub_webui.install(monkeypatch, kind=kind)
     program.load_extension()
     read, args = program.modules["backend.loader"].load_torch_file, program.modules["backend.args"].dynamic_args
     path = str(files / "whole.nfq.safetensors")
@@ -157,15 +206,19 @@ def test_forge_keeps_linear_weights_packed(files: Path, monkeypatch: pytest.Monk
     weight = packed[linear]
     assert weight.gguf_cls.__name__ == "NFQ" and weight.data.dtype == torch.uint8
     assert isinstance(weight, torch.nn.Parameter) and weight.shape == dense[linear].shape
-    moved = weight.to(device="cpu", dtype=torch.float32, non_blocking=True)
+    moved = weight.to(device="cpu", dtype=None, non_blocking=True, copy=True)
     assert moved.data.dtype == torch.uint8 and moved.gguf_cls is weight.gguf_cls
     assert torch.equal(weight.gguf_cls.dequantize_pytorch(moved), dense[linear])
+    assert torch.equal(weight.to(torch.float32), dense[linear].float()), "cast, it is dense"
+    assert weight.dtype == torch.float16, "merged weights are rounded to the dtype in which they compute"
+    assert type(weight).__name__ == "Parameter", "Forge Neo pins no other"
     assert torch.equal(weight.detach().clone(), dense[linear]), "what the program saves is dense"
     merged = weight.gguf_cls.quantize_pytorch(dense[linear].float() + 1, moved)
     assert moved is merged and torch.equal(merged.data, (dense[linear].float() + 1).half()) and merged.gguf_cls is None
     assert weight.gguf_cls is not None
     convolution = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
-    assert packed[convolution].gguf_cls is None and torch.equal(packed[convolution].data, dense[convolution])
+    assert (packed[convolution].gguf_cls is None) == (kind == "forge")
+    assert torch.equal(packed[convolution].unpacked(), dense[convolution])
     assert not hasattr(packed["conditioner.x"], "gguf_cls")
     args["forge_unet_storage_dtype"] = torch.float8_e4m3fn
     assert not any(hasattr(value, "gguf_cls") for value in read(path).values())
@@ -184,14 +237,15 @@ def test_install_adds_missing_packages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nfq_webui").glob("*.py")), ids=lambda path: path.name)
 def test_its_modules_import_their_own_relatively(path: Path) -> None:
-    allowed = {"forge.py": {"backend", "modules", "torch"}, "packed.py": {"torch"}, "loading.py": {"torch"}}
+    allowed = {"packed.py": {"torch"}, "loading.py": {"torch"}}
+    allowed |= {"forge.py": {"backend", "modules", "torch"}, "layers.py": {"backend", "torch"}}
     others = {"gradio", "modules", "torch"} if path.name != "conversion.py" else set()
     assert absolute_imports(path) <= allowed.get(path.name, others) | set(sys.stdlib_module_names)
 
 
 @pytest.fixture
 def conversion(monkeypatch: pytest.MonkeyPatch):
-    program = stub_webui.install(monkeypatch, forge=False)
+    program = stub_webui.install(monkeypatch, kind="automatic")
     program.load_extension()
     return sys.modules[f"{reader(program).__module__.partition('.')[0]}.nfq_webui.conversion"]
 
