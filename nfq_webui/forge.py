@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -26,7 +25,8 @@ READER = ("ckpt", "safe_load", "device", "return_metadata")
 
 def install(loading: NFQLoading) -> None:
     """Extend the program's functions that read files and change the model, so that they accept our files."""
-    is_neo = "return_metadata" in _parameters(getattr(backend.utils, "load_torch_file", None))
+    # Only Forge's merger looks its reader up there.
+    is_neo = not hasattr(sd_models, "load_torch_file")
     packable = _Packable()
 
     def changer(previous: Callable) -> Callable:
@@ -121,10 +121,6 @@ def _layer_filler(previous: Callable) -> Callable:
         return previous(model, parameters_for(sd) if packed else dense_only(sd), *args, **kwargs)
 
     return load_state_dict
-
-
-def _parameters(function: Any) -> Collection[str]:
-    return inspect.signature(function).parameters if callable(function) else ()
 
 
 def _selection_fault(_: Callable) -> str:

@@ -71,7 +71,7 @@ def _add_settings(sd_models: ModuleType, shared: ModuleType, forge: bool) -> Non
         "nfq_facts": OptionHTML(listed or "No checkpoint is quantised with NFQ yet. Use the NFQ tab to quantise one.")
     }
     if forge:
-        label = "Keep weights of Linear layers packed in memory (applies when a checkpoint is loaded)"
+        label = "Keep weights packed in memory (applies when a checkpoint is loaded)"
         options[KEEP_PACKED] = OptionInfo(True, label)
     for name, option in options_section(SECTION, options).items():
         shared.opts.add_option(name, option)

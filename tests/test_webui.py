@@ -66,7 +66,8 @@ def reader(program: Program):
     models = program.modules["modules.sd_models"]
     if hasattr(models, "read_state_dict"):
         return models.read_state_dict
-    return program.modules.get("modules.extras", models).load_torch_file
+    merger = program.modules["modules.extras"]
+    return (merger if hasattr(merger, "load_torch_file") else models).load_torch_file
 
 
 def change(program: Program, path: Path):

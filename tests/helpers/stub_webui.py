@@ -146,7 +146,8 @@ def install(monkeypatch: pytest.MonkeyPatch, *, kind: str) -> Program:
     reader = load_with_metadata if kind == "neo" else load_torch_file
     layers = {"Linear": Linear, "Conv2d": Conv2d if kind == "neo" else torch.nn.Conv2d}
     module("modules.processing", forge_model_reload=forge_model_reload)
-    merger = module("modules.extras") if kind == "neo" else models
+    extras = module("modules.extras")
+    merger = extras if kind == "neo" else models
     models.forge_model_reload, merger.load_torch_file = forge_model_reload, reader
     module("backend")
     module("backend.args", dynamic_args={})
