@@ -51,21 +51,23 @@ class PackedParameter(torch.nn.Parameter):
     weight_shape: torch.Size
     computation_dtype: torch.dtype
 
-    def __new__(cls, data: torch.Tensor, *_: Any) -> PackedParameter:
-        """A parameter over `data`, a packed buffer or a dense weight."""
-        return super().__new__(cls, data, requires_grad=False)
-
-    def __init__(
-        self,
+    def __new__(
+        cls,
         data: torch.Tensor,
         fmt: BlockFormat | None,
         shape: torch.Size,
         computation_dtype: torch.dtype = torch.float16,
-    ) -> None:
-        self.format = fmt
-        self.gguf_cls = NFQ if fmt else None
-        self.weight_shape = shape
-        self.computation_dtype = computation_dtype
+    ) -> PackedParameter:
+        """A parameter over `data`, a packed buffer of format `fmt` or, without one, a dense weight.
+
+        There is no `__init__`: `torch.nn.Parameter(parameter)` would call it with arguments of its own.
+        """
+        parameter = super().__new__(cls, data, requires_grad=False)
+        parameter.format = fmt
+        parameter.gguf_cls = NFQ if fmt else None
+        parameter.weight_shape = shape
+        parameter.computation_dtype = computation_dtype
+        return parameter
 
     @property
     def shape(self) -> torch.Size:
@@ -86,14 +88,12 @@ class PackedParameter(torch.nn.Parameter):
     def to(self, *args: Any, copy: bool = False, **kwargs: Any) -> torch.Tensor:
         """Move or cast the parameter; a packed one that is cast to a floating dtype is dequantised.
 
-        A packed buffer never changes, so a copy on the same device is the parameter itself.
+        A packed buffer never changes, so a copy on the same device shares it.
         """
         if self.format is None:
             return self._like(self.data.to(*args, copy=copy, **kwargs))
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        moved = self
-        if device is not None and device != self.device:
-            moved = self._like(self.data.to(device=device, non_blocking=non_blocking))
+        moved = self._like(self.data.to(device=device or self.device, non_blocking=non_blocking))
         return moved.unpacked().to(dtype) if dtype is not None and dtype.is_floating_point else moved
 
     def pin_memory(self, device: Any = None) -> PackedParameter:

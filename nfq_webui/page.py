@@ -129,8 +129,8 @@ def _tab(sd_models: ModuleType, shared: ModuleType) -> gr.Blocks:
         for limit in patching.limits:
             gr.HTML(f"<p class='error'>{html.escape(limit)}</p>")
         with gr.Row():
-            chosen = gr.Dropdown(titles(), value=current, label="Checkpoint", elem_id="nfq_checkpoint")
-            again = gr.Button("Refresh", elem_id="nfq_refresh")
+            chosen = gr.Dropdown(titles(), value=current, label="Checkpoint", scale=4, elem_id="nfq_checkpoint")
+            again = gr.Button("Refresh", scale=1, elem_id="nfq_refresh")
         about = gr.HTML(elem_id="nfq_facts")
         dial = _dial()
         with gr.Row():

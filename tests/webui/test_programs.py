@@ -52,7 +52,7 @@ def test_the_page_describes_and_quantises(ask: Callable, tmp_path) -> None:
     name = f"{folder}/dequantised-NF12-NF24.nfq.safetensors"
     assert f"{name}: about " in found["estimate"] and found["estimate"].endswith("nothing was written")
     assert found["made"].startswith(f"{name}: ") and " MB → " in found["made"]
-    assert " MB → " in found["kept"][0] and "text encoders keep" in found["kept"][1]
+    assert " MB → " in found["kept"][0] and "text_encoders keep" in found["kept"][1]
     assert "dequantised-NF12-NF24.nfq.safetensors" in {title.split(" ")[0] for title in found["titles"]}
     assert found["again"].endswith("exists already; choose another name, or tick Overwrite")
     assert found["outside"].startswith("Error: '../../outside' is not a file name in")
