@@ -14,7 +14,7 @@ from modules import extras, processing, sd_models, shared
 
 from .layers import packable_dimensions
 from .loading import KEEP_PACKED, NFQLoading, is_ours, metadata_of
-from .packed import dense_only, keep_packed, parameters_for
+from .packed import PackedParameter, dense_only, holds_ours, keep_packed, parameters_for
 from .patching import StandIn, argument, model_change, reader_fault, report_limit, stand_in
 
 REMEDY = "choose the missing part under 'VAE / Text Encoder', or choose a whole checkpoint"
@@ -94,8 +94,8 @@ class _Packable:
     def in_loaded_model(self) -> Collection[int]:
         """For weights that go into the layers of the model that is loaded: as its own are."""
         unet = getattr(getattr(sd_models.model_data.sd_model, "forge_objects", None), "unet", None)
-        diffusion_model = getattr(getattr(unet, "model", None), "diffusion_model", None)
-        return self._dimensions if getattr(diffusion_model, "storage_dtype", None) == "gguf" else ()
+        model = getattr(unet, "model", None)
+        return self._dimensions if model is not None and holds_ours(model) else ()
 
 
 def _reader(loading: NFQLoading, previous: Callable, packs: Callable[[], Collection[int]]) -> Callable:
@@ -117,8 +117,11 @@ def _layer_filler(previous: Callable) -> Callable:
     """The program's function that fills a model's layers, for layers that are packed and files that are not."""
 
     def load_state_dict(model: torch.nn.Module, sd: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        packed = getattr(model, "storage_dtype", None) == "gguf"
-        return previous(model, parameters_for(sd) if packed else dense_only(sd), *args, **kwargs)
+        if holds_ours(model):
+            sd = parameters_for(sd)
+        elif any(isinstance(value, PackedParameter) for value in sd.values()):
+            sd = dense_only(sd)
+        return previous(model, sd, *args, **kwargs)
 
     return load_state_dict
 

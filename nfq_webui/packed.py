@@ -154,6 +154,11 @@ def keep_packed(
     return result | {key: packed_parameter(value) for key, value in stay.items()}
 
 
+def holds_ours(model: torch.nn.Module) -> bool:
+    """Whether a model was loaded from one of our files, with layers for packed weights."""
+    return any(isinstance(parameter, PackedParameter) for parameter in model.parameters())
+
+
 def parameters_for(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A UNet's tensors as layers for packed weights take them: all are PackedParameters."""
     return {

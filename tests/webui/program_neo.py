@@ -49,6 +49,7 @@ class Engine(tiny_sdxl.Engine):
         return result
 
 
+@torch.inference_mode()
 def swap(engine: Engine, path: str) -> torch.Tensor:
     """What the refiner does with its fast setting: fill the loaded model's layers from another file."""
     # Looked up in their modules whenever they are needed, as the program does.
