@@ -51,9 +51,8 @@ class StandIn:
             return f"{self.module.__name__} has no {self.name}"
         kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         taken = [name for name, found in inspect.signature(function).parameters.items() if found.kind not in kinds]
-        reason = self.fault(function)
-        if taken != [name for name in self.parameters if name in taken]:
-            reason = f"takes ({', '.join(taken)}), not ({', '.join(self.parameters)})"
+        known = taken == [name for name in self.parameters if name in taken]
+        reason = self.fault(function) if known else f"takes ({', '.join(taken)}), not ({', '.join(self.parameters)})"
         return f"{self.module.__name__}.{self.name} {reason}" if reason else ""
 
     def put(self) -> None:
@@ -112,7 +111,8 @@ def reader_fault(read: Callable, **named: Any) -> str:
         except Exception as error:
             return f"fails for a small file ({type(error).__name__}: {error})".replace("\n", " ")
         for tensors in found:
-            if not isinstance(tensors, dict) or not torch.equal(tensors["weight"].cpu(), weight):
+            read_back = tensors.get("weight") if isinstance(tensors, dict) else None
+            if not isinstance(read_back, torch.Tensor) or not torch.equal(read_back.cpu(), weight):
                 return "returns no dictionary of a file's tensors"
     return ""
 
