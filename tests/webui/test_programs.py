@@ -50,7 +50,7 @@ def test_the_page_describes_and_quantises(ask: Callable, tmp_path) -> None:
     assert "bits/weight" in found["shown"] and "preset balanced" in found["shown"]
     assert found["plain"] == "<p>Not quantised with NFQ.</p>" and "update the plugin" in found["broken"]
     name = f"{folder}/dequantised-NF12-NF24.nfq.safetensors"
-    assert f"{name}: about " in found["estimate"] and found["estimate"].endswith("nothing was written")
+    assert f"{name}: about " in found["estimate"] and "\nnothing was written\n" in found["estimate"]
     assert found["made"].startswith(f"{name}: ") and " MB → " in found["made"]
     assert " MB → " in found["kept"][0] and "text_encoders keep" in found["kept"][1]
     assert "dequantised-NF12-NF24.nfq.safetensors" in {title.split(" ")[0] for title in found["titles"]}
