@@ -39,13 +39,13 @@ def target_path(folder: str, name: str) -> str:
     Raises:
         NFQError: the name is empty, leads out of the folder, or has the ending of another kind of model file.
     """
-    name = name.strip().replace("\\", "/")
+    given = name = name.strip().replace("\\", "/")
     if not name.lower().endswith(MODEL_ENDINGS):
         name += SUFFIX
     path = Path(os.path.abspath(os.path.join(folder, name)))
     stem = name.rpartition("/")[2].removesuffix(SUFFIX).strip(". ")
     if not stem or not path.is_relative_to(os.path.abspath(folder)):
-        raise NFQError(f"{name!r} is not a file name in {folder}; enter one such as 'my-model-small'")
+        raise NFQError(f"{given!r} is not a file name in {folder}; enter one such as 'my-model-small'")
     return str(complete_name(path))
 
 
