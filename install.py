@@ -1,4 +1,4 @@
-"""Run by Automatic1111's web UI and Forge before they start: installs missing packages."""
+"""Run by Automatic1111's web UI, Forge and Forge Neo before they start: installs missing packages."""
 
 from importlib.util import find_spec
 

@@ -9,7 +9,7 @@ import torch
 from modules import devices, sd_models, shared
 
 from .loading import NFQLoading, is_ours
-from .patching import argument, model_change, wrap
+from .patching import StandIn, argument, model_change, reader_fault, stand_in
 
 REMEDY = "this program needs a whole checkpoint: quantise one with its text encoder and VAE"
 
@@ -38,8 +38,26 @@ def install(loading: NFQLoading) -> None:
 
         return reload_model_weights
 
-    wrap(sd_models, "read_state_dict", reader)
-    wrap(sd_models, "reload_model_weights", changer)
+    stand_in(
+        [
+            StandIn(
+                sd_models,
+                "read_state_dict",
+                reader,
+                ("checkpoint_file", "print_global_state", "map_location"),
+                lambda read: reader_fault(read, map_location="cpu"),
+            ),
+            StandIn(sd_models, "reload_model_weights", changer, ("sd_model", "info", "forced_reload"), _list_fault),
+        ],
+        "NFQ checkpoints cannot be loaded here",
+    )
+
+
+def _list_fault(_: Callable) -> str:
+    """What is missing of the lists in which the program keeps its models; empty if nothing is."""
+    data = getattr(sd_models, "model_data", None)
+    known = hasattr(data, "loaded_sd_models") and hasattr(sd_models, "checkpoints_loaded")
+    return "" if known else "keeps its models elsewhere"
 
 
 def _is_loaded(info: Any) -> bool:

@@ -1,18 +1,20 @@
-"""Quantise a checkpoint for the page, on its own thread, with lines of progress, until it is done or stopped."""
+"""Quantise a checkpoint for the page, or estimate that, on a thread with lines of progress, until done or stopped."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..nfq_core import NFQError, Settings, TargetExistsError
 from ..nfq_core.checkpoints.convert import quantize_file
+from ..nfq_core.checkpoints.dry_run import forecast_file, forecast_lines
 from ..nfq_core.checkpoints.extras import DROP_HINT
 from ..nfq_core.checkpoints.targets import MODEL_ENDINGS, complete_name, container_name
-from ..nfq_core.parallel import fraction_done, seconds_left
+from ..nfq_core.parallel import Progress, fraction_done, seconds_left
+from ..nfq_core.sizes import size_in_words
 from .loading import SUFFIX
 
 DROP_EXTRAS = "Leave out extras"
@@ -37,13 +39,13 @@ def target_path(folder: str, name: str) -> str:
     Raises:
         NFQError: the name is empty, leads out of the folder, or has the ending of another kind of model file.
     """
-    name = name.strip().replace("\\", "/")
+    given = name = name.strip().replace("\\", "/")
     if not name.lower().endswith(MODEL_ENDINGS):
         name += SUFFIX
     path = Path(os.path.abspath(os.path.join(folder, name)))
     stem = name.rpartition("/")[2].removesuffix(SUFFIX).strip(". ")
     if not stem or not path.is_relative_to(os.path.abspath(folder)):
-        raise NFQError(f"{name!r} is not a file name in {folder}; enter one such as 'my-model-small'")
+        raise NFQError(f"{given!r} is not a file name in {folder}; enter one such as 'my-model-small'")
     return str(complete_name(path))
 
 
@@ -57,6 +59,20 @@ class Converter:
     def stop(self) -> None:
         """End the work at the next tensor; no partial file is left."""
         self._stop.set()
+
+    def estimate(self, source: str, target: str, settings: Settings, drop_extras: bool = False) -> Iterator[str]:
+        """Estimate a file's size and the time that quantising takes, and yield lines; the last one is the outcome.
+
+        Arguments and errors as for `run`. Nothing is written.
+        """
+
+        def work(progress: Progress) -> str:
+            found = forecast_file(source, target, settings, drop_extras=drop_extras, progress=progress)
+            # A line for each layer comes first.
+            lines = forecast_lines(found)[len(found["layers"]) :]
+            return "\n".join([*lines, *map(_for_page, found["warnings"])])
+
+        yield from self._alone(work, target)
 
     def run(
         self, source: str, target: str, settings: Settings, overwrite: bool = False, drop_extras: bool = False
@@ -74,15 +90,29 @@ class Converter:
             NFQError: the source cannot be quantised, the target exists or cannot be written, or another file is in
                 progress.
         """
+
+        def work(progress: Progress) -> str:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            found = quantize_file(
+                source, target, settings, drop_extras=drop_extras, overwrite=overwrite, progress=progress
+            )
+            before, after = size_in_words(found["original_bytes"]), size_in_words(found["file_bytes"])
+            line = f"{target}: {before} → {after} in {found['seconds']:.0f} s"
+            return "\n".join([line, *map(_for_page, found["warnings"])])
+
+        yield from self._alone(work, target)
+
+    def _alone(self, work: Callable[[Progress], str], target: str) -> Iterator[str]:
+        """Work on a thread of its own, unless another work is in progress, and yield lines of progress."""
         if not self._busy.acquire(blocking=False):
             raise NFQError("another checkpoint is being quantised; wait for it, or stop it")
         try:
             self._stop.clear()
-            yield from self._run(source, target, settings, {"overwrite": overwrite, "drop_extras": drop_extras})
+            yield from self._lines(work, target)
         finally:
             self._busy.release()
 
-    def _run(self, source: str, target: str, settings: Settings, options: dict[str, bool]) -> Iterator[str]:
+    def _lines(self, work: Callable[[Progress], str], target: str) -> Iterator[str]:
         line, outcome, started = "reading", [], time.monotonic()
 
         def progress(done: int, total: int, name: str) -> None:
@@ -92,14 +122,13 @@ class Converter:
             left = seconds_left(time.monotonic() - started, done, total)
             line = f"{fraction_done(done, total):.0%}{'' if left is None else f', {left:.0f} s left'}: {name}"
 
-        def work() -> None:
+        def run() -> None:
             try:
-                os.makedirs(os.path.dirname(target), exist_ok=True)
-                outcome.append(quantize_file(source, target, settings, **options, progress=progress))
+                outcome.append(work(progress))
             except BaseException as error:
                 outcome.append(error)
 
-        thread = threading.Thread(target=work, name="nfq")
+        thread = threading.Thread(target=run, name="nfq")
         thread.start()
         try:
             while thread.is_alive():
@@ -117,7 +146,7 @@ def _for_page(warning: str) -> str:
     return warning.replace(DROP_HINT, f"tick {DROP_EXTRAS!r} to leave them out")
 
 
-def _outcome_message(outcome: dict | BaseException, target: str) -> str:
+def _outcome_message(outcome: str | BaseException, target: str) -> str:
     """How the work ended; errors that a user cannot fix are raised."""
     if isinstance(outcome, _Stopped):
         return "stopped; nothing was written"
@@ -127,9 +156,4 @@ def _outcome_message(outcome: dict | BaseException, target: str) -> str:
         raise NFQError(f"{target} cannot be written: {outcome.strerror}")
     if isinstance(outcome, BaseException):
         raise outcome
-    before, after = outcome["original_bytes"] / 1e9, outcome["file_bytes"] / 1e9
-    lines = [
-        f"{target}: {before:.2f} GB → {after:.2f} GB in {outcome['seconds']:.0f} s",
-        *map(_for_page, outcome["warnings"]),
-    ]
-    return "\n".join(lines)
+    return outcome

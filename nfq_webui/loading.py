@@ -17,6 +17,8 @@ from ..nfq_core.checkpoints.whole_checkpoint import (
     unet_names,
 )
 from ..nfq_core.files.container import HASH_KEY, SUFFIX
+from ..nfq_core.models.text_encoders import find_text_encoders
+from ..nfq_core.models.unet import detect
 
 KEEP_PACKED = "nfq_keep_packed"
 """The name of the setting that keeps weights packed in programs that support it."""
@@ -35,6 +37,12 @@ def is_ours(path: str | os.PathLike) -> bool:
             return name.endswith(".safetensors") and HASH_KEY.encode() in file.read(MARK_BYTES)
     except OSError:
         return False
+
+
+def metadata_of(path: str) -> dict[str, str]:
+    """The texts in a file's header, as a reader of safetensors files returns them next to the tensors."""
+    with NFQFile(path) as file:
+        return dict(file.metadata)
 
 
 def refuse_incomplete(file: NFQFile, remedy: str) -> None:
@@ -64,7 +72,8 @@ class NFQLoading:
             NFQError: the file is missing, damaged, foreign, newer, or incomplete.
         """
         self.forget()
-        tensors = _read(path, remedy)
+        with NFQFile(path) as file:
+            tensors = _read_model(file, remedy)
         self._ahead = _fingerprint(path), tensors
 
     def forget(self) -> None:
@@ -74,12 +83,17 @@ class NFQLoading:
     def take(self, path: str, remedy: str = "") -> StateDict:
         """All tensors of a file under the names of a whole LDM checkpoint; the UNet's weights are packed.
 
-        Uses the tensors read ahead, or reads the file now; arguments and errors as for `read_ahead`.
+        Uses the tensors read ahead, or reads the file now; arguments and errors as for `read_ahead`. Without a
+        `remedy`, the file may also be a text encoder, whose names stay as they are.
         """
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == _fingerprint(path):
             return ahead[1]
-        return _read(path, remedy)
+        with NFQFile(path) as file:
+            shapes = file.shapes()
+            if not remedy and detect(shapes) is None and find_text_encoders(shapes):
+                return load_tensors(file, dense=shapes)
+            return _read_model(file, remedy)
 
     def take_dense(self, path: str, device: torch.device | str, remedy: str = "") -> dict[str, torch.Tensor]:
         """`take`, with the UNet's weights dequantised to fp16."""
@@ -91,11 +105,10 @@ def _fingerprint(path: str) -> Sequence:
     return os.path.realpath(path), facts.st_mtime_ns, facts.st_size
 
 
-def _read(path: str, remedy: str) -> StateDict:
-    with NFQFile(path) as file:
-        if remedy:
-            refuse_incomplete(file, remedy)
-        names, unet = checkpoint_names(file), unet_names(file)
-        # The program's text encoders have no packed layers.
-        others = {key for key in names if key not in unet}
-        return rename_tensors(load_tensors(file, dense=others), names)
+def _read_model(file: NFQFile, remedy: str) -> StateDict:
+    if remedy:
+        refuse_incomplete(file, remedy)
+    names, unet = checkpoint_names(file), unet_names(file)
+    # The program's text encoders have no packed layers.
+    others = {key for key in names if key not in unet}
+    return rename_tensors(load_tensors(file, dense=others), names)

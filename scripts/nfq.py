@@ -1,4 +1,4 @@
-"""Entry point for Automatic1111's web UI and Forge, which run every file in an extension's `scripts` folder.
+"""Entry point for Automatic1111's web UI, Forge and Forge Neo, which run every file in an extension's `scripts` folder.
 
 They run this file without a package, and the extension's folder is first on the module path. A plain import of
 `nfq_core` could find another copy, and `nodes` could hide another module. So this file makes the folder a package with

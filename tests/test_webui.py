@@ -35,10 +35,11 @@ def forgotten() -> Iterator[None]:
         del sys.modules[name]
 
 
-@pytest.fixture(params=["automatic", "forge"])
+@pytest.fixture(params=["automatic", "forge", "neo"])
 def program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Program:
-    made = stub_webui.install(monkeypatch, forge=request.param == "forge")
+    made = stub_webui.install(monkeypatch, kind=request.param)
     made.load_extension()
+    made.read.clear()
     return made
 
 
@@ -63,8 +64,12 @@ class Info:
 
 
 def reader(program: Program):
+    """The function by which the program reads checkpoints that it merges."""
     models = program.modules["modules.sd_models"]
-    return models.load_torch_file if hasattr(models, "load_torch_file") else models.read_state_dict
+    if hasattr(models, "read_state_dict"):
+        return models.read_state_dict
+    merger = program.modules["modules.extras"]
+    return (merger if hasattr(merger, "load_torch_file") else models).load_torch_file
 
 
 def change(program: Program, path: Path):
@@ -103,8 +108,8 @@ def test_unloading_scripts_undoes_everything(program: Program) -> None:
 
 def test_other_files_are_read_by_the_program(program: Program, files: Path) -> None:
     for path in (files / "other.safetensors", files / "missing.safetensors", files / "model.ckpt"):
-        assert reader(program)(str(path), True, device=None) == "stock"
-        assert program.read.pop() == ((str(path), True), {"device": None})
+        assert reader(program)(str(path)) == "stock"
+        assert program.read.pop()[0][0] == str(path)
         assert change(program, path) == "stock"
 
 
@@ -149,8 +154,53 @@ def test_a_model_is_dropped_only_for_a_readable_one(program: Program, files: Pat
     assert len(program.read) == calls, "the program was called"
 
 
-def test_forge_keeps_linear_weights_packed(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = stub_webui.install(monkeypatch, forge=True)
+CHANGES = {
+    "another parameter": lambda program: _set(program, "backend.loader", "load_torch_file", lambda ckpt, mode=0: {}),
+    "another result": lambda program: _set(program, "backend.loader", "load_torch_file", lambda ckpt: [ckpt]),
+    "an error": lambda program: _set(program, "backend.loader", "load_torch_file", lambda ckpt: 1 / 0),
+    "no such function": lambda program: delattr(program.modules["modules.processing"], "forge_model_reload"),
+    "other data": lambda program: delattr(program.modules["modules.sd_models"].model_data, "forge_hash"),
+}
+
+
+def _set(program: Program, module: str, name: str, function) -> None:
+    setattr(program.modules[module], name, function)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_program_that_has_changed_stays_as_it_is(monkeypatch, caplog, change) -> None:
+    program = stub_webui.install(monkeypatch, kind="neo")
+    change(program)
+    before = {name: dict(vars(module)) for name, module in program.modules.items() if name != "gradio"}
+    program.load_extension()
+    assert {name: dict(vars(program.modules[name])) for name in before} == before
+    (sentence,) = [record.getMessage() for record in caplog.records]
+    assert (
+        sentence.startswith("NFQ checkpoints cannot be loaded here: this program has changed (")
+        and "\n" not in sentence
+    )
+    assert len(program.tabs) == 1, "files can still be quantised"
+
+
+def test_without_suitable_layers_weights_are_dequantised(files: Path, monkeypatch, caplog) -> None:
+    program = stub_webui.install(monkeypatch, kind="neo")
+    monkeypatch.setattr(stub_webui.Linear, "forward", lambda self, values: values)
+    program.load_extension()
+    assert caplog.records[-1].getMessage().startswith("Weights cannot stay packed in memory here: ")
+    found = program.modules["backend.loader"].load_torch_file(str(files / "whole.nfq.safetensors"))
+    assert not any(hasattr(value, "gguf_cls") for value in found.values())
+
+
+def test_forge_neo_gets_a_pair_on_demand(files: Path, monkeypatch) -> None:
+    program = stub_webui.install(monkeypatch, kind="neo")
+    program.load_extension()
+    tensors, metadata = reader(program)(str(files / "whole.nfq.safetensors"), return_metadata=True, device=None)
+    assert tensors.keys() == reader(program)(str(files / "whole.nfq.safetensors")).keys() and "nfq" in metadata
+
+
+@pytest.mark.parametrize("kind", ["forge", "neo"])
+def test_weights_stay_packed_as_far_as_the_layers_allow(files: Path, monkeypatch, kind: str) -> None:
+    program = stub_webui.install(monkeypatch, kind=kind)
     program.load_extension()
     read, args = program.modules["backend.loader"].load_torch_file, program.modules["backend.args"].dynamic_args
     path = str(files / "whole.nfq.safetensors")
@@ -159,15 +209,19 @@ def test_forge_keeps_linear_weights_packed(files: Path, monkeypatch: pytest.Monk
     weight = packed[linear]
     assert weight.gguf_cls.__name__ == "NFQ" and weight.data.dtype == torch.uint8
     assert isinstance(weight, torch.nn.Parameter) and weight.shape == dense[linear].shape
-    moved = weight.to(device="cpu", dtype=torch.float32, non_blocking=True)
+    moved = weight.to(device="cpu", dtype=None, non_blocking=True, copy=True)
     assert moved.data.dtype == torch.uint8 and moved.gguf_cls is weight.gguf_cls
     assert torch.equal(weight.gguf_cls.dequantize_pytorch(moved), dense[linear])
+    assert torch.equal(weight.to(torch.float32), dense[linear].float()), "cast, it is dense"
+    assert weight.dtype == torch.float16, "merged weights are rounded to the dtype in which they compute"
+    assert type(weight).__name__ == "Parameter", "Forge Neo pins no other"
     assert torch.equal(weight.detach().clone(), dense[linear]), "what the program saves is dense"
     merged = weight.gguf_cls.quantize_pytorch(dense[linear].float() + 1, moved)
     assert moved is merged and torch.equal(merged.data, (dense[linear].float() + 1).half()) and merged.gguf_cls is None
     assert weight.gguf_cls is not None
     convolution = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
-    assert packed[convolution].gguf_cls is None and torch.equal(packed[convolution].data, dense[convolution])
+    assert (packed[convolution].gguf_cls is None) == (kind == "forge")
+    assert torch.equal(packed[convolution].unpacked(), dense[convolution])
     assert not hasattr(packed["conditioner.x"], "gguf_cls")
     args["forge_unet_storage_dtype"] = torch.float8_e4m3fn
     assert not any(hasattr(value, "gguf_cls") for value in read(path).values())
@@ -186,14 +240,15 @@ def test_install_adds_missing_packages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nfq_webui").glob("*.py")), ids=lambda path: path.name)
 def test_its_modules_import_their_own_relatively(path: Path) -> None:
-    allowed = {"forge.py": {"backend", "modules", "torch"}, "packed.py": {"torch"}, "loading.py": {"torch"}}
+    allowed = {"packed.py": {"torch"}, "loading.py": {"torch"}}
+    allowed |= {"forge.py": {"backend", "modules", "torch"}, "layers.py": {"backend", "torch"}}
     others = {"gradio", "modules", "torch"} if path.name != "conversion.py" else set()
     assert absolute_imports(path) <= allowed.get(path.name, others) | set(sys.stdlib_module_names)
 
 
 @pytest.fixture
 def conversion(monkeypatch: pytest.MonkeyPatch):
-    program = stub_webui.install(monkeypatch, forge=False)
+    program = stub_webui.install(monkeypatch, kind="automatic")
     program.load_extension()
     return sys.modules[f"{reader(program).__module__.partition('.')[0]}.nfq_webui.conversion"]
 
@@ -228,7 +283,7 @@ def test_one_checkpoint_is_quantised_at_a_time_and_can_be_stopped(conversion, tm
     next(lines)
     lines.close()
     assert list(target.parent.iterdir()) == [], "closing the page ends the work"
-    assert list(converter.run(str(source), str(target), settings))[-1].startswith(f"{target}: 0.00 GB → 0.00 GB in")
+    assert list(converter.run(str(source), str(target), settings))[-1].startswith(f"{target}: 1.05 MB → 0.24 MB in")
     assert load(target).keys() == {"weight", "other"}
     for path, overwrite, message in (
         (source, False, "tick Overwrite"),
@@ -277,7 +332,7 @@ def test_extras_are_named_and_left_out_by_the_check_box(conversion, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("preset", "choice", "bits"),
-    [("small", "default", "5bit"), ("balanced", "default", "8bit"), ("levels", "default", "8bit")]
+    [("small", "auto", "5bit"), ("balanced", "auto", "8bit"), ("levels", "auto", "8bit")]
     + [("small", bits, bits) for bits in ("keep", "8bit", "5bit")],
 )
 def test_the_tab_s_choice_for_text_encoders(monkeypatch, tmp_path: Path, preset: str, choice: str, bits: str) -> None:
@@ -293,9 +348,9 @@ def test_the_tab_s_choice_for_text_encoders(monkeypatch, tmp_path: Path, preset:
     models.list_models = lambda: None
     program.tabs[0]()
     choices = [call.args[0] for call in widgets.Dropdown.call_args_list]
-    assert ["default", "keep", "8bit", "5bit"] in choices
-    # The buttons of a stub are one object: refresh, quantise, stop.
-    quantise = widgets.Button.return_value.click.call_args_list[1].args[0]
-    assert list(quantise("a.safetensors", preset, "fast", 16, 32, choice, "new", False, False)) == ["done"]
+    assert ["auto", "keep", "8bit", "5bit"] in choices
+    # The buttons of a stub are one object: refresh, estimate, quantise, stop.
+    quantise = widgets.Button.return_value.click.call_args_list[2].args[0]
+    assert list(quantise("a.safetensors", preset, "fast", choice, 16, 32, "new", False, False)) == ["done"]
     _, target, settings, *_ = seen[0]
     assert settings.text_encoder_bits == bits and target == str(tmp_path / "new.nfq.safetensors")

@@ -233,9 +233,9 @@ from nfq_core.diffusers import load_unet
 unet = load_unet({file}{folder})
 pipeline = StableDiffusionXLPipeline.from_pretrained({base}, unet=unet).to(unet.dtype)
 ```""",
-            "**Automatic1111's web UI and Forge**, with the same repository as an extension: put a checkpoint into "
-            "`models/Stable-diffusion` and choose it in the list. A UNet alone works in Forge only: choose its text "
-            "encoders and VAE under *VAE / Text Encoder*.",
+            "**Automatic1111's web UI, Forge and Forge Neo**, with the same repository as an extension: put a "
+            "checkpoint into `models/Stable-diffusion` and choose it in the list. A UNet alone works in the last two: "
+            "choose its text encoders and VAE under *VAE / Text Encoder*.",
         ]
     else:
         steps.append("**Python**: `nfq_core.load` of ComfyUI-NFQ reads a file as a state dict of packed weights.")

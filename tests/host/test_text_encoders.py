@@ -349,7 +349,7 @@ def test_refused_clips(host, base) -> None:
         "type sdxl needs the files of CLIP-L and OpenCLIP-G": loaded(clip_l),
         "type sdxl does not fit CLIP-L and CLIP-L": loaded(clip_l, clip_l),
         "type flux does not fit CLIP-L and OpenCLIP-G; choose the type": loaded(clip_l, clip_g, kind="flux"),
-        "is a UNet .*belongs in models/diffusion_models, where Load NFQ Diffusion Model": loaded(
+        "is a UNet.*belongs in models/diffusion_models, where Load NFQ Diffusion Model": loaded(
             "unet.nfq.safetensors", kind="stable_diffusion"
         ),
         "is a whole checkpoint; it belongs in models/checkpoints, where Load NFQ Checkpoint": loaded(

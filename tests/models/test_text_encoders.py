@@ -153,8 +153,8 @@ def test_a_checkpoint_with_the_text_encoders_of_its_unet():
 def test_a_checkpoint_with_one_of_two_or_a_foreign_one():
     unet = tensor_shapes(SDXL_BASE, "prefixed")
     assert warnings(unet | clip(CLIP_L, LDM_L)) == [
-        f"the checkpoint's text encoders are CLIP-L ({LDM_L}*); its UNet also reads OpenCLIP-G (conditioner.*), so load "
-        "CLIP from another file"
+        f"the checkpoint's text encoders are CLIP-L ({LDM_L}*); its UNet also reads OpenCLIP-G (conditioner.*), so "
+        "load CLIP from another file"
     ]
     (foreign,) = warnings(unet | clip(CLIP_L, "cond_stage_model.transformer."))
     assert "are CLIP-L (cond_stage_model.transformer.*)" in foreign

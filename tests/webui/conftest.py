@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from samples import TINY, random_half
+from text_models import SMALL_G, SMALL_L, random_tensors
 
+from benchmarks.checkpoint_shapes import clip, text_encoders
 from nfq_core.checkpoints.convert import dequantize_file, quantize_file
 from nfq_core.files.container import NFQFile
 from nfq_core.files.safetensors_io import aligned_entries, header_bytes, tensor_bytes
@@ -21,15 +23,17 @@ from nfq_core.models.unet_keys import tensor_shapes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-PROGRAMS = {"webui": ("WEBUI_PATH", "WEBUI_PYTHON"), "forge": ("FORGE_PATH", "FORGE_PYTHON")}
+PROGRAMS = {
+    "webui": ("WEBUI_PATH", "WEBUI_PYTHON"),
+    "forge": ("FORGE_PATH", "FORGE_PYTHON"),
+    "neo": ("NEO_PATH", "NEO_PYTHON"),
+}
 
-COMPANIONS = {
-    "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight": (64, 48),
-    "conditioner.embedders.1.model.ln_final.weight": (48,),
+VAE = {
     "first_stage_model.decoder.conv_in.weight": (32, 4, 3, 3),
     "first_stage_model.encoder.conv_in.weight": (32, 3, 3, 3),
 }
-"""Tensors of a text encoder and a VAE, which make a checkpoint count as whole."""
+"""Tensors that make a checkpoint count as one with a VAE."""
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -39,19 +43,27 @@ def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def make_checkpoints(folder: Path) -> None:
-    """Checkpoints of a tiny UNet with SDXL's names: valid, damaged, newer, foreign, renamed, and a UNet alone."""
+    """Checkpoints of a tiny UNet with SDXL's names: valid, damaged, newer, foreign, renamed, and its parts alone."""
     folder.mkdir(parents=True)
     unet = {
         name: random_half(*shape, seed=seed) / 16
         for seed, (name, shape) in enumerate(tensor_shapes(TINY, "prefixed").items())
     }
-    companions = {name: random_half(*shape, seed=seed) for seed, (name, shape) in enumerate(COMPANIONS.items())}
+    companions = random_tensors(text_encoders(SMALL_L, SMALL_G) | VAE)
     write(folder / "source.tmp", unet | companions)
     tiny = folder / "tiny.nfq.safetensors"
     quantize_file(folder / "source.tmp", tiny)
     dequantize_file(tiny, folder / "dequantised.safetensors", torch.float16)
     write(folder / "source.tmp", {name.removeprefix("model.diffusion_model."): value for name, value in unet.items()})
     quantize_file(folder / "source.tmp", folder / "unet.nfq.safetensors")
+    write(folder / "other.safetensors", {name: value * 2 for name, value in unet.items()} | companions)
+    quantize_file(folder / "other.safetensors", folder / "other.nfq.safetensors")
+    modules = folder.parent / "modules"
+    modules.mkdir()
+    write(modules / "companions.safetensors", companions)
+    write(folder / "source.tmp", random_tensors(clip(SMALL_L)))
+    quantize_file(folder / "source.tmp", modules / "clip_l.nfq.safetensors")
+    dequantize_file(modules / "clip_l.nfq.safetensors", modules / "clip_l.safetensors")
     (folder / "source.tmp").unlink()
     shutil.copy(tiny, folder / "renamed.safetensors")
     raw = bytearray(tiny.read_bytes())
@@ -73,10 +85,18 @@ def program(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program's folder of models, made once; nothing changes a file in it."""
+    folder = tmp_path_factory.mktemp("made") / "models"
+    make_checkpoints(folder / "Stable-diffusion")
+    return folder
+
+
 @pytest.fixture
-def ask(program: str, tmp_path: Path) -> Callable[[str], dict]:
-    """Run a check of `driver.py` in a program; `tmp_path` is its data folder with the extension and the checkpoints."""
-    make_checkpoints(tmp_path / "models" / "Stable-diffusion")
+def ask(program: str, models: Path, tmp_path: Path) -> Callable[[str], dict]:
+    """Run a check of `driver.py` in a program; `tmp_path` is its data folder with the extension and the models."""
+    shutil.copytree(models, tmp_path / "models", copy_function=os.link)
     (tmp_path / "extensions").mkdir()
     (tmp_path / "extensions" / "ComfyUI-NFQ").symlink_to(ROOT)
     path, python = (os.environ.get(name) for name in PROGRAMS[program])
@@ -85,7 +105,7 @@ def ask(program: str, tmp_path: Path) -> Callable[[str], dict]:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"PROGRAM": path, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         command = [python or sys.executable, str(Path(__file__).parent / "driver.py"), check, str(tmp_path)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
         assert result.returncode == 0, result.stderr[-6000:]
         return json.loads(result.stdout.splitlines()[-1]) | {"log": result.stderr}
 

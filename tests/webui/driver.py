@@ -1,7 +1,7 @@
 """Runs in a program's own Python: imports its modules, loads the extension, and runs one check.
 
 Usage: driver.py CHECK FOLDER, with a folder made by `conftest.py`. PROGRAM in the environment is the folder of
-Automatic1111's web UI or Forge. The last line printed is the result, as JSON.
+Automatic1111's web UI, Forge or Forge Neo. The last line printed is the result, as JSON.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from typing import Any
 
 CHECK, FOLDER = sys.argv[1], Path(sys.argv[2])
 PROGRAM = Path(os.environ["PROGRAM"])
-IS_FORGE = (PROGRAM / "backend").is_dir()
+IS_NEO = (PROGRAM / "modules_forge" / "packages").is_dir()
+KIND = "neo" if IS_NEO else "forge" if (PROGRAM / "backend").is_dir() else "webui"
+FLAGS = {"webui": ["--use-cpu", "all", "--no-half"], "forge": ["--always-cpu"], "neo": ["--cpu"]}
 
 
 def start() -> None:
     """Import the program as its `webui.py` does, with FOLDER as data folder, and let it list and load extensions."""
     os.chdir(PROGRAM)
     sys.path[:0] = [str(PROGRAM)]
-    flags = ["--always-cpu"] if IS_FORGE else ["--use-cpu", "all", "--no-half"]
-    sys.argv = ["webui.py", *flags, "--data-dir", str(FOLDER), "--skip-torch-cuda-test"]
-    if IS_FORGE:
+    sys.argv = ["webui.py", *FLAGS[KIND], "--data-dir", str(FOLDER), "--skip-torch-cuda-test"]
+    if KIND == "forge":
         sys.path[1:1] = [str(PROGRAM / "packages_3rdparty"), str(PROGRAM / "repositories" / "huggingface_guess")]
+    if KIND != "webui":
         from modules_forge.initialization import initialize_forge
 
         initialize_forge()
@@ -47,6 +49,15 @@ def path_of(name: str) -> str:
     return str(FOLDER / "models" / "Stable-diffusion" / name)
 
 
+def reader() -> Any:
+    """The function by which the program reads a checkpoint to merge it; what it returns is always dense."""
+    from modules import extras, sd_models
+
+    if KIND == "webui":
+        return sd_models.read_state_dict
+    return (extras if IS_NEO else sd_models).load_torch_file
+
+
 def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
     """Whether two state dicts have the same names and the same values in them."""
     import torch
@@ -65,21 +76,22 @@ def raised(call: Any, *args: Any, **kwargs: Any) -> str:
 
 def check_loaded() -> dict[str, Any]:
     """Whether the extension is loaded from its own folder, and which names it leaves behind."""
-    from modules import scripts, sd_models
+    from modules import scripts
 
-    reader = sd_models.load_torch_file if IS_FORGE else sd_models.read_state_dict
-    first = reader.__module__
+    first = reader().__module__
     scripts.script_callbacks.script_unloaded_callback()
-    undone = (sd_models.load_torch_file if IS_FORGE else sd_models.read_state_dict).__module__
+    undone = reader().__module__
     scripts.load_scripts()
-    again = (sd_models.load_torch_file if IS_FORGE else sd_models.read_state_dict).__module__
+    again = reader().__module__
     scripts.script_callbacks.before_ui_callback()
     ours = sys.modules[first]
+    patching = sys.modules[f"{first.rpartition('.')[0]}.patching"]
     return {
         "reader": first,
         "undone": undone,
         "again": again,
         "file": ours.__file__,
+        "limits": patching.limits,
         "nodes": "nodes" in sys.modules,
         "core": sorted(name for name in sys.modules if name.endswith("nfq_core")),
         "path": [entry for entry in sys.path if "ComfyUI-NFQ" in entry],
@@ -105,23 +117,37 @@ def check_list() -> dict[str, Any]:
 
 
 def check_read() -> dict[str, Any]:
-    """Results of the program's reader for our files and others."""
-    from modules import sd_models
-    from modules.timer import Timer
-
-    read = sd_models.load_torch_file if IS_FORGE else sd_models.read_state_dict
-    info = sd_models.get_closet_checkpoint_match("tiny.nfq")
-    ours = sd_models.get_checkpoint_state_dict(info, Timer())
+    """Results of the program's readers for our files and others."""
+    read = reader()
     stock = read(path_of("dequantised.safetensors"))
     unet = {key: value for key, value in stock.items() if key.startswith("model.")}
     return {
-        "same": same(ours, stock),
+        "same": same(read(path_of("tiny.nfq.safetensors")), stock),
         "renamed": same(read(path_of("renamed.safetensors")), stock),
         "unet": raised(lambda: same(read(path_of("unet.nfq.safetensors")), unet) or 1 / 0),
         "damaged": raised(read, path_of("damaged.nfq.safetensors")),
         "newer": raised(read, path_of("newer.nfq.safetensors")),
         "foreign": raised(read, path_of("foreign.nfq.safetensors")),
+        "parts": {} if KIND == "webui" else parts(),
     }
+
+
+def parts() -> dict[str, bool]:
+    """Results of Forge's reader of models and of the files that 'VAE / Text Encoder' names."""
+    import backend.loader
+
+    read = backend.loader.load_torch_file
+    encoder = str(FOLDER / "models" / "modules" / "clip_l")
+    dense = read(f"{encoder}.safetensors")
+    found = {"text encoder": same(read(f"{encoder}.nfq.safetensors"), dense)}
+    if IS_NEO:
+        tensors, metadata = read(f"{encoder}.nfq.safetensors", safe_load=True, device=None, return_metadata=True)
+        found["pair"] = same(tensors, dense) and "nfq" in metadata
+        tensors, metadata = read(path_of("tiny.nfq.safetensors"), return_metadata=True)
+        packed = [value for value in tensors.values() if getattr(value, "gguf_cls", None)]
+        found["packed"] = len(packed) > 40 and {len(value.shape) for value in packed} == {2, 4}
+        found["stock pair"] = read(f"{encoder}.safetensors", return_metadata=True)[1] is not None
+    return found
 
 
 def check_page() -> dict[str, Any]:
@@ -140,12 +166,15 @@ def check_page() -> dict[str, Any]:
     for function in whole.fns.values() if isinstance(whole.fns, dict) else whole.fns:
         if function.fn is not None:
             functions[function.fn.__name__] = function.fn
-    make, show = functions["lines"], functions["show"]
-    made = list(make("dequantised.safetensors", "levels", "fast", 12, 24, "5bit", "", False, False))
-    again = list(make("dequantised.safetensors", "levels", "fast", 12, 24, "5bit", "", False, False))
-    outside = list(make("dequantised.safetensors", "small", "fast", 12, 24, "keep", "../../outside", False, False))
-    twice = list(make("tiny.nfq.safetensors", "tiny", "fast", 12, 24, "default", "", False, False))
-    stopped = make("dequantised.safetensors", "balanced", "best", 16, 32, "default", "sub/stopped", True, False)
+    make, show = functions["quantise"], functions["show"]
+    levels, plain = ("levels", "fast", "auto", 12, 24), "dequantised.safetensors"
+    estimate = list(functions["estimate"](plain, *levels, "", False, False))
+    made = list(make(plain, *levels, "", False, False))
+    again = list(make(plain, *levels, "", False, False))
+    outside = list(make(plain, "small", "fast", "5bit", 12, 24, "../../outside", False, False))
+    twice = list(make("tiny.nfq.safetensors", "tiny", "fast", "auto", 12, 24, "", False, False))
+    kept = list(make(plain, "tiny", "fast", "keep", 12, 24, "kept", False, False))
+    stopped = make(plain, "balanced", "best", "8bit", 16, 32, "sub/stopped", True, False)
     first = next(stopped)
     functions["stop"]()
     from modules import sd_models
@@ -157,7 +186,9 @@ def check_page() -> dict[str, Any]:
         "shown": show("tiny.nfq.safetensors"),
         "plain": show("dequantised.safetensors"),
         "broken": show("newer.nfq.safetensors"),
+        "estimate": estimate[-1],
         "made": made[-1],
+        "kept": [kept[-1], show("kept.nfq.safetensors")],
         "again": again[-1],
         "outside": outside[-1],
         "twice": twice[-1],
@@ -169,7 +200,7 @@ def check_page() -> dict[str, Any]:
 
 def check_change() -> dict[str, Any]:
     """Loading a model, changing to files that cannot be loaded, and the model that the program then has."""
-    program = importlib.import_module("program_forge" if IS_FORGE else "program_webui")
+    program = importlib.import_module(f"program_{KIND}")
     return program.change(path_of, raised)
 
 

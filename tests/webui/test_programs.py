@@ -23,6 +23,7 @@ def test_the_extension_is_loaded_and_unloaded(ask: Callable) -> None:
     assert found["core"] == [found["reader"].partition(".")[0] + ".nfq_core"]
     assert "/extensions/ComfyUI-NFQ/nfq_webui/" in found["file"]
     assert found["path"] == [] and not found["nodes"]
+    assert found["limits"] == [], "the program has changed"
 
 
 def test_files_are_listed_with_hash_and_metadata(ask: Callable) -> None:
@@ -38,6 +39,7 @@ def test_our_files_are_read_like_their_dequantised_versions(ask: Callable, progr
     assert found["same"] and found["renamed"]
     assert "this program needs a whole checkpoint" in found["unet"] if program == "webui" else not found["unet"]
     assert_sentences(found, f"{tmp_path}/models/Stable-diffusion/")
+    assert all(found["parts"].values()), found["parts"]
 
 
 def test_the_page_describes_and_quantises(ask: Callable, tmp_path) -> None:
@@ -47,8 +49,11 @@ def test_the_page_describes_and_quantises(ask: Callable, tmp_path) -> None:
     assert "tiny.nfq.safetensors" in found["settings"] and "newer.nfq.safetensors has container" in found["settings"]
     assert "bits/weight" in found["shown"] and "preset balanced" in found["shown"]
     assert found["plain"] == "<p>Not quantised with NFQ.</p>" and "update the plugin" in found["broken"]
-    assert found["made"].startswith(f"{folder}/dequantised-NF12-NF24-TE5bit.nfq.safetensors: 0.00 GB")
-    assert "dequantised-NF12-NF24-TE5bit.nfq.safetensors" in {title.split(" ")[0] for title in found["titles"]}
+    name = f"{folder}/dequantised-NF12-NF24.nfq.safetensors"
+    assert f"{name}: about " in found["estimate"] and "\nnothing was written\n" in found["estimate"]
+    assert found["made"].startswith(f"{name}: ") and " MB → " in found["made"]
+    assert " MB → " in found["kept"][0] and "text_encoders keep" in found["kept"][1]
+    assert "dequantised-NF12-NF24.nfq.safetensors" in {title.split(" ")[0] for title in found["titles"]}
     assert found["again"].endswith("exists already; choose another name, or tick Overwrite")
     assert found["outside"].startswith("Error: '../../outside' is not a file name in")
     assert "is quantised already" in found["twice"]
