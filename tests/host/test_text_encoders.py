@@ -120,7 +120,9 @@ def test_encoding_is_the_same_as_before_saving(host) -> None:
     joined = nfq_core.load(host.output / "checkpoints" / "text-joined.nfq.safetensors")
     saved = nfq_core.load(host.output / "checkpoints" / "text.nfq.safetensors")
     assert joined.keys() == saved.keys()
-    assert [key for key in saved if not torch.equal(data(joined[key]), data(saved[key]))] == []
+    changed = [key for key in saved if not torch.equal(data(joined[key]), data(saved[key]))]
+    # The host reads no logit_scale from a text encoder's file; encoding does not use it.
+    assert set(changed) <= {f"{OPEN_CLIP}model.logit_scale"}
     facts = compared(host, graph, ["packed", 0], ["companions", 0])
     assert 0 < max(facts["differences"].values()) < 0.1
     for file in files:
