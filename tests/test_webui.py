@@ -271,7 +271,7 @@ def test_where_a_new_checkpoint_goes(conversion, tmp_path: Path) -> None:
 
 def test_one_checkpoint_is_quantised_at_a_time_and_can_be_stopped(conversion, tmp_path: Path) -> None:
     source, target = tmp_path / "source.safetensors", tmp_path / "sub" / "new.nfq.safetensors"
-    save_file({"weight": random_half(512, 512), "other": random_half(512, 512, seed=1)}, source)
+    save_file({"weight": random_half(512, 512), "other.weight": random_half(512, 512, seed=1)}, source)
     converter, settings = conversion.Converter(), conversion.Settings(effort="best")
     lines = converter.run(str(source), str(target), settings)
     assert next(lines) == "reading"
@@ -284,7 +284,7 @@ def test_one_checkpoint_is_quantised_at_a_time_and_can_be_stopped(conversion, tm
     lines.close()
     assert list(target.parent.iterdir()) == [], "closing the page ends the work"
     assert list(converter.run(str(source), str(target), settings))[-1].startswith(f"{target}: 1.05 MB → 0.24 MB in")
-    assert load(target).keys() == {"weight", "other"}
+    assert load(target).keys() == {"weight", "other.weight"}
     for path, overwrite, message in (
         (source, False, "tick Overwrite"),
         (tmp_path / "none.safetensors", True, "no such file"),
@@ -336,7 +336,7 @@ def test_extras_are_named_and_left_out_by_the_check_box(conversion, tmp_path: Pa
     + [("small", bits, bits) for bits in ("keep", "8bit", "5bit")],
 )
 def test_the_tab_s_choice_for_text_encoders(monkeypatch, tmp_path: Path, preset: str, choice: str, bits: str) -> None:
-    program = stub_webui.install(monkeypatch, forge=False)
+    program = stub_webui.install(monkeypatch, kind="automatic")
     program.load_extension()
     page = sys.modules[f"{reader(program).__module__.partition('.')[0]}.nfq_webui.page"]
     seen, widgets = [], MagicMock()

@@ -187,6 +187,9 @@ def _split(info: UNetInfo | None, entries: Mapping[str, Entry], settings: Settin
     else:
         prefix = main.family.prefix if main and main.family else ""
         keys = [key for key in own if is_layer_to_quantize(key, entries[key].shape, prefix)]
+        if main and not any(f".{key}".endswith(".weight") for key in main.keys):
+            # Arrays under names of their own, not the parameters of layers.
+            keys = [key for key in own if "emb" not in key]
         every, few = ({key: entries[key].shape for key in some} for some in ({*keys, *careful}, careful))
         careful = careful if _weights(few) <= MAX_CAREFUL * _weights(every) else []
         keys = [key for key in keys if key not in careful]

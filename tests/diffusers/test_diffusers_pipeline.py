@@ -12,7 +12,7 @@ import pytest
 import torch
 from samples import TINY, random_weight, unet_config
 
-from nfq_core import NFQError, quantize_state_dict, save
+from nfq_core import NFQError, quantize_file, quantize_state_dict, save
 from nfq_core.calibration.prompts import PROMPTS
 from nfq_core.layers import packed_layers
 from nfq_core.models.unet_keys import UNetArchitecture
@@ -23,6 +23,7 @@ for package in ("accelerate", "peft", "transformers"):
 
 from clip_models import ARCHITECTURE, make_settings_folder, whole_checkpoint  # noqa: E402
 from diffusers_models import noise_of, packed_unet, pipeline_parts, reads_folders, stock_unet, write_config  # noqa: E402
+from family_models import diffusers_models  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 
 from nfq_core.diffusers import NFQConfig, load_unet  # noqa: E402
@@ -307,6 +308,9 @@ def test_the_examples_of_the_documentation(
     stock.to(torch.float32).save_pretrained(tmp_path / "sdxl")
     for name in ("model", "sdxl"):
         save(quantize_state_dict(whole_checkpoint(stock)), tmp_path / f"{name}-balanced.nfq.safetensors")
+    flux = tmp_path / "flux1-dev" / "transformer"
+    diffusers_models()["Flux.1"].to(torch.bfloat16).save_pretrained(flux)
+    quantize_file(flux / "diffusion_pytorch_model.safetensors", tmp_path / "flux1-dev-balanced.nfq.safetensors")
     make_known(monkeypatch, ARCHITECTURE)
     monkeypatch.chdir(tmp_path)
     # Fewer steps, smaller pictures.

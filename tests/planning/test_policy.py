@@ -108,7 +108,8 @@ KEPT = {
 
 @pytest.mark.parametrize(("key", "shape", "dtype"), KEPT.values(), ids=KEPT)
 def test_kept(key, shape, dtype):
-    assert formats({key: entry(shape, dtype)}) == {key: None}
+    layer = {"layer.weight": entry((64, 64))}
+    assert formats({key: entry(shape, dtype)} | layer)[key] is None
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
@@ -119,6 +120,13 @@ def test_quantised(shape, dtype):
 
 def test_the_weight_of_a_single_layer():
     assert formats({"weight": entry((64, 64))}, Settings(Formats())) == {"weight": "nf16_b64"}
+
+
+def test_arrays_that_are_no_layers_parameters():
+    """In a file without any `….weight`, names say nothing; next to layers, other names are tables and parameters."""
+    bare = {"a": entry((256, 256)), "emb": entry((256, 256)), "b": entry((64,))}
+    assert [key for key, fmt in formats(bare).items() if fmt] == ["a"]
+    assert [key for key, fmt in formats(bare | {"layer.weight": entry((256, 256))}).items() if fmt] == ["layer.weight"]
 
 
 def test_formats_go_by_dimensions_too():
