@@ -109,6 +109,17 @@ def test_the_front_page_is_short() -> None:
     assert len(re.findall(r"!\[|<img", text)) <= 3, "pictures"
 
 
+def test_figures_of_the_front_page_are_among_the_benchmarks() -> None:
+    figures = {
+        f"{figure} GB"
+        for several in re.findall(r"\d[\d.]*(?:(?: GB)? [+–] \d[\d.]*)* GB", (ROOT / "README.md").read_text("utf-8"))
+        for figure in re.findall(r"\d[\d.]*", several)
+    } - {f"{card} GB" for card in (4, 6, 8, 12)}
+    assert {"6.94 GB", "1.27 GB", "5.14 GB", "1.64 GB"} <= figures
+    benchmarks = (ROOT / "docs" / "BENCHMARKS.md").read_text("utf-8")
+    assert not {figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}", benchmarks)}
+
+
 def test_every_page_is_in_the_index() -> None:
     index = {(ROOT / "docs" / link.partition("#")[0]).resolve() for link in links(ROOT / "docs" / "README.md")}
     assert {page for page in PAGES if page != ROOT / "docs" / "README.md"} <= index
