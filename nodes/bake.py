@@ -110,11 +110,11 @@ def quantize_model(
 
 def _refuse_unquantizable(model: Any) -> None:
     if any(True for _ in nf_layers(model.model)):
-        raise NFQError("this MODEL is quantised already; connect the loader of the fp16 model to NFQ Quantize UNet")
+        raise NFQError("this MODEL is quantised already; connect the loader of the fp16 model to NFQ Quantize Model")
     if model.get_injections(BYPASS_LORA):
-        raise NFQError("Load LoRA (Bypass) works only after NFQ Quantize UNet; before it, use Load LoRA")
+        raise NFQError("Load LoRA (Bypass) works only after NFQ Quantize Model; before it, use Load LoRA")
     if TORCH_COMPILE_KWARGS in model.model_options:
-        raise NFQError("this MODEL is compiled already; put TorchCompileModel after NFQ Quantize UNet")
+        raise NFQError("this MODEL is compiled already; put TorchCompileModel after NFQ Quantize Model")
     refuse_unsupported_quantization(model.model)
     if model.get_attachment(PROVENANCE) is not None:
         log.warning("this MODEL was dequantised from a quantised file; quantising its original gives better quality")

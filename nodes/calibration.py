@@ -178,7 +178,7 @@ def calibrate_model(
     if clip is None:
         raise NFQError("there is no CLIP; connect that of the checkpoint loader")
     if model.get_injections(BYPASS_LORA):
-        raise NFQError("Load LoRA (Bypass) works only after NFQ Quantize UNet; before NFQ Calibrate, use Load LoRA")
+        raise NFQError("Load LoRA (Bypass) works only after NFQ Quantize Model; before NFQ Calibrate, use Load LoRA")
     shapes = {key: tuple(tensor.shape) for key, tensor in model.model.diffusion_model.state_dict().items()}
     sensitivities = sensitivities or not known_by_layer(detect(shapes))
     clone = attach_collector(model, True, sensitivities)

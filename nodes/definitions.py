@@ -135,7 +135,7 @@ class NFQuantizeUNet(io.ComfyNode):
         return schema(
             node_id="NFQuantizeUNet",
             search_aliases=["quantise", "quantize model", "compress unet", "normalfloat", "nf4", "shrink sdxl"],
-            display_name="NFQ Quantize UNet",
+            display_name="NFQ Quantize Model",
             description="Quantises a MODEL in this workflow. LoRAs and merges before this node are baked in; connect "
             "other LoRAs after it.",
             inputs=[
@@ -236,7 +236,7 @@ class NFSaveCheckpoint(io.ComfyNode):
             display_name="Save NFQ Checkpoint",
             description="Writes a quantised MODEL, alone or with CLIP and VAE, to a folder that the NFQ loaders list.",
             inputs=[
-                io.Model.Input("model", tooltip="From NFQ Quantize UNet or an NFQ loader, with no LoRA after it."),
+                io.Model.Input("model", tooltip="From NFQ Quantize Model or an NFQ loader, with no LoRA after it."),
                 io.Clip.Input(
                     "clip",
                     optional=True,

@@ -77,10 +77,12 @@ def save_model(
         NFQError: the MODEL is not packed or has patches, only one of CLIP and VAE is given, or writing fails.
     """
     facts = provenance(
-        model, "this MODEL is not quantised; put NFQ Quantize UNet (NFQuantizeUNet) before Save NFQ Checkpoint"
+        model, "this MODEL is not quantised; put NFQ Quantize Model (NFQuantizeUNet) before Save NFQ Checkpoint"
     )
     if model.patches or model.weight_wrapper_patches or model.get_injections(BYPASS_LORA):
-        raise NFQError("a LoRA or merge was added after quantising; apply it before NFQuantizeUNet (NFQ Quantize UNet)")
+        raise NFQError(
+            "a LoRA or merge was added after quantising; apply it before NFQuantizeUNet (NFQ Quantize Model)"
+        )
     if (clip is None) != (vae is None):
         raise NFQError("a whole checkpoint needs both CLIP and VAE; connect both, or neither to save the UNet alone")
     alone = clip is None

@@ -91,7 +91,7 @@ def _family(package: str, name: str, folder: str) -> dict:
     core = sys.modules[package.removesuffix(".nodes") + ".nfq_core"]
     convert = sys.modules[core.__name__ + ".checkpoints.convert"]
     load, bake, save, patcher = (_module(package, part) for part in ("load", "bake", "save", "patcher"))
-    recipe = _module(package, "recipe")
+    recipe, calibration = _module(package, "recipe"), _module(package, "calibration")
     source, packed_path, dense_path = (os.path.join(folder, f"m{end}.safetensors") for end in ("", ".nfq", "-dense"))
     save_file(random_model(name), source)
     convert.quantize_file(source, packed_path)
@@ -157,4 +157,15 @@ def _family(package: str, name: str, folder: str) -> dict:
         os.unlink(path)
     merged = bake.quantize_model(_with_lora(original, lora), core.Settings(), None, recipe.Origin())
     facts["lora baked in"] = _difference(_latent(name, merged), latent)
+
+    collecting = calibration.attach_collector(original, hessians=True, sensitivities=True)
+    facts["collecting"] = _difference(_latent(name, collecting), _latent(name, original))
+    path, _ = calibration.save_calibration(collecting, prefix, True)
+    try:
+        statistics = core.Calibration.load(path)
+    finally:
+        os.unlink(path)
+    calibrated = bake.quantize_model(original, core.Settings(), None, recipe.Origin(), calibration=statistics)
+    facts["calibrated layers"] = len(statistics.inputs)
+    facts["calibrated"] = _difference(_latent(name, calibrated), latent)
     return facts

@@ -17,7 +17,7 @@ import torch
 WIDTH = 128
 
 _SD1 = {
-    **{"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 64, "context_dim": 768},
+    **{"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "context_dim": 768},
     **{"num_res_blocks": [1, 1, 1, 1], "channel_mult": [1, 2, 4, 4], "adm_in_channels": None, "legacy": False},
     **{"transformer_depth": [1, 1, 1, 0], "transformer_depth_output": [1] * 6 + [0] * 2},
     **{"transformer_depth_middle": 1, "use_linear_in_transformer": False, "use_spatial_transformer": True},
@@ -184,7 +184,7 @@ def know_tiny_families() -> None:
         return found
 
     comfy.model_detection.detect_unet_config = detect_tiny
-    for name, sizes in (("SD15", {"model_channels": 64}), ("ZImage", {"dim": 256})):
+    for name, sizes in (("SD15", {"model_channels": 32}), ("ZImage", {"dim": 256})):
         known = getattr(comfy.supported_models, name, None)
         if known is not None:
             narrow = type(f"Narrow{name}", (known,), {"unet_config": {**known.unet_config, **sizes}})
