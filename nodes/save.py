@@ -81,7 +81,7 @@ def save_model(
     )
     if model.patches or model.weight_wrapper_patches or model.get_injections(BYPASS_LORA):
         raise NFQError(
-            "a LoRA or merge was added after quantising; apply it before NFQuantizeUNet (NFQ Quantize Model)"
+            "a LoRA or merge was added after quantising; apply it before NFQ Quantize Model (NFQuantizeUNet)"
         )
     if (clip is None) != (vae is None):
         raise NFQError("a whole checkpoint needs both CLIP and VAE; connect both, or neither to save the UNet alone")

@@ -23,7 +23,7 @@ MODEL = ["model", 0]
             r"not quantised; put NFQ Quantize Model \(NFQuantizeUNet\) before",
             id="dense",
         ),
-        pytest.param({"save": save(["lora", 0], "x")}, "apply it before NFQuantizeUNet", id="lora"),
+        pytest.param({"save": save(["lora", 0], "x")}, "apply it before NFQ Quantize Model", id="lora"),
         pytest.param({"save": save(["ours", 0], "../../x")}, "leads out of .*diffusion_models", id="outside"),
         pytest.param(
             {"save": save(["ours", 0], "../checkpoints/x")}, "leads out of .*diffusion_models", id="elsewhere"
@@ -64,7 +64,7 @@ def test_bypassed_adapters_are_never_lost(host) -> None:
     bypass = lora("lora", 1.0, MODEL) | {"class_type": "LoraLoaderBypassModelOnly"}
     with pytest.raises(HostError, match="works only after NFQ Quantize Model"):
         host.run({"model": ORIGINAL, "lora": bypass, "packed": quantize(["lora", 0]), "save": save(["packed", 0], "x")})
-    with pytest.raises(HostError, match="apply it before NFQuantizeUNet"):
+    with pytest.raises(HostError, match="apply it before NFQ Quantize Model"):
         host.run({"model": OURS, "lora": bypass, "save": save(["lora", 0], "x")})
 
 
