@@ -63,10 +63,10 @@ _Z_IMAGE = {
     **{"z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32},
 }
 _QWEN = {"num_attention_heads": 1, "joint_attention_dim": 96}
-_COSMOS_SIZES = {"num_heads": 1, "crossattn_emb_channels": 96, "adaln_lora_dim": 64}
+_COSMOS_SIZES = {"num_heads": 1, "crossattn_emb_channels": 96, "adaln_lora_dim": 64, "num_blocks": 2}
 _COSMOS = {
     **{"max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16, "out_channels": 16},
-    **{"patch_spatial": 2, "patch_temporal": 1, "model_channels": WIDTH, "concat_padding_mask": True, "num_blocks": 2},
+    **{"patch_spatial": 2, "patch_temporal": 1, "model_channels": WIDTH, "concat_padding_mask": True},
     **{"pos_emb_cls": "rope3d", "pos_emb_learnable": True, "pos_emb_interpolation": "crop", "use_adaln_lora": True},
     **{"extra_per_block_abs_pos_emb": False, "rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0},
     **{"rope_enable_fps_modulation": False, **_COSMOS_SIZES},
