@@ -71,8 +71,8 @@ class NFQuantizedUNetLoader(io.ComfyNode):
                 "low vram sdxl",
             ],
             display_name="Load NFQ Diffusion Model",
-            description="Loads a quantised diffusion model and, by default, keeps it packed in memory. LoRA, samplers and CFG "
-            "work as usual.",
+            description="Loads a quantised diffusion model and, by default, keeps it packed in memory. LoRA, samplers "
+            "and CFG work as usual.",
             inputs=[file_input("unet_name", host.UNETS), recipe_input(), _memory_input()],
             outputs=[io.Model.Output()],
         )
@@ -103,8 +103,8 @@ class NFQuantizedCheckpointLoader(io.ComfyNode):
             node_id="NFQuantizedCheckpointLoader",
             search_aliases=["nfq checkpoint", "load quantized checkpoint", "low vram checkpoint"],
             display_name="Load NFQ Checkpoint",
-            description="Loads a whole checkpoint with a quantised diffusion model and, usually, CLIP, and by default keeps both "
-            "packed in memory.",
+            description="Loads a whole checkpoint with a quantised diffusion model and, usually, CLIP, and by default "
+            "keeps both packed in memory.",
             inputs=[file_input("ckpt_name", host.CHECKPOINTS), recipe_input(), _memory_input()],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )

@@ -9,7 +9,6 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.ldm.anima.model
 import comfy.model_detection
 import comfy.supported_models
 import torch
@@ -189,10 +188,11 @@ def know_tiny_families() -> None:
         if known is not None:
             narrow = type(f"Narrow{name}", (known,), {"unet_config": {**known.unet_config, **sizes}})
             comfy.supported_models.models.insert(0, narrow)
-    adapter = comfy.ldm.anima.model.LLMAdapter
-    comfy.ldm.anima.model.LLMAdapter = functools.partial(
-        adapter, source_dim=96, target_dim=96, model_dim=96, num_layers=2, num_heads=2
-    )
+    if is_known("Anima"):
+        from comfy.ldm.anima import model
+
+        sizes = {"source_dim": 96, "target_dim": 96, "model_dim": 96, "num_layers": 2, "num_heads": 2}
+        model.LLMAdapter = functools.partial(model.LLMAdapter, **sizes)
 
 
 def is_known(name: str) -> bool:
