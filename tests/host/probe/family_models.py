@@ -86,7 +86,7 @@ class TinyFamily:
         config: what the host's network class gets.
         loras: names of layers in the layout of the family's usual LoRAs.
         text: width of the text's tokens.
-        pooled: width of the pooled text; 0 if the family reads none.
+        pooled: width of the pooled text; 0 if the host asks for none.
         prefix: prefix of its names in the file.
     """
 
@@ -123,8 +123,8 @@ TINY = {
         prefix="model.diffusion_model.",
     ),
     "Flux.1": TinyFamily("Flux", {**_FLUX, "guidance_embed": True}, _FLUX_LORA, pooled=64),
-    "Flux.2": TinyFamily("Flux2", {**_FLUX, **_FLUX2}, _FLUX_LORA[:4]),
-    "Chroma": TinyFamily("Chroma", {**_FLUX, "image_model": "chroma", **_CHROMA}, _FLUX_LORA),
+    "Flux.2": TinyFamily("Flux2", {**_FLUX, **_FLUX2}, _FLUX_LORA[:4], pooled=64),
+    "Chroma": TinyFamily("Chroma", {**_FLUX, "image_model": "chroma", **_CHROMA}, _FLUX_LORA, pooled=64),
     "Lumina 2": TinyFamily(
         "Lumina2", {**_NEXT_DIT, "dim": 128, **_LUMINA}, ("diffusion_model.layers.0.attention.qkv",)
     ),
@@ -161,7 +161,9 @@ TINY = {
 """By family."""
 
 _NARROW = (
-    ({"image_model": "chroma"}, _CHROMA),
+    ({"image_model": "flux", "hidden_size": WIDTH}, {"num_heads": 1}),
+    ({"image_model": "flux2", "hidden_size": WIDTH}, {"num_heads": 1}),
+    ({"image_model": "chroma"}, {**_CHROMA, "num_heads": 1}),
     ({"image_model": "lumina2", "dim": 128}, _LUMINA),
     ({"image_model": "lumina2", "dim": 256}, _Z_IMAGE),
     ({"image_model": "qwen_image"}, _QWEN),
