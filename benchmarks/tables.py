@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import article, families
-from .hosts import comfyui, diffusers_load
+from .hosts import comfyui, diffusers_load, text_encoders
 from .quality import (
     calibration,
     checks,
@@ -50,6 +50,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "gpu_static": ("gpu_static", gpu_static.table),
     "families": ("families", families.table),
     "host": ("host", comfyui.table),
+    "encoding": ("encoding", text_encoders.table),
     "diffusers_load": ("diffusers_load", diffusers_load.table),
 }
 """By marker: the results file without its suffix, and the function that makes the table of it."""

@@ -63,22 +63,25 @@ def pip_command(*requirements: str) -> str:
 def command(arguments: str) -> str:
     """The command `nfq` with arguments, in backquotes, as the user of this process can type it.
 
-    Without the command on the path it is this process's Python with `-m nfq_core`; of a plugin that is not installed as
-    a package, the folder to run it in follows.
+    Without the command on the path it is this process's Python, with `-m nfq_core` where the package is installed, or
+    with the plugin's folder, which has a `__main__.py`.
     """
     if shutil.which("nfq"):
         return f"`nfq {arguments}`"
     try:
         importlib.metadata.distribution("comfyui-nfq")
-        where = ""
+        program = "-m nfq_core"
     except importlib.metadata.PackageNotFoundError:
-        where = f" in the folder {os.path.dirname(os.path.dirname(os.path.abspath(__file__)))}"
-    return f"`{_python()} -m nfq_core {arguments}`{where}"
+        program = _quoted(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    return f"`{_python()} {program} {arguments}`"
 
 
 def _python() -> str:
     """This process's Python, quoted for a shell."""
-    path = sys.executable or "python"
+    return _quoted(sys.executable or "python")
+
+
+def _quoted(path: str) -> str:
     return f'"{path}"' if " " in path else path
 
 

@@ -36,6 +36,7 @@ from .weights import (
     key_patches,
     quantizable_layers,
     refuse_unsupported_quantization,
+    source_dtype,
 )
 
 log = logging.getLogger("nfq")
@@ -49,7 +50,7 @@ def quantize_model(
     node_id: str | None = None,
     calibration: Calibration | None = None,
 ) -> NFModelPatcher:
-    """Quantise a MODEL's UNet with its patches (LoRA, merges) into a new MODEL; the input is not changed.
+    """Quantise a MODEL with its patches (LoRA, merges) into a new MODEL; the input is not changed.
 
     Args:
         model: from any stock loader.
@@ -60,8 +61,8 @@ def quantize_model(
         calibration: statistics of the layers' inputs, if known.
 
     Raises:
-        NFQError: the MODEL is not a UNet of the SDXL family, is already quantised or compiled, or has a LoRA that
-            cannot be baked in.
+        NFQError: the MODEL has no layers to quantise, is already quantised or compiled, or has a LoRA that cannot be
+            baked in.
     """
     _refuse_unquantizable(model)
     if device is not None:
@@ -74,24 +75,30 @@ def quantize_model(
         patches = key_patches(model)
         layers = quantizable_layers(model.model.diffusion_model)
         weights = {key[len(UNET) :]: chain[0][0] for key, chain in patches.items()}
-        entries = {key: weight_entry(weight, quantized=key in layers) for key, weight in weights.items()}
+        dtype = source_dtype(weights[key] for key in layers if key in weights)
+        entries = {key: weight_entry(weight, quantized=key in layers, dtype=dtype) for key, weight in weights.items()}
         measured = measured_sensitivities(entries, settings, calibration)
         info, plans = plan_tensors(entries, settings, measured)
-        if info is None or any(plan.format and key not in layers for key, plan in plans.items()):
-            raise NFQError("this MODEL is not a UNet of the SDXL family; NFQ Quantize UNet needs one")
+        if not any(plan.format and key in layers for key, plan in plans.items()):
+            raise NFQError("this MODEL has no Linear or Conv2d layers that NFQ quantises; use it as it is")
+        bake = baker(patches, UNET, device or torch.device("cpu"))
 
         def layer_facts(key: str) -> dict[str, Any] | None:
             return {"format": plans[key].format.id, "sqnr_db": json_decibels(sqnr[key])} if key in sqnr else None
 
         tensors = quantize_tensors(
             entries,
-            baker(patches, UNET, device or torch.device("cpu")),
+            bake,
             settings,
             device=device or "cpu",
             progress=LayerProgress(node_id, layer_facts),
             sqnr=sqnr,
             calibration=calibration,
         )
+        # Names alone do not tell a layer from a table.
+        tensors |= {
+            key: bake(key) for key, value in tensors.items() if isinstance(value, NFTensor) and key not in layers
+        }
         packed = packed_copy(model, model.model.diffusion_model, tensors)
     packed.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, COLLECTOR)
     packed.remove_attachments(COLLECTOR)
@@ -103,11 +110,11 @@ def quantize_model(
 
 def _refuse_unquantizable(model: Any) -> None:
     if any(True for _ in nf_layers(model.model)):
-        raise NFQError("this MODEL is quantised already; connect the loader of the fp16 model to NFQ Quantize UNet")
+        raise NFQError("this MODEL is quantised already; connect the loader of the fp16 model to NFQ Quantize Model")
     if model.get_injections(BYPASS_LORA):
-        raise NFQError("Load LoRA (Bypass) works only after NFQ Quantize UNet; before it, use Load LoRA")
+        raise NFQError("Load LoRA (Bypass) works only after NFQ Quantize Model; before it, use Load LoRA")
     if TORCH_COMPILE_KWARGS in model.model_options:
-        raise NFQError("this MODEL is compiled already; put TorchCompileModel after NFQ Quantize UNet")
+        raise NFQError("this MODEL is compiled already; put TorchCompileModel after NFQ Quantize Model")
     refuse_unsupported_quantization(model.model)
     if model.get_attachment(PROVENANCE) is not None:
         log.warning("this MODEL was dequantised from a quantised file; quantising its original gives better quality")
@@ -133,14 +140,15 @@ def without_dynamic_vram(model: Any) -> Any:
     return model.clone(disable_dynamic=True)
 
 
-def weight_entry(weight: torch.Tensor, *, quantized: bool) -> Entry:
-    """Describe a weight; fp32 is recorded as fp16, because hosts without fp16 arithmetic hold fp16 files as fp32.
+def weight_entry(weight: torch.Tensor, *, quantized: bool, dtype: torch.dtype = torch.float16) -> Entry:
+    """Describe a weight; fp32 is recorded as `dtype`.
 
     Args:
         weight: the weight.
         quantized: whether its layer can be packed.
+        dtype: see `source_dtype`.
     """
-    dtype = torch.float16 if weight.dtype != torch.bfloat16 else weight.dtype
+    dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else dtype
     floating = weight.dtype.is_floating_point and quantized
     return Entry(DTYPE_NAMES[dtype if floating else weight.dtype], tuple(weight.shape), 0, 0)
 

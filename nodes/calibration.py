@@ -37,7 +37,7 @@ from .host import (
     output_path,
     refuse_existing,
 )
-from .weights import dense, is_quantized, key_patches
+from .weights import dense, is_quantized, key_patches, quantizable_layers
 
 LATENT_PIXELS = 8
 """Pixels per latent, in each direction."""
@@ -103,7 +103,7 @@ def attach_collector(model: Any, hessians: bool, sensitivities: bool) -> Any:
     """Clone a MODEL so that it collects a calibration with any sampler; LoRAs may come before or after.
 
     Raises:
-        NFQError: the MODEL is quantised, compiled, or not a UNet of the SDXL family.
+        NFQError: the MODEL is quantised or compiled, or has no layers to quantise.
     """
     unet = model.model.diffusion_model
     if any(map(is_quantized, unet.parameters())):
@@ -111,8 +111,8 @@ def attach_collector(model: Any, hessians: bool, sensitivities: bool) -> Any:
             "this MODEL is quantised, but a calibration needs dense weights; connect the loader of the fp16 model"
         )
     _refuse_compiled(model)
-    if detect({name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}) is None:
-        raise NFQError("this MODEL is not a UNet of the SDXL family; a calibration needs one")
+    if not quantizable_layers(unet):
+        raise NFQError("this MODEL has no Linear or Conv2d layers; a calibration needs some")
     model = without_dynamic_vram(model)
     clone = model.clone()
     collector = SamplingCollector(clone.model.diffusion_model, hessians, sensitivities)
@@ -178,7 +178,7 @@ def calibrate_model(
     if clip is None:
         raise NFQError("there is no CLIP; connect that of the checkpoint loader")
     if model.get_injections(BYPASS_LORA):
-        raise NFQError("Load LoRA (Bypass) works only after NFQ Quantize UNet; before NFQ Calibrate, use Load LoRA")
+        raise NFQError("Load LoRA (Bypass) works only after NFQ Quantize Model; before NFQ Calibrate, use Load LoRA")
     shapes = {key: tuple(tensor.shape) for key, tensor in model.model.diffusion_model.state_dict().items()}
     sensitivities = sensitivities or not known_by_layer(detect(shapes))
     clone = attach_collector(model, True, sensitivities)

@@ -25,7 +25,7 @@ class NFCalibrate(io.ComfyNode):
             search_aliases=["calibrate", "importance matrix", "imatrix", "gptq", "hessian"],
             display_name="NFQ Calibrate",
             description="Samples the MODEL with bundled prompts and records the inputs of its layers. Connect the "
-            "output to calibration of NFQ Quantize UNet. The result is kept: a second run takes no time.",
+            "output to calibration of NFQ Quantize Model. The result is kept: a second run takes no time.",
             inputs=[
                 io.Model.Input("model", tooltip="The fp16, bf16 or fp32 model that will be quantised, with its LoRAs."),
                 io.Clip.Input("clip", tooltip="Encodes the prompts."),
@@ -151,7 +151,7 @@ class NFSaveCalibration(io.ComfyNode):
             node_id="NFSaveCalibration",
             search_aliases=["save calibration", "save imatrix", "importance matrix file"],
             display_name="Save NFQ Calibration",
-            description="Writes the data that the MODEL has collected so far. NFQ Quantize UNet and `nfq quantize` "
+            description="Writes the data that the MODEL has collected so far. NFQ Quantize Model and `nfq quantize` "
             "use the file.",
             inputs=[
                 io.Model.Input("model", tooltip="From NFQ Collect Calibration."),

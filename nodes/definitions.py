@@ -71,8 +71,8 @@ class NFQuantizedUNetLoader(io.ComfyNode):
                 "low vram sdxl",
             ],
             display_name="Load NFQ Diffusion Model",
-            description="Loads a quantised UNet and, by default, keeps it packed in memory. LoRA, samplers and CFG "
-            "work as usual.",
+            description="Loads a quantised diffusion model and, by default, keeps it packed in memory. LoRA, samplers "
+            "and CFG work as usual.",
             inputs=[file_input("unet_name", host.UNETS), recipe_input(), _memory_input()],
             outputs=[io.Model.Output()],
         )
@@ -103,8 +103,8 @@ class NFQuantizedCheckpointLoader(io.ComfyNode):
             node_id="NFQuantizedCheckpointLoader",
             search_aliases=["nfq checkpoint", "load quantized checkpoint", "low vram checkpoint"],
             display_name="Load NFQ Checkpoint",
-            description="Loads a whole checkpoint with a quantised UNet and, usually, CLIP, and by default keeps both "
-            "packed in memory.",
+            description="Loads a whole checkpoint with a quantised diffusion model and, usually, CLIP, and by default "
+            "keeps both packed in memory.",
             inputs=[file_input("ckpt_name", host.CHECKPOINTS), recipe_input(), _memory_input()],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )
@@ -135,7 +135,7 @@ class NFQuantizeUNet(io.ComfyNode):
         return schema(
             node_id="NFQuantizeUNet",
             search_aliases=["quantise", "quantize model", "compress unet", "normalfloat", "nf4", "shrink sdxl"],
-            display_name="NFQ Quantize UNet",
+            display_name="NFQ Quantize Model",
             description="Quantises a MODEL in this workflow. LoRAs and merges before this node are baked in; connect "
             "other LoRAs after it.",
             inputs=[
@@ -236,7 +236,7 @@ class NFSaveCheckpoint(io.ComfyNode):
             display_name="Save NFQ Checkpoint",
             description="Writes a quantised MODEL, alone or with CLIP and VAE, to a folder that the NFQ loaders list.",
             inputs=[
-                io.Model.Input("model", tooltip="From NFQ Quantize UNet or an NFQ loader, with no LoRA after it."),
+                io.Model.Input("model", tooltip="From NFQ Quantize Model or an NFQ loader, with no LoRA after it."),
                 io.Clip.Input(
                     "clip",
                     optional=True,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,16 +18,20 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..nfq_core import NFQError, NFQFile, NFTensor, UnsupportedFileError
+from ..nfq_core.checkpoints.kinds import NO_MODELS, kind_name
 from ..nfq_core.checkpoints.memory import choose_memory_mode, needed_bytes
 from ..nfq_core.checkpoints.state_dict import StateDict, load_tensors
-from ..nfq_core.checkpoints.whole_checkpoint import MARKERS, text_encoders_of, unet_names
+from ..nfq_core.checkpoints.whole_checkpoint import MARKERS, host_names, text_encoders_of
+from ..nfq_core.files.safetensors_io import Entry
+from ..nfq_core.models.components import find_components, model_name
 from ..nfq_core.models.text_encoders import find_text_encoders, text_encoder_warnings
-from ..nfq_core.models.unet import detect
+from ..nfq_core.models.unet import UNKNOWN, detect
 from ..nfq_core.models.unet_keys import CHECKPOINT_PREFIX
 from ..nfq_core.packed.backends import warm_up
 from ..nfq_core.planning.settings import TEXT_ENCODERS_SETTING, of_unet
 from .clip import MissingCLIP, adopt_clip
 from .host import CHECKPOINTS, PROVENANCE, UNETS, NodeProgress, Provenance
+from .misfits import listening
 from .ops import NFLayer, NFOps
 from .packed_tensor import LoadedTensor
 from .patcher import adopt
@@ -36,19 +42,20 @@ log = logging.getLogger("nfq")
 def load_unet(
     path: str, memory: str = "packed", disable_dynamic: bool = False, progress: NodeProgress | None = None
 ) -> ModelPatcher:
-    """Load the UNet of one of our files as a MODEL.
+    """Load the diffusion model of one of our files as a MODEL.
 
     Args:
-        path: a file with a UNet or a whole checkpoint; only its UNet is read.
+        path: a file with a diffusion model or a whole checkpoint; only its diffusion model is read.
         memory: "packed"; "resident": a stock MODEL with dequantised weights; "auto": either, depending on free memory.
         disable_dynamic: whether the host wants a model without DynamicVRAM; packed models never use it.
         progress: see `NodeProgress`.
 
     Raises:
-        NFQError: the file is missing, damaged, foreign or newer, or its UNet is incomplete or unknown to the host.
+        NFQError: the file is missing, damaged, foreign or newer, or its diffusion model is incomplete or unknown to
+            the host.
     """
     with NFQFile(path) as file:
-        names, wanted = _unet_names(file)
+        names, wanted = _model_names(file)
         mode = _memory_mode(memory, file, names)
         tensors = load_tensors(file, wanted, memory=mode, progress=progress or NodeProgress())
         return build_model({names.get(key, key): tensors[key] for key in wanted}, file, mode, disable_dynamic)
@@ -65,7 +72,7 @@ def load_checkpoint(
         NFQError: as `load_unet`, or the file contains neither CLIP nor VAE.
     """
     with NFQFile(path) as file:
-        names, wanted = _unet_names(file)
+        names, wanted = _model_names(file)
         mode = _memory_mode(memory, file, names)
         tensors = load_tensors(
             file, memory=mode, dense=_dense_companions(file, names), progress=progress or NodeProgress()
@@ -94,15 +101,16 @@ def load_vae_patcher(path: str, memory: str = "packed", disable_dynamic: bool = 
 
 def _companions_of(path: str, memory: str, disable_dynamic: bool) -> tuple[Any, Any]:
     with NFQFile(path) as file:
-        names, _ = _unet_names(file)
-        shapes = {key: torch.empty(shape, device="meta") for key, shape in file.shapes().items() if key in names}
-        companions = [key for key in file.keys() if key not in names]  # noqa: SIM118
-        others = load_tensors(file, companions, memory=memory, dense=_dense_companions(file, names))
-        return _clip_and_vae(file, names, shapes | others, disable_dynamic)
+        names, _ = _model_names(file)
+        shapes = file.shapes()
+        model = {key: torch.empty(shapes[key], device="meta") for key in names if len(shapes[key]) > 1}
+        wanted = [key for key in file.keys() if key not in model]  # noqa: SIM118
+        others = load_tensors(file, wanted, memory=memory, dense=_dense_companions(file, names))
+        return _clip_and_vae(file, names, model | others, disable_dynamic)
 
 
 def _dense_companions(file: NFQFile, names: Mapping[str, str]) -> set[str]:
-    """The tensors of VAE and the rest, which the host holds dense; `names` lists the UNet's."""
+    """The tensors of VAE and the rest, which the host holds dense; `names` lists the diffusion model's."""
     encoders = find_text_encoders(file.shapes())
     return {key for key in file.keys() if key not in names and not any(each.owns(key) for each in encoders)}  # noqa: SIM118
 
@@ -110,18 +118,18 @@ def _dense_companions(file: NFQFile, names: Mapping[str, str]) -> set[str]:
 def _clip_and_vae(
     file: NFQFile, names: Mapping[str, str], tensors: StateDict, disable_dynamic: bool = False
 ) -> tuple[Any, Any]:
-    """Make CLIP and VAE from a checkpoint's tensors; `names` lists the UNet's, whose shapes the host needs."""
-    unet = {
-        CHECKPOINT_PREFIX + name: torch.empty(tensors[key].shape, dtype=tensors[key].dtype, device="meta")
-        for key, name in names.items()
-    }
+    """Make CLIP and VAE from a checkpoint's tensors.
+
+    `names` lists the diffusion model's, of which the host reads shapes, and small tensors to tell variants.
+    """
+    model = {CHECKPOINT_PREFIX + name: _without_memory(tensors[key]) for key, name in names.items()}
     others = {key: value for key, value in tensors.items() if key not in names}
     packed = any(isinstance(value, NFTensor) for value in others.values())
     shapes = file.shapes()
     warnings = text_encoder_warnings(detect(shapes), shapes)
     load_parts = comfy.sd.load_state_dict_guess_config
     result = load_parts(
-        unet | _for_host(others),
+        model | _for_host(others),
         output_model=False,
         output_clip=not warnings,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
@@ -161,7 +169,8 @@ def load_clip(
     for path in paths:
         with NFQFile(path) as file:
             found += [encoder.name for encoder in text_encoders_of(file)]
-            if detect(file.shapes()) is not None:
+            shapes = file.shapes()
+            if any(each.kind == "diffusion model" for each in find_components(detect(shapes), shapes)):
                 raise UnsupportedFileError(
                     f"{path} is a whole checkpoint; it belongs in models/{CHECKPOINTS}, where Load NFQ Checkpoint "
                     "finds it"
@@ -204,6 +213,13 @@ def _is_filled(clip: Any) -> bool:
     return all(any(layer.is_filled for layer in each.modules() if isinstance(layer, NFLayer)) for each in encoders)
 
 
+def _without_memory(tensor: NFTensor | torch.Tensor) -> torch.Tensor:
+    """A weight's shape and dtype without its data; a tensor of one dimension as it is."""
+    if isinstance(tensor, torch.Tensor) and tensor.dim() < 2:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
 def _for_host(tensors: StateDict) -> dict[str, torch.Tensor]:
     """Tensors as the host takes them in a state dict."""
     return {key: LoadedTensor.of(value) if isinstance(value, NFTensor) else value for key, value in tensors.items()}
@@ -214,14 +230,18 @@ def _static(load: Callable) -> dict[str, bool]:
     return {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(load).parameters else {}
 
 
-def _unet_names(file: NFQFile) -> tuple[dict[str, str], list[str]]:
-    """LDM names of a file's UNet tensors by key, and the keys of all tensors that the host needs for a UNet."""
-    names = unet_names(file)
-    return names, [*names, *(key for key in MARKERS if key in file.kept)]
+def _model_names(file: NFQFile) -> tuple[dict[str, str], list[str]]:
+    """The host's names of a file's diffusion model by key, and the keys of all tensors that the host needs for it.
+
+    Raises:
+        UnsupportedFileError: the file has no complete diffusion model.
+    """
+    names = host_names(file)
+    return names, [*names, *(key for key in MARKERS if key in file.kept and key not in names)]
 
 
 def _memory_mode(memory: str, file: NFQFile, names: Mapping[str, str]) -> str:
-    """Choose between "packed" and "resident" for the UNet's weights, and log the choice; `names` lists the UNet's."""
+    """Choose between "packed" and "resident" for the weights in `names`, and log the choice."""
     management = comfy.model_management
     device, cpu = management.get_torch_device(), torch.device("cpu")
     weights = sum(entry.weights for key, entry in file.quantized.items() if key in names)
@@ -233,10 +253,10 @@ def _memory_mode(memory: str, file: NFQFile, names: Mapping[str, str]) -> str:
 
 
 def build_model(tensors: StateDict, file: NFQFile, mode: str, disable_dynamic: bool = False) -> ModelPatcher:
-    """Make a MODEL from a UNet's tensors.
+    """Make a MODEL from a diffusion model's tensors.
 
     Args:
-        tensors: the UNet's tensors by LDM name, and markers; quantised weights are dense if `mode` is "resident".
+        tensors: its tensors by the host's names, and markers; quantised weights are dense if `mode` is "resident".
         file: the file that the tensors come from.
         mode: "packed", or "resident" for a stock MODEL.
         disable_dynamic: whether a resident MODEL must not use DynamicVRAM.
@@ -248,10 +268,14 @@ def build_model(tensors: StateDict, file: NFQFile, mode: str, disable_dynamic: b
     options: dict[str, Any] = {} if mode == "resident" else {"custom_operations": NFOps}
     if mode == "packed" and comfy.model_management.unet_dtype(weight_dtype=torch.float16).itemsize == 1:
         # The host's fp8 flags are for dense models: here they would only round the few tensors that are not quantised.
-        options["dtype"] = torch.float16
+        dtypes = Counter(value.dtype for value in tensors.values() if isinstance(value, NFTensor))
+        options["dtype"] = dtypes.most_common(1)[0][0] if dtypes else torch.float16
     static = _static(load_state_dict) if mode == "packed" or disable_dynamic else {}
+    # The weights here are no longer in the form that this entry describes.
+    metadata = {key: text for key, text in file.facts.source.metadata.items() if key != "_quantization_metadata"}
     try:
-        patcher = load_state_dict(_for_host(tensors), model_options=options, **static)
+        with listening(shown=True) as heard:
+            patcher = load_state_dict(_for_host(tensors), model_options=options, metadata=metadata or None, **static)
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
@@ -259,15 +283,14 @@ def build_model(tensors: StateDict, file: NFQFile, mode: str, disable_dynamic: b
         raise UnsupportedFileError(
             f"{file.path} has a tensor of the wrong shape{mismatch} Quantise the model again from its original file"
         ) from None
+    except KeyError as error:
+        # The host recognises a model by some names and reads the sizes of others.
+        raise _lacking(file, str(error.args[0])) from None
     if patcher is None:
-        raise UnsupportedFileError(
-            f"{file.path}: this ComfyUI does not know its architecture; update ComfyUI, or choose another model"
-        )
-    missing = sorted(patcher.model.diffusion_model.state_dict().keys() - tensors.keys())
+        raise _unknown(file)
+    missing = _missing(patcher.model.diffusion_model, heard.warnings)
     if missing:
-        raise UnsupportedFileError(
-            f"{file.path} lacks tensor {missing[0]!r}; download the original model again and quantise it"
-        )
+        raise _lacking(file, missing[0])
     if mode == "packed":
         adopt(patcher)
         warm_up(patcher.load_device, patcher.model.manual_cast_dtype or patcher.model.get_dtype())
@@ -276,3 +299,32 @@ def build_model(tensors: StateDict, file: NFQFile, mode: str, disable_dynamic: b
     patcher.set_attachments(PROVENANCE, made)
     patcher.cached_patcher_init = (load_unet, (str(file.path), mode))
     return patcher
+
+
+def _missing(network: torch.nn.Module, warnings: Sequence[str]) -> list[str]:
+    """Names of the parameters that a file did not fill, sorted.
+
+    Args:
+        network: the diffusion model.
+        warnings: what the host logged when it loaded the model. It names what is missing, but goes on.
+    """
+    told = {name for line in warnings if line.startswith("unet missing") for name in re.findall(r"'([^']+)'", line)}
+    return sorted(name for name, weight in network.named_parameters() if weight.is_meta or name in told)
+
+
+def _lacking(file: NFQFile, name: str) -> UnsupportedFileError:
+    return UnsupportedFileError(f"{file.path} lacks tensor {name!r}; download the original model again and quantise it")
+
+
+def _unknown(file: NFQFile) -> UnsupportedFileError:
+    shapes = file.shapes()
+    kind = kind_name({key: Entry("", shape, 0, 0) for key, shape in shapes.items()}, None)
+    if kind in NO_MODELS:
+        return UnsupportedFileError(
+            f"{file.path} is a {kind}, not a diffusion model; use it as it was before quantising"
+        )
+    name = model_name(detect(shapes), shapes)
+    architecture = "its architecture" if name == UNKNOWN else name
+    return UnsupportedFileError(
+        f"{file.path}: this ComfyUI does not know {architecture}; update ComfyUI, or choose another model"
+    )

@@ -102,7 +102,7 @@ class Misfits:
         if torch.compiler.is_compiling():
             return comfy.lora.calculate_weight(steps, weight, key, original_weights=original_weights)
         name, shape = _name(key, patch), weight.shape
-        with _listening(shown=name not in self._logged) as heard:
+        with listening(shown=name not in self._logged) as heard:
             weight = comfy.lora.calculate_weight(steps, weight, key, original_weights=original_weights)
         if heard.out_of_memory:
             raise torch.cuda.OutOfMemoryError(heard.out_of_memory)
@@ -128,7 +128,7 @@ def _dry_run(key: str, patch: Patch, shape: Sequence[int]) -> _Verdict:
     if not _supports_dry_run(patch):
         return _Verdict(patch)
     weight = torch.empty(tuple(shape), device="meta")
-    with _listening(shown=False) as heard:
+    with listening(shown=False) as heard:
         try:
             result = comfy.lora.calculate_weight([patch], weight, key)
         except Exception:
@@ -148,19 +148,20 @@ def _supports_dry_run(patch: Patch) -> bool:
     return not needs_weights
 
 
-class _Listener(logging.Filter):
-    """Watches what one thread logs through the root logger, which the host uses."""
+class Listener(logging.Filter):
+    """Watches what one thread logs through the root logger, which the host uses; `shown` is whether users see it."""
 
     def __init__(self, shown: bool) -> None:
         super().__init__()
         self._shown = shown
         self._thread = logging.LogRecord("", 0, "", 0, "", None, None).thread
         self.anything = False
-        self.failure = ""
-        """Text of the first warning or error."""
+        self.warnings: list[str] = []
+        """Texts of all warnings and errors."""
         self.out_of_memory = ""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Whether users see the line."""
         if record.thread != self._thread:
             return True
         self.anything = True
@@ -169,14 +170,19 @@ class _Listener(logging.Filter):
             self.out_of_memory = str(caught) or "not enough memory for a LoRA"
             return False
         if record.levelno >= logging.WARNING:
-            self.failure = self.failure or record.getMessage()
+            self.warnings.append(record.getMessage())
         return self._shown
+
+    @property
+    def failure(self) -> str:
+        """Text of the first warning or error; empty if there is none."""
+        return next(iter(self.warnings), "")
 
 
 @contextmanager
-def _listening(shown: bool) -> Iterator[_Listener]:
+def listening(shown: bool) -> Iterator[Listener]:
     """Listen to the host's log lines inside the `with` block; users see them only if `shown`."""
-    listener, root = _Listener(shown), logging.getLogger()
+    listener, root = Listener(shown), logging.getLogger()
     root.addFilter(listener)
     try:
         yield listener

@@ -212,7 +212,7 @@ def _how_to_make(recipe: Recipe, folder: str, name: str) -> str:
     if companions and bits:
         companions = f" and {TEXT_ENCODERS_SETTING}={bits}, and its CLIP and VAE"
     return (
-        f"It was made from {source}{baked}{with_settings}: load that with the stock loader, connect NFQ Quantize UNet "
+        f"It was made from {source}{baked}{with_settings}: load that with the stock loader, connect NFQ Quantize Model "
         f"with these settings, then Save NFQ Checkpoint with filename_prefix {name[: -len(SUFFIX)]!r}{companions}"
         f"{'' if recipe.baked else f'; or {by_command}'}"
     )

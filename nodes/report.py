@@ -81,7 +81,7 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
     Raises:
         NFQError: the MODEL is not packed, or was not quantised from the original.
     """
-    facts = provenance(model, "this MODEL is not quantised; connect one from NFQ Quantize UNet or an NFQ loader")
+    facts = provenance(model, "this MODEL is not quantised; connect one from NFQ Quantize Model or an NFQ loader")
     before = key_patches(without_dynamic_vram(original)) if original is not None else {}
     layers, weights, packed_bytes = [], 0, 0
     measured: list[tuple[int, float]] = []

@@ -77,10 +77,12 @@ def save_model(
         NFQError: the MODEL is not packed or has patches, only one of CLIP and VAE is given, or writing fails.
     """
     facts = provenance(
-        model, "this MODEL is not quantised; put NFQ Quantize UNet (NFQuantizeUNet) before Save NFQ Checkpoint"
+        model, "this MODEL is not quantised; put NFQ Quantize Model (NFQuantizeUNet) before Save NFQ Checkpoint"
     )
     if model.patches or model.weight_wrapper_patches or model.get_injections(BYPASS_LORA):
-        raise NFQError("a LoRA or merge was added after quantising; apply it before NFQuantizeUNet (NFQ Quantize UNet)")
+        raise NFQError(
+            "a LoRA or merge was added after quantising; apply it before NFQ Quantize Model (NFQuantizeUNet)"
+        )
     if (clip is None) != (vae is None):
         raise NFQError("a whole checkpoint needs both CLIP and VAE; connect both, or neither to save the UNet alone")
     alone = clip is None
@@ -95,7 +97,7 @@ def save_model(
             clip = quantize_clip(clip, bits, Origin(), settings.get("effort", "fast"))
     elif not alone:
         settings |= _text_encoder_setting(clip)
-    tensors = _unet_tensors(model, "" if alone else CHECKPOINT_PREFIX) | _markers(model)
+    tensors = _model_tensors(model, "" if alone else CHECKPOINT_PREFIX) | _markers(model)
     if not alone:
         tensors |= _companions(model, clip, vae)
     made = Provenance(settings, facts.source, expected=facts.expected)
@@ -163,12 +165,11 @@ def _write(tensors: StateDict, path: str, made: Provenance, overwrite: bool, wor
     return path
 
 
-def _unet_tensors(model: Any, prefix: str) -> dict[str, NFTensor | torch.Tensor]:
-    result = {}
-    for key, chain in model.get_key_patches(UNET).items():
-        weight = chain[0][0]
-        result[prefix + key[len(UNET) :]] = unwrap(weight) if is_packed(weight) else _compact(weight)
-    return result
+def _model_tensors(model: Any, prefix: str) -> dict[str, NFTensor | torch.Tensor]:
+    weights = {prefix + key[len(UNET) :]: chain[0][0] for key, chain in model.get_key_patches(UNET).items()}
+    packed = {key: unwrap(weight) for key, weight in weights.items() if is_packed(weight)}
+    dtype = torch.bfloat16 if any(value.dtype == torch.bfloat16 for value in packed.values()) else torch.float16
+    return {key: packed[key] if key in packed else _compact(weight, dtype) for key, weight in weights.items()}
 
 
 def _markers(model: Any) -> dict[str, torch.Tensor]:
@@ -264,11 +265,11 @@ def _compacted(tensors: StateDict) -> StateDict:
     return {key: value if isinstance(value, NFTensor) else _compact(value) for key, value in tensors.items()}
 
 
-def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    """A dense tensor on the CPU, as fp16 if that is lossless: hosts on a CPU hold fp16 files as fp32."""
+def _compact(tensor: torch.Tensor, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """A dense tensor on the CPU, in a 16-bit dtype if that is lossless: hosts on a CPU hold such files as fp32."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.float32:
-        half = tensor.half()
+        half = tensor.to(dtype)
         if torch.equal(half.float(), tensor):
             return half
     return tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import comfy.model_patcher
@@ -61,6 +62,17 @@ def dense(weight: torch.Tensor) -> torch.Tensor:
     if isinstance(weight, QuantizedTensor):
         return weight.dequantize()
     return weight if weight.dtype.itemsize > 1 else weight.to(torch.float16)
+
+
+def source_dtype(weights: Iterable[torch.Tensor]) -> torch.dtype:
+    """The 16-bit dtype to record for fp32 weights: bf16 if the largest has only such values, else fp16.
+
+    Hosts without 16-bit arithmetic hold files of both as fp32.
+    """
+    held = [weight for weight in weights if weight.dtype == torch.float32 and not isinstance(weight, QuantizedTensor)]
+    largest = max(held, key=torch.Tensor.numel, default=None)
+    is_bf16 = largest is not None and torch.equal(largest.to(torch.bfloat16).to(torch.float32), largest)
+    return torch.bfloat16 if is_bf16 else torch.float16
 
 
 def quantizable_layers(network: torch.nn.Module) -> dict[str, torch.nn.Module]:

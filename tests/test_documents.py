@@ -46,6 +46,13 @@ def code_blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text("utf-8"), re.DOTALL | re.MULTILINE)
 
 
+def words(path: Path) -> int:
+    """Number of words outside code, tables, pictures and the targets of links."""
+    lines = (line for line in prose(path).splitlines() if not line.startswith("|"))
+    text = re.sub(r"!\[[^]]*\]\([^)]*\)", "", "\n".join(lines))
+    return len(re.findall(r"\S*\w\S*", re.sub(r"\]\([^)]*\)", "]", text)))
+
+
 def links(path: Path) -> list[str]:
     """Targets of Markdown links and pictures, and of HTML ones."""
     text = re.sub(r"`[^`\n]*`", "", prose(path))
@@ -86,6 +93,31 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
         assert ROOT in target.parents, f"{by_name(path)} links to {link}, which is outside of the repository"
         if anchor:
             assert anchor in anchors(target), f"{by_name(path)} links to {link}; there is no such heading"
+
+
+def test_words_are_counted(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Two words\n```\ncode\n```\n| no | table |\n![no picture](a.png) – `one`, [a link](b.md#c)\n")
+    assert words(page) == 5
+
+
+def test_the_front_page_is_short() -> None:
+    page = ROOT / "README.md"
+    assert words(page) <= 1000
+    text = prose(page)
+    assert len(re.findall(r"^\|[-|: ]+\|$", text, re.MULTILINE)) <= 3, "tables"
+    assert len(re.findall(r"!\[|<img", text)) <= 3, "pictures"
+
+
+def test_figures_of_the_front_page_are_among_the_benchmarks() -> None:
+    figures = {
+        f"{figure} GB"
+        for several in re.findall(r"\d[\d.]*(?:(?: GB)? [+–] \d[\d.]*)* GB", (ROOT / "README.md").read_text("utf-8"))
+        for figure in re.findall(r"\d[\d.]*", several)
+    } - {f"{card} GB" for card in (4, 6, 8, 12)}
+    assert {"6.94 GB", "1.27 GB", "5.14 GB", "1.64 GB"} <= figures
+    benchmarks = (ROOT / "docs" / "BENCHMARKS.md").read_text("utf-8")
+    assert not {figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}", benchmarks)}
 
 
 def test_every_page_is_in_the_index() -> None:
@@ -152,10 +184,16 @@ def test_benchmarks_that_pages_name_exist(path: Path) -> None:
 
 
 def commands() -> list[str]:
-    """Every whole `nfq` command in the pages' blocks of code."""
+    """Every whole `nfq` command in the pages' blocks of code, also those that name the plugin's folder."""
     blocks = [block for page in PAGES for block in code_blocks(page, "")]
     lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [re.sub(r"^\S*python\S* \S*custom_nodes\S*ComfyUI-NFQ ", "nfq ", line) for line in lines]
     return sorted({line.rpartition("&& ")[2] for line in lines if re.search(r"(^|&& )nfq ", line)})
+
+
+def test_commands_are_found() -> None:
+    found = commands()
+    assert "nfq demo" in found and "nfq quantize models/checkpoints/model.safetensors" in found
 
 
 @pytest.mark.parametrize("command", commands())
@@ -217,7 +255,7 @@ def test_what_the_registry_gets_can_be_imported(tmp_path: Path, monkeypatch: pyt
     kept = everything - ignored
     needed = ("nodes/", "nfq_core/", "web/", "locales/", "example_workflows/")
     assert {name for name in everything if name.startswith(needed)} - kept == {"nfq_core/demo/weights/demo.safetensors"}
-    assert {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"} <= kept
+    assert {"__init__.py", "__main__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"} <= kept
     assert sum((ROOT / name).stat().st_size for name in kept) < 2_000_000
 
     copy = tmp_path / "copy"

@@ -1,15 +1,14 @@
 """Encoding prompts with packed text encoders in a real ComfyUI: `python -m benchmarks.hosts.text_encoders --dir DIR`.
 
 COMFYUI_PATH names the host and COMFYUI_PYTHON its Python. SDXL's text encoders with random weights are quantised in the
-host to each number of bits. The packed CLIP and the same one dense encode a prompt in turns. Prints seconds and
-memory.
+host to each number of bits. The packed CLIP and the same one dense encode a prompt in turns.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ..shared import argument_parser, markdown_table
+from ..shared import argument_parser, dated_table, machine, spread, summary, write_results
 
 BITS = ("8bit", "5bit")
 
@@ -22,31 +21,46 @@ def graph() -> dict:
     return nodes
 
 
-def measure(directory: Path) -> list[list[str]]:
-    """A row for each number of bits."""
+def measure(directory: Path) -> dict:
+    """All measurements, as written to the results: by number of bits, seconds of each CLIP and bytes in the host."""
     from driver import Host, make_base
 
     base = directory / "comfyui"
     if not base.exists():
         make_base(base)
-    host, rows = Host(base), []
+    host, found = Host(base), {}
     try:
         for bits in BITS:
             clips = {"clip": [bits, 0], "other_clip": ["dense", 0]}
             facts = host.check("encodings", graph(), **clips)["clips"]
             seconds = host.check("encode_seconds", graph(), **clips)
-            packed, dense = seconds["clip"], seconds["other_clip"]
-            share = facts[0]["model_size"] / facts[0]["fp16_size"]
-            size = f"{facts[0]['model_size'] / 1e9:.2f} GB = {share:.2f} ×"
-            rows.append([bits, size, f"{packed:.2f} s", f"{dense:.2f} s", f"{packed / dense:.2f} ×"])
+            found[bits] = {name: facts[0][name] for name in ("model_size", "fp16_size")}
+            found[bits] |= {"packed": summary(seconds["clip"]), "dense": summary(seconds["other_clip"])}
     finally:
         host.close()
-    return rows
+    return {"encoders": found}
+
+
+def table(results: dict) -> str:
+    """Memory and time of each number of bits, beside dense text encoders."""
+    rows = []
+    for bits, found in results["encoders"].items():
+        size, dense, packed = found["model_size"], found["dense"], found["packed"]
+        rows.append(
+            [
+                f"`{bits}`",
+                f"{size / 1e9:.2f} GB = {size / found['fp16_size']:.2f} ×",
+                spread(packed, " s"),
+                spread(dense, " s"),
+                f"{packed['median'] / dense['median']:.2f} ×",
+            ]
+        )
+    return dated_table(["CLIP", "memory, of fp16", "packed", "dense", "ratio"], rows, results)
 
 
 if __name__ == "__main__":
     parser = argument_parser(__doc__)
     parser.add_argument("--dir", type=Path, required=True, help="folder for the host's files")
     options = parser.parse_args()
-    header = ["text encoders", "memory, of fp16", "packed", "dense", "ratio"]
-    print(markdown_table(header, measure(options.dir.resolve())))
+    print(machine())
+    print(write_results("encoding", measure(options.dir.resolve())))

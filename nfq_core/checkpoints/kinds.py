@@ -74,7 +74,7 @@ def kind_of(file: Original) -> Kind:
     name = kind_name(file.entries, info)
     if name in NO_MODELS:
         return Kind(name, obstacle=NO_MODELS[name])
-    if not any(plan.format for plan in plans.values()):
+    if name == "embedding" or not any(plan.format for plan in plans.values()):
         return Kind(name, obstacle="it has no weights to quantise")
     return Kind(name, is_family_unet=info is not None and info.architecture is not None)
 

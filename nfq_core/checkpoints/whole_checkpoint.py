@@ -9,7 +9,8 @@ import torch
 
 from ..errors import UnsupportedFileError
 from ..files.container import NFQFile
-from ..models.components import VAE_PREFIXES
+from ..models.completeness import missing_tensors_message
+from ..models.components import VAE_PREFIXES, find_components
 from ..models.text_encoders import TextEncoder, find_text_encoders
 from ..models.unet import UNKNOWN, UNetInfo, detect, diffusers_names, ldm_names, mismatch_message
 from ..models.unet_keys import CHECKPOINT_PREFIX
@@ -42,6 +43,32 @@ def unet_names(file: NFQFile) -> dict[str, str]:
     return ldm_names(info, shapes)
 
 
+def host_names(file: NFQFile) -> dict[str, str]:
+    """Name for ComfyUI of every tensor of a file's diffusion model, by key.
+
+    These are LDM's names for a UNet. Other models keep their names, without the prefix that a checkpoint adds.
+
+    Raises:
+        UnsupportedFileError: the file has no diffusion model, or an incomplete one.
+    """
+    shapes = file.shapes()
+    info = detect(shapes)
+    if info is not None and (info.architecture is not None or info.layout != "diffusers"):
+        return unet_names(file)
+    components = find_components(info, shapes)
+    models = [each for each in components if each.kind in ("diffusion model", "other")]
+    model = next((each for each in models if any(key in file.quantized for key in each.keys)), None)
+    if model is None:
+        raise _without(file, "diffusion model", "diffusion model")
+    missing = missing_tensors_message(info, shapes)
+    if missing:
+        raise _unusable(file, missing)
+    prefix = info.prefix if info else model.family.prefix if model.family else ""
+    if not prefix and any(key.startswith(CHECKPOINT_PREFIX) for key in model.keys):
+        prefix = CHECKPOINT_PREFIX
+    return {key: key[len(prefix) :] for key in model.keys if key.startswith(prefix)}
+
+
 def diffusers_unet_names(file: NFQFile) -> dict[str, str]:
     """diffusers' name of every UNet tensor in a file, by key.
 
@@ -58,14 +85,18 @@ def _recognised(file: NFQFile) -> tuple[UNetInfo, dict[str, tuple[int, ...]]]:
     shapes = file.shapes()
     info = detect(shapes)
     if info is None:
-        encoders = find_text_encoders(shapes)
-        if encoders:
-            raise UnsupportedFileError(
-                f"{file.path} is a text encoder ({_names(encoders)}), not a diffusion model; it belongs in "
-                "models/text_encoders, where Load NFQ CLIP finds it"
-            )
-        raise UnsupportedFileError(f"{file.path} has no UNet of the SDXL family; choose a quantised SDXL-type model")
+        raise _without(file, "UNet of the SDXL family", "SDXL-type model")
     return info, shapes
+
+
+def _without(file: NFQFile, wanted: str, choice: str) -> UnsupportedFileError:
+    encoders = find_text_encoders(file.shapes())
+    if encoders:
+        return UnsupportedFileError(
+            f"{file.path} is a text encoder ({_names(encoders)}), not a diffusion model; it belongs in "
+            "models/text_encoders, where Load NFQ CLIP finds it"
+        )
+    return UnsupportedFileError(f"{file.path} has no {wanted}; choose a quantised {choice}")
 
 
 def _unusable(file: NFQFile, missing: str) -> UnsupportedFileError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from systems import WINDOWS, names_are_bytes
 from text_models import TINY, t5
 
 import nfq_core
+from nfq_core import errors
 from nfq_core.calibration.statistics import Calibration, LayerInputs
 from nfq_core.cli import commands as cli
 from nfq_core.cli.terminal import progress_bar
@@ -28,6 +31,7 @@ from nfq_core.errors import DEBUG
 from nfq_core.files.article import write_article_file
 from nfq_core.files.container import NFQFile
 
+ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "nfq_core"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -297,6 +301,30 @@ def test_hints_name_the_python_of_people_without_the_command(capsys, folder, mon
     assert f"{hint}`{sys.executable} -m nfq_core dequantize`" in error
     monkeypatch.setattr(sys, "executable", "/my programs/python")
     assert f'{hint}`"/my programs/python" -m nfq_core' in run(capsys, "quantize", folder / "nfq", folder / "out")[2]
+
+
+@pytest.mark.skipif(WINDOWS, reason="links need privileges there")
+def test_the_plugins_folder_is_the_command(tmp_path):
+    """In isolated mode, as in ComfyUI's portable build, where `-m` does not look into the current folder."""
+    plugin = tmp_path / "custom nodes" / "comfyui-nfq"
+    plugin.parent.mkdir()
+    plugin.symlink_to(ROOT)
+    command = [sys.executable, "-I", "-v", str(plugin), "info", "absent"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1 and "nfq: absent: no such file" in done.stderr
+    # What -v says of every module that is imported.
+    assert str(plugin / "nfq_core" / "cli" / "commands.py") in done.stderr
+
+
+def test_hints_name_the_plugins_folder_where_nothing_is_installed(monkeypatch, tmp_path):
+    def absent(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(importlib.metadata, "distribution", absent)
+    assert errors.command("info F") == f"`{sys.executable} {ROOT} info F`"
+    monkeypatch.setattr(errors, "__file__", "/my nodes/nfq/nfq_core/errors.py")
+    assert errors.command("info F") == f'`{sys.executable} "/my nodes/nfq" info F`'
 
 
 def test_trellis_formats_in_json(capsys, folder):

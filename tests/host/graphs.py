@@ -31,7 +31,7 @@ def lora_on_both(name: str, strength: float, source: str) -> dict:
 
 
 def quantize(model: list, **settings) -> dict:
-    """NFQ Quantize UNet; levels bring the preset with which they count."""
+    """NFQ Quantize Model; levels bring the preset with which they count."""
     by_levels = {"preset": "levels"} if "levels" in settings else {}
     return {"class_type": "NFQuantizeUNet", "inputs": {"model": model, **by_levels, **settings}}
 

@@ -100,11 +100,11 @@ def test_quality_report(host) -> None:
 
 def test_help_examples_and_languages_are_served(host) -> None:
     names = [name for name in host.get("/object_info") if name.startswith("NF") and "NFQTest" not in name]
-    assert len(names) == 9
+    assert len(names) == 13
     for name in names:
         assert host.get_text(f"/extensions/ComfyUI-NFQ/docs/{name}.md").startswith("# ")
     languages = host.get("/i18n")
     assert languages["ja"]["nodeDefs"].keys() >= set(names) and languages["zh"]["nfq"] and languages["en"]["nfq"]
-    assert len(host.get("/workflow_templates")["ComfyUI-NFQ"]) == 5
+    assert len(host.get("/workflow_templates")["ComfyUI-NFQ"]) == 7
     aliases = host.get("/object_info/NFQuantizeUNet")["NFQuantizeUNet"].get("search_aliases")
     assert aliases is None or "quantise" in aliases

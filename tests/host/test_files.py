@@ -211,7 +211,7 @@ def test_inspect(host) -> None:
     made, measured = (outputs[name]["text"][0] for name in ("made", "measured"))
     assert made == measured
     assert "baked LoRA locon.safetensors at 1" in made
-    with pytest.raises(HostError, match="connect one from NFQ Quantize UNet"):
+    with pytest.raises(HostError, match="connect one from NFQ Quantize Model"):
         host.run({"model": ORIGINAL, "inspect": {"class_type": "NFInspect", "inputs": {"model": MODEL}}})
 
 

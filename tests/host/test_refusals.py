@@ -20,10 +20,10 @@ MODEL = ["model", 0]
     [
         pytest.param(
             {"save": save(["original", 0], "x")},
-            r"not quantised; put NFQ Quantize UNet \(NFQuantizeUNet\) before",
+            r"not quantised; put NFQ Quantize Model \(NFQuantizeUNet\) before",
             id="dense",
         ),
-        pytest.param({"save": save(["lora", 0], "x")}, "apply it before NFQuantizeUNet", id="lora"),
+        pytest.param({"save": save(["lora", 0], "x")}, "apply it before NFQ Quantize Model", id="lora"),
         pytest.param({"save": save(["ours", 0], "../../x")}, "leads out of .*diffusion_models", id="outside"),
         pytest.param(
             {"save": save(["ours", 0], "../checkpoints/x")}, "leads out of .*diffusion_models", id="elsewhere"
@@ -38,7 +38,7 @@ MODEL = ["model", 0]
         ),
         pytest.param(
             {"again": quantize(["other", 0]), "look": save(["again", 0], "x")},
-            "not a UNet of the SDXL family",
+            "has no Linear or Conv2d layers that NFQ quantises",
             id="other model",
         ),
         pytest.param(
@@ -62,9 +62,9 @@ def test_bypassed_adapters_are_never_lost(host) -> None:
     if "LoraLoaderBypassModelOnly" not in host.get("/object_info"):
         pytest.skip("this host has no LoraLoaderBypassModelOnly")
     bypass = lora("lora", 1.0, MODEL) | {"class_type": "LoraLoaderBypassModelOnly"}
-    with pytest.raises(HostError, match="works only after NFQ Quantize UNet"):
+    with pytest.raises(HostError, match="works only after NFQ Quantize Model"):
         host.run({"model": ORIGINAL, "lora": bypass, "packed": quantize(["lora", 0]), "save": save(["packed", 0], "x")})
-    with pytest.raises(HostError, match="apply it before NFQuantizeUNet"):
+    with pytest.raises(HostError, match="apply it before NFQ Quantize Model"):
         host.run({"model": OURS, "lora": bypass, "save": save(["lora", 0], "x")})
 
 
@@ -119,7 +119,7 @@ def test_incomplete_and_unknown_models(host, base) -> None:
     with pytest.raises(HostError, match=f"tensor '{lost}' of Segmind Vega's UNet has another shape"):
         host.run(sample({"model": loader(bad.name)}, MODEL))
     nfq_core.save(nfq_core.quantize_state_dict({"layer.weight": torch.randn(64, 64)}), bad, overwrite=True)
-    with pytest.raises(HostError, match="has no UNet of the SDXL family"):
+    with pytest.raises(HostError, match="this ComfyUI does not know its architecture"):
         host.run(sample({"model": loader(bad.name)}, MODEL))
     (base / "models" / "checkpoints" / "unet.nfq.safetensors").symlink_to(unets / "vega.nfq.safetensors")
     only = {"class_type": "NFQuantizedCheckpointLoader", "inputs": {"ckpt_name": "unet.nfq.safetensors"}}

@@ -197,8 +197,8 @@ def test_refusals(nodes: dict, model: Patcher, error: type, tmp_path: Path) -> N
     assert path.read_bytes() == b"another's"
     save(clone, None, "mine", True)
     assert Calibration.load(path).prompts == 1
-    with pytest.raises(error, match=r"this MODEL is not a UNet of the SDXL family"):
-        with_collector(nodes, Patcher(torch.nn.Sequential(torch.nn.Linear(4, 4))))
+    with pytest.raises(error, match="this MODEL has no Linear or Conv2d layers; a calibration needs some"):
+        with_collector(nodes, Patcher(torch.nn.Sequential(torch.nn.ReLU())))
 
 
 def test_a_quantized_model_is_refused(nodes: dict, model: Patcher, error: type) -> None:
@@ -330,15 +330,15 @@ def test_calibrate_refuses_before_it_samples(
     with_attention = Patcher(type(model.model.diffusion_model)(**unet_config(TINY)))
     with pytest.raises(error, match="this CLIP gives tokens of width 768, the MODEL reads 48; connect its own CLIP"):
         calibrate(nodes, with_attention, Clip(768))
-    with pytest.raises(error, match="this MODEL is not a UNet of the SDXL family"):
-        calibrate(nodes, Patcher(torch.nn.Sequential(torch.nn.Linear(4, 4))))
+    with pytest.raises(error, match="this MODEL has no Linear or Conv2d layers; a calibration needs some"):
+        calibrate(nodes, Patcher(torch.nn.Sequential(torch.nn.ReLU())))
     compiled = model.clone()
     compiled.model_options["torch_compile_kwargs"] = {"backend": "inductor"}
     with pytest.raises(error, match="this MODEL is compiled"):
         calibrate(nodes, compiled)
     with monkeypatch.context() as patch:
         patch.setattr(Patcher, "get_injections", lambda *_: [object()])
-        with pytest.raises(error, match=r"Load LoRA \(Bypass\) works only after NFQ Quantize UNet"):
+        with pytest.raises(error, match=r"Load LoRA \(Bypass\) works only after NFQ Quantize Model"):
             calibrate(nodes, model)
     layer = model.model.diffusion_model.conv_in
     layer.weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), False)

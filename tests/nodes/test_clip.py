@@ -129,7 +129,7 @@ def test_a_missing_text_encoder_is_explained(plugin: ModuleType) -> None:
 
 
 def test_a_language_model_inside_a_diffusion_model_is_not_a_text_encoder(plugin: ModuleType) -> None:
-    """NFQ Quantize UNet sees names without the host's prefix; a MODEL without a UNet of the family is refused."""
+    """NFQ Quantize Model sees names without the host's prefix; a MODEL without layers is refused."""
     shapes = {"model.embed_tokens.weight": (1024, 128), "model.layers.0.self_attn.q_proj.weight": (128, 128)}
     bake = module(plugin, "bake")
     patches = {f"diffusion_model.{key}": [(torch.zeros(shape), None)] for key, shape in shapes.items()}
@@ -143,7 +143,7 @@ def test_a_language_model_inside_a_diffusion_model_is_not_a_text_encoder(plugin:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bake, "key_patches", lambda model: patches)
         patch.setattr(bake, "nf_layers", lambda model: iter(()))
-        with pytest.raises(Exception, match="not a UNet of the SDXL family"):
+        with pytest.raises(Exception, match="has no Linear or Conv2d layers that NFQ quantises"):
             bake.quantize_model(model, bake.Settings(), None, module(plugin, "recipe").Origin())
 
 

@@ -72,7 +72,7 @@ def test_a_missing_file_is_explained(recipe: ModuleType) -> None:
         "'deep/x.nfq.safetensors' is not in models/diffusion_models. It was made from 'a.safetensors' (SHA-256 "
         + "ab" * 32
         + ") with preset=levels effort=fast levels=12 conv_levels=32 quantize_first_last=False: load that with the "
-        "stock loader, connect NFQ Quantize UNet with these settings, then Save NFQ Checkpoint with filename_prefix "
+        "stock loader, connect NFQ Quantize Model with these settings, then Save NFQ Checkpoint with filename_prefix "
         "'deep/x'; or run `nfq quantize` on it with --levels 12 --conv-levels 32 --effort fast"
     )
     text = recipe.missing_file(UNETS, "x.nfq.safetensors", recipe_json(settings={"baked": ["LoRA b at 1"]}, source=""))
@@ -96,7 +96,7 @@ def test_the_size_of_a_preset_is_explained_as_the_preset(recipe: ModuleType) -> 
 
 def test_a_preset_that_had_other_bits_is_explained_as_a_command(recipe: ModuleType) -> None:
     text = recipe.missing_file(UNETS, "x.nfq.safetensors", recipe_json(settings={"preset": "small", "target_bpw": 3.3}))
-    assert text.endswith(": run `nfq quantize` on it with --target-bpw 3.3") and "NFQ Quantize UNet" not in text
+    assert text.endswith(": run `nfq quantize` on it with --target-bpw 3.3") and "NFQ Quantize Model" not in text
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_settings_that_the_node_does_not_offer_are_explained_as_a_command(
     recipe: ModuleType, settings: dict, options: str
 ) -> None:
     text = recipe.missing_file(UNETS, "x.nfq.safetensors", recipe_json(settings=settings))
-    assert text.endswith(f": run `nfq quantize` on it with {options}") and "NFQ Quantize UNet" not in text
+    assert text.endswith(f": run `nfq quantize` on it with {options}") and "NFQ Quantize Model" not in text
     text = recipe.missing_file(UNETS, "x.nfq.safetensors", recipe_json(settings=settings | {"baked": ["LoRA b at 1"]}))
     assert " plus LoRA b at 1: save that with Save Checkpoint, and run `nfq quantize` on it" in text
 

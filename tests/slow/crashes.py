@@ -51,7 +51,7 @@ AIMS = tuple((when, call) for call in ("write", "fsync", "replace") for when in 
 PRELOADED = ["nfq_core.checkpoints.article_import", "nfq_core.checkpoints.batch", "benchmarks.shared"]
 """Modules that take long to import."""
 
-LEFTOVER = re.compile(r"\..+" + TEMPORARY_ENDING)
+LEFTOVER = re.compile(rf"\..+({TEMPORARY_ENDING}|\.[0-9]+\.claim)")
 
 OLD = Settings(Formats.of(7, 7))
 """Settings of the older files."""
@@ -116,7 +116,7 @@ def contents(folder: Path) -> Files:
 
 
 def leftovers(folder: Path) -> int:
-    """Number of temporary files in a folder."""
+    """Number of temporary files and claims in a folder."""
     return sum(bool(LEFTOVER.fullmatch(path.name)) for path in folder.iterdir())
 
 

@@ -23,7 +23,7 @@ from aiohttp import web
 from comfy_execution.progress import get_progress_state
 from server import PromptServer
 
-from . import checks, clip_checks, dynamic_vram, patch_checks
+from . import checks, clip_checks, dynamic_vram, family_checks, family_models, patch_checks
 
 NARROW_CHANNELS = 64
 
@@ -37,6 +37,7 @@ def _know_narrow_models() -> None:
 
 _know_narrow_models()
 clip_checks.shrink_text_encoders()
+family_models.know_tiny_families()
 
 
 def _random(seed: int, *shape: int) -> torch.Tensor:
@@ -174,7 +175,7 @@ def _fill(network: torch.nn.Module) -> None:
 
 
 class OtherModel:
-    """A small MODEL that is not a UNet."""
+    """A small MODEL without layers to quantise."""
 
     CATEGORY, FUNCTION, RETURN_TYPES = "nfq test", "make", ("MODEL",)
 
@@ -184,7 +185,7 @@ class OtherModel:
 
     def make(self):
         network = torch.nn.Module()
-        network.diffusion_model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Conv3d(8, 8, 3))
+        network.diffusion_model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Conv3d(8, 8, 3))
         device = comfy.model_management.get_torch_device()
         return (comfy.model_patcher.ModelPatcher(network, load_device=device, offload_device=device),)
 
@@ -227,7 +228,7 @@ class Check:
 
     def run(self, check, run, model=None, other=None, **argument):
         package = next(name for name in sys.modules if name.endswith("ComfyUI-NFQ.nodes"))
-        modules = (checks, patch_checks, clip_checks, dynamic_vram)
+        modules = (checks, patch_checks, clip_checks, family_checks, dynamic_vram)
         function = next(getattr(module, check) for module in modules if hasattr(module, check))
         result = function(package, model, other, **argument)
         return {"ui": {"text": [json.dumps(result)]}}

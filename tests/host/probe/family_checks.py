@@ -1,0 +1,171 @@
+"""Checks of whole families inside the host's process; each returns JSON-ready facts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+
+import comfy.lora
+import comfy.model_management
+import comfy.sample
+import comfy.sd
+import comfy.utils
+import torch
+from safetensors.torch import save_file
+
+from .checks import _difference, _module
+from .family_models import TINY, is_known, random_model
+
+
+def _latent(name: str, model, steps: int = 2) -> torch.Tensor:
+    """A sampled latent."""
+    tiny = TINY[name]
+    generator = torch.Generator().manual_seed(3)
+    latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, 4, 8, 8))
+    noise = torch.randn(latent.shape, generator=generator)
+
+    def text() -> list:
+        options = {"pooled_output": torch.randn(1, tiny.pooled, generator=generator)} if tiny.pooled else {}
+        return [[torch.randn(1, 32, tiny.text, generator=generator), options]]
+
+    sampler = ("euler", "simple", text(), text(), latent)
+    return comfy.sample.sample(model, noise, steps, 3.0, *sampler, seed=3, disable_pbar=True).float().cpu()
+
+
+def _one_call(name: str, model) -> dict:
+    """What the sampler gives to a model in its first step."""
+    calls = []
+
+    def wrapper(apply_model, arguments: dict) -> torch.Tensor:
+        calls.append(arguments)
+        return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    watched = model.clone()
+    watched.set_model_unet_function_wrapper(wrapper)
+    _latent(name, watched, steps=1)
+    return calls[0]
+
+
+@torch.inference_mode()
+def _call(model, arguments: dict) -> torch.Tensor:
+    return model.model.apply_model(arguments["input"], arguments["timestep"], **arguments["c"]).float().cpu()
+
+
+def _lora(name: str, model) -> dict[str, torch.Tensor]:
+    """A LoRA of the family's usual layout; its shapes are those of the layers, or parts of layers, that it changes."""
+    known = comfy.lora.model_lora_keys_unet(model.model, {})
+    shapes = {key: tuple(value.shape) for key, value in model.model.state_dict().items()}
+    generator = torch.Generator().manual_seed(4)
+    result = {}
+    for layer in TINY[name].loras:
+        target = known[layer]
+        rows, columns = shapes[target if isinstance(target, str) else target[0]][:2]
+        if not isinstance(target, str) and target[1]:
+            axis, _, length = target[1]
+            rows, columns = (length, columns) if axis == 0 else (rows, length)
+        ends = ("lora_down", "lora_up") if layer.startswith("lora_") else ("lora_A", "lora_B")
+        result[f"{layer}.{ends[0]}.weight"] = torch.randn(4, columns, generator=generator) / columns**0.5
+        result[f"{layer}.{ends[1]}.weight"] = torch.randn(rows, 4, generator=generator) / 2
+    return result
+
+
+def _with_lora(model, lora: dict):
+    return comfy.sd.load_lora_for_models(model, None, lora, 0.8, 0.0)[0]
+
+
+def family(package: str, model, other, argument: str) -> dict | None:
+    """All that users do with a model of the family `argument`; None if this host does not know it."""
+    if not is_known(argument):
+        return None
+    folder = tempfile.mkdtemp()
+    try:
+        return _family(package, argument, folder)
+    finally:
+        comfy.model_management.unload_all_models()
+        shutil.rmtree(folder)
+
+
+def _family(package: str, name: str, folder: str) -> dict:
+    core = sys.modules[package.removesuffix(".nodes") + ".nfq_core"]
+    convert = sys.modules[core.__name__ + ".checkpoints.convert"]
+    load, bake, save, patcher = (_module(package, part) for part in ("load", "bake", "save", "patcher"))
+    recipe, calibration = _module(package, "recipe"), _module(package, "calibration")
+    source, packed_path, dense_path = (os.path.join(folder, f"m{end}.safetensors") for end in ("", ".nfq", "-dense"))
+    save_file(random_model(name), source)
+    convert.quantize_file(source, packed_path)
+    # fp16 has the exact values of packed weights.
+    convert.dequantize_file(packed_path, dense_path, torch.float16)
+    with core.NFQFile(packed_path) as file:
+        quantized = len(file.quantized)
+        dtypes = sorted({entry.dtype for entry in file.quantized.values()})
+        family_name = file.facts.architecture if hasattr(file.facts, "architecture") else ""
+
+    ours, dense = load.load_unet(packed_path), comfy.sd.load_diffusion_model(dense_path)
+    layers = dict(patcher.nf_layers(ours.model))
+    wanted = _latent(name, dense)
+    facts = {
+        "family": family_name,
+        "class": type(ours.model.model_config).__name__,
+        "quantized": quantized,
+        "packed": len(layers),
+        "dtypes": dtypes,
+        "std": float(wanted.std()),
+        "finite": bool(torch.isfinite(wanted).all()),
+        "difference": _difference(_latent(name, ours), wanted),
+        "resident": _difference(_latent(name, load.load_unet(packed_path, "resident")), wanted),
+    }
+
+    lora = _lora(name, dense)
+    patched, ours_patched = _with_lora(dense, lora), _with_lora(ours, lora)
+    with_lora = _latent(name, patched)
+    facts["lora patches"] = len(ours_patched.patches)
+    facts["lora changes"] = _difference(with_lora, wanted)
+    facts["lora"] = _difference(_latent(name, ours_patched), with_lora)
+    facts["base again"] = _difference(_latent(name, ours), wanted)
+
+    # A sampler would load all of it.
+    call = _one_call(name, patched)
+    comfy.model_management.unload_all_models()
+    patched.patch_model(dense.load_device)
+    with_lora = _call(patched, call)
+    patched.detach()
+    ours_patched.patch_model(ours.load_device)
+    whole = ours_patched.loaded_size()
+    ours_patched.detach()
+    ours_patched.patch_model(ours.load_device, lowvram_model_memory=ours_patched.model_size() * 9 // 10)
+    facts["partly loaded"] = ours_patched.loaded_size() / whole
+    facts["partial"] = _difference(_call(ours_patched, call), with_lora)
+    ours_patched.detach()
+
+    original = comfy.sd.load_diffusion_model(source)
+    made = bake.quantize_model(original, core.Settings(), None, recipe.Origin())
+    facts["quantised in the graph"] = len(dict(patcher.nf_layers(made.model)))
+    latent = _latent(name, made)
+    facts["graph"] = _difference(latent, wanted)
+    prefix = f"families-{os.path.basename(folder)}"
+    path = save.save_model(made, None, None, prefix, False)
+    try:
+        again = load.load_unet(path)
+        with core.NFQFile(path) as file:
+            facts["saved dtypes"] = sorted({entry.dtype for entry in file.quantized.values()})
+        facts["saved"] = _difference(_latent(name, again), latent)
+        facts["saved layers"] = len(dict(patcher.nf_layers(again.model)))
+        facts["size"] = os.path.getsize(path) / os.path.getsize(packed_path)
+    finally:
+        os.unlink(path)
+    merged = bake.quantize_model(_with_lora(original, lora), core.Settings(), None, recipe.Origin())
+    facts["lora baked in"] = _difference(_latent(name, merged), latent)
+
+    collecting = calibration.attach_collector(original, hessians=True, sensitivities=False)
+    facts["collecting"] = _difference(_latent(name, collecting), _latent(name, original))
+    path, _ = calibration.save_calibration(collecting, prefix, True)
+    try:
+        statistics = core.Calibration.load(path)
+    finally:
+        os.unlink(path)
+    calibrated = bake.quantize_model(original, core.Settings(), None, recipe.Origin(), calibration=statistics)
+    facts["calibrated layers"] = len(statistics.inputs)
+    facts["calibrated"] = _difference(_latent(name, calibrated), latent)
+    return facts
