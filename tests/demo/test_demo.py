@@ -100,7 +100,7 @@ def test_the_demo_model_is_calibrated(tmp_path, monkeypatch):
     found, warnings = calibration.for_plans(info, plans)
     assert found.keys() == {key for key, plan in plans.items() if plan.format}
     assert not warnings
-    with pytest.raises(TargetExistsError, match="--force"):
+    with pytest.raises(TargetExistsError, match="overwrite=True"):
         calibrate.calibrate_demo(tmp_path / "a", 2)
 
 
@@ -168,7 +168,7 @@ def test_the_demo_writes_pictures_report_and_sound_files(tmp_path, monkeypatch):
     with Image.open(tmp_path / "out" / "comparison.png") as sheet:
         assert sheet.width > 6 * 128
         assert sheet.height > len(CAPTIONS) * 128
-    with pytest.raises(TargetExistsError, match="--force"):
+    with pytest.raises(TargetExistsError, match="overwrite=True"):
         run.run_demo(tmp_path / "out")
 
 
