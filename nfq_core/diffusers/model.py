@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +12,19 @@ from torch import nn
 from ..checkpoints.whole_checkpoint import diffusers_unet_names
 from ..errors import NFQError, UnsupportedFileError
 from ..files.container import NFQFile
-from ..layers.packing import dense_layers, packed_layers
+from ..layers.packing import packed_layers
 from ..models.families import find_family
-from .packed_base import PackedBase, SavedFiles, lora_error, packed_class, stock_class
+from .packed_base import (
+    PackedBase,
+    SavedFiles,
+    lora_error,
+    mark_quantized,
+    packed_class,
+    restore_layers,
+    stock_class,
+)
 from .patches import wrap_copying
-from .saving import refuse_offloaded, saved_tensors
+from .saving import saved_tensors
 
 
 class PackedModel(PackedBase):
@@ -71,11 +78,7 @@ def make_packed(model: nn.Module, quantizer: DiffusersQuantizer) -> nn.Module:
     """
     wrap_copying(type(model))
     model.__class__ = packed_class(type(model), PackedModel)
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = quantizer.quantization_config.quant_method
-    method = model.quantization_method.value
-    model.register_to_config(quantization_config={"quant_method": method, **quantizer.facts.settings})
+    model.register_to_config(quantization_config=mark_quantized(model, quantizer))
     for layer in packed_layers(model).values():
         layer.compute_dtype = model.dtype
     return model
@@ -90,12 +93,7 @@ def make_stock(model: nn.Module) -> nn.Module:
     Raises:
         NFQError: weights are offloaded.
     """
-    refuse_offloaded(model)
-    dense_layers(model, model.dtype)
-    if "peft" in sys.modules:
-        from .lora import restore_adapters
-
-        restore_adapters(model)
+    restore_layers(model, model.dtype)
     model.__class__ = stock_class(type(model))
     del model.quantization_method
     model.is_quantized = False

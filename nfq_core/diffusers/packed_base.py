@@ -19,6 +19,8 @@ from ..checkpoints.state_dict import save
 from ..errors import NFQError
 from ..files.atomic import AtomicFile
 from ..layers.packed_layers import CANNOT_TRAIN, needs_dense
+from ..layers.packing import dense_layers
+from .saving import refuse_offloaded
 
 _NEED_DENSE = {"lora_magnitude_vector": "DoRA", "dora_scale": "DoRA", ".hada_": "LoHa", ".lokr_": "LoKr"}
 """Adapters that need the dense weights, by parts of their tensors' names."""
@@ -216,6 +218,37 @@ def packed_class(stock: type, base: type) -> type:
     """
     names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
     return _PackedClass(stock.__name__, (base, stock), names | {"_stock": stock, "_base": base})
+
+
+def mark_quantized(model: nn.Module, quantizer: Any) -> dict[str, Any]:
+    """Set the attributes of a quantised model; returns what its config records about it.
+
+    Args:
+        model: the model.
+        quantizer: the quantiser that packed it, with `facts`.
+    """
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = quantizer.quantization_config.quant_method
+    return {"quant_method": model.quantization_method.value, **quantizer.facts.settings}
+
+
+def restore_layers(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Replace a model's packed layers by stock ones, with fused LoRAs dequantised too.
+
+    Args:
+        model: the model.
+        dtype: see `dense_layers`.
+
+    Raises:
+        NFQError: weights are offloaded.
+    """
+    refuse_offloaded(model)
+    dense_layers(model, dtype)
+    if "peft" in sys.modules:
+        from .lora import restore_adapters
+
+        restore_adapters(model)
 
 
 def stock_class(packed: type) -> type:

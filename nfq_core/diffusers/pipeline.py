@@ -14,6 +14,7 @@ from ..checkpoints.state_dict import load_tensors
 from ..checkpoints.whole_checkpoint import COMPANIONS, MARKERS, missing_companions
 from ..errors import NFQError, missing_package
 from ..files.container import NFQFile
+from ..files.pipeline_folder import INDEX
 from ..files.untrusted import LOADING_ERRORS, loading_error_message
 from ..layers.packing import assign_state, packed_layers
 from ..packed.tensor import NFTensor
@@ -186,7 +187,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     """Read a pipeline's `model_index.json`, which must describe a pipeline of diffusers with a UNet."""
     import diffusers
 
-    path = folder / "model_index.json"
+    path = folder / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -199,7 +200,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     parts = [name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None]
     missing = next((name for name in parts if not (folder / name).is_dir()), None)
     if missing is not None:
-        raise NFQError(f"{folder} has no folder {missing!r}, which its model_index.json names; fetch it again")
+        raise NFQError(f"{folder} has no folder {missing!r}, which its {INDEX} names; fetch it again")
     return index
 
 

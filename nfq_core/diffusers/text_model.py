@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +12,16 @@ from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActD
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..layers.packed_layers import PackedLayer
-from ..layers.packing import dense_layers, packed_layers
-from .packed_base import PackedBase, SavedFiles, lora_error, packed_class, stock_class
+from ..layers.packing import packed_layers
+from .packed_base import (
+    PackedBase,
+    SavedFiles,
+    lora_error,
+    mark_quantized,
+    packed_class,
+    restore_layers,
+    stock_class,
+)
 from .patches import wrap_textual_inversion
 from .saving import refuse_adapters, refuse_offloaded
 from .text_names import name_in_file, tied_names
@@ -113,11 +120,7 @@ def make_packed_text_encoder(model: nn.Module, quantizer: Any) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(getattr(module, "wo", None), PackedLayer):
             module.__class__ = _FEED_FORWARD.get(type(module), type(module))
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = quantizer.quantization_config.quant_method
-    method = model.quantization_method.value
-    model.config.quantization_config = {"quant_method": method, **quantizer.facts.settings}
+    model.config.quantization_config = mark_quantized(model, quantizer)
     return model
 
 
@@ -130,12 +133,7 @@ def make_stock_text_encoder(model: nn.Module) -> nn.Module:
     Raises:
         NFQError: weights are offloaded.
     """
-    refuse_offloaded(model)
-    dense_layers(model, None)
-    if "peft" in sys.modules:
-        from .lora import restore_adapters
-
-        restore_adapters(model)
+    restore_layers(model, None)
     for module in list(model.modules()):
         if isinstance(module, _FeedForward):
             module.__class__ = type(module).__mro__[2]

@@ -94,16 +94,8 @@ def split_rows(tensor: NFTensor, parts: int) -> list[NFTensor]:
             f"a packed {fmt.id} weight of shape {tuple(tensor.shape)} cannot be split into {parts} parts of whole rows "
             "and blocks; dequantise it first"
         )
-    data, sections = tensor.data, tensor.sections
-    planes = data[sections.coarse : sections.fine], data[sections.fine : sections.scales]
-    codes = unpack_codes(*planes, parts * blocks, fmt).split(blocks)
-    scales = data[sections.scales : -2].split(blocks)
-    shape = (rows // parts, *tensor.shape[1:])
-    buffers = (
-        torch.cat([data[: sections.coarse], *pack_codes(own_codes, fmt), own_scales, data[-2:]])
-        for own_codes, own_scales in zip(codes, scales, strict=True)
-    )
-    return [NFTensor(buffer, fmt, shape, tensor.dtype) for buffer in buffers]
+    codes, scales = (values.split(blocks) for values in _codes_and_scales(tensor))
+    return [_like(tensor, rows // parts, *own) for own in zip(codes, scales, strict=True)]
 
 
 def join_rows(parts: Sequence[NFTensor]) -> NFTensor | None:
@@ -127,12 +119,19 @@ def join_rows(parts: Sequence[NFTensor]) -> NFTensor | None:
         for part in parts
     ):
         return None
-    codes, scales = [], []
-    for part in parts:
-        data, sections = part.data, part.sections
-        planes = data[sections.coarse : sections.fine], data[sections.fine : sections.scales]
-        codes.append(unpack_codes(*planes, part.numel() // BLOCK, fmt))
-        scales.append(data[sections.scales : -2])
-    head = first.data[: first.sections.coarse]
-    buffer = torch.cat([head, *pack_codes(torch.cat(codes), fmt), *scales, first.data[-2:]])
-    return NFTensor(buffer, fmt, (sum(part.shape[0] for part in parts), *shape), first.dtype)
+    codes, scales = map(torch.cat, zip(*map(_codes_and_scales, parts), strict=True))
+    return _like(first, sum(part.shape[0] for part in parts), codes, scales)
+
+
+def _codes_and_scales(tensor: NFTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes of a weight of whole blocks, shape (blocks, BLOCK), and its blocks' coded scales, shape (blocks,)."""
+    data, sections = tensor.data, tensor.sections
+    planes = data[sections.coarse : sections.fine], data[sections.fine : sections.scales]
+    return unpack_codes(*planes, tensor.numel() // BLOCK, tensor.format), data[sections.scales : -2]
+
+
+def _like(tensor: NFTensor, rows: int, codes: torch.Tensor, scales: torch.Tensor) -> NFTensor:
+    """A weight of other rows, with a weight's levels and parameters of scales; arguments as of `_codes_and_scales`."""
+    head, tail = tensor.data[: tensor.sections.coarse], tensor.data[-2:]
+    buffer = torch.cat([head, *pack_codes(codes, tensor.format), scales, tail])
+    return NFTensor(buffer, tensor.format, (rows, *tensor.shape[1:]), tensor.dtype)
