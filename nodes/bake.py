@@ -6,7 +6,7 @@ import copy
 import logging
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.lora
 import comfy.model_management
@@ -41,11 +41,16 @@ from .weights import (
 
 log = logging.getLogger("nfq")
 
+DEVICES = ("auto", "cpu", "gpu")
+"""Where to quantise; see `quantizing_device`."""
+
+Result = TypeVar("Result")
+
 
 def quantize_model(
     model: Any,
     settings: Settings,
-    device: torch.device | None,
+    device: str,
     origin: Origin,
     node_id: str | None = None,
     calibration: Calibration | None = None,
@@ -55,7 +60,7 @@ def quantize_model(
     Args:
         model: from any stock loader.
         settings: levels and effort.
-        device: where to quantise; None for the CPU.
+        device: where to quantise, one of DEVICES.
         origin: where the MODEL came from, recorded with the result.
         node_id: the node that shows the progress on the page.
         calibration: statistics of the layers' inputs, if known.
@@ -65,8 +70,7 @@ def quantize_model(
             baked in.
     """
     _refuse_unquantizable(model)
-    if device is not None:
-        check_device(device, FIT_DTYPE)
+    chosen = quantizing_device(device)
     model = without_dynamic_vram(model)
     comfy.model_management.unload_all_models()
     source = origin.hashing()
@@ -81,24 +85,26 @@ def quantize_model(
         info, plans = plan_tensors(entries, settings, measured)
         if not any(plan.format and key in layers for key, plan in plans.items()):
             raise NFQError("this MODEL has no Linear or Conv2d layers that NFQ quantises; use it as it is")
-        bake = baker(patches, UNET, device or torch.device("cpu"))
 
         def layer_facts(key: str) -> dict[str, Any] | None:
             return {"format": plans[key].format.id, "sqnr_db": json_decibels(sqnr[key])} if key in sqnr else None
 
-        tensors = quantize_tensors(
-            entries,
-            bake,
-            settings,
-            device=device or "cpu",
-            progress=LayerProgress(node_id, layer_facts),
-            sqnr=sqnr,
-            calibration=calibration,
-        )
-        # Names alone do not tell a layer from a table.
-        tensors |= {
-            key: bake(key) for key, value in tensors.items() if isinstance(value, NFTensor) and key not in layers
-        }
+        def quantized_on(where: torch.device) -> StateDict:
+            bake = baker(patches, UNET, where)
+            tensors = quantize_tensors(
+                entries,
+                bake,
+                settings,
+                device=where,
+                progress=LayerProgress(node_id, layer_facts),
+                sqnr=sqnr,
+                calibration=calibration,
+            )
+            # Names alone do not tell a layer from a table.
+            tables = (key for key, value in tensors.items() if isinstance(value, NFTensor) and key not in layers)
+            return tensors | {key: bake(key) for key in tables}
+
+        tensors = on_device(quantized_on, chosen, or_cpu=device == "auto")
         packed = packed_copy(model, model.model.diffusion_model, tensors)
     packed.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, COLLECTOR)
     packed.remove_attachments(COLLECTOR)
@@ -106,6 +112,36 @@ def quantize_model(
     recorded = recorded_settings(settings, calibration) | ({BAKED: list(origin.baked)} if origin.baked else {})
     packed.set_attachments(PROVENANCE, Provenance(recorded, source(), expected=expected, sqnr=sqnr))
     return packed
+
+
+def quantizing_device(choice: str) -> torch.device:
+    """The device that a choice means: "cpu", "gpu" for the host's device, or "auto" for that if it can quantise.
+
+    Raises:
+        NFQError: "gpu", and the host's device cannot quantise.
+    """
+    device, cpu = comfy.model_management.get_torch_device(), torch.device("cpu")
+    if choice == "cpu" or device.type == "cpu":
+        return cpu
+    try:
+        check_device(device, FIT_DTYPE)
+    except NFQError as error:
+        if choice == "gpu":
+            raise
+        log.info("quantising on the CPU: %s", error)
+        return cpu
+    return device
+
+
+def on_device(work: Callable[[torch.device], Result], device: torch.device, *, or_cpu: bool) -> Result:
+    """The result of work on a device; if that runs out of memory and `or_cpu` is true, of the same on the CPU."""
+    try:
+        return work(device)
+    except torch.cuda.OutOfMemoryError:
+        if not or_cpu or device.type == "cpu":
+            raise
+    log.warning("%s has too little free memory to quantise, so the CPU does it; this takes longer", device)
+    return work(torch.device("cpu"))
 
 
 def _refuse_unquantizable(model: Any) -> None:

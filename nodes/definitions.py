@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.model_management
 from comfy_api.latest import io
 
 from ..nfq_core import Calibration, Settings
@@ -154,7 +153,7 @@ class NFQuantizeUNet(io.ComfyNode):
                     default=DEFAULTS.effort,
                     optional=True,
                     tooltip="fast chooses among scalar codebooks. best chooses among trellis codes, which are closer "
-                    "to the original at the same size, but take minutes; several times fewer if numba is installed.",
+                    "to the original at the same size, but take several times as long; less if numba is installed.",
                 ),
                 advanced(
                     io.Combo,
@@ -175,9 +174,10 @@ class NFQuantizeUNet(io.ComfyNode):
                 advanced(
                     io.Combo,
                     "device",
-                    options=["auto", "cpu", "gpu"],
-                    default="auto",
-                    tooltip="Where to quantise. auto uses the CPU.",
+                    options=list(bake.DEVICES),
+                    default=bake.DEVICES[0],
+                    tooltip="Where to quantise. auto: on the GPU if there is one that can and its memory suffices, "
+                    "else on the CPU.",
                 ),
                 advanced(
                     io.Boolean,
@@ -211,16 +211,15 @@ class NFQuantizeUNet(io.ComfyNode):
         effort: str = DEFAULTS.effort,
         levels: int = DEFAULT_LEVELS,
         conv_levels: int = DEFAULT_CONV_LEVELS,
-        device: str = "auto",
+        device: str = bake.DEVICES[0],
         quantize_first_last: bool = DEFAULTS.quantize_first_last,
         calibration: str = NOTHING,
     ) -> io.NodeOutput:
         """Quantise."""
         settings = Settings.from_form(preset, int(levels), int(conv_levels), effort, quantize_first_last)
-        where = comfy.model_management.get_torch_device() if device == "gpu" else None
         origin = origin_in_graph(cls.hidden.prompt, cls.hidden.unique_id)
         statistics = None if calibration == NOTHING else Calibration.load(host.calibration_path(calibration))
-        packed = bake.quantize_model(model, settings, where, origin, cls.hidden.unique_id, statistics)
+        packed = bake.quantize_model(model, settings, device, origin, cls.hidden.unique_id, statistics)
         return io.NodeOutput(packed, ui={"nfq": (report.model_facts(packed),)})
 
 

@@ -17,6 +17,7 @@ from nfq_core.fitting.trellis_numba import CompiledCoder
 from nfq_core.packed.codec import encode, frame_spans
 from nfq_core.packed.formats import FORMATS, TRELLIS_IDS, WRITABLE_IDS
 from nfq_core.packed.layout import BLOCK
+from nfq_core.planning.forecast import PACE_WEIGHTS, measure_pace
 
 from ..shared import argument_parser
 
@@ -57,6 +58,7 @@ def main() -> None:
     """Print a line for each format."""
     argument_parser(__doc__).parse_args()
     torch.set_num_threads(1)
+    print(f"{PACE_WEIGHTS} weights in {measure_pace():.4f} s", flush=True)
     for id in WRITABLE_IDS:
         count = SEARCHED if id in TRELLIS_IDS else WEIGHTS
         weight = torch.randn(count // 1024, 1024, generator=torch.Generator().manual_seed(0)).half()

@@ -101,6 +101,22 @@ def forecast_file(
     }
 
 
+def forecast_seconds(source: str | os.PathLike, settings: Settings, calibrated: bool = False) -> float:
+    """Expected seconds of quantising a source on this machine's processors, from its header alone.
+
+    Args:
+        source: a file or folder, see `quantize_file`.
+        settings: a preset, bits per weight or formats, and effort.
+        calibrated: whether statistics of the layers' inputs are used.
+
+    Raises:
+        NFQError: the source cannot be read.
+    """
+    with Original(source) as original:
+        _, plans = plan_tensors(original.entries, settings)
+    return forecast.expected_seconds(plans, settings.effort, threads_for(None), calibrated)
+
+
 def _stored_bytes(
     original: Original,
     layers: list[tuple[str, BlockFormat]],

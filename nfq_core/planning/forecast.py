@@ -1,14 +1,17 @@
 """What a conversion will make, estimated before it is made: bytes on disk, error and time.
 
 A scalar format's bytes depend on the weights, so a sample of each weight is quantised. The other constants are of
-Gaussian weights; `python -m benchmarks.quality.forecast` measures them.
+Gaussian weights; `python -m benchmarks.quality.forecast` measures them. Times are scaled to this machine by `pace`.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
+from functools import lru_cache
 from math import prod
+from statistics import median
 
 import torch
 
@@ -34,6 +37,12 @@ MANY_LEVELS = 256
 
 SCALES_LIKE = "nf16_b64"
 """Format whose scales a trellis format's are like, at a hundredth of the time."""
+
+PACE_WEIGHTS = 1 << 19
+"""Weights that `pace` quantises."""
+
+PACE_SECONDS = 0.053
+"""Seconds that these weights take on the machine where all seconds below were measured."""
 
 SCALAR_SECONDS = 0.01
 """Seconds of one processor to quantise and write a million weights in a scalar format."""
@@ -146,7 +155,7 @@ def expected_output_db(
 
 
 def expected_seconds(plans: Mapping[str, Plan], effort: str, threads: int, calibrated: bool = False) -> float:
-    """Expected seconds of a conversion on this many processors.
+    """Expected seconds of a conversion on this many of this machine's processors.
 
     Args:
         plans: what is quantised.
@@ -155,7 +164,25 @@ def expected_seconds(plans: Mapping[str, Plan], effort: str, threads: int, calib
         calibrated: whether statistics of the layers' inputs are used.
     """
     quantized = [plan for plan in plans.values() if plan.format]
-    return sum(_seconds(plan.format, prod(plan.shape) / 1e6, effort, calibrated) for plan in quantized) / threads
+    seconds = sum(_seconds(plan.format, prod(plan.shape) / 1e6, effort, calibrated) for plan in quantized)
+    return seconds * pace() / threads
+
+
+@lru_cache(1)
+def pace() -> float:
+    """How long one of this machine's processors takes, in times of the one where the constants were measured."""
+    return measure_pace() / PACE_SECONDS
+
+
+def measure_pace() -> float:
+    """Seconds that quantising PACE_WEIGHTS weights takes here: the median of three tries, after one to warm up."""
+    weight = torch.randn(PACE_WEIGHTS // BLOCK, BLOCK, generator=torch.Generator().manual_seed(0)).half()
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        quantize(weight, format=SCALES_LIKE)
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[1:])
 
 
 def _seconds(fmt: BlockFormat, millions: float, effort: str, calibrated: bool) -> float:

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 from nfq_core import NFQError, Settings
 from nfq_core.checkpoints.convert import quantize_file
-from nfq_core.checkpoints.dry_run import forecast_file, forecast_lines
+from nfq_core.checkpoints.dry_run import forecast_file, forecast_lines, forecast_seconds
 from nfq_core.checkpoints.examine import file_info
 from nfq_core.demo.model import bundled_weights_path
+from nfq_core.planning import forecast as planning_forecast
 from nfq_core.planning.settings import PRESETS
 
 
@@ -68,6 +69,15 @@ def test_best_takes_longer_and_is_closer(model: Path, tmp_path: Path) -> None:
     )
     assert best["seconds"] > 2 * fast["seconds"]
     assert best["expected_sqnr_db"] > fast["expected_sqnr_db"]
+
+
+def test_seconds_are_those_of_this_machine(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning_forecast, "pace", lambda: 1.0)
+    seconds = forecast_seconds(model, Settings())
+    assert forecast_file(model, tmp_path / "x")["seconds"] == pytest.approx(seconds, abs=1e-3)
+    monkeypatch.setattr(planning_forecast, "pace", lambda: 3.0)
+    assert forecast_seconds(model, Settings()) == pytest.approx(3 * seconds)
+    assert forecast_seconds(model, Settings(), calibrated=True) > 3 * seconds
 
 
 def test_in_json_and_in_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,12 +95,25 @@ def test_memory_is_bounded_by_what_a_file_holds(results, attacks):
     assert greedy == {}
 
 
-def test_the_page_is_told_of_every_file(plugin, attacks, tmp_path):
+@pytest.fixture
+def page(plugin, attacks, tmp_path) -> Callable[..., dict[str, tuple[int, dict]]]:
+    """What a route of the page answers about every attack."""
     folder = tmp_path / "models" / "diffusion_models"
-    for path in attacks.values():
-        (folder / path.name).symlink_to(path)
-    routes, report = (sys.modules[f"{plugin.__name__}.nodes.{name}"] for name in ("routes", "report"))
-    told = {attack: routes._about(folder.name, path.name) for attack, path in attacks.items()}
+    routes = sys.modules[f"{plugin.__name__}.nodes.routes"]
+
+    def ask(route: str, ending: str = "", **query: str) -> dict[str, tuple[int, dict]]:
+        for path in attacks.values():
+            (folder / f"{path.name}{ending}").symlink_to(path)
+        names = {attack: f"{path.name}{ending}" for attack, path in attacks.items()}
+        questions = {attack: {"folder": folder.name, "name": name, **query} for attack, name in names.items()}
+        return {attack: routes._answer(*routes.ROUTES[route], question) for attack, question in questions.items()}
+
+    return ask
+
+
+def test_the_page_is_told_of_every_file(plugin, page, attacks):
+    report = sys.modules[f"{plugin.__name__}.nodes.report"]
+    told = page("/nfq/file")
     assert {attack for attack, (status, _) in told.items() if status == 200} == SOUND_HEADERS
     for status, answer in told.values():
         json.dumps(answer, allow_nan=False)
@@ -107,3 +121,13 @@ def test_the_page_is_told_of_every_file(plugin, attacks, tmp_path):
     for attack in SOUND_HEADERS:
         with plugin.nfq_core.NFQFile(attacks[attack]) as file:
             assert report.as_text(report.file_facts(file, "a")).replace("\n", "").isprintable()
+
+
+def test_the_page_is_told_a_time_or_what_is_wrong(plugin, page, monkeypatch):
+    bake = sys.modules[f"{plugin.__name__}.nodes.bake"]
+    monkeypatch.setattr(bake, "quantizing_device", lambda choice: bake.torch.device("cpu"))
+    monkeypatch.setattr(sys.modules[f"{plugin.__name__}.nodes.routes"], "quantizing_device", bake.quantizing_device)
+    form = {"preset": "balanced", "effort": "fast", "levels": "16", "conv_levels": "32"}
+    for attack, (status, answer) in page("/nfq/time", ".safetensors", **form).items():
+        json.dumps(answer, allow_nan=False)
+        assert answer["seconds"] >= 0 if status == 200 else answer["error"].isprintable(), attack

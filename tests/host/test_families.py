@@ -75,6 +75,15 @@ def test_calibration(facts: dict) -> None:
     assert facts["calibrated"] > 0
 
 
+@pytest.mark.parametrize("name", ["Stable Diffusion 1", "Stable Diffusion 3"])
+def test_a_whole_checkpoint(host, name: str) -> None:
+    """Its text encoders are packed too, and encode what the dequantised file's do."""
+    facts = host.check("whole_checkpoint", {}, argument=name)
+    assert facts["packed in MODEL"] > 10 and facts["packed in CLIP"] > 20
+    assert facts["latents"] == facts["encodings"] == 0 < facts["std"]
+    assert facts["share"] < 0.6
+
+
 def _blocks(*names: str) -> dict[str, torch.Tensor]:
     return {f"{name}.weight": torch.randn(128, 128) for name in names}
 

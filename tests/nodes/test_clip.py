@@ -144,7 +144,7 @@ def test_a_language_model_inside_a_diffusion_model_is_not_a_text_encoder(plugin:
         patch.setattr(bake, "key_patches", lambda model: patches)
         patch.setattr(bake, "nf_layers", lambda model: iter(()))
         with pytest.raises(Exception, match="has no Linear or Conv2d layers that NFQ quantises"):
-            bake.quantize_model(model, bake.Settings(), None, module(plugin, "recipe").Origin())
+            bake.quantize_model(model, bake.Settings(), "cpu", module(plugin, "recipe").Origin())
 
 
 def test_sdxl_in_memory_at_the_defaults() -> None:

@@ -51,7 +51,7 @@ def test_scripts_and_texts_match() -> None:
     english = words("en")
     assert used <= english.keys()
     assert {key for key in english if key.partition(".")[0] not in groups} == used
-    assert groups == {"goodFor", "takes", "order", "preset"}
+    assert groups == {"goodFor", "order", "preset"}
 
 
 def schemas(plugin: ModuleType) -> dict:
@@ -95,14 +95,12 @@ def test_users_see_no_node_ids(plugin: ModuleType) -> None:
 
 
 def test_levels_have_advice() -> None:
-    from nfq_core.fitting.codebook import EFFORTS
     from nfq_core.packed.formats import TRELLIS_IDS, WRITABLE_IDS, format_by_id
     from nfq_core.planning.settings import PRESETS
 
     english = words("en")
     scalar = [format_by_id(id).levels for id in WRITABLE_IDS if id not in TRELLIS_IDS]
     assert {f"goodFor.{levels}" for levels in scalar} <= english.keys()
-    assert {f"takes.{way}{effort}" for way in ("", "preset.") for effort in EFFORTS} <= english.keys()
     assert {f"goodFor.t{format_by_id(id).code_bits}" for id in TRELLIS_IDS} <= english.keys()
     for name, bits in PRESETS.items():
         assert f" {bits} bits per weight" in english[f"preset.{name}"]

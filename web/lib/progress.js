@@ -1,8 +1,10 @@
-// Progress of a node while it works; NFQuantizeUNet also shows advice on its settings.
+// Progress of a node while it works; NFQuantizeUNet also shows what its settings give and how long they take.
 
 import { api } from "../../../scripts/api.js";
 import { addPanel, after, element, findNode, whenPlaced } from "./dom.js";
 import { decibels, duration, share, text } from "./text.js";
+
+const FOLDERS = { unet_name: "diffusion_models", ckpt_name: "checkpoints" };
 
 // By node: the functions to call for each layer, and with the name of the text for an early end.
 const reporters = new WeakMap();
@@ -24,19 +26,38 @@ export function listen() {
 
 export function addProgress(node) {
   const panel = addPanel(node, "progress");
+  const time = element("p", { className: "nfq-faint" });
   const setting = (name) => node.widgets.find((widget) => widget.name === name);
-  const advice = () => {
-    const preset = setting("preset").value;
-    const fixed = preset === "levels";
-    const linked = node.inputs?.some((input) => input.name === "calibration" && input.link != null);
+  const followed = new WeakSet();
+  let asked = null;
+
+  async function showTime(linked) {
+    const source = fileOf(node);
+    if (source && !followed.has(source.widget)) after(source.widget, "callback", advice);
+    if (source) followed.add(source.widget);
+    const form = ["preset", "effort", "levels", "conv_levels", "device"].map((name) => [name, setting(name).value]);
     const calibrated = linked || setting("calibration").value !== "(none)";
+    const query = new URLSearchParams({ ...Object.fromEntries(form), calibrated, ...source?.file });
+    // Only the last question counts.
+    asked = String(query);
+    const answer = source ? await expectedSeconds(query) : null;
+    if (asked !== String(query)) return;
+    const name = source?.file.name.split(/[\\/]/).pop();
+    time.textContent = answer == null ? text("timeUnknown") : text("time", { time: duration(answer), name });
+  }
+
+  function advice() {
+    const preset = setting("preset").value;
+    const linked = node.inputs?.some((input) => input.name === "calibration" && input.link != null);
     panel.replaceChildren(
-      element("p", {}, fixed ? text(`goodFor.${setting("levels").value}`) : text(`preset.${preset}`)),
-      element("p", { className: "nfq-faint" }, text(`takes.${fixed ? "" : "preset."}${setting("effort").value}`)),
-      ...(calibrated ? [element("p", { className: "nfq-faint" }, text("withCalibration"))] : []),
+      element("p", {}, preset === "levels" ? text(`goodFor.${setting("levels").value}`) : text(`preset.${preset}`)),
+      time,
+      element("p", { className: "nfq-faint" }, text("bakedIn")),
     );
-  };
-  for (const name of ["levels", "effort", "preset", "calibration"]) after(setting(name), "callback", advice);
+    showTime(linked);
+  }
+  for (const name of ["levels", "conv_levels", "effort", "preset", "device", "calibration"])
+    after(setting(name), "callback", advice);
 
   report(node, panel, advice);
   after(node, "onConnectionsChange", advice);
@@ -46,6 +67,28 @@ export function addProgress(node) {
 export function addSamplingProgress(node) {
   const panel = addPanel(node, "progress");
   report(node, panel, () => panel.replaceChildren());
+}
+
+// The file of the loader that a node's MODEL comes from, of a merge the first, with the widget that names it.
+function fileOf(node) {
+  for (const seen = new Set(); node && !seen.has(node); ) {
+    seen.add(node);
+    const widget = node.widgets?.find((each) => each.name in FOLDERS);
+    if (widget) return { widget, file: { folder: FOLDERS[widget.name], name: String(widget.value) } };
+    const slot = node.inputs?.findIndex((input) => input.link != null && ["MODEL", "*"].includes(input.type)) ?? -1;
+    node = slot < 0 ? null : node.getInputNode(slot);
+  }
+  return null;
+}
+
+// How long quantising takes on the server's machine, in seconds; null if that is not known.
+async function expectedSeconds(query) {
+  try {
+    const answer = await api.fetchApi(`/nfq/time?${query}`);
+    return answer.ok ? (await answer.json()).seconds : null;
+  } catch {
+    return null;
+  }
 }
 
 // Shows a node's events in its panel while it works; `done` fills the panel afterwards.

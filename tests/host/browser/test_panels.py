@@ -130,7 +130,7 @@ def test_a_missing_checkpoint_or_import_is_explained(page: Page) -> None:
     page.open(workflow)
     page.shows("facts", "filename_prefix gone, CLIP and VAE")
     page.open(workflow_with("gone.nfq.safetensors", {**RECIPE, "settings": {"imported": "article"}}))
-    page.shows("facts", "nfq import-article")
+    page.shows("facts", "ComfyUI-NFQ import-article")
 
 
 def test_another_file_of_the_same_name_gives_a_warning(page: Page) -> None:

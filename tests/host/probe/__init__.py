@@ -154,24 +154,12 @@ class Companions:
     def make(self):
         target = comfy.supported_models_base.ClipTarget(comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel)
         clip = comfy.sd.CLIP(target, embedding_directory=folder_paths.get_folder_paths("embeddings"))
-        _fill(clip.cond_stage_model)
+        family_models.fill(clip.cond_stage_model)
         sizes = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
         pixels = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3}
         network = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=pixels | sizes, embed_dim=4)
-        _fill(network)
+        family_models.fill(network)
         return (clip, comfy.sd.VAE(sd=network.half().state_dict()))
-
-
-def _fill(network: torch.nn.Module) -> None:
-    """Set weights that keep activations in range and are exact in fp16."""
-    generator = torch.Generator().manual_seed(11)
-    for name, parameter in network.named_parameters():
-        weight = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() > 1:
-            weight /= parameter[0].numel() ** 0.5
-        else:
-            weight = 0.05 * weight + ("norm" in name and name.endswith("weight"))
-        parameter.data = weight.half().to(parameter.dtype)
 
 
 class OtherModel:

@@ -319,10 +319,10 @@ def dynamic_vram(package: str, model, other) -> dict:
         made_by_us = len(_Dynamic.made)
         resident = [load(arguments[0], "resident", disable_dynamic=disable) for disable in (False, True)]
         stock = comfy.sd.load_diffusion_model(folder_paths.get_full_path("diffusion_models", "narrow.safetensors"))
-        quantised = bake.quantize_model(stock, settings, None, recipe.Origin())
+        quantised = bake.quantize_model(stock, settings, "cpu", recipe.Origin())
         stock.cached_patcher_init = None
         try:
-            bake.quantize_model(stock, settings, None, recipe.Origin())
+            bake.quantize_model(stock, settings, "cpu", recipe.Origin())
             refusal = ""
         except bake.NFQError as error:
             refusal = str(error)

@@ -11,12 +11,23 @@ import comfy.lora
 import comfy.model_management
 import comfy.sample
 import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models_base
+import comfy.text_encoders.sd3_clip as sd3_clip
 import comfy.utils
+import folder_paths
 import torch
 from safetensors.torch import save_file
 
 from .checks import _difference, _module
-from .family_models import TINY, is_known, random_model
+from .clip_checks import PROMPTS, _encode
+from .family_models import TINY, fill, is_known, random_model
+
+TEXT_ENCODERS = {
+    "Stable Diffusion 1": (comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
+    "Stable Diffusion 3": (sd3_clip.SD3Tokenizer, sd3_clip.sd3_clip(t5=False)),
+}
+"""Tokeniser and network of the text encoders of families whose checkpoints hold them."""
 
 
 def _latent(name: str, model, steps: int = 2) -> torch.Tensor:
@@ -140,7 +151,7 @@ def _family(package: str, name: str, folder: str) -> dict:
     ours_patched.detach()
 
     original = comfy.sd.load_diffusion_model(source)
-    made = bake.quantize_model(original, core.Settings(), None, recipe.Origin())
+    made = bake.quantize_model(original, core.Settings(), "cpu", recipe.Origin())
     facts["quantised in the graph"] = len(dict(patcher.nf_layers(made.model)))
     latent = _latent(name, made)
     facts["graph"] = _difference(latent, wanted)
@@ -155,7 +166,7 @@ def _family(package: str, name: str, folder: str) -> dict:
         facts["size"] = os.path.getsize(path) / os.path.getsize(packed_path)
     finally:
         os.unlink(path)
-    merged = bake.quantize_model(_with_lora(original, lora), core.Settings(), None, recipe.Origin())
+    merged = bake.quantize_model(_with_lora(original, lora), core.Settings(), "cpu", recipe.Origin())
     facts["lora baked in"] = _difference(_latent(name, merged), latent)
 
     collecting = calibration.attach_collector(original, hessians=True, sensitivities=False)
@@ -165,7 +176,46 @@ def _family(package: str, name: str, folder: str) -> dict:
         statistics = core.Calibration.load(path)
     finally:
         os.unlink(path)
-    calibrated = bake.quantize_model(original, core.Settings(), None, recipe.Origin(), calibration=statistics)
+    calibrated = bake.quantize_model(original, core.Settings(), "cpu", recipe.Origin(), calibration=statistics)
     facts["calibrated layers"] = len(statistics.inputs)
     facts["calibrated"] = _difference(_latent(name, calibrated), latent)
     return facts
+
+
+def whole_checkpoint(package: str, model, other, argument: str) -> dict:
+    """A family's checkpoint with its text encoders: loaded packed, beside the host's own loader of the dense file."""
+    folder = tempfile.mkdtemp()
+    try:
+        return _whole_checkpoint(package, argument, folder)
+    finally:
+        comfy.model_management.unload_all_models()
+        shutil.rmtree(folder)
+
+
+def _whole_checkpoint(package: str, name: str, folder: str) -> dict:
+    core = sys.modules[package.removesuffix(".nodes") + ".nfq_core"]
+    convert = sys.modules[core.__name__ + ".checkpoints.convert"]
+    load, patcher = (_module(package, part) for part in ("load", "patcher"))
+    paths = ("unet", "source", "packed.nfq", "dense")
+    unet, source, packed, dense = (os.path.join(folder, f"{path}.safetensors") for path in paths)
+    save_file(random_model(name), unet)
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    made = comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(*TEXT_ENCODERS[name]), embedding_directory=embeddings)
+    fill(made.cond_stage_model)
+    comfy.sd.save_checkpoint(source, comfy.sd.load_diffusion_model(unet), made)
+    convert.quantize_file(source, packed)
+    convert.dequantize_file(packed, dense, torch.float16)
+    ours_model, ours_clip, _ = load.load_checkpoint(packed)
+    theirs_model, theirs_clip, *_ = comfy.sd.load_checkpoint_guess_config(
+        dense, True, True, embedding_directory=embeddings
+    )
+    wanted = _latent(name, theirs_model)
+    prompts = [PROMPTS[kind] for kind in ("plain", "weighted", "empty")]
+    return {
+        "packed in MODEL": len(dict(patcher.nf_layers(ours_model.model))),
+        "packed in CLIP": len(dict(patcher.nf_layers(ours_clip.patcher.model))),
+        "share": os.path.getsize(packed) / os.path.getsize(source),
+        "std": float(wanted.std()),
+        "latents": _difference(_latent(name, ours_model), wanted),
+        "encodings": max(_difference(_encode(ours_clip, each), _encode(theirs_clip, each)) for each in prompts),
+    }

@@ -218,3 +218,15 @@ def random_model(name: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, to
             weight = 0.05 * weight + (not key.endswith("bias"))
         result[tiny.prefix + key] = weight.to(dtype)
     return result
+
+
+def fill(network: torch.nn.Module) -> None:
+    """Set weights that keep activations in range and are exact in fp16."""
+    generator = torch.Generator().manual_seed(11)
+    for name, parameter in network.named_parameters():
+        weight = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            weight /= parameter[0].numel() ** 0.5
+        else:
+            weight = 0.05 * weight + ("norm" in name and name.endswith("weight"))
+        parameter.data = weight.half().to(parameter.dtype)

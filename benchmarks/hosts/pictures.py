@@ -1,0 +1,207 @@
+"""Pictures of ComfyUI's page for the docs, and thumbnails: `python -m benchmarks.hosts.pictures --dir DIR`.
+
+COMFYUI_PATH names the host and COMFYUI_PYTHON its Python. Needs Chromium and the extras `browser` and `demo`. The host
+quantises a synthetic checkpoint of SDXL's shapes (6.94 GB), so panels show SDXL's sizes. Compared pictures are those of
+the demo model.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from nfq_core import NFTensor, quantize_state_dict
+from nfq_core.demo.model import build_pipeline, load_weights, sample
+from nfq_core.demo.run import SEED
+from nfq_core.demo.shapes import CAPTIONS
+from nfq_core.packed.formats import LEVELS
+
+from ..checkpoint_shapes import sdxl_checkpoint
+from ..shared import ROOT, argument_parser, write_synthetic
+
+IMAGES, TEMPLATES = ROOT / "docs" / "images", ROOT / "example_workflows"
+
+ENDING, PACKED_ENDING = ".safetensors", ".nfq.safetensors"
+
+NAME = "my-checkpoint"
+"""Name of the synthetic checkpoint, without its ending."""
+
+COMPARED = 3
+"""Number of the caption whose pictures are compared."""
+
+UPPER_PART = ("CheckpointLoaderSimple", "NFQuantizeUNet", "NFSaveCheckpoint")
+"""The nodes of the first template that quantise a checkpoint."""
+
+MARGIN = 24
+"""Pixels around the nodes in a picture."""
+
+THUMBNAIL_WIDTH = 720
+
+VALUES = """
+for (const node of app.graph._nodes) for (const widget of node.widgets ?? []) {
+  const value = argument[`${node.type}.${widget.name}`] ?? argument[widget.name];
+  if (value === undefined) continue;
+  widget.value = value;
+  widget.callback?.(value, app.canvas, node);
+}
+"""
+
+SHOW = """
+const boxes = app.graph._nodes.filter((node) => !argument.types || argument.types.includes(node.type))
+  .map((node) => [...node.pos, ...node.size]);
+const left = Math.min(...boxes.map((box) => box[0])), top = Math.min(...boxes.map((box) => box[1])) - 30;
+const width = Math.max(...boxes.map((box) => box[0] + box[2])) - left;
+const height = Math.max(...boxes.map((box) => box[1] + box[3])) - top;
+const scale = Math.min(1, argument.width / width, argument.height / height);
+app.canvas.ds.scale = scale;
+app.canvas.ds.offset = [argument.left / scale - left, argument.top / scale - top];
+app.canvas.deselectAll?.();
+app.canvas.setDirty(true, true);
+return [width * scale, height * scale];
+"""
+"""Moves nodes of some types into view, at most full size; returns the width and height that they take."""
+
+
+class Camera:
+    """Takes pictures of a page's graph."""
+
+    LEFT, TOP, RIGHT, BOTTOM = 90, 80, 30, 120
+    """Pixels at the window's edges that the page's own controls cover."""
+
+    def __init__(self, page) -> None:
+        self.page = page
+
+    def picture(self, types: Sequence[str] | None = None) -> Image.Image:
+        """A picture of the nodes of some types, by default of all."""
+        window = self.page.tab.viewport_size
+        room = {"width": window["width"] - self.LEFT - self.RIGHT, "height": window["height"] - self.TOP - self.BOTTOM}
+        width, height = self.page.script(SHOW, {"types": types, "left": self.LEFT, "top": self.TOP, **room})
+        self.page.settle()
+        self.page.tab.wait_for_timeout(1500)
+        clip = {
+            "x": self.LEFT - MARGIN,
+            "y": self.TOP - MARGIN,
+            "width": width + 2 * MARGIN,
+            "height": height + 2 * MARGIN,
+        }
+        return Image.open(io.BytesIO(self.page.tab.screenshot(clip=clip))).convert("RGB")
+
+
+def open_template(page, path: Path, values: dict) -> None:
+    """Open a template with other values of its widgets, all nodes active."""
+    page.new_workflow()
+    page.open(json.loads(path.read_text("utf-8")))
+    page.settle()
+    page.script(VALUES, values)
+    page.script("for (const node of app.graph._nodes) node.mode = 0;")
+
+
+def demo_pictures() -> Iterator[tuple[str, Image.Image]]:
+    """One caption drawn by the demo model in fp16 and at each number of levels, with labels."""
+    original = load_weights()
+    for levels in (None, *LEVELS):
+        weights = original if levels is None else quantize_state_dict(original, levels=levels)
+        dense = {key: value.dequantize() if isinstance(value, NFTensor) else value for key, value in weights.items()}
+        pixels = sample(build_pipeline(dense), CAPTIONS[COMPARED : COMPARED + 1], seed=SEED + COMPARED)
+        yield "fp16" if levels is None else f"{levels} levels", Image.fromarray(pixels[0])
+
+
+def compare(page, inputs: Path) -> None:
+    """NFQ Compare with pictures of the demo model."""
+    nodes, links, labels = {}, {}, []
+    for number, (label, picture) in enumerate(demo_pictures(), 1):
+        picture.resize((256, 256), Image.Resampling.NEAREST).save(inputs / f"demo-{number}.png")
+        nodes[f"image{number}"] = {
+            "type": "LoadImage",
+            "at": [-400, 320 * number],
+            "values": {"image": f"demo-{number}.png"},
+        }
+        links[f"image_{number}"] = [f"image{number}", 0]
+        labels.append(label)
+    values = {"labels": "\n".join(labels)}
+    page.host.get("/object_info/LoadImage")
+    page.script("await app.refreshComboInNodes();")
+    page.build(**nodes, compare={"type": "NFCompare", "at": [0, 0], "values": values, "links": links})
+    page.run()
+    page.shows("compare", labels[-1], " dB · SSIM 0.")
+
+
+def loaders(page, missing: dict) -> None:
+    """Two loaders: a file's facts, and how to make a missing file."""
+    kind = {"type": "NFQuantizedCheckpointLoader"}
+    page.build(have={**kind, "at": [0, 0], "values": {"ckpt_name": NAME + PACKED_ENDING}})
+    workflow = page.workflow()
+    (have,) = workflow["nodes"]
+    lacks = {**have, "id": 2, "pos": [have["size"][0] + 60, 0]}
+    lacks["widgets_values"] = [f"photo-style{PACKED_ENDING}", json.dumps(missing), "packed"]
+    page.new_workflow()
+    page.open({**workflow, "nodes": [have, lacks], "last_node_id": 2})
+    page.shows("facts", "bits per weight", "is missing")
+
+
+def take(directory: Path) -> None:
+    """All pictures, into the docs and next to the templates."""
+    sys.path.append(str(ROOT / "tests" / "host" / "browser"))
+    from driver import Host, make_base
+    from page import FLAGS, Page
+    from playwright.sync_api import sync_playwright
+
+    base = directory / "comfyui"
+    if not base.exists():
+        make_base(base)
+    source = base / "models" / "checkpoints" / f"{NAME}{ENDING}"
+    if not source.exists():
+        write_synthetic(source, sdxl_checkpoint())
+    host = Host(base, "--fp16-unet", "--fp16-text-enc")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        page = Page(browser, host)
+        page.tab.set_viewport_size({"width": 1760, "height": 1420})
+        camera, names = Camera(page), {"ckpt_name": source.name}
+        try:
+            packed = f"{NAME}{PACKED_ENDING}"
+            first = TEMPLATES / "1 Whole checkpoint.json"
+            open_template(page, first, names | {"NFSaveCheckpoint.filename_prefix": NAME, "overwrite": True})
+            page.script("for (const node of app.graph._nodes) if (node.pos[1] > 700) node.mode = 2;")
+            page.shows("progress", "balanced", "on this computer")
+            run = page.queue()
+            page.shows("progress", ".weight", " dB", " left")
+            camera.picture(UPPER_PART).save(IMAGES / "progress.png", optimize=True)
+            host.wait(run)
+            page.shows("chart", "bits per weight")
+            page.shows("saved", "saved ")
+            page.script("await app.refreshComboInNodes();")
+            page.script(VALUES, {"NFQuantizedCheckpointLoader.ckpt_name": packed})
+            page.shows("facts", "bits per weight")
+            page.script("for (const node of app.graph._nodes) node.mode = 0;")
+            whole = camera.picture()
+            whole.save(IMAGES / "workflow.png", optimize=True)
+            recipe = host.get(f"/nfq/file?folder=checkpoints&name={packed}")["recipe"]
+            recipe |= {"source": f"photo-style{ENDING}"}
+            recipe["settings"]["baked"] = ["LoRA film.safetensors at 0.8"]
+            loaders(page, recipe)
+            camera.picture().save(IMAGES / "loader.png", optimize=True)
+            compare(page, base / "input")
+            camera.picture(["NFCompare"]).save(IMAGES / "compare.png", optimize=True)
+            for path in sorted(TEMPLATES.glob("*.json")):
+                open_template(page, path, names | {"NFQuantizedCheckpointLoader.ckpt_name": packed})
+                page.settle()
+                thumbnail = whole if path == first else camera.picture()
+                size = (THUMBNAIL_WIDTH, round(THUMBNAIL_WIDTH * thumbnail.height / thumbnail.width))
+                thumbnail.resize(size, Image.Resampling.LANCZOS).save(path.with_suffix(".jpg"), quality=80)
+        finally:
+            page.close()
+            browser.close()
+            host.close()
+
+
+if __name__ == "__main__":
+    parser = argument_parser(__doc__)
+    parser.add_argument("--dir", type=Path, required=True, help="folder for the host's files, 10 GB")
+    take(parser.parse_args().dir.resolve())
