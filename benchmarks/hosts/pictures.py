@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from nfq_core import NFTensor, quantize_state_dict
 from nfq_core.demo.model import build_pipeline, load_weights, sample
@@ -41,7 +42,15 @@ UPPER_PART = ("CheckpointLoaderSimple", "NFQuantizeUNet", "NFSaveCheckpoint")
 MARGIN = 24
 """Pixels around the nodes in a picture."""
 
-THUMBNAIL_WIDTH = 720
+WINDOW = {"width": 1780, "height": 1510}
+
+THUMBNAIL = (640, 400)
+
+NAMED = (
+    *("loras/your-lora.safetensors", "vae/sdxl_vae.safetensors"),
+    *(f"text_encoders/clip_{name}.safetensors" for name in "lg"),
+)
+"""Files that the templates name beside the checkpoint."""
 
 VALUES = """
 for (const node of app.graph._nodes) for (const widget of node.widgets ?? []) {
@@ -68,10 +77,25 @@ return [width * scale, height * scale];
 """Moves nodes of some types into view, at most full size; returns the width and height that they take."""
 
 
+A_QUARTER = """() => {
+  const bar = document.querySelector(".nfq-progress .nfq-track > div");
+  return bar && parseFloat(bar.style.width) > 25;
+}"""
+"""Whether a quarter of the work is done."""
+
+RESIZE = """
+for (const { id, size } of argument) {
+  const node = app.graph.getNodeById(id);
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(width, size[0]), Math.max(height, size[1])]);
+}
+"""
+
+
 class Camera:
     """Takes pictures of a page's graph."""
 
-    LEFT, TOP, RIGHT, BOTTOM = 90, 80, 30, 120
+    LEFT, TOP, RIGHT, BOTTOM = 90, 180, 40, 40
     """Pixels at the window's edges that the page's own controls cover."""
 
     def __init__(self, page) -> None:
@@ -94,9 +118,10 @@ class Camera:
 
 
 def open_template(page, path: Path, values: dict) -> None:
-    """Open a template with other values of its widgets, all nodes active."""
+    """Open a template for the checkpoint with other values of its widgets, all nodes active."""
     page.new_workflow()
-    page.open(json.loads(path.read_text("utf-8")))
+    # The page marks nodes whose file was missing when they were opened.
+    page.open(json.loads(re.sub(r"sd_xl_base_1\.0(-balanced)?", NAME, path.read_text("utf-8"))))
     page.settle()
     page.script(VALUES, values)
     page.script("for (const node of app.graph._nodes) node.mode = 0;")
@@ -130,6 +155,8 @@ def compare(page, inputs: Path) -> None:
     page.build(**nodes, compare={"type": "NFCompare", "at": [0, 0], "values": values, "links": links})
     page.run()
     page.shows("compare", labels[-1], " dB · SSIM 0.")
+    page.script("app.graph._nodes.find((node) => node.type === 'NFCompare').setSize([460, 500]);")
+    page.tab.wait_for_timeout(1000)
 
 
 def loaders(page, missing: dict) -> None:
@@ -142,7 +169,52 @@ def loaders(page, missing: dict) -> None:
     lacks["widgets_values"] = [f"photo-style{PACKED_ENDING}", json.dumps(missing), "packed"]
     page.new_workflow()
     page.open({**workflow, "nodes": [have, lacks], "last_node_id": 2})
-    page.shows("facts", "bits per weight", "is missing")
+    for words in ("bits per weight", "is missing"):
+        page.panel("facts").filter(has_text=words).wait_for()
+
+
+def whole_checkpoint(page, camera: Camera) -> Image.Image:
+    """The first template at work, as a picture for the docs, and when its file is written and chosen, returned."""
+    path = TEMPLATES / "1 Whole checkpoint.json"
+    open_template(page, path, {"overwrite": True})
+    page.script("for (const node of app.graph._nodes) if (node.pos[1] > 700) node.mode = 2;")
+    page.shows("progress", "balanced", "on this computer")
+    page.script("for (const node of app.graph._nodes) node.setSize(node.computeSize());")
+    run = page.queue()
+    page.tab.wait_for_function(A_QUARTER)
+    camera.picture(UPPER_PART).save(IMAGES / "progress.png", optimize=True)
+    page.host.wait(run)
+    page.shows("chart", "bits per weight")
+    page.shows("saved", "saved ")
+    page.script("await app.refreshComboInNodes();")
+    page.script(VALUES, {"NFQuantizedCheckpointLoader.ckpt_name": f"{NAME}{PACKED_ENDING}"})
+    page.shows("facts", "bits per weight")
+    page.script("for (const node of app.graph._nodes) node.mode = 0;")
+    page.script(RESIZE, json.loads(path.read_text("utf-8"))["nodes"])
+    return camera.picture()
+
+
+def thumbnail(picture: Image.Image) -> Image.Image:
+    """A picture made smaller, with the canvas's colour around it."""
+    whole = Image.new("RGB", THUMBNAIL, picture.getpixel((2, picture.height - 3)))
+    small = ImageOps.contain(picture, THUMBNAIL, Image.Resampling.LANCZOS)
+    whole.paste(small, ((whole.width - small.width) // 2, (whole.height - small.height) // 2))
+    return whole
+
+
+def make_files(base: Path) -> None:
+    """The synthetic checkpoint, and empty files of the names in the templates, which the page would mark as missing."""
+    source = base / "models" / "checkpoints" / f"{NAME}{ENDING}"
+    if not source.exists():
+        write_synthetic(source, sdxl_checkpoint())
+    for name in NAMED:
+        file = base / "models" / name
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    written = base / "output" / "checkpoints" / f"{NAME}{PACKED_ENDING}"
+    listed = base / "models" / "diffusion_models" / written.name
+    if not listed.is_symlink():
+        listed.symlink_to(written)
 
 
 def take(directory: Path) -> None:
@@ -155,46 +227,28 @@ def take(directory: Path) -> None:
     base = directory / "comfyui"
     if not base.exists():
         make_base(base)
-    source = base / "models" / "checkpoints" / f"{NAME}{ENDING}"
-    if not source.exists():
-        write_synthetic(source, sdxl_checkpoint())
+    make_files(base)
     host = Host(base, "--fp16-unet", "--fp16-text-enc")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        host.post("/settings", {"Comfy.Minimap.Visible": False})
         page = Page(browser, host)
-        page.tab.set_viewport_size({"width": 1760, "height": 1420})
-        camera, names = Camera(page), {"ckpt_name": source.name}
+        page.tab.set_viewport_size(WINDOW)
+        camera = Camera(page)
         try:
-            packed = f"{NAME}{PACKED_ENDING}"
-            first = TEMPLATES / "1 Whole checkpoint.json"
-            open_template(page, first, names | {"NFSaveCheckpoint.filename_prefix": NAME, "overwrite": True})
-            page.script("for (const node of app.graph._nodes) if (node.pos[1] > 700) node.mode = 2;")
-            page.shows("progress", "balanced", "on this computer")
-            run = page.queue()
-            page.shows("progress", ".weight", " dB", " left")
-            camera.picture(UPPER_PART).save(IMAGES / "progress.png", optimize=True)
-            host.wait(run)
-            page.shows("chart", "bits per weight")
-            page.shows("saved", "saved ")
-            page.script("await app.refreshComboInNodes();")
-            page.script(VALUES, {"NFQuantizedCheckpointLoader.ckpt_name": packed})
-            page.shows("facts", "bits per weight")
-            page.script("for (const node of app.graph._nodes) node.mode = 0;")
-            whole = camera.picture()
-            whole.save(IMAGES / "workflow.png", optimize=True)
-            recipe = host.get(f"/nfq/file?folder=checkpoints&name={packed}")["recipe"]
-            recipe |= {"source": f"photo-style{ENDING}"}
+            workflow = whole_checkpoint(page, camera)
+            workflow.save(IMAGES / "workflow.png", optimize=True)
+            recipe = host.get(f"/nfq/file?folder=checkpoints&name={NAME}{PACKED_ENDING}")["recipe"]
+            recipe["source"] = f"photo-style{ENDING}"
             recipe["settings"]["baked"] = ["LoRA film.safetensors at 0.8"]
             loaders(page, recipe)
             camera.picture().save(IMAGES / "loader.png", optimize=True)
             compare(page, base / "input")
             camera.picture(["NFCompare"]).save(IMAGES / "compare.png", optimize=True)
             for path in sorted(TEMPLATES.glob("*.json")):
-                open_template(page, path, names | {"NFQuantizedCheckpointLoader.ckpt_name": packed})
-                page.settle()
-                thumbnail = whole if path == first else camera.picture()
-                size = (THUMBNAIL_WIDTH, round(THUMBNAIL_WIDTH * thumbnail.height / thumbnail.width))
-                thumbnail.resize(size, Image.Resampling.LANCZOS).save(path.with_suffix(".jpg"), quality=80)
+                open_template(page, path, {})
+                picture = workflow if path.stem.startswith("1") else camera.picture()
+                thumbnail(picture).save(path.with_suffix(".jpg"), quality=80)
         finally:
             page.close()
             browser.close()

@@ -44,11 +44,12 @@ function withBytes(layers) {
   });
 }
 
-// Positions of the plots: errors above, sizes below, with the layers in the same columns.
+// Positions of the plots below the legend: errors above, sizes below, with the layers in the same columns.
 function places(width, height, measured) {
   const left = 58;
-  const split = measured ? Math.round(height * 0.55) : 16;
-  return { left, right: width - 4, top: 16, split, bottom: height - 4, gap: measured ? 18 : 0 };
+  const top = 32;
+  const split = measured ? Math.round(height * 0.57) : top;
+  return { left, right: width - 4, top, split, bottom: height - 4, gap: measured ? 18 : 0 };
 }
 
 // Draws the chart; `inFile`: sizes are sizes in a file, not in memory.
@@ -77,7 +78,7 @@ function draw(context, width, height, layers, colours, { inFile, title = "" }) {
       line(y(value));
       write(`${value} dB`, place.left - 4, y(value));
     }
-    write(text("chartError"), place.left, 7, "left");
+    write(text("chartError"), place.left, place.top - 9, "left");
     layers.forEach((layer, index) => {
       if (layer.sqnr_db == null) return;
       context.fillStyle = colourOf(layer.format);

@@ -101,7 +101,7 @@ const STYLE = `
 .nfq-controls select, .nfq-controls button { font: inherit; color: inherit; background: var(--comfy-input-bg, #222);
   border: 1px solid var(--border-color, #444); border-radius: 4px; padding: 1px 6px; cursor: pointer; }
 .nfq-controls select { flex: 1; min-width: 0; }
-.nfq-content canvas { display: block; width: 100%; height: 170px; }
+.nfq-content canvas { display: block; width: 100%; height: 190px; }
 .nfq-hover { min-height: 3em; }
 .nfq-figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 6px; }
 .nfq-figures figure { margin: 0; }

@@ -40,7 +40,7 @@ function sized({ settings }) {
 
 function formatsInWords(facts) {
   const [main] = facts.formats;
-  const bits = facts.bits_per_weight.toFixed(2);
+  const bits = facts.packed_bits_per_weight.toFixed(2);
   if (sized(facts)) return text("sizedAndBits", { bits });
   if (main.trellis_bits) return text("trellisAndBits", { code: main.trellis_bits, bits });
   return text("levelsAndBits", { levels: main.levels, bits });
