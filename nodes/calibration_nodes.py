@@ -121,8 +121,8 @@ class NFCollectCalibration(io.ComfyNode):
                     "hessians",
                     default=True,
                     optional=True,
-                    tooltip="Also record correlations between inputs, for error feedback. Most of the improvement "
-                    "comes from this.",
+                    tooltip="Also record correlations between inputs, for error feedback: other weights of a row "
+                    "compensate for a weight's rounding error.",
                 ),
                 io.Boolean.Input(
                     "sensitivities",

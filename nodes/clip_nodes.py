@@ -101,8 +101,8 @@ class NFQuantizeCLIP(io.ComfyNode):
                     options=list(BITS),
                     default="8bit",
                     optional=True,
-                    tooltip="8bit: no visible difference, at half the size of fp16. 5bit: a third of fp16, and prompts "
-                    "are read slightly differently. Token embeddings always have 8 bits.",
+                    tooltip="8bit: half the size of fp16, and close to it. 5bit: a third of fp16, and prompts are read "
+                    "slightly differently. Token embeddings always have 8 bits.",
                 ),
             ],
             outputs=[io.Clip.Output()],
