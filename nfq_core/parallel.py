@@ -73,25 +73,30 @@ def threads_for(device: torch.device | str | None, worker_bytes: int = QUANTIZIN
 class _SingleThreadedTorch:
     """Context that makes torch single-threaded, because the pipeline's threads already use every processor.
 
-    torch's thread count is global to the process; the last pipeline to end restores it.
+    torch counts its threads per thread, and a new thread begins with the number that was set last. So each thread with
+    a pipeline returns to what was set before the first of the pipelines that overlap.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
         self._before = 1
+        self._here = threading.local()
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._users:
                 self._before = torch.get_num_threads()
-                torch.set_num_threads(1)
             self._users += 1
+        self._here.depth = getattr(self._here, "depth", 0) + 1
+        torch.set_num_threads(1)
 
     def __exit__(self, *_: object) -> None:
+        # A pipeline that is garbage may be closed by another thread than began it.
+        self._here.depth = max(0, getattr(self._here, "depth", 0) - 1)
         with self._lock:
             self._users -= 1
-            if not self._users:
+            if not self._here.depth:
                 torch.set_num_threads(self._before)
 
 

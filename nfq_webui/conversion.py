@@ -13,6 +13,7 @@ from ..nfq_core.checkpoints.convert import quantize_file
 from ..nfq_core.checkpoints.dry_run import forecast_file, forecast_lines
 from ..nfq_core.checkpoints.extras import DROP_HINT
 from ..nfq_core.checkpoints.targets import MODEL_ENDINGS, complete_name, container_name
+from ..nfq_core.errors import reason_of
 from ..nfq_core.parallel import Progress, fraction_done, seconds_left
 from ..nfq_core.sizes import size_in_words
 from .loading import SUFFIX
@@ -153,7 +154,7 @@ def _outcome_message(outcome: str | BaseException, target: str) -> str:
     if isinstance(outcome, TargetExistsError):
         raise NFQError(f"{target} exists already; choose another name, or tick Overwrite")
     if isinstance(outcome, OSError):
-        raise NFQError(f"{target} cannot be written: {outcome.strerror}")
+        raise NFQError(f"{target} cannot be written: {reason_of(outcome)}")
     if isinstance(outcome, BaseException):
         raise outcome
     return outcome

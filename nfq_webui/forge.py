@@ -108,7 +108,7 @@ def _reader(loading: NFQLoading, previous: Callable, packs: Callable[[], Collect
         tensors = (
             keep_packed(loading.take(ckpt), dimensions, device) if dimensions else loading.take_dense(ckpt, device)
         )
-        return (tensors, metadata_of(ckpt)) if kwargs.get("return_metadata") else tensors
+        return (tensors, metadata_of(ckpt)) if argument(2, "return_metadata", args, kwargs) else tensors
 
     return load_torch_file
 

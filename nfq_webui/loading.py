@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 import torch
 
@@ -100,7 +99,7 @@ class NFQLoading:
         return dequantize_state_dict(self.take(path, remedy), device=device)
 
 
-def _fingerprint(path: str) -> Sequence:
+def _fingerprint(path: str) -> tuple[str, int, int]:
     facts = os.stat(path)
     return os.path.realpath(path), facts.st_mtime_ns, facts.st_size
 

@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import comfy.lora
 import comfy.model_management
 import comfy.patcher_extension
 import torch
@@ -17,13 +16,14 @@ from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from ..nfq_core import Calibration, NFQError, NFTensor, Settings
 from ..nfq_core.calibration.expectation import expectation
 from ..nfq_core.calibration.statistics import measured_sensitivities, recorded_settings
-from ..nfq_core.checkpoints.memory import check_device
+from ..nfq_core.checkpoints.memory import check_device, is_out_of_memory
 from ..nfq_core.checkpoints.state_dict import StateDict, quantize_tensors
 from ..nfq_core.files.container import BAKED
 from ..nfq_core.files.safetensors_io import DTYPE_NAMES, Entry
 from ..nfq_core.fitting.quantizer import FIT_DTYPE
 from ..nfq_core.planning.policy import plan_tensors
 from .host import BYPASS_LORA, COLLECTOR, PROVENANCE, UNET, LayerProgress, Provenance, json_decibels
+from .misfits import apply_patches
 from .ops import NFOps
 from .packed_tensor import wrap
 from .patcher import NFModelPatcher, adopt, nf_layers
@@ -70,7 +70,9 @@ def quantize_model(
             baked in.
     """
     _refuse_unquantizable(model)
-    chosen = quantizing_device(device)
+    chosen, reason = quantizing_device(device)
+    if reason:
+        log.info("quantising on the CPU: %s", reason)
     model = without_dynamic_vram(model)
     comfy.model_management.unload_all_models()
     source = origin.hashing()
@@ -114,31 +116,35 @@ def quantize_model(
     return packed
 
 
-def quantizing_device(choice: str) -> torch.device:
+def quantizing_device(choice: str) -> tuple[torch.device, str]:
     """The device that a choice means: "cpu", "gpu" for the host's device, or "auto" for that if it can quantise.
 
+    Returns:
+        The device, and the reason if "auto" means the CPU although the host has another device.
+
     Raises:
-        NFQError: "gpu", and the host's device cannot quantise.
+        NFQError: "gpu", and the host has no other device than the CPU, or one that cannot quantise.
     """
     device, cpu = comfy.model_management.get_torch_device(), torch.device("cpu")
+    if choice == "gpu" and device.type == "cpu":
+        raise NFQError("this ComfyUI runs on the CPU; set device to auto")
     if choice == "cpu" or device.type == "cpu":
-        return cpu
+        return cpu, ""
     try:
         check_device(device, FIT_DTYPE)
     except NFQError as error:
         if choice == "gpu":
             raise
-        log.info("quantising on the CPU: %s", error)
-        return cpu
-    return device
+        return cpu, str(error)
+    return device, ""
 
 
 def on_device(work: Callable[[torch.device], Result], device: torch.device, *, or_cpu: bool) -> Result:
     """The result of work on a device; if that runs out of memory and `or_cpu` is true, of the same on the CPU."""
     try:
         return work(device)
-    except torch.cuda.OutOfMemoryError:
-        if not or_cpu or device.type == "cpu":
+    except Exception as error:
+        if not or_cpu or device.type == "cpu" or not is_out_of_memory(error):
             raise
     log.warning("%s has too little free memory to quantise, so the CPU does it; this takes longer", device)
     return work(torch.device("cpu"))
@@ -204,7 +210,7 @@ def baker(patches: Mapping[str, Any], prefix: str, device: torch.device) -> Call
         if not rest:
             return weight
         copied = convert(weight.to(device=device, dtype=torch.float32, copy=True), inplace=True)
-        return comfy.lora.calculate_weight(rest, copied, prefix + key)
+        return apply_patches(rest, copied, prefix + key)
 
     return bake
 

@@ -14,7 +14,7 @@ from ..nfq_core import NFQError, NFTensor, Settings
 from ..nfq_core.checkpoints.state_dict import StateDict, quantize_tensors
 from ..nfq_core.files.container import BAKED
 from ..nfq_core.files.safetensors_io import Entry
-from ..nfq_core.models.text_encoders import find_text_encoders
+from ..nfq_core.models.text_encoders import find_text_encoders, owner_finder
 from ..nfq_core.packed.rows import split_rows
 from ..nfq_core.planning.settings import TEXT_ENCODERS_SETTING
 from .bake import baker, packed_copy, weight_entry, without_dynamic_vram
@@ -119,9 +119,8 @@ def quantize_clip(
         encoders = find_text_encoders({key: entry.shape for key, entry in entries.items()})
         if not encoders:
             raise NFQError("NFQ does not know these text encoders; use this CLIP as it is")
-        entries, groups = _fused(
-            {key: entry for key, entry in entries.items() if any(each.owns(key) for each in encoders)}
-        )
+        owner = owner_finder(encoders)
+        entries, groups = _fused({key: entry for key, entry in entries.items() if owner(key)})
 
         def read(key: str) -> torch.Tensor:
             return torch.cat([bake(part) for part in groups[key]]) if key in groups else bake(key)

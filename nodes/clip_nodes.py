@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.sd
@@ -24,6 +25,12 @@ DEFAULT_TYPE = "sdxl"
 def _types() -> list[str]:
     """The types of the host's own loaders of text encoders."""
     return [DEFAULT_TYPE, *(kind.name.lower() for kind in comfy.sd.CLIPType)]
+
+
+def _chosen(clip_name: str, others: Mapping[str, Any]) -> list[str]:
+    """The chosen files; `others` are the values of the inputs for further ones."""
+    further = (others.get(f"clip_name{number}") for number in range(2, MAX_TEXT_ENCODERS + 1))
+    return [clip_name, *(name for name in further if name not in (None, NOTHING))]
 
 
 class NFQuantizedCLIPLoader(io.ComfyNode):
@@ -71,15 +78,13 @@ class NFQuantizedCLIPLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, clip_name: str, recipe: str = "", **others: Any) -> str:
         """Load the files again when one changes on disk."""
-        names = [clip_name, *(others.get(f"clip_name{number}") for number in range(2, MAX_TEXT_ENCODERS + 1))]
-        return "|".join(host.fingerprint(host.TEXT_ENCODERS, name) for name in names if name not in (None, NOTHING))
+        return "|".join(host.fingerprint(host.TEXT_ENCODERS, name) for name in _chosen(clip_name, others))
 
     @classmethod
     def execute(cls, clip_name: str, type: str = DEFAULT_TYPE, recipe: str = "", **others: str) -> io.NodeOutput:
         """Load."""
-        further = (others.get(f"clip_name{number}", NOTHING) for number in range(2, MAX_TEXT_ENCODERS + 1))
-        names = [clip_name, *(name for name in further if name != NOTHING)]
-        return io.NodeOutput(load.load_clip([host.file_path(host.TEXT_ENCODERS, name) for name in names], type))
+        paths = [host.file_path(host.TEXT_ENCODERS, name) for name in _chosen(clip_name, others)]
+        return io.NodeOutput(load.load_clip(paths, type))
 
 
 class NFQuantizeCLIP(io.ComfyNode):

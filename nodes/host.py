@@ -16,6 +16,7 @@ from server import PromptServer
 
 from ..nfq_core import NFQError
 from ..nfq_core.calibration.statistics import CALIBRATION_SUFFIX
+from ..nfq_core.errors import reason_of
 from ..nfq_core.files.container import SUFFIX, Source
 from ..nfq_core.parallel import seconds_left
 from .patcher import NFModelPatcher
@@ -193,7 +194,7 @@ def output_path(filename_prefix: str, folder: str, suffix: str) -> str:
     try:
         directory, name, *_ = folder_paths.get_save_image_path(prefix, output)
     except OSError as error:
-        raise NFQError(f"cannot write into {listed}: {error.strerror}") from None
+        raise NFQError(f"cannot write into {listed}: {reason_of(error)}") from None
     except Exception as error:
         if "outside the output folder" not in str(error):
             raise

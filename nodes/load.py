@@ -22,9 +22,10 @@ from ..nfq_core.checkpoints.kinds import NO_MODELS, kind_name
 from ..nfq_core.checkpoints.memory import choose_memory_mode, needed_bytes
 from ..nfq_core.checkpoints.state_dict import StateDict, load_tensors
 from ..nfq_core.checkpoints.whole_checkpoint import MARKERS, host_names, text_encoders_of
+from ..nfq_core.files.container import Facts, Source
 from ..nfq_core.files.safetensors_io import Entry
 from ..nfq_core.models.components import find_components, model_name
-from ..nfq_core.models.text_encoders import find_text_encoders, text_encoder_warnings
+from ..nfq_core.models.text_encoders import find_text_encoders, owner_finder, text_encoder_warnings
 from ..nfq_core.models.unet import UNKNOWN, detect
 from ..nfq_core.models.unet_keys import CHECKPOINT_PREFIX
 from ..nfq_core.packed.backends import warm_up
@@ -111,8 +112,8 @@ def _companions_of(path: str, memory: str, disable_dynamic: bool) -> tuple[Any, 
 
 def _dense_companions(file: NFQFile, names: Mapping[str, str]) -> set[str]:
     """The tensors of VAE and the rest, which the host holds dense; `names` lists the diffusion model's."""
-    encoders = find_text_encoders(file.shapes())
-    return {key for key in file.keys() if key not in names and not any(each.owns(key) for each in encoders)}  # noqa: SIM118
+    owner = owner_finder(find_text_encoders(file.shapes()))
+    return {key for key in file.keys() if key not in names and owner(key) is None}  # noqa: SIM118
 
 
 def _clip_and_vae(
@@ -138,8 +139,8 @@ def _clip_and_vae(
     )
     clip, vae = result[1:3] if result else (None, None)
     if clip is None or (packed and not _is_filled(clip)):
-        names = " and ".join(encoder.name for encoder in find_text_encoders(shapes))
-        has = f"its text encoders ({names}) are not all that its UNet reads" if names else "it has no text encoders"
+        found = " and ".join(encoder.name for encoder in find_text_encoders(shapes))
+        has = f"its text encoders ({found}) are not all that its UNet reads" if found else "it has no text encoders"
         reason = warnings[0] if warnings else f"{has}, so load CLIP from another file"
         return MissingCLIP(f"{file.path.name}: {reason}, with Load NFQ CLIP or DualCLIPLoader"), vae
     if packed:
@@ -165,7 +166,8 @@ def load_clip(
     """
     if kind == "sdxl" and len(paths) != 2:
         raise NFQError("type sdxl needs the files of CLIP-L and OpenCLIP-G; choose them in clip_name and clip_name2")
-    states, found, facts = [], [], []
+    states, found = [], []
+    facts: list[Facts] = []
     for path in paths:
         with NFQFile(path) as file:
             found += [encoder.name for encoder in text_encoders_of(file)]
@@ -195,11 +197,24 @@ def load_clip(
     if not _is_filled(clip):
         raise NFQError(misfit)
     adopt_clip(clip)
-    first = facts[0]
-    name = os.path.basename(paths[0])
-    clip.patcher.set_attachments(PROVENANCE, Provenance(first.settings, first.source, name))
+    clip.patcher.set_attachments(PROVENANCE, _common_provenance(facts, os.path.basename(paths[0])))
     clip.patcher.cached_patcher_init = (load_clip_files_patcher, (list(paths), kind))
     return clip
+
+
+def _common_provenance(facts: Sequence[Facts], name: str) -> Provenance:
+    """Where a CLIP of several files came from: the settings on which they agree, and all their sources.
+
+    Args:
+        facts: those of the files.
+        name: the file that the nodes show.
+    """
+    first, *others = facts
+    settings = dict(item for item in first.settings.items() if all(item in each.settings.items() for each in others))
+    source = first.source
+    if any(other.source != source for other in others):
+        source = Source(" and ".join(dict.fromkeys(each.source.name for each in facts)))
+    return Provenance(settings, source, name)
 
 
 def load_clip_files_patcher(paths: Sequence[str], kind: str, disable_dynamic: bool = False) -> Any:
@@ -285,7 +300,10 @@ def build_model(tensors: StateDict, file: NFQFile, mode: str, disable_dynamic: b
         ) from None
     except KeyError as error:
         # The host recognises a model by some names and reads the sizes of others.
-        raise _lacking(file, str(error.args[0])) from None
+        name = str(error.args[0])
+        if "." not in name or name in tensors:
+            raise
+        raise _lacking(file, name) from None
     if patcher is None:
         raise _unknown(file)
     missing = _missing(patcher.model.diffusion_model, heard.warnings)
@@ -308,8 +326,8 @@ def _missing(network: torch.nn.Module, warnings: Sequence[str]) -> list[str]:
         network: the diffusion model.
         warnings: what the host logged when it loaded the model. It names what is missing, but goes on.
     """
-    told = {name for line in warnings if line.startswith("unet missing") for name in re.findall(r"'([^']+)'", line)}
-    return sorted(name for name, weight in network.named_parameters() if weight.is_meta or name in told)
+    reported = {name for line in warnings if line.startswith("unet missing") for name in re.findall(r"'([^']+)'", line)}
+    return sorted(name for name, weight in network.named_parameters() if weight.is_meta or name in reported)
 
 
 def _lacking(file: NFQFile, name: str) -> UnsupportedFileError:

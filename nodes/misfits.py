@@ -17,6 +17,8 @@ import comfy.lora
 import torch
 from comfy.weight_adapter import WeightAdapterBase
 
+from ..nfq_core.checkpoints.memory import is_out_of_memory
+
 log = logging.getLogger("nfq")
 
 Patch = tuple
@@ -104,13 +106,29 @@ class Misfits:
         name, shape = _name(key, patch), weight.shape
         with listening(shown=name not in self._logged) as heard:
             weight = comfy.lora.calculate_weight(steps, weight, key, original_weights=original_weights)
-        if heard.out_of_memory:
-            raise torch.cuda.OutOfMemoryError(heard.out_of_memory)
+        heard.raise_out_of_memory()
         if heard.anything:
             self._logged.add(name)
         if heard.failure:
             self._verdicts[name] = _Verdict(patch, heard.failure, _changes_nothing(patch, shape, weight.shape))
         return weight
+
+
+def apply_patches(patches: Sequence[Patch], weight: torch.Tensor, key: str) -> torch.Tensor:
+    """Apply patches to a weight of a stock layer with the host's arithmetic.
+
+    Args:
+        patches: the patches.
+        weight: may be overwritten.
+        key: the weight's name in the model.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: the host would only log it, and the weight would lack a patch.
+    """
+    with listening(shown=True) as heard:
+        result = comfy.lora.calculate_weight(patches, weight, key)
+    heard.raise_out_of_memory()
+    return result
 
 
 def _name(key: str, patch: Patch) -> tuple:
@@ -166,12 +184,17 @@ class Listener(logging.Filter):
             return True
         self.anything = True
         caught = sys.exc_info()[1]
-        if isinstance(caught, (torch.cuda.OutOfMemoryError, MemoryError)):
+        if caught is not None and is_out_of_memory(caught):
             self.out_of_memory = str(caught) or "not enough memory for a LoRA"
             return False
         if record.levelno >= logging.WARNING:
             self.warnings.append(record.getMessage())
         return self._shown
+
+    def raise_out_of_memory(self) -> None:
+        """Raise the torch.cuda.OutOfMemoryError that the host caught and logged, if it did."""
+        if self.out_of_memory:
+            raise torch.cuda.OutOfMemoryError(self.out_of_memory)
 
     @property
     def failure(self) -> str:

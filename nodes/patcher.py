@@ -12,7 +12,6 @@ from functools import cache, cached_property
 from typing import Any
 
 import comfy.hooks
-import comfy.lora
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
@@ -20,7 +19,7 @@ import comfy.utils
 import torch
 
 from .lora import HookPatch, WeightPatch
-from .misfits import Misfits
+from .misfits import Misfits, apply_patches
 from .ops import NFLayer
 from .packed_tensor import is_packed, unwrap
 
@@ -87,7 +86,7 @@ def dense_weight(layer: NFLayer, patches: list | None = None, key: str = "") -> 
         patches = [patch for function in layer.weight_function if _is_patch(function) for patch in _patches(function)]
     weight = packed.dequantize(torch.float32 if patches else packed.dtype)
     if patches:
-        weight = comfy.lora.calculate_weight(patches, weight, key)
+        weight = apply_patches(patches, weight, key)
     return weight.to(packed.dtype)
 
 

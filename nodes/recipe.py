@@ -21,6 +21,7 @@ from ..nfq_core.errors import command, printable
 from ..nfq_core.files.container import BAKED, IMPORTED, Source
 from ..nfq_core.planning.settings import BY_LEVELS, PRESETS, TEXT_ENCODERS_SETTING, without_repetition
 from .host import CHECKPOINTS, SUFFIX, TEXT_ENCODERS, UNETS, listed_name
+from .schema import NOTHING
 
 LOADER_INPUTS = {
     **{"unet_name": UNETS, "ckpt_name": CHECKPOINTS, "clip_name": TEXT_ENCODERS, "clip_name1": TEXT_ENCODERS},
@@ -96,7 +97,11 @@ def origin_in_graph(prompt: Mapping[str, Any] | None, node_id: str | None, part:
     for node in _upstream(prompt or {}, str(node_id), part):
         inputs = node.get("inputs", {})
         loaded = next((name for name in LOADER_INPUTS if isinstance(inputs.get(name), str)), None)
-        if loaded:
+        clips = [value for name, value in inputs.items() if name.startswith("clip_name") and isinstance(value, str)]
+        clips = [name for name in clips if name != NOTHING]
+        if len(clips) > 1:
+            files.append((" and ".join(map(_base_name, clips)), ""))
+        elif loaded:
             files.append((inputs[loaded], LOADER_INPUTS[loaded]))
         elif isinstance(inputs.get("lora_name"), str):
             strength = inputs.get(f"strength_{part}")

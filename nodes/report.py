@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import comfy.lora
 import torch
 
 from ..nfq_core import NFQError, NFQFile
@@ -19,10 +18,11 @@ from ..nfq_core.checkpoints.examine import (
 )
 from ..nfq_core.decibels import decibels_in_words, pooled_sqnr_db, sqnr_db
 from ..nfq_core.errors import printable
-from ..nfq_core.models.text_encoders import find_text_encoders
+from ..nfq_core.models.text_encoders import find_text_encoders, owner_finder
 from ..nfq_core.packed.formats import format_by_id
 from .bake import without_dynamic_vram
 from .host import UNET, json_decibels, provenance
+from .misfits import apply_patches
 from .packed_tensor import unwrap
 from .patcher import nf_layers
 from .weights import dense, key_patches
@@ -45,9 +45,9 @@ def file_summary(file: NFQFile, name: str) -> dict[str, Any]:
     Formats of text encoders are left out if the file has other quantised weights.
     """
     facts = file_facts(file, name)
-    encoders = find_text_encoders(file.shapes())
+    owner = owner_finder(find_text_encoders(file.shapes()))
     layers = facts.pop("layers")
-    others = [layer for layer in layers if not any(encoder.owns(layer["name"]) for encoder in encoders)]
+    others = [layer for layer in layers if owner(layer["name"]) is None]
     weights: Counter[str] = Counter()
     for layer in others or layers:
         weights[layer["format"]] += math.prod(layer["shape"])
@@ -97,7 +97,7 @@ def model_facts(model: Any, original: Any = None) -> dict[str, Any]:
             (weight, convert), *patches = before[key]
             wanted = convert(dense(weight).to("cpu")).float()
             if patches:
-                wanted = comfy.lora.calculate_weight(patches, wanted.clone(), key)
+                wanted = apply_patches(patches, wanted.clone(), key)
             sqnr = sqnr_db(wanted, packed.to("cpu").dequantize(torch.float32))
             if math.isnan(sqnr) or sqnr == -math.inf:
                 raise NFQError(

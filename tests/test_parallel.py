@@ -272,3 +272,24 @@ def test_quantising_on_a_device_takes_bounded_memory(many_processors, tmp_path, 
     else:
         state.quantize_state_dict({name: weight.to("meta") for name, weight in model.items()})
     assert QUANTIZING_BYTES < most <= DEVICE_BYTES
+
+
+def test_each_thread_gets_its_number_of_torch_threads_back():
+    """Two pipelines in two threads overlap; the first to begin ends first."""
+    torch.set_num_threads(2)
+    inside, first_ended = threading.Event(), threading.Event()
+
+    def other():
+        for _ in run(str, range(2)):
+            inside.set()
+            first_ended.wait(10)
+
+    thread = threading.Thread(target=other)
+    for number in run(str, range(2)):
+        if number == "0":
+            thread.start()
+            inside.wait(10)
+    assert torch.get_num_threads() == 2
+    first_ended.set()
+    thread.join()
+    assert torch.get_num_threads() == 2

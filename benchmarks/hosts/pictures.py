@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -178,7 +180,7 @@ def whole_checkpoint(page, camera: Camera) -> Image.Image:
     path = TEMPLATES / "1 Whole checkpoint.json"
     open_template(page, path, {"overwrite": True})
     page.script("for (const node of app.graph._nodes) if (node.pos[1] > 700) node.mode = 2;")
-    page.shows("progress", "balanced", "on this computer")
+    page.shows("progress", "balanced", "on ComfyUI's computer")
     page.script("for (const node of app.graph._nodes) node.setSize(node.computeSize());")
     run = page.queue()
     page.tab.wait_for_function(A_QUARTER)
@@ -228,14 +230,13 @@ def take(directory: Path) -> None:
     if not base.exists():
         make_base(base)
     make_files(base)
-    host = Host(base, "--fp16-unet", "--fp16-text-enc")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-        host.post("/settings", {"Comfy.Minimap.Visible": False})
-        page = Page(browser, host)
-        page.tab.set_viewport_size(WINDOW)
-        camera = Camera(page)
-        try:
+    with closing(Host(base, "--fp16-unet", "--fp16-text-enc")) as host, sync_playwright() as playwright:
+        chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
+        with playwright.chromium.launch(executable_path=chromium, args=FLAGS) as browser:
+            host.post("/settings", {"Comfy.Minimap.Visible": False})
+            page = Page(browser, host)
+            page.tab.set_viewport_size(WINDOW)
+            camera = Camera(page)
             workflow = whole_checkpoint(page, camera)
             workflow.save(IMAGES / "workflow.png", optimize=True)
             recipe = host.get(f"/nfq/file?folder=checkpoints&name={NAME}{PACKED_ENDING}")["recipe"]
@@ -249,10 +250,6 @@ def take(directory: Path) -> None:
                 open_template(page, path, {})
                 picture = workflow if path.stem.startswith("1") else camera.picture()
                 thumbnail(picture).save(path.with_suffix(".jpg"), quality=80)
-        finally:
-            page.close()
-            browser.close()
-            host.close()
 
 
 if __name__ == "__main__":

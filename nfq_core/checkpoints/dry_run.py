@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from math import prod
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..models.components import Component, find_components
 from ..models.unet import UNKNOWN
 from ..packed.formats import TRELLIS_IDS
 from ..packed.layout import BlockFormat
-from ..parallel import Progress, no_progress, ordered_map, threads_for
+from ..parallel import Progress, no_progress, ordered_map
 from ..planning import forecast
 from ..planning.allocation import EXPECTED_SQNR_DB, SizeSearch
 from ..planning.facts import facts_about
@@ -29,7 +30,7 @@ from ..planning.settings import DEFAULTS, FileSize, Settings
 from ..sizes import size_in_words
 from .extras import recorded_extras, split_extras
 from .metadata import split_metadata
-from .sources import about_model, refuse_unconvertible
+from .sources import about_model, refuse_container, refuse_unconvertible
 
 
 def forecast_file(
@@ -53,7 +54,7 @@ def forecast_file(
         `expected_sqnr_db`), `components` (each `kind`, `name`, `weights`, `packed_bits_per_weight` (None if nothing is
         quantised) and `file_bytes`), `file_bytes`, `original_bytes`, `weights`, `packed_bits_per_weight`,
         `expected_sqnr_db` (of Gaussian weights), `expected_output_db` and `calibration_db`, the calibration's part of
-        it (both None where they are not known), `seconds` and `warnings`.
+        it (both None where they are not known), `seconds` (None on another device than a CPU) and `warnings`.
 
     Raises:
         NFQError: as `quantize_file`, as far as it can be known before.
@@ -83,6 +84,7 @@ def forecast_file(
     calibrated = calibration is not None and bool(calibration.for_plans(info, plans)[0])
     quantized = {key: plan for key, plan in plans.items() if plan.format}
     weights, bits = _packed_bits(quantized)
+    on_cpu = device is None or torch.device(device).type == "cpu"
     shapes = {key: plan.shape for key, plan in plans.items()}
     return {
         "target": str(target),
@@ -96,13 +98,15 @@ def forecast_file(
         "expected_sqnr_db": forecast.expected_sqnr_db(plans),
         "expected_output_db": expected.get("output_db"),
         "calibration_db": expected.get("calibration_db"),
-        "seconds": round(forecast.expected_seconds(plans, settings.effort, threads_for(device), calibrated), 3),
+        "seconds": round(forecast.expected_seconds(plans, settings.effort, calibrated), 3) if on_cpu else None,
         "warnings": list(map(printable, warnings + estimate_warnings(info, plans, measured) + size.warnings)),
     }
 
 
-def forecast_seconds(source: str | os.PathLike, settings: Settings, calibrated: bool = False) -> float:
+def forecast_seconds(source: str | os.PathLike, settings: Settings, calibrated: bool = False) -> float | None:
     """Expected seconds of quantising a source on this machine's processors, from its header alone.
+
+    None if it has nothing to quantise.
 
     Args:
         source: a file or folder, see `quantize_file`.
@@ -110,11 +114,14 @@ def forecast_seconds(source: str | os.PathLike, settings: Settings, calibrated: 
         calibrated: whether statistics of the layers' inputs are used.
 
     Raises:
-        NFQError: the source cannot be read.
+        NFQError: the source cannot be read, or is a container.
     """
     with Original(source) as original:
+        refuse_container(original)
         _, plans = plan_tensors(original.entries, settings)
-    return forecast.expected_seconds(plans, settings.effort, threads_for(None), calibrated)
+    if not any(plan.format for plan in plans.values()):
+        return None
+    return forecast.expected_seconds(plans, settings.effort, calibrated)
 
 
 def _stored_bytes(
@@ -133,10 +140,10 @@ def _stored_bytes(
         except CannotQuantizeError:
             return plans[key].nbytes
 
-    results = ordered_map(sample, layers, size=lambda layer: plans[layer[0]].nbytes)
-    for done, ((key, _), nbytes) in enumerate(zip(layers, results, strict=True), 1):
-        yield nbytes
-        progress(done, len(layers), key)
+    with closing(ordered_map(sample, layers, size=lambda layer: plans[layer[0]].nbytes)) as results:
+        for done, ((key, _), nbytes) in enumerate(zip(layers, results, strict=True), 1):
+            yield nbytes
+            progress(done, len(layers), key)
 
 
 def _packed_bits(quantized: Mapping[str, Plan]) -> tuple[int, float | None]:
@@ -192,16 +199,15 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
         how = "kept" if bits is None else f"{bits:.3f} packed bits per weight"
         lines.append(f"{component['name']}: about {size_in_words(component['file_bytes'])}, {how}")
     size = size_in_words(forecast["file_bytes"])
+    output, added, seconds = (forecast[name] for name in ("expected_output_db", "calibration_db", "seconds"))
+    part = "" if added is None else f", {added:+.1f} by the calibration"
     whole = [
         f"{forecast['target']}: {named(forecast['architecture'])}about {size}, {share:.0%} of the original",
         *([] if several else [f"{forecast['packed_bits_per_weight']:.3f} packed bits per weight"]),
         *([] if error is None else [f"expected SQNR of the weights {error:.1f} dB"]),
-        f"about {forecast['seconds']:.0f} s",
+        *([] if output is None else [f"of the output {output:.1f} dB{part}"]),
+        *([] if seconds is None else [f"about {seconds:.0f} s"]),
     ]
-    if forecast["expected_output_db"] is not None:
-        added = forecast["calibration_db"]
-        part = "" if added is None else f", {added:+.1f} by the calibration"
-        whole.insert(-1, f"of the output {forecast['expected_output_db']:.1f} dB{part}")
     name, reason = search_backend(torch.device("cpu"))
     if name == "torch" and any(layer["format"] in TRELLIS_IDS for layer in forecast["layers"]):
         lines.append(f"trellis codes are searched in plain torch, which takes longer: {reason}")

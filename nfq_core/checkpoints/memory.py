@@ -19,7 +19,7 @@ ROOM = 2
 
 MEMINFO = Path("/proc/meminfo")
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 """Texts by which out-of-memory messages of torch's allocators differ from its other errors."""
 
 
@@ -72,11 +72,16 @@ def refuse_beyond_memory(file: NFQFile, needed: int) -> None:
 
 
 def check_device(device: torch.device | str, dtype: torch.dtype = torch.uint8) -> None:
-    """Raise NFQError if torch cannot use the device here, or the device does not support `dtype`."""
+    """Raise NFQError if torch cannot use the device here, or the device does not support `dtype`.
+
+    Torch's own error is raised if the device is out of memory.
+    """
     try:
         # Some failures only show when the result is read.
         torch.ones(1, dtype=dtype, device=device).item()
-    except (RuntimeError, AssertionError, TypeError, ValueError, AttributeError, ImportError):
+    except (RuntimeError, AssertionError, TypeError, ValueError, AttributeError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise
         names = device_names()
         kinds = [name.partition(":")[0] for name in names]
         if str(device) not in names + kinds:

@@ -159,13 +159,13 @@ def quantize_tensors(
     result: StateDict = {}
     done, total = 0, sum(plan.nbytes for plan in plans.values())
     threads = threads_for(device) if threads is None else threads
-    results = ordered_map(work, entries, size=lambda key: plans[key].nbytes, threads=threads)
-    for key, (value, ratio) in zip(entries, results, strict=True):
-        result[key] = value
-        if sqnr is not None and ratio is not None:
-            sqnr[key] = ratio
-        done += plans[key].nbytes
-        progress(done, total, key)
+    with closing(ordered_map(work, entries, size=lambda key: plans[key].nbytes, threads=threads)) as results:
+        for key, (value, ratio) in zip(entries, results, strict=True):
+            result[key] = value
+            if sqnr is not None and ratio is not None:
+                sqnr[key] = ratio
+            done += plans[key].nbytes
+            progress(done, total, key)
     return result
 
 
@@ -230,9 +230,10 @@ def save(
                 writer.write_kept(key, [tensor_bytes(value)])
                 report(key)
         quantized = [key for key in state_dict if plans[key].format]
-        for key, frames in ordered_map(work, quantized, size=lambda key: state_dict[key].nbytes):
-            writer.write_quantized(key, frames)
-            report(key)
+        with closing(ordered_map(work, quantized, size=lambda key: state_dict[key].nbytes)) as results:
+            for key, frames in results:
+                writer.write_quantized(key, frames)
+                report(key)
         return writer.finish()
 
 

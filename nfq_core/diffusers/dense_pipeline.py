@@ -161,7 +161,7 @@ def _quiet() -> Iterator[None]:
     from diffusers.utils import logging
 
     loggers = (logging, transformers.logging)
-    before = [each.get_verbosity() for each in loggers]
+    before = [(each.get_verbosity(), each.is_progress_bar_enabled()) for each in loggers]
     for each in loggers:
         each.set_verbosity_error()
         each.disable_progress_bar()
@@ -171,9 +171,10 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        for each, verbosity in zip(loggers, before, strict=True):
+        for each, (verbosity, had_bars) in zip(loggers, before, strict=True):
             each.set_verbosity(verbosity)
-            each.enable_progress_bar()
+            if had_bars:
+                each.enable_progress_bar()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from diffusers.utils import is_accelerate_available
 from torch import nn
 
 from ..checkpoints.state_dict import load_tensors
-from ..errors import NFQError, missing_package
+from ..errors import NFQError, missing_package, reason_of
 from ..files.container import NFQFile
 from ..files.safetensors_io import TORCH_DTYPES
 from ..layers.packing import assign_state, packed_layers
@@ -183,7 +183,7 @@ def read_config(folder: Path, parts: Sequence[str], what: str) -> dict[str, Any]
         advice = f"name {inner}" if inner else f"name the folder of the {what}'s config.json"
         raise NFQError(f"{path}: no such file; {advice}") from None
     except OSError as error:
-        raise NFQError(f"{path} cannot be read: {error.strerror}") from None
+        raise NFQError(f"{path} cannot be read: {reason_of(error)}") from None
     except ValueError as error:
         raise NFQError(f"{path} is not valid JSON ({error}); fetch it again") from None
     if not isinstance(config, dict):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..checkpoints.state_dict import save
-from ..errors import NFQError
+from ..errors import NFQError, reason_of
 from ..files.atomic import AtomicFile
 from ..layers.packed_layers import CANNOT_TRAIN, needs_dense
 from ..layers.packing import dense_layers
@@ -86,17 +86,17 @@ class PackedBase:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise NFQError(f"{folder} cannot be made a folder: {error.strerror}; nothing was changed") from None
-        if (folder / files.index).exists():
+            raise NFQError(f"{folder} cannot be made a folder: {reason_of(error)}; nothing was changed") from None
+        # The variant precedes the last part of a name.
+        middle = "." if variant is None else f".{variant}."
+        weights, index = (middle.join(name.rsplit(".", 1)) for name in (files.weights, files.index))
+        if (folder / index).exists():
             raise NFQError(f"{folder} holds a model in several files; choose another folder")
-        name = files.weights
-        if variant is not None:
-            name = name.replace(".safetensors", f".{variant}.safetensors")
         facts = self.hf_quantizer.facts
         # The config is written under a temporary name before the weights are replaced.
         with AtomicFile(folder / files.config, overwrite=True) as config:
             config.write_at(0, text.encode())
-            save(state, folder / name, settings=facts.settings, source=facts.source, overwrite=True)
+            save(state, folder / weights, settings=facts.settings, source=facts.source, overwrite=True)
             config.commit()
 
     @property

@@ -12,7 +12,7 @@ import torch
 
 from ..checkpoints.state_dict import load_tensors
 from ..checkpoints.whole_checkpoint import COMPANIONS, MARKERS, missing_companions
-from ..errors import NFQError, missing_package
+from ..errors import NFQError, missing_package, reason_of
 from ..files.container import NFQFile
 from ..files.pipeline_folder import INDEX
 from ..files.untrusted import LOADING_ERRORS, loading_error_message
@@ -191,7 +191,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise NFQError(f"{path} cannot be read: {error.strerror}; name a pipeline's folder") from None
+        raise NFQError(f"{path} cannot be read: {reason_of(error)}; name a pipeline's folder") from None
     except ValueError as error:
         raise NFQError(f"{path} is not valid JSON ({error}); fetch it again") from None
     kind = index.get("_class_name") if isinstance(index, dict) else None

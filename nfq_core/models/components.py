@@ -8,7 +8,7 @@ from typing import Literal
 
 from .completeness import HOST_WIDTHS, context_width
 from .families import FamilyModel, find_family
-from .text_encoders import TextEncoder, find_text_encoders
+from .text_encoders import TextEncoder, find_text_encoders, owner_finder
 from .unet import UNKNOWN, UNetInfo, is_unet_key
 
 Kind = Literal["diffusion model", "text encoder", "VAE", "other"]
@@ -69,13 +69,13 @@ def find_components(info: UNetInfo | None, shapes: Mapping[str, Sequence[int]]) 
     groups += [Component("VAE", "VAE", ()), Component("other", "other", ())]
     keys: list[list[str]] = [[] for _ in groups]
     has_other_models = info is not None or family is not None or bool(encoders)
+    owner, number_of = owner_finder(encoders), {id(encoder): number for number, encoder in enumerate(encoders, 1)}
     for key in shapes:
         if info and is_unet_key(info, key):
             index = 0
         elif has_other_models and key.startswith(VAE_PREFIXES):
             index = len(groups) - 2
         else:
-            owner = (number for number, encoder in enumerate(encoders, 1) if encoder.owns(key))
-            index = next(owner, 0 if family and key.startswith(family.prefix) else len(groups) - 1)
+            index = number_of.get(id(owner(key)), 0 if family and key.startswith(family.prefix) else len(groups) - 1)
         keys[index].append(key)
     return [replace(group, keys=tuple(own)) for group, own in zip(groups, keys, strict=True) if own]

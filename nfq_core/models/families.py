@@ -178,8 +178,11 @@ def missing_from_blocks(model: FamilyModel, keys: Iterable[str]) -> list[str]:
     missing = []
     for name, own in blocks.items():
         numbers = sorted(own)
-        for number in range(1, numbers[-1]):
-            after = next(later for later in numbers if later > number)
-            wanted = own.get(number - 1, set()) & own[after]
+        for index, before in enumerate(numbers):
+            number = before + 1
+            after = next((later for later in numbers[index + 1 : index + 3] if later > number), None)
+            if after is None:
+                continue
+            wanted = own[before] & own[after]
             missing += [f"{model.prefix}{name}.{number}.{rest}" for rest in sorted(wanted - own.get(number, set()))]
     return missing

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from .unet import UNetInfo
@@ -111,6 +112,23 @@ class TextEncoder:
         if _TOKENS.search(name):
             return "embedding"
         return "kept" if _KEPT.search(name) else "weight"
+
+
+def owner_finder(encoders: Sequence[TextEncoder]) -> Callable[[str], TextEncoder | None]:
+    """A function that returns the text encoder to which a tensor of this name belongs; None if there is none.
+
+    Its time does not grow with the number of text encoders, of which a hostile file may have very many.
+    """
+    by_prefix: dict[str, list[TextEncoder]] = {}
+    for encoder in encoders:
+        by_prefix.setdefault(encoder.prefix, []).append(encoder)
+
+    def owner(key: str) -> TextEncoder | None:
+        prefixes = ("", *accumulate(f"{part}." for part in key.split(".")))
+        candidates = (encoder for prefix in prefixes for encoder in by_prefix.get(prefix, ()))
+        return next((encoder for encoder in candidates if encoder.owns(key)), None)
+
+    return owner
 
 
 def find_text_encoders(shapes: Mapping[str, Sequence[int]]) -> list[TextEncoder]:

@@ -7,6 +7,7 @@ Gaussian weights; `python -m benchmarks.quality.forecast` measures them. Times a
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Mapping
 from functools import lru_cache
@@ -67,6 +68,8 @@ FITTING_MILLIONS = 0.5
 
 SCALAR_FEEDBACK_SECONDS = 0.025
 """Seconds of one processor that error feedback adds for a million weights in a scalar format."""
+
+_measuring = threading.Lock()
 
 TRELLIS_FEEDBACK_SECONDS = {"numba": {"fast": 1.3, "best": 3.2}, "torch": {"fast": 2.3, "best": 5.5}}
 """Seconds of one processor for a million weights in a trellis format with error feedback, by backend and effort."""
@@ -154,23 +157,28 @@ def expected_output_db(
     return predicted_output_db(formats, layer_sensitivities(info, shapes, measured), factors)
 
 
-def expected_seconds(plans: Mapping[str, Plan], effort: str, threads: int, calibrated: bool = False) -> float:
-    """Expected seconds of a conversion on this many of this machine's processors.
+def expected_seconds(plans: Mapping[str, Plan], effort: str, calibrated: bool = False) -> float:
+    """Expected seconds of a conversion on this machine's processors.
 
     Args:
         plans: what is quantised.
         effort: see `Settings`.
-        threads: number of processors at work.
         calibrated: whether statistics of the layers' inputs are used.
     """
     quantized = [plan for plan in plans.values() if plan.format]
     seconds = sum(_seconds(plan.format, prod(plan.shape) / 1e6, effort, calibrated) for plan in quantized)
-    return seconds * pace() / threads
+    return seconds * pace() / default_threads()
+
+
+def pace() -> float:
+    """How long one of this machine's processors takes, in times of the one where the constants were measured."""
+    # Two measurements at once would disturb each other.
+    with _measuring:
+        return _pace()
 
 
 @lru_cache(1)
-def pace() -> float:
-    """How long one of this machine's processors takes, in times of the one where the constants were measured."""
+def _pace() -> float:
     return measure_pace() / PACE_SECONDS
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -115,6 +115,22 @@ def everywhere(text: str) -> bytes:
         header[METADATA_KEY] |= {"workflow": text, text: text}
 
     return changed(change)
+
+
+def text_encoders(count: int) -> dict:
+    """A header with this many text encoders of empty weights."""
+    names = ("text_model.encoder.layers.0.self_attn.q_proj.weight", "text_model.embeddings.token_embedding.weight")
+    return _without_data(f"p{number}.{name}" for number in range(count) for name in names)
+
+
+def families_of_blocks(count: int) -> dict:
+    """A header of a model of a known family, with this many kinds of blocks, each with one of a high number."""
+    marks = ("head.modulation", "blocks.0.self_attn.q.weight", "blocks.0.ffn.0.weight")
+    return _without_data((*marks, *(f"a{number}blocks.9999.w.weight" for number in range(count))))
+
+
+def _without_data(names: Iterable[str]) -> dict:
+    return {name: {"dtype": "F16", "shape": [0, 64], "data_offsets": [0, 0]} for name in names}
 
 
 def huge_weight(piece: int = 262_144) -> bytes:
@@ -234,6 +250,8 @@ FILES: dict[str, Callable[[], bytes]] = {
     "a UNet with a block too many": lambda: unet(
         {f"input_blocks.{number}.0.op.weight": (0,) for number in range(2000)}
     ),
+    "10,000 text encoders": lambda: plain(text_encoders(10_000)),
+    "10,000 families of blocks": lambda: plain(families_of_blocks(10_000)),
     "an empty file": lambda: b"",
     "zeros": lambda: bytes(MEBIBYTE),
     "a pickle": lambda: b"PK\x03\x04" + b"\x80\x02cos\nsystem\nS'touch /tmp/nfq-attack'\n\x85R.",

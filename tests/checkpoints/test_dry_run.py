@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -78,6 +81,30 @@ def test_seconds_are_those_of_this_machine(model: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(planning_forecast, "pace", lambda: 3.0)
     assert forecast_seconds(model, Settings()) == pytest.approx(3 * seconds)
     assert forecast_seconds(model, Settings(), calibrated=True) > 3 * seconds
+
+
+def test_the_pace_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when several threads ask at once: two measurements would disturb each other."""
+    measured = []
+
+    def measure() -> float:
+        measured.append(1)
+        time.sleep(0.05)
+        return 2 * planning_forecast.PACE_SECONDS
+
+    monkeypatch.setattr(planning_forecast, "measure_pace", measure)
+    planning_forecast._pace.cache_clear()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: planning_forecast.pace(), range(4))) == [2.0] * 4
+    assert len(measured) == 1
+    planning_forecast._pace.cache_clear()
+
+
+def test_the_time_on_a_gpu_is_unknown(model: Path, tmp_path: Path) -> None:
+    found = forecast_file(model, tmp_path / "x", device="cuda")
+    assert found["seconds"] is None
+    assert not re.search(r"about \d+ s\b", "\n".join(forecast_lines(found)))
+    assert re.search(r"about \d+ s\b", "\n".join(forecast_lines(forecast_file(model, tmp_path / "x"))))
 
 
 def test_in_json_and_in_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

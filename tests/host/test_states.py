@@ -36,6 +36,12 @@ def test_resident_is_a_stock_model(host, memory: str) -> None:
     assert "narrow.nfq.safetensors is loaded resident: " in host.log.read_text()
 
 
+def test_quantising_on_a_gpu_without_memory(host) -> None:
+    """The CPU does it, unless the user asked for the GPU."""
+    found = host.check("quantise_without_gpu_memory", {"model": DENSE}, model=MODEL)
+    assert found == {"auto": 217, "gpu": "CUDA out of memory"}
+
+
 def test_load_states(host) -> None:
     """Fully, partly or not on the device: the layers give the same result as a dense, patched model."""
     prompt = {"model": OURS, "lora": lora("locon", 0.8, MODEL), "other": lora("dora", 0.5, ["lora", 0])}

@@ -110,7 +110,10 @@ def test_origin_of_a_clip(plugin: ModuleType) -> None:
         "4": {"inputs": {"clip": ["3", 1]}},
     }
     origin = module(plugin, "recipe").origin_in_graph(prompt, "4", "clip")
-    assert (origin.name, origin.baked) == ("l.safetensors", ("LoRA style.safetensors at 0.5",))
+    assert origin.name == "l.safetensors and g.safetensors" and not origin.path
+    assert origin.baked == ("LoRA style.safetensors at 0.5",)
+    prompt["1"]["inputs"]["clip_name2"] = "(none)"
+    assert module(plugin, "recipe").origin_in_graph(prompt, "4", "clip").name == "l.safetensors"
 
 
 def test_a_missing_text_encoder_is_explained(plugin: ModuleType) -> None:

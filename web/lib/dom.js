@@ -18,6 +18,11 @@ export function after(owner, hook, run) {
   };
 }
 
+// Whether a widget's value comes from another node.
+export function isLinked(node, name) {
+  return Boolean(node.inputs?.some((slot) => slot.widget?.name === name && slot.link != null));
+}
+
 // Runs once a new node is in its graph with the values of its workflow; never for a node outside any graph.
 export function whenPlaced(node, run) {
   setTimeout(() => node.graph && run(), 0);

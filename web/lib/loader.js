@@ -3,7 +3,7 @@
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { addPanel, after, element, whenPlaced } from "./dom.js";
+import { addPanel, after, element, isLinked, whenPlaced } from "./dom.js";
 import { percent, size, text } from "./text.js";
 
 const SUFFIX = ".nfq.safetensors";
@@ -123,7 +123,7 @@ export function addFileFacts(node, folder, input) {
   recipeWidget.options.hidden = true;
   let shownName = null;
 
-  const linked = () => node.inputs?.some((slot) => slot.widget?.name === input && slot.link != null);
+  const linked = () => isLinked(node, input);
 
   async function ask(name) {
     const answer = await api.fetchApi(`/nfq/file?${new URLSearchParams({ folder, name })}`);

@@ -1,10 +1,11 @@
 // Progress of a node while it works; NFQuantizeUNet also shows what its settings give and how long they take.
 
 import { api } from "../../../scripts/api.js";
-import { addPanel, after, element, findNode, whenPlaced } from "./dom.js";
+import { addPanel, after, element, findNode, isLinked, whenPlaced } from "./dom.js";
 import { decibels, duration, share, text } from "./text.js";
 
 const FOLDERS = { unet_name: "diffusion_models", ckpt_name: "checkpoints" };
+const FORM = ["preset", "effort", "levels", "conv_levels", "device"];
 
 // By node: the functions to call for each layer, and with the name of the text for an early end.
 const reporters = new WeakMap();
@@ -29,23 +30,24 @@ export function addProgress(node) {
   const time = element("p", { className: "nfq-faint" });
   const setting = (name) => node.widgets.find((widget) => widget.name === name);
   const followed = new WeakSet();
-  let asked = null;
+  let asking = null;
 
-  async function showTime(linked) {
+  async function showTime(calibrated) {
     const source = fileOf(node);
     if (source && !followed.has(source.widget)) after(source.widget, "callback", advice);
     if (source) followed.add(source.widget);
-    const form = ["preset", "effort", "levels", "conv_levels", "device"].map((name) => [name, setting(name).value]);
-    const calibrated = linked || setting("calibration").value !== "(none)";
-    const query = new URLSearchParams({ ...Object.fromEntries(form), calibrated, ...source?.file });
+    const known = source && !FORM.some((name) => isLinked(node, name));
+    const form = Object.fromEntries(FORM.map((name) => [name, setting(name).value]));
     // Only the last question counts.
-    asked = String(query);
-    const answer = source ? await expectedSeconds(query) : null;
-    if (asked !== String(query)) return;
+    const question = known ? new URLSearchParams({ ...form, calibrated, ...source.file }) : null;
+    asking = question;
+    const seconds = question ? await expectedSeconds(question) : null;
+    if (asking !== question) return;
     const name = source?.file.name.split(/[\\/]/).pop();
-    time.textContent = answer == null ? text("timeUnknown") : text("time", { time: duration(answer), name });
+    time.textContent = seconds == null ? text("timeUnknown") : text("time", { time: duration(seconds), name });
   }
 
+  let timer = null;
   function advice() {
     const preset = setting("preset").value;
     const linked = node.inputs?.some((input) => input.name === "calibration" && input.link != null);
@@ -54,10 +56,11 @@ export function addProgress(node) {
       time,
       element("p", { className: "nfq-faint" }, text("bakedIn")),
     );
-    showTime(linked);
+    // A workflow that is opened connects many links at once.
+    clearTimeout(timer);
+    timer = setTimeout(() => node.graph && showTime(linked || setting("calibration").value !== "(none)"), 200);
   }
-  for (const name of ["levels", "conv_levels", "effort", "preset", "device", "calibration"])
-    after(setting(name), "callback", advice);
+  for (const name of [...FORM, "calibration"]) after(setting(name), "callback", advice);
 
   report(node, panel, advice);
   after(node, "onConnectionsChange", advice);
@@ -74,6 +77,7 @@ function fileOf(node) {
   for (const seen = new Set(); node && !seen.has(node); ) {
     seen.add(node);
     const widget = node.widgets?.find((each) => each.name in FOLDERS);
+    if (widget && isLinked(node, widget.name)) return null;
     if (widget) return { widget, file: { folder: FOLDERS[widget.name], name: String(widget.value) } };
     const slot = node.inputs?.findIndex((input) => input.link != null && ["MODEL", "*"].includes(input.type)) ?? -1;
     node = slot < 0 ? null : node.getInputNode(slot);
@@ -99,7 +103,8 @@ function report(node, panel, done) {
   const bar = [element("div", { className: "nfq-track" }, fill), name, facts];
   const reporter = {
     layer(detail) {
-      if (!running.has(reporter)) panel.replaceChildren(...bar);
+      // A changed setting replaces the bar.
+      if (bar[0].parentElement !== panel) panel.replaceChildren(...bar);
       running.add(reporter);
       fill.style.width = `${100 * share(detail.done, detail.total)}%`;
       name.textContent = detail.name;

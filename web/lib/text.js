@@ -41,5 +41,9 @@ export function percent(part, whole) {
 
 export function duration(seconds) {
   const whole = Math.ceil(seconds);
-  return whole < 60 ? `${whole} s` : `${Math.floor(whole / 60)} min ${String(whole % 60).padStart(2, "0")} s`;
+  const minutes = Math.floor(whole / 60);
+  const twoDigits = (number) => String(number).padStart(2, "0");
+  if (whole < 60) return `${whole} s`;
+  if (minutes < 10) return `${minutes} min ${twoDigits(whole % 60)} s`;
+  return minutes < 60 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${twoDigits(minutes % 60)} min`;
 }

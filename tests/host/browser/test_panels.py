@@ -144,7 +144,7 @@ def test_another_file_of_the_same_name_gives_a_warning(page: Page) -> None:
 def test_live_progress_interrupt_and_chart(page: Page) -> None:
     page.build(load=ORIGINAL, quantize=QUANTIZE, look=INSPECT)
     page.shows("progress", "balanced", "4.1 bits per weight")
-    page.shows("progress", "for vega.safetensors on this computer", "baked in")
+    page.shows("progress", "for vega.safetensors on ComfyUI's computer", "baked in")
     page.set("NFQuantizeUNet", "preset", "tiny")
     page.shows("progress", "tiny", "2.8 bits per weight")
     page.set("NFQuantizeUNet", "preset", "levels")

@@ -369,3 +369,26 @@ def prediction(package: str, model, other) -> dict:
         "sigma_min": float(f"{float(sampling.sigma_min):.4g}"),
         "latents": type(model.get_model_object("latent_format")).__name__,
     }
+
+
+def quantise_without_gpu_memory(package: str, model, other) -> dict:
+    """Quantise on a pretended GPU that has no memory: the packed layers that each choice ends with, or its error."""
+    core = sys.modules[package.removesuffix(".nodes") + ".nfq_core"]
+    bake, patcher, recipe = (_module(package, part) for part in ("bake", "patcher", "recipe"))
+    gpu, real = torch.device("cuda"), bake.quantize_tensors
+
+    def quantize_tensors(*arguments, device, **named):
+        if device == gpu:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return real(*arguments, device=device, **named)
+
+    found = {}
+    pretended = {"quantize_tensors": quantize_tensors, "quantizing_device": lambda choice: (gpu, "")}
+    with patch.multiple(bake, **pretended):
+        for choice in ("auto", "gpu"):
+            try:
+                made = bake.quantize_model(model, core.Settings(), choice, recipe.Origin())
+                found[choice] = len(dict(patcher.nf_layers(made.model)))
+            except torch.cuda.OutOfMemoryError as error:
+                found[choice] = str(error)
+    return found
