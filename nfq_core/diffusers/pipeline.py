@@ -143,7 +143,7 @@ def load_pipeline(
         nfq_path: the `.nfq.safetensors` file of a whole checkpoint.
         config_dir: a folder of a pipeline with `model_index.json`, configs, tokenisers and scheduler; weights in it are
             not read.
-        dtype: see `load_unet`; for every model of the pipeline.
+        dtype: see `load_unet`; for every model of the pipeline. By default fp32 on a CPU, where diffusers refuses fp16.
         device: device of the pipeline.
         memory: see `load_unet`.
         progress: see `parallel.Progress`; counts each model by itself.
@@ -157,6 +157,8 @@ def load_pipeline(
     import diffusers
 
     check_dtype(dtype)
+    if dtype is None and torch.device(device).type == "cpu":
+        dtype = torch.float32
     folder = Path(config_dir)
     described = _read_index(folder)
     options = {"dtype": dtype, "device": device, "memory": memory, "progress": progress}
@@ -191,7 +193,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise NFQError(f"{path} cannot be read: {reason_of(error)}; name a pipeline's folder") from None
+        raise NFQError(
+            f"{path} cannot be read: {reason_of(error)}; give a local folder with a pipeline's configs and tokenisers"
+        ) from None
     except ValueError as error:
         raise NFQError(f"{path} is not valid JSON ({error}); fetch it again") from None
     kind = index.get("_class_name") if isinstance(index, dict) else None

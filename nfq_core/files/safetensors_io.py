@@ -215,7 +215,7 @@ class SafetensorsFile:
         length = int.from_bytes(head[:8], "little")
         if len(head) < 9 or length > MAX_HEADER_BYTES or head[8:9] != b"{":
             kind = describe_foreign_file(bytes(head), self.path.name, self.file_bytes)
-            reason = f"it is {kind}" if kind else "it does not start with such a header; name a .safetensors file"
+            reason = f"it is {kind}" if kind else "it is damaged, or of another kind; fetch it again"
             raise UnsupportedFileError(f"{self.path} is not a safetensors file: {reason}")
         if length > self.max_header_bytes:
             raise UnsupportedFileError(

@@ -64,7 +64,7 @@ FOREIGN = {
     "empty": ("m.safetensors", b"", ("empty", "download or copy the model again")),
     "zeros": ("m.safetensors", bytes(9000), ("unfinished download", "download or copy the model again")),
     "few bytes": ("m.safetensors", b"abc", ("3 bytes long", "download or copy the model again")),
-    "anything else": ("m.safetensors", b"\x17" * 60, ("does not start with such a header", "name a .safetensors file")),
+    "anything else": ("m.safetensors", b"\x17" * 60, ("it is damaged, or of another kind", "fetch it again")),
 }
 
 
