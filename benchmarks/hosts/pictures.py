@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -19,18 +17,18 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from nfq_core import NFTensor, quantize_state_dict
+from nfq_core import quantize_state_dict
+from nfq_core.checkpoints.whole_checkpoint import dequantize_state_dict
 from nfq_core.demo.model import build_pipeline, load_weights, sample
 from nfq_core.demo.run import SEED
 from nfq_core.demo.shapes import CAPTIONS
+from nfq_core.files.container import SUFFIX
 from nfq_core.packed.formats import LEVELS
 
 from ..checkpoint_shapes import sdxl_checkpoint
 from ..shared import ROOT, argument_parser, write_synthetic
 
 IMAGES, TEMPLATES = ROOT / "docs" / "images", ROOT / "example_workflows"
-
-ENDING, PACKED_ENDING = ".safetensors", ".nfq.safetensors"
 
 NAME = "my-checkpoint"
 """Name of the synthetic checkpoint, without its ending."""
@@ -54,15 +52,6 @@ NAMED = (
 )
 """Files that the templates name beside the checkpoint."""
 
-VALUES = """
-for (const node of app.graph._nodes) for (const widget of node.widgets ?? []) {
-  const value = argument[`${node.type}.${widget.name}`] ?? argument[widget.name];
-  if (value === undefined) continue;
-  widget.value = value;
-  widget.callback?.(value, app.canvas, node);
-}
-"""
-
 SHOW = """
 const boxes = app.graph._nodes.filter((node) => !argument.types || argument.types.includes(node.type))
   .map((node) => [...node.pos, ...node.size]);
@@ -77,7 +66,6 @@ app.canvas.setDirty(true, true);
 return [width * scale, height * scale];
 """
 """Moves nodes of some types into view, at most full size; returns the width and height that they take."""
-
 
 A_QUARTER = """() => {
   const bar = document.querySelector(".nfq-progress .nfq-track > div");
@@ -125,7 +113,7 @@ def open_template(page, path: Path, values: dict) -> None:
     # The page marks nodes whose file was missing when they were opened.
     page.open(json.loads(re.sub(r"sd_xl_base_1\.0(-balanced)?", NAME, path.read_text("utf-8"))))
     page.settle()
-    page.script(VALUES, values)
+    page.set_all(values)
     page.script("for (const node of app.graph._nodes) node.mode = 0;")
 
 
@@ -134,8 +122,11 @@ def demo_pictures() -> Iterator[tuple[str, Image.Image]]:
     original = load_weights()
     for levels in (None, *LEVELS):
         weights = original if levels is None else quantize_state_dict(original, levels=levels)
-        dense = {key: value.dequantize() if isinstance(value, NFTensor) else value for key, value in weights.items()}
-        pixels = sample(build_pipeline(dense), CAPTIONS[COMPARED : COMPARED + 1], seed=SEED + COMPARED)
+        pixels = sample(
+            build_pipeline(dequantize_state_dict(dict(weights))),
+            CAPTIONS[COMPARED : COMPARED + 1],
+            seed=SEED + COMPARED,
+        )
         yield "fp16" if levels is None else f"{levels} levels", Image.fromarray(pixels[0])
 
 
@@ -152,7 +143,6 @@ def compare(page, inputs: Path) -> None:
         links[f"image_{number}"] = [f"image{number}", 0]
         labels.append(label)
     values = {"labels": "\n".join(labels)}
-    page.host.get("/object_info/LoadImage")
     page.script("await app.refreshComboInNodes();")
     page.build(**nodes, compare={"type": "NFCompare", "at": [0, 0], "values": values, "links": links})
     page.run()
@@ -163,12 +153,12 @@ def compare(page, inputs: Path) -> None:
 
 def loaders(page, missing: dict) -> None:
     """Two loaders: a file's facts, and how to make a missing file."""
-    kind = {"type": "NFQuantizedCheckpointLoader"}
-    page.build(have={**kind, "at": [0, 0], "values": {"ckpt_name": NAME + PACKED_ENDING}})
+    values = {"ckpt_name": f"{NAME}{SUFFIX}"}
+    page.build(have={"type": "NFQuantizedCheckpointLoader", "at": [0, 0], "values": values})
     workflow = page.workflow()
     (have,) = workflow["nodes"]
     lacks = {**have, "id": 2, "pos": [have["size"][0] + 60, 0]}
-    lacks["widgets_values"] = [f"photo-style{PACKED_ENDING}", json.dumps(missing), "packed"]
+    lacks["widgets_values"] = [f"photo-style{SUFFIX}", json.dumps(missing), "packed"]
     page.new_workflow()
     page.open({**workflow, "nodes": [have, lacks], "last_node_id": 2})
     for words in ("bits per weight", "is missing"):
@@ -189,7 +179,7 @@ def whole_checkpoint(page, camera: Camera) -> Image.Image:
     page.shows("chart", "bits per weight")
     page.shows("saved", "saved ")
     page.script("await app.refreshComboInNodes();")
-    page.script(VALUES, {"NFQuantizedCheckpointLoader.ckpt_name": f"{NAME}{PACKED_ENDING}"})
+    page.set_all({"NFQuantizedCheckpointLoader.ckpt_name": f"{NAME}{SUFFIX}"})
     page.shows("facts", "bits per weight")
     page.script("for (const node of app.graph._nodes) node.mode = 0;")
     page.script(RESIZE, json.loads(path.read_text("utf-8"))["nodes"])
@@ -206,14 +196,14 @@ def thumbnail(picture: Image.Image) -> Image.Image:
 
 def make_files(base: Path) -> None:
     """The synthetic checkpoint, and empty files of the names in the templates, which the page would mark as missing."""
-    source = base / "models" / "checkpoints" / f"{NAME}{ENDING}"
+    source = base / "models" / "checkpoints" / f"{NAME}.safetensors"
     if not source.exists():
         write_synthetic(source, sdxl_checkpoint())
     for name in NAMED:
         file = base / "models" / name
         file.parent.mkdir(exist_ok=True)
         file.touch()
-    written = base / "output" / "checkpoints" / f"{NAME}{PACKED_ENDING}"
+    written = base / "output" / "checkpoints" / f"{NAME}{SUFFIX}"
     listed = base / "models" / "diffusion_models" / written.name
     if not listed.is_symlink():
         listed.symlink_to(written)
@@ -223,33 +213,35 @@ def take(directory: Path) -> None:
     """All pictures, into the docs and next to the templates."""
     sys.path.append(str(ROOT / "tests" / "host" / "browser"))
     from driver import Host, make_base
-    from page import FLAGS, Page
+    from page import CHROMIUM, FLAGS, Page
     from playwright.sync_api import sync_playwright
 
     base = directory / "comfyui"
     if not base.exists():
         make_base(base)
     make_files(base)
-    with closing(Host(base, "--fp16-unet", "--fp16-text-enc")) as host, sync_playwright() as playwright:
-        chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-        with playwright.chromium.launch(executable_path=chromium, args=FLAGS) as browser:
-            host.post("/settings", {"Comfy.Minimap.Visible": False})
-            page = Page(browser, host)
-            page.tab.set_viewport_size(WINDOW)
-            camera = Camera(page)
-            workflow = whole_checkpoint(page, camera)
-            workflow.save(IMAGES / "workflow.png", optimize=True)
-            recipe = host.get(f"/nfq/file?folder=checkpoints&name={NAME}{PACKED_ENDING}")["recipe"]
-            recipe["source"] = f"photo-style{ENDING}"
-            recipe["settings"]["baked"] = ["LoRA film.safetensors at 0.8"]
-            loaders(page, recipe)
-            camera.picture().save(IMAGES / "loader.png", optimize=True)
-            compare(page, base / "input")
-            camera.picture(["NFCompare"]).save(IMAGES / "compare.png", optimize=True)
-            for path in sorted(TEMPLATES.glob("*.json")):
-                open_template(page, path, {})
-                picture = workflow if path.stem.startswith("1") else camera.picture()
-                thumbnail(picture).save(path.with_suffix(".jpg"), quality=80)
+    with (
+        closing(Host(base, "--fp16-unet", "--fp16-text-enc")) as host,
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS) as browser,
+    ):
+        host.post("/settings", {"Comfy.Minimap.Visible": False})
+        page = Page(browser, host)
+        page.tab.set_viewport_size(WINDOW)
+        camera = Camera(page)
+        workflow = whole_checkpoint(page, camera)
+        workflow.save(IMAGES / "workflow.png", optimize=True)
+        recipe = host.get(f"/nfq/file?folder=checkpoints&name={NAME}{SUFFIX}")["recipe"]
+        recipe["source"] = "photo-style.safetensors"
+        recipe["settings"]["baked"] = ["LoRA film.safetensors at 0.8"]
+        loaders(page, recipe)
+        camera.picture().save(IMAGES / "loader.png", optimize=True)
+        compare(page, base / "input")
+        camera.picture(["NFCompare"]).save(IMAGES / "compare.png", optimize=True)
+        for path in sorted(TEMPLATES.glob("*.json")):
+            open_template(page, path, {})
+            picture = workflow if path.stem.startswith("1") else camera.picture()
+            thumbnail(picture).save(path.with_suffix(".jpg"), quality=80)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,13 +13,11 @@ from nfq_core import quantize_state_dict, save
 from nfq_core.files.container import Source
 
 try:
-    from page import FLAGS, HOSTILE, Page
+    from page import CHROMIUM, FLAGS, HOSTILE, Page
     from playwright.sync_api import sync_playwright
 except ImportError:
     # These tests need playwright: `pip install -e ".[browser]"`.
     collect_ignore_glob = ["test_*.py"]
-
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from driver import Host
 from playwright.sync_api import Browser, Locator, expect
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
 FLAGS = [
     "--no-sandbox",
@@ -74,6 +77,16 @@ for (const [name, spec] of Object.entries(argument))
 app.canvas.ds.offset = [60, 60];
 app.canvas.ds.scale = 0.8;
 app.canvas.setDirty(true, true);
+"""
+
+SET_ALL = """
+for (const node of app.graph._nodes) for (const widget of node.widgets ?? []) {
+  const value = argument[`${node.type}.${widget.name}`] ?? argument[widget.name];
+  if (value !== undefined) {
+    widget.value = value;
+    widget.callback?.(value, app.canvas, node);
+  }
+}
 """
 
 DROP = """
@@ -145,6 +158,10 @@ class Page:
             widget.callback?.(argument[2], app.canvas, node);""",
             [type, widget, value],
         )
+
+    def set_all(self, values: dict) -> None:
+        """Change widgets of all nodes, as their controls do; values by `widget`, or by `type.widget`."""
+        self.script(SET_ALL, values)
 
     def open(self, workflow: dict) -> None:
         self.script("await app.loadGraphData(argument);", workflow)

@@ -21,16 +21,6 @@ EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "example_workflows").gl
 SMALLER = {"width": 64, "height": 64, "steps": 1, "side": 64, "NFCalibrate.side": 256, "NFCalibrate.prompts": 1}
 """Widgets' values with which a run takes seconds."""
 
-FILES = """
-for (const node of app.graph._nodes) for (const widget of node.widgets ?? []) {
-  const value = argument[`${node.type}.${widget.name}`] ?? argument[widget.name];
-  if (value !== undefined) {
-    widget.value = value;
-    widget.callback?.(value, app.canvas, node);
-  }
-}
-"""
-
 
 def test_there_are_seven() -> None:
     assert len(EXAMPLES) == 7
@@ -93,7 +83,7 @@ def example_number(number: int) -> Path:
 def run_example(page: Page, files: dict, number: int, **also) -> dict:
     """Run an example with the tests' files; returns the outputs by node type."""
     opened(page, example_number(number))
-    page.script(FILES, files | also)
+    page.set_all(files | also)
     outputs = page.run()
     types = {str(node["id"]): node["type"] for node in page.workflow()["nodes"]}
     page.shot(f"ran{number}")

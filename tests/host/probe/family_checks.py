@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 
 import comfy.lora
 import comfy.model_management
@@ -88,11 +89,14 @@ def _with_lora(model, lora: dict):
 
 def family(package: str, model, other, argument: str) -> dict | None:
     """All that users do with a model of the family `argument`; None if this host does not know it."""
-    if not is_known(argument):
-        return None
+    return _in_folder(_family, package, argument) if is_known(argument) else None
+
+
+def _in_folder(check: Callable[[str, str, str], dict], package: str, name: str) -> dict:
+    """Run a check of a family in a folder of its own, and unload its models afterwards."""
     folder = tempfile.mkdtemp()
     try:
-        return _family(package, argument, folder)
+        return check(package, name, folder)
     finally:
         comfy.model_management.unload_all_models()
         shutil.rmtree(folder)
@@ -184,12 +188,7 @@ def _family(package: str, name: str, folder: str) -> dict:
 
 def whole_checkpoint(package: str, model, other, argument: str) -> dict:
     """A family's checkpoint with its text encoders: loaded packed, beside the host's own loader of the dense file."""
-    folder = tempfile.mkdtemp()
-    try:
-        return _whole_checkpoint(package, argument, folder)
-    finally:
-        comfy.model_management.unload_all_models()
-        shutil.rmtree(folder)
+    return _in_folder(_whole_checkpoint, package, argument)
 
 
 def _whole_checkpoint(package: str, name: str, folder: str) -> dict:
