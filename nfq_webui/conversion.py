@@ -69,9 +69,7 @@ class Converter:
 
         def work(progress: Progress) -> str:
             found = forecast_file(source, target, settings, drop_extras=drop_extras, progress=progress)
-            # A line for each layer comes first.
-            lines = forecast_lines(found)[len(found["layers"]) :]
-            return "\n".join([*lines, *map(_for_page, found["warnings"])])
+            return "\n".join([*forecast_lines(found), *map(_for_page, found["warnings"])])
 
         yield from self._alone(work, target)
 

@@ -21,13 +21,12 @@ from ..nfq_core.planning.settings import (
     DEFAULTS,
     PRESETS,
 )
-from . import bake, host, load, report, save
+from . import bake, host, load, naming, report, save
 from .calibration_nodes import NFCalibrate, NFCollectCalibration, NFSaveCalibration
 from .clip_nodes import BITS, NFQuantizeCLIP, NFQuantizedCLIPLoader, NFSaveCLIP
 from .measurement_nodes import NFCompare, NFInspect, NFQualityReport
 from .recipe import missing_file, origin_in_graph
 from .schema import (
-    DEFAULT_PREFIX,
     NOTHING,
     advanced,
     file_input,
@@ -235,15 +234,23 @@ class NFSaveCheckpoint(io.ComfyNode):
             display_name="Save NFQ Checkpoint",
             description="Writes a quantised MODEL, alone or with CLIP and VAE, to a folder that the NFQ loaders list.",
             inputs=[
-                io.Model.Input("model", tooltip="From NFQ Quantize Model or an NFQ loader, with no LoRA after it."),
+                io.Model.Input(
+                    "model", lazy=True, tooltip="From NFQ Quantize Model or an NFQ loader, with no LoRA after it."
+                ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
+                    lazy=True,
                     tooltip="Connect clip and vae to save a whole checkpoint. LoRAs on a dense CLIP are baked in.",
                 ),
-                io.Vae.Input("vae", optional=True, tooltip="Connect clip and vae to save a whole checkpoint."),
+                io.Vae.Input(
+                    "vae", optional=True, lazy=True, tooltip="Connect clip and vae to save a whole checkpoint."
+                ),
                 filename_prefix_input(
-                    host.SUFFIX, "output/diffusion_models, or output/checkpoints if clip and vae are connected"
+                    host.SUFFIX,
+                    "output/diffusion_models, or output/checkpoints if clip and vae are connected",
+                    default="",
+                    empty="the model's name and its preset are taken",
                 ),
                 overwrite_input(),
                 io.Combo.Input(
@@ -256,9 +263,17 @@ class NFSaveCheckpoint(io.ComfyNode):
                 ),
             ],
             outputs=[],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
             is_output_node=True,
         )
+
+    @classmethod
+    def check_lazy_status(cls, filename_prefix: str = "", overwrite: bool = False, **inputs: Any) -> list[str]:
+        """Refuse an existing file before the MODEL is quantised; returns the inputs that are still to be made."""
+        name = filename_prefix.strip() or naming.planned_name(cls.hidden.prompt, cls.hidden.unique_id)
+        if name and not overwrite:
+            host.refuse_existing(save.model_path(name, alone="clip" not in inputs))
+        return [socket for socket in ("model", "clip", "vae") if socket in inputs and inputs[socket] is None]
 
     @classmethod
     def execute(
@@ -266,7 +281,7 @@ class NFSaveCheckpoint(io.ComfyNode):
         model: Any,
         clip: Any = None,
         vae: Any = None,
-        filename_prefix: str = DEFAULT_PREFIX,
+        filename_prefix: str = "",
         overwrite: bool = False,
         text_encoders: str = save.AUTO,
     ) -> io.NodeOutput:

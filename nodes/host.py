@@ -19,6 +19,7 @@ from ..nfq_core.calibration.statistics import CALIBRATION_SUFFIX
 from ..nfq_core.errors import reason_of
 from ..nfq_core.files.container import SUFFIX, Source
 from ..nfq_core.parallel import seconds_left
+from ..nfq_core.sizes import size_in_words
 from .patcher import NFModelPatcher
 
 UNET = "diffusion_model."
@@ -218,7 +219,7 @@ def refuse_existing(path: str) -> None:
 def output_name_and_size(path: str) -> str:
     """A written file as shown to users: its path from the output folder on, and its size."""
     name = os.path.relpath(path, folder_paths.get_output_directory())
-    return f"output/{_slashes(name)} ({os.path.getsize(path) / 1e6:,.0f} MB)"
+    return f"output/{_slashes(name)} ({size_in_words(os.path.getsize(path))})"
 
 
 def fingerprint(folder: str, name: object) -> str:

@@ -94,7 +94,7 @@ def origin_in_graph(prompt: Mapping[str, Any] | None, node_id: str | None, part:
     """
     files: list[tuple[str, str]] = []
     baked: list[str] = []
-    for node in _upstream(prompt or {}, str(node_id), part):
+    for node in upstream(prompt or {}, str(node_id), part):
         inputs = node.get("inputs", {})
         loaded = next((name for name in LOADER_INPUTS if isinstance(inputs.get(name), str)), None)
         clips = [value for name, value in inputs.items() if name.startswith("clip_name") and isinstance(value, str)]
@@ -115,7 +115,7 @@ def origin_in_graph(prompt: Mapping[str, Any] | None, node_id: str | None, part:
     return Origin(_base_name(first), path or "", (*baked, *merged))
 
 
-def _upstream(prompt: Mapping[str, Any], node_id: str, part: str) -> Iterator[Mapping[str, Any]]:
+def upstream(prompt: Mapping[str, Any], node_id: str, part: str) -> Iterator[Mapping[str, Any]]:
     """The nodes that a node's MODEL or CLIP passed through, nearest first; a merge's first input comes first."""
     seen: set[str] = set()
     waiting = deque([node_id])

@@ -35,6 +35,7 @@ from .host import (
     provenance,
     refuse_existing,
 )
+from .naming import model_name
 from .packed_tensor import is_packed, unwrap
 from .recipe import Origin
 
@@ -64,7 +65,8 @@ def save_model(
         model: a MODEL from one of our nodes.
         clip: CLIP of a whole checkpoint, or None. A quantised one is stored as it is.
         vae: VAE of a whole checkpoint, or None.
-        filename_prefix: name of the file without its ending, inside `diffusion_models` or `checkpoints`.
+        filename_prefix: name of the file without its ending, inside `diffusion_models` or `checkpoints`; if it is
+            empty, see `naming.model_name`.
         overwrite: whether an existing file may be replaced.
         text_encoders: how a dense CLIP is stored: AUTO, "8bit", "5bit" or "keep".
         workflow: the graph in the page's format; written to the header unless the host runs with `--disable-metadata`.
@@ -86,7 +88,7 @@ def save_model(
     if (clip is None) != (vae is None):
         raise NFQError("a whole checkpoint needs both CLIP and VAE; connect both, or neither to save the UNet alone")
     alone = clip is None
-    path = output_path(filename_prefix, UNETS if alone else CHECKPOINTS, SUFFIX)
+    path = model_path(filename_prefix.strip() or model_name(facts.source.name, facts.settings), alone)
     if not overwrite:
         refuse_existing(path)
     settings = dict(facts.settings)
@@ -102,6 +104,16 @@ def save_model(
         tensors |= _companions(model, clip, vae)
     made = Provenance(settings, facts.source, expected=facts.expected)
     return _write(tensors, path, made, overwrite, workflow, prompt)
+
+
+def model_path(filename_prefix: str, alone: bool) -> str:
+    """The path of a new file; see `host.output_path`.
+
+    Args:
+        filename_prefix: as the user typed it.
+        alone: whether it holds a UNet without CLIP and VAE.
+    """
+    return output_path(filename_prefix, UNETS if alone else CHECKPOINTS, SUFFIX)
 
 
 def save_clip(clip: Any, filename_prefix: str, overwrite: bool, workflow: Any = None, prompt: Any = None) -> list[str]:

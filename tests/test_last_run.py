@@ -46,7 +46,7 @@ BROWSER = """
 import os, pytest
 
 def test_recorded_page():
-    if os.environ.get("NO_BROWSER"): pytest.skip("no Chromium")
+    if reason := os.environ.get("NO_BROWSER"): pytest.skip(reason)
     if os.environ.get("STOPPED"): raise KeyboardInterrupt
 """
 OTHER = {
@@ -137,8 +137,16 @@ def test_a_partial_run_is_not(project: pytest.Pytester, arguments: list[str], re
 def test_nor_is_one_without_a_browser_or_stopped(
     project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, variable: str, reason: str
 ) -> None:
-    monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv(variable, "no Chromium")
     assert run(project, "tests/host", apart=True) == ([OTHER], f"last_run.json not written: {reason}")
+
+
+def test_a_file_that_the_host_is_too_old_for_may_be_skipped(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_BROWSER", "this host has no such page")
+    (_, entry), _ = run(project, "tests/host", apart=True)
+    assert entry["skipped"] == 2
 
 
 def test_nor_is_one_with_a_broken_file(project: pytest.Pytester) -> None:

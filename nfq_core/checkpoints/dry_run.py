@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from math import prod
@@ -27,7 +28,8 @@ from ..planning.allocation import EXPECTED_SQNR_DB, SizeSearch
 from ..planning.facts import facts_about
 from ..planning.policy import estimate_warnings, plan_tensors, recorded_text_encoders
 from ..planning.settings import DEFAULTS, FileSize, Settings
-from ..sizes import size_in_words
+from ..sizes import duration_in_words, size_in_words
+from .examine import expected_in_words
 from .extras import recorded_extras, split_extras
 from .metadata import split_metadata
 from .sources import about_model, refuse_container, refuse_unconvertible
@@ -185,30 +187,24 @@ def named(architecture: str) -> str:
 
 
 def forecast_lines(forecast: dict[str, Any]) -> list[str]:
-    """The result of `forecast_file` as lines of text: one for each layer, then the whole."""
-    width = max((len(printable(layer["name"])) for layer in forecast["layers"]), default=0)
-    lines = [
-        f"{printable(layer['name']):{width}}  {layer['format']:9}  {layer['bits_per_weight']:6.3f} bits"
-        for layer in forecast["layers"]
-    ]
+    """The result of `forecast_file` as lines of text: formats and components, then the whole."""
+    formats = Counter(layer["format"] for layer in forecast["layers"])
+    lines = [f"{count} layer{'s' if count > 1 else ''} as {name}" for name, count in sorted(formats.items())]
     several = len(forecast["components"]) > 1
     share = forecast["file_bytes"] / forecast["original_bytes"]
-    error = forecast["expected_sqnr_db"]
     for component in forecast["components"] if several else ():
         bits = component["packed_bits_per_weight"]
         how = "kept" if bits is None else f"{bits:.3f} packed bits per weight"
         lines.append(f"{component['name']}: about {size_in_words(component['file_bytes'])}, {how}")
-    size = size_in_words(forecast["file_bytes"])
-    output, added, seconds = (forecast[name] for name in ("expected_output_db", "calibration_db", "seconds"))
-    part = "" if added is None else f", {added:+.1f} by the calibration"
+    name, reason = search_backend(torch.device("cpu"))
+    if name == "torch" and not formats.keys().isdisjoint(TRELLIS_IDS):
+        lines.append(f"trellis codes are searched in plain torch, which takes longer: {reason}")
+    size, seconds = size_in_words(forecast["file_bytes"]), forecast["seconds"]
     whole = [
         f"{forecast['target']}: {named(forecast['architecture'])}about {size}, {share:.0%} of the original",
         *([] if several else [f"{forecast['packed_bits_per_weight']:.3f} packed bits per weight"]),
-        *([] if error is None else [f"expected SQNR of the weights {error:.1f} dB"]),
-        *([] if output is None else [f"of the output {output:.1f} dB{part}"]),
-        *([] if seconds is None else [f"about {seconds:.0f} s"]),
+        *([] if seconds is None else [f"in about {duration_in_words(seconds)}"]),
     ]
-    name, reason = search_backend(torch.device("cpu"))
-    if name == "torch" and any(layer["format"] in TRELLIS_IDS for layer in forecast["layers"]):
-        lines.append(f"trellis codes are searched in plain torch, which takes longer: {reason}")
-    return [*lines, ", ".join(whole), "nothing was written"]
+    names = {"output_db": "expected_output_db", "calibration_db": "calibration_db"}
+    expected = expected_in_words({name: forecast[key] for name, key in names.items()})
+    return [*lines, ", ".join(whole), *filter(None, [expected]), "nothing was written"]

@@ -164,11 +164,12 @@ def settings_in_words(settings: Mapping[str, Any]) -> str:
 
 def expected_in_words(expected: Mapping[str, float]) -> str:
     """`expectation` on one line; empty if nothing is known."""
-    if "output_db" not in expected:
+    decibels, added = expected.get("output_db"), expected.get("calibration_db")
+    if decibels is None:
         return ""
-    added = expected.get("calibration_db")
     part = "" if added is None else f", {added:+.1f} dB by the calibration"
-    return f"output {expected['output_db']:.1f} dB from the original's (predicted{part})"
+    difference = f"{10 ** (-decibels / 20):.1%}"
+    return f"the output differs by about {difference} from the original's ({decibels:.1f} dB{part}; predicted)"
 
 
 def verify_file(path: str | os.PathLike, *, progress: Progress = no_progress) -> dict:

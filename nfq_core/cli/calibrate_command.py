@@ -151,7 +151,7 @@ def refuse_unused(options: argparse.Namespace) -> None:
 
 def _sampled(options: argparse.Namespace) -> Calibration:
     from ..diffusers.calibrating import calibrate
-    from ..diffusers.dense_pipeline import load_dense_pipeline
+    from ..diffusers.dense_pipeline import load_dense_pipeline, quiet
 
     how = _given(options, "prompts", "steps", "side")
     prompts_to_sample(**how)
@@ -159,7 +159,7 @@ def _sampled(options: argparse.Namespace) -> Calibration:
         pipeline = load_dense_pipeline(
             options.source, options.device, options.config, v_prediction=options.v_prediction
         )
-        with progress_bar("sampling", options) as progress:
+        with quiet(), progress_bar("sampling", options) as progress:
             return calibrate(
                 pipeline,
                 **how,

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import command, printable
 
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
         """Parse arguments, by default those of the process.
 
         Raises:
-            SystemExit: an argument is not understood; code 2, with usage and one line on stderr.
+            SystemExit: an argument is not understood; code 2, with one line on stderr.
         """
         args = sys.argv[1:] if args is None else list(args)
         name = next((argument for argument in args if not argument.startswith("-")), None)
@@ -36,6 +36,12 @@ class Parser(argparse.ArgumentParser):
             parser = getattr(options, "parser", self)
             parser.error(_not_understood(unknown[0], parser))
         return options
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with code 2 and one line; the usage of a command with many options would hide it."""
+        help_of = f"{self.prog.partition(' ')[2]} --help".strip()
+        hint = "" if "did you mean" in message or "--help" in message else f"; see {command(help_of)}"
+        self.exit(2, f"nfq: {message}{hint}\n")
 
 
 def _no_command(name: str, known: Iterable[str]) -> str:
@@ -51,7 +57,9 @@ def _not_understood(argument: str, parser: argparse.ArgumentParser) -> str:
     name = argument.partition("=")[0]
     options = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
     longer = [option for option in options if len(name) > 4 and name.lstrip("-") in option]
-    advice = _suggestion(name, options, longer) or f"`{parser.prog} --help` lists the options"
+    advice = (
+        _suggestion(name, options, longer) or f"{command(parser.prog.partition(' ')[2] + ' --help')} lists the options"
+    )
     return f"there is no option {printable(name)}; {advice}"
 
 

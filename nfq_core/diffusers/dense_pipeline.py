@@ -79,7 +79,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     refuse_other_folders(folder)
     weights = [file.name for file in (folder / "unet").glob("diffusion_pytorch_model*")]
     variant = "fp16" if weights and all(".fp16" in name for name in weights) else None
-    with _quiet(), _errors_in_words(folder):
+    with quiet(), _errors_in_words(folder):
         from diffusers import StableDiffusionXLPipeline
 
         return StableDiffusionXLPipeline.from_pretrained(
@@ -93,7 +93,7 @@ def _from_checkpoint(
     with Original(path) as file:
         _refuse_other_settings(path, _sampled_architecture(file), config)
         names = set(file.entries)
-    with _quiet(), _errors_in_words(path):
+    with quiet(), _errors_in_words(path):
         from diffusers import StableDiffusionXLPipeline
         from huggingface_hub.utils import LocalEntryNotFoundError
 
@@ -155,7 +155,7 @@ def _refuse_other_settings(path: Path, architecture: UNetArchitecture, config: s
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hide progress bars and warnings of diffusers and transformers, which would mix with those of the command."""
     import transformers
     from diffusers.utils import logging

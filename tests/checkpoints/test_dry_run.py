@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -103,8 +104,8 @@ def test_the_pace_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_time_on_a_gpu_is_unknown(model: Path, tmp_path: Path) -> None:
     found = forecast_file(model, tmp_path / "x", device="cuda")
     assert found["seconds"] is None
-    assert not re.search(r"about \d+ s\b", "\n".join(forecast_lines(found)))
-    assert re.search(r"about \d+ s\b", "\n".join(forecast_lines(forecast_file(model, tmp_path / "x"))))
+    assert not re.search(r"in about \d", "\n".join(forecast_lines(found)))
+    assert re.search(r"in about \d", "\n".join(forecast_lines(forecast_file(model, tmp_path / "x"))))
 
 
 def test_in_json_and_in_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -120,7 +121,11 @@ def test_in_json_and_in_text(model: Path, tmp_path: Path, capsys: pytest.Capture
     assert found["target"].endswith("model-small.nfq.safetensors") and found["packed_bits_per_weight"] <= 3.4
     code, out, error = run(capsys, "quantize", model, "--preset", "small", "--dry-run")
     assert code == 0, error
-    assert all(f"{layer['name']} " in out and layer["format"] in out for layer in found["layers"])
+    formats = Counter(layer["format"] for layer in found["layers"])
+    assert len(formats) > 1 and all(
+        f"{count} layer" in out and f" as {name}\n" in out for name, count in formats.items()
+    )
+    assert len(out.splitlines()) < 20
     assert "model-small.nfq.safetensors: about " in out and out.endswith("nothing was written\n")
     assert list(model.parent.iterdir()) == [model]
 

@@ -16,6 +16,9 @@ NAME = "last_run.json"
 OUTCOMES = ("failed", "skipped", "passed")
 """Worst first: a test's outcome is the worst of its set-up, call and tear-down."""
 
+TOO_OLD = "this host"
+"""What the reason of a skipped test contains if the host's version lacks what the test is about."""
+
 DIRTY = "-dirty"
 UNKNOWN = "unknown"
 
@@ -35,6 +38,7 @@ class Recorder:
         self.collected: dict[str, Path] = {}
         self.deselected = 0
         self.outcomes: dict[str, str] = {}
+        self.too_old: set[str] = set()
         self.summary = ""
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
@@ -47,6 +51,8 @@ class Recorder:
         if report.nodeid in self.collected and (report.when == "call" or report.outcome != "passed"):
             known = self.outcomes.get(report.nodeid, "passed")
             self.outcomes[report.nodeid] = min(known, report.outcome, key=OUTCOMES.index)
+            if report.outcome == "skipped" and TOO_OLD in str(report.longrepr):
+                self.too_old.add(report.nodeid)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, exitstatus: int) -> None:
@@ -87,7 +93,9 @@ class Recorder:
         never = len(self.collected) - len(self.outcomes)
         if never:
             return f"{never} tests never ran"
-        ran = {path for test, path in self.collected.items() if self.outcomes[test] != "skipped"}
+        ran = {
+            path for test, path in self.collected.items() if self.outcomes[test] != "skipped" or test in self.too_old
+        }
         if skipped := set(self.collected.values()) - ran:
             return f"{self._names(skipped)} skipped"
         return None

@@ -31,7 +31,7 @@ BF16 = 2e-2
 def facts(host, request: pytest.FixtureRequest) -> dict:
     found = host.check("family", {}, argument=request.param)
     if found is None:
-        pytest.skip("this version of the host does not know the family")
+        pytest.skip("this host does not know the family")
     return found | {"name": FAMILIES[request.param] or request.param}
 
 

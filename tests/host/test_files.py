@@ -67,6 +67,27 @@ def test_quantise_save_load(host) -> None:
     path.unlink()
 
 
+def test_an_existing_file_is_refused_before_the_model_is_quantised(host) -> None:
+    """The node before Save would fail if it ran. Without a name, source and settings give it."""
+    path = host.output / "diffusion_models" / "narrow-NF12.nfq.safetensors"
+    named = {"model": ORIGINAL, "packed": quantize(MODEL, levels=12), "save": save(["packed", 0], "")}
+    host.run(named)
+    assert file_info(path)["settings"]["levels"] == 12
+    written = path.stat().st_mtime_ns
+    failing = named | {"model": OURS}
+    for prefix, message in (
+        ("", "exists; choose another"),
+        ("narrow-NF12", "exists; choose another"),
+        ("new", "this MODEL is quantised already"),
+    ):
+        with pytest.raises(HostError, match=message):
+            host.run(failing | {"save": save(["packed", 0], prefix)})
+    assert path.stat().st_mtime_ns == written
+    host.run(named | {"save": save(["packed", 0], "", overwrite=True)})
+    assert path.stat().st_mtime_ns > written
+    path.unlink()
+
+
 def test_saved_workflow(host, base) -> None:
     """The file contains graph and prompt for the page, unless the host runs with `--disable-metadata`."""
     graph = {"model": OURS, "save": save(MODEL, "workflow")}

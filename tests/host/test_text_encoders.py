@@ -193,10 +193,12 @@ def test_stock_saves_are_dense(host) -> None:
             for end in ("ours", "dense", "lora", "dense-lora")
         )
         assert ours.keys() == dense.keys()
-        changed = [key for key in dense if not torch.equal(ours[key].float(), dense[key].float())]
+        # No SDXL checkpoint has CLIP-L's projection: ComfyUI 0.8.0 saves the memory that it happened to get.
+        filled = dense.keys() - ({"text_projection.weight"} if part == "clip_l" else set())
+        changed = [key for key in filled if not torch.equal(ours[key].float(), dense[key].float())]
         assert changed == []
-        assert all((lora[key].float() - wanted.float()).abs().max() < 2e-3 for key, wanted in dense_lora.items())
-        assert any(not torch.equal(lora[key], ours[key]) for key in ours)
+        assert all((lora[key].float() - dense_lora[key].float()).abs().max() < 2e-3 for key in filled)
+        assert any(not torch.equal(lora[key], ours[key]) for key in filled)
     stock = load_file(host.output / "checkpoints" / "text-stock_00001_.safetensors")
     dense = load_file(host.output / "checkpoints" / "text-dense.safetensors")
     assert all(torch.equal(stock[key].float(), value.float()) for key, value in dense.items())
@@ -385,7 +387,8 @@ def test_refused_clips(host, base) -> None:
 
 def test_the_loader_offers_the_hosts_types(host) -> None:
     ours = set(host.options("NFQuantizedCLIPLoader", "type"))
-    assert set(host.options("CLIPLoader", "type")) | set(host.options("DualCLIPLoader", "type")) <= ours
+    # ComfyUI 0.8.0 lists flux2 too, though its `CLIPType` has none; it tells such text encoders by their shapes.
+    assert (set(host.options("CLIPLoader", "type")) | set(host.options("DualCLIPLoader", "type"))) - {"flux2"} <= ours
 
 
 def test_the_newcomers_walk(host, base) -> None:

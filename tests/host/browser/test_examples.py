@@ -104,11 +104,12 @@ def classic(browser, host) -> Iterator[Page]:
 
 
 def test_whole_checkpoint(classic: Page, files: dict) -> None:
-    run_example(classic, files, 1, filename_prefix="examples/one")
-    assert (classic.host.output / "checkpoints" / "examples" / "one.nfq.safetensors").exists()
+    run_example(classic, files, 1)
+    name = "example_00001_-balanced.nfq.safetensors"
+    assert (classic.host.output / "checkpoints" / name).exists()
     # As its note says: choose the new file and unmute the lower part.
     classic.script("for (const node of app.graph._nodes) node.mode = 0;")
-    classic.set("NFQuantizedCheckpointLoader", "ckpt_name", "examples/one.nfq.safetensors")
+    classic.set("NFQuantizedCheckpointLoader", "ckpt_name", name)
     classic.set("NFSaveCheckpoint", "overwrite", True)
     classic.set("SaveImage", "filename_prefix", "walk")
     classic.run()

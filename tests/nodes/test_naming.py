@@ -1,0 +1,68 @@
+"""The name that a new file gets if the user gives none, from the graph and from the finished MODEL alike."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from nfq_core import Settings
+
+LOADER = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "deep/sd xl.safetensors"}}
+
+
+@pytest.fixture
+def naming(plugin: ModuleType) -> ModuleType:
+    return sys.modules[f"{plugin.__name__}.nodes.naming"]
+
+
+def graph(**inputs: object) -> dict:
+    """Load, quantise with these inputs, save as node "s"."""
+    return {
+        "l": LOADER,
+        "q": {"class_type": "NFQuantizeUNet", "inputs": {"model": ["l", 0], **inputs}},
+        "s": {"class_type": "NFSaveCheckpoint", "inputs": {"model": ["q", 0]}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("inputs", "settings", "name"),
+    [
+        ({}, Settings(), "sd xl-balanced"),
+        ({"preset": "tiny", "levels": 7}, Settings.of(preset="tiny"), "sd xl-tiny"),
+        ({"preset": "levels", "levels": 12}, Settings.of(levels=12), "sd xl-NF12"),
+        ({"preset": "levels", "conv_levels": 16}, Settings.of(conv_levels=16), "sd xl-NF16-NF16"),
+    ],
+    ids=["defaults", "preset", "levels", "convolutions"],
+)
+def test_the_graph_tells_what_the_model_records(naming: ModuleType, inputs: dict, settings: Settings, name: str):
+    assert naming.planned_name(graph(**inputs), "s") == name
+    assert naming.model_name("sd xl.safetensors", settings.as_dict()) == name
+
+
+def test_a_calibration_is_told(naming: ModuleType):
+    recorded = Settings().as_dict() | {"calibration": "mine.calibration.safetensors"}
+    assert naming.model_name("a.safetensors", recorded) == "a-balanced-calibrated"
+    assert naming.planned_name(graph(calibration=["c", 0]), "s") == "sd xl-balanced-calibrated"
+    assert naming.planned_name(graph(calibration="(none)"), "s") == "sd xl-balanced"
+
+
+def test_an_unknown_source(naming: ModuleType):
+    assert naming.model_name("", Settings().as_dict()) == "ComfyUI-NFQ-balanced"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_bytes": 10**9}, {"format": "trellis4_b64"}, {"levels": "many"}, {"levels": [16]}], ids=str
+)
+def test_settings_that_the_node_does_not_offer(naming: ModuleType, settings: dict):
+    assert naming.model_name("a.nfq.safetensors", settings) == "a-nfq"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [None, {}, {"s": {"inputs": {"model": ["l", 0]}}, "l": LOADER}, graph(preset=["x", 0]), graph(preset="gone")],
+    ids=["none", "empty", "nothing quantises", "linked", "unknown"],
+)
+def test_what_the_graph_does_not_tell(naming: ModuleType, prompt: dict | None):
+    assert naming.planned_name(prompt, "s") is None
