@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -32,6 +31,9 @@ IMAGES, TEMPLATES = ROOT / "docs" / "images", ROOT / "example_workflows"
 
 NAME = "my-checkpoint"
 """Name of the synthetic checkpoint, without its ending."""
+
+WRITTEN = f"{NAME}-balanced{SUFFIX}"
+"""The file that the first template makes of it."""
 
 COMPARED = 3
 """Number of the caption whose pictures are compared."""
@@ -111,7 +113,7 @@ def open_template(page, path: Path, values: dict) -> None:
     """Open a template for the checkpoint with other values of its widgets, all nodes active."""
     page.new_workflow()
     # The page marks nodes whose file was missing when they were opened.
-    page.open(json.loads(re.sub(r"sd_xl_base_1\.0(-balanced)?", NAME, path.read_text("utf-8"))))
+    page.open(json.loads(path.read_text("utf-8").replace("sd_xl_base_1.0", NAME)))
     page.settle()
     page.set_all(values)
     page.script("for (const node of app.graph._nodes) node.mode = 0;")
@@ -153,7 +155,7 @@ def compare(page, inputs: Path) -> None:
 
 def loaders(page, missing: dict) -> None:
     """Two loaders: a file's facts, and how to make a missing file."""
-    values = {"ckpt_name": f"{NAME}{SUFFIX}"}
+    values = {"ckpt_name": WRITTEN}
     page.build(have={"type": "NFQuantizedCheckpointLoader", "at": [0, 0], "values": values})
     workflow = page.workflow()
     (have,) = workflow["nodes"]
@@ -179,7 +181,7 @@ def whole_checkpoint(page, camera: Camera) -> Image.Image:
     page.shows("chart", "bits per weight")
     page.shows("saved", "saved ")
     page.script("await app.refreshComboInNodes();")
-    page.set_all({"NFQuantizedCheckpointLoader.ckpt_name": f"{NAME}{SUFFIX}"})
+    page.set_all({"NFQuantizedCheckpointLoader.ckpt_name": WRITTEN})
     page.shows("facts", "bits per weight")
     page.script("for (const node of app.graph._nodes) node.mode = 0;")
     page.script(RESIZE, json.loads(path.read_text("utf-8"))["nodes"])
@@ -203,7 +205,7 @@ def make_files(base: Path) -> None:
         file = base / "models" / name
         file.parent.mkdir(exist_ok=True)
         file.touch()
-    written = base / "output" / "checkpoints" / f"{NAME}{SUFFIX}"
+    written = base / "output" / "checkpoints" / WRITTEN
     listed = base / "models" / "diffusion_models" / written.name
     if not listed.is_symlink():
         listed.symlink_to(written)
@@ -231,7 +233,7 @@ def take(directory: Path) -> None:
         camera = Camera(page)
         workflow = whole_checkpoint(page, camera)
         workflow.save(IMAGES / "workflow.png", optimize=True)
-        recipe = host.get(f"/nfq/file?folder=checkpoints&name={NAME}{SUFFIX}")["recipe"]
+        recipe = host.get(f"/nfq/file?folder=checkpoints&name={WRITTEN}")["recipe"]
         recipe["source"] = "photo-style.safetensors"
         recipe["settings"]["baked"] = ["LoRA film.safetensors at 0.8"]
         loaders(page, recipe)
