@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
-from ..nfq_core.checkpoints import targets
+from ..nfq_core.checkpoints.targets import settings_tag
 from ..nfq_core.planning.settings import DEFAULT_CONV_LEVELS, DEFAULT_LEVELS, DEFAULT_PRESET, DEFAULTS, Settings
+from .host import SUFFIX
 from .recipe import node_inputs, origin_in_graph, upstream
 from .schema import DEFAULT_PREFIX, NOTHING
 
@@ -49,9 +51,10 @@ def planned_name(prompt: Mapping[str, Any] | None, node_id: str | None) -> str |
 def _name(source: str, inputs: Mapping[str, Any]) -> str:
     preset, levels, conv_levels = (inputs.get(name, default) for name, default in _NAMED.items())
     settings = Settings.from_form(preset, int(levels), int(conv_levels), DEFAULTS.effort)
-    name = f"{_stem(source)}-{targets.settings_tag(settings)}"
+    name = f"{_stem(source)}-{settings_tag(settings)}"
     return name if inputs.get("calibration", NOTHING) == NOTHING else f"{name}-calibrated"
 
 
 def _stem(source: str) -> str:
-    return targets.model_name(source)[0] if source else DEFAULT_PREFIX
+    name = source.removesuffix(SUFFIX)
+    return (PurePath(name).stem if name == source else name) or DEFAULT_PREFIX

@@ -48,8 +48,17 @@ def test_a_calibration_is_told(naming: ModuleType):
     assert naming.planned_name(graph(calibration="(none)"), "s") == "sd xl-balanced"
 
 
-def test_an_unknown_source(naming: ModuleType):
-    assert naming.model_name("", Settings().as_dict()) == "ComfyUI-NFQ-balanced"
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("", "ComfyUI-NFQ"),
+        ("b.ckpt", "b"),
+        ("c-small.nfq.safetensors", "c-small"),
+        ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.fp16"),
+    ],
+)
+def test_names_of_sources(naming: ModuleType, source: str, name: str):
+    assert naming.model_name(source, Settings().as_dict()) == f"{name}-balanced"
 
 
 @pytest.mark.parametrize(
