@@ -250,7 +250,7 @@ class NFSaveCheckpoint(io.ComfyNode):
                     host.SUFFIX,
                     "output/diffusion_models, or output/checkpoints if clip and vae are connected",
                     default="",
-                    empty="the model's name and its preset are taken",
+                    empty="the file is named after the model and the preset",
                 ),
                 overwrite_input(),
                 io.Combo.Input(
@@ -269,10 +269,13 @@ class NFSaveCheckpoint(io.ComfyNode):
 
     @classmethod
     def check_lazy_status(cls, filename_prefix: str = "", overwrite: bool = False, **inputs: Any) -> list[str]:
-        """Refuse an existing file before the MODEL is quantised; returns the inputs that are still to be made."""
+        """Refuse what can be known before the MODEL is quantised; returns the inputs still to be evaluated."""
+        save.refuse_half("clip" in inputs, "vae" in inputs)
         name = filename_prefix.strip() or naming.planned_name(cls.hidden.prompt, cls.hidden.unique_id)
-        if name and not overwrite:
-            host.refuse_existing(save.model_path(name, alone="clip" not in inputs))
+        if name:
+            path = save.model_path(name, alone="clip" not in inputs)
+            if not overwrite:
+                host.refuse_existing(path)
         return [socket for socket in ("model", "clip", "vae") if socket in inputs and inputs[socket] is None]
 
     @classmethod

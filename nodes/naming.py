@@ -1,60 +1,79 @@
-"""The name of a new file unless the user gives one: that of its source, and the settings."""
+"""Names of new files for which the user gives none: source and settings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import Any
 
-from ..nfq_core.checkpoints.targets import settings_tag
-from ..nfq_core.planning.settings import DEFAULT_CONV_LEVELS, DEFAULT_LEVELS, DEFAULT_PRESET, DEFAULTS, Settings
-from .host import SUFFIX
-from .recipe import node_inputs, origin_in_graph, upstream
+from ..nfq_core.checkpoints.targets import MODEL_ENDINGS, settings_tag
+from ..nfq_core.planning.settings import (
+    DEFAULT_CONV_LEVELS,
+    DEFAULT_LEVELS,
+    DEFAULT_PRESET,
+    DEFAULTS,
+    Settings,
+    without_repetition,
+)
+from .recipe import origin_in_graph, upstream
 from .schema import DEFAULT_PREFIX, NOTHING
 
 QUANTIZING = "NFQuantizeUNet"
 """Id of the node whose MODEL `planned_name` names."""
 
-_NAMED = {"preset": DEFAULT_PRESET, "levels": DEFAULT_LEVELS, "conv_levels": DEFAULT_CONV_LEVELS}
-"""The inputs of that node that a name tells, with their defaults."""
+_CHOICES = {"preset", "target_bpw", "target_bytes", "levels", "conv_levels", "format", "conv_format"}
+"""The recorded settings that a name tells."""
 
 
-def model_name(source: str, settings: Mapping[str, Any]) -> str:
+def default_name(source: str, settings: Mapping[str, Any]) -> str:
     """The name of a packed MODEL's file without its ending: `model-balanced`, `model-NF16-calibrated`.
 
     Args:
         source: name of the file that the weights came from; empty if unknown.
-        settings: as recorded. Those that the node does not offer give `model-nfq`.
+        settings: as recorded. Without a size or formats the name is `model-nfq`.
     """
+    chosen = {name: value for name, value in without_repetition(settings).items() if name in _CHOICES}
     try:
-        return _name(source, node_inputs(settings) or {"preset": ""})
+        tag = settings_tag(Settings.of(**chosen)) if chosen else "nfq"
     except (TypeError, ValueError):
-        return f"{_stem(source)}-nfq"
+        tag = "nfq"
+    return _name(source, tag, bool(settings.get("calibration")))
 
 
 def planned_name(prompt: Mapping[str, Any] | None, node_id: str | None) -> str | None:
-    """`model_name` of the MODEL that a node is going to get; None if the graph does not tell.
+    """The `default_name` of the MODEL that will reach a node; None if the graph does not determine it.
+
+    A calibration is expected to change the result.
 
     Args:
         prompt: the graph in the host's API format.
         node_id: the node.
     """
-    nodes = upstream(prompt or {}, str(node_id), "model")
-    inputs = next((node.get("inputs", {}) for node in nodes if node.get("class_type") == QUANTIZING), None)
-    try:
-        return None if inputs is None else _name(origin_in_graph(prompt, node_id).name, inputs)
-    except (TypeError, ValueError):
-        # A link in place of a value: what arrives is not known yet.
+    inputs = _quantizing_inputs(prompt or {}, str(node_id))
+    if inputs is None:
         return None
+    levels = inputs.get("levels", DEFAULT_LEVELS), inputs.get("conv_levels", DEFAULT_CONV_LEVELS)
+    try:
+        chosen = Settings.from_form(inputs.get("preset", DEFAULT_PRESET), *map(int, levels), DEFAULTS.effort)
+    except (TypeError, ValueError):
+        # A link in place of a value.
+        return None
+    calibrated = inputs.get("calibration", NOTHING) != NOTHING
+    return _name(origin_in_graph(prompt, node_id).name, settings_tag(chosen), calibrated)
 
 
-def _name(source: str, inputs: Mapping[str, Any]) -> str:
-    preset, levels, conv_levels = (inputs.get(name, default) for name, default in _NAMED.items())
-    settings = Settings.from_form(preset, int(levels), int(conv_levels), DEFAULTS.effort)
-    name = f"{_stem(source)}-{settings_tag(settings)}"
-    return name if inputs.get("calibration", NOTHING) == NOTHING else f"{name}-calibrated"
+def _quantizing_inputs(prompt: Mapping[str, Any], node_id: str) -> Mapping[str, Any] | None:
+    """The inputs of the node that quantises what reaches a node; None if there is none, or if paths join before."""
+    for node in upstream(prompt, node_id, "model"):
+        inputs = node.get("inputs", {})
+        if node.get("class_type") == QUANTIZING:
+            return inputs
+        if sum(name.startswith("model") and isinstance(value, list) for name, value in inputs.items()) > 1:
+            return None
+    return None
 
 
-def _stem(source: str) -> str:
-    name = source.removesuffix(SUFFIX)
-    return (PurePath(name).stem if name == source else name) or DEFAULT_PREFIX
+def _name(source: str, tag: str, calibrated: bool) -> str:
+    name = source.replace("\\", "/").rpartition("/")[2]
+    ending = next((ending for ending in MODEL_ENDINGS if name.lower().endswith(ending)), "")
+    model = name[: len(name) - len(ending)] or DEFAULT_PREFIX
+    return f"{model}-{tag}-calibrated" if calibrated else f"{model}-{tag}"

@@ -35,7 +35,7 @@ from .host import (
     provenance,
     refuse_existing,
 )
-from .naming import model_name
+from .naming import default_name
 from .packed_tensor import is_packed, unwrap
 from .recipe import Origin
 
@@ -66,7 +66,7 @@ def save_model(
         clip: CLIP of a whole checkpoint, or None. A quantised one is stored as it is.
         vae: VAE of a whole checkpoint, or None.
         filename_prefix: name of the file without its ending, inside `diffusion_models` or `checkpoints`; if it is
-            empty, see `naming.model_name`.
+            empty, see `naming.default_name`.
         overwrite: whether an existing file may be replaced.
         text_encoders: how a dense CLIP is stored: AUTO, "8bit", "5bit" or "keep".
         workflow: the graph in the page's format; written to the header unless the host runs with `--disable-metadata`.
@@ -85,10 +85,9 @@ def save_model(
         raise NFQError(
             "a LoRA or merge was added after quantising; apply it before NFQ Quantize Model (NFQuantizeUNet)"
         )
-    if (clip is None) != (vae is None):
-        raise NFQError("a whole checkpoint needs both CLIP and VAE; connect both, or neither to save the UNet alone")
+    refuse_half(clip is not None, vae is not None)
     alone = clip is None
-    path = model_path(filename_prefix.strip() or model_name(facts.source.name, facts.settings), alone)
+    path = model_path(filename_prefix.strip() or default_name(facts.source.name, facts.settings), alone)
     if not overwrite:
         refuse_existing(path)
     settings = dict(facts.settings)
@@ -104,6 +103,12 @@ def save_model(
         tensors |= _companions(model, clip, vae)
     made = Provenance(settings, facts.source, expected=facts.expected)
     return _write(tensors, path, made, overwrite, workflow, prompt)
+
+
+def refuse_half(has_clip: bool, has_vae: bool) -> None:
+    """Raise NFQError for a checkpoint with only one of CLIP and VAE."""
+    if has_clip != has_vae:
+        raise NFQError("a whole checkpoint needs both CLIP and VAE; connect both, or neither to save the UNet alone")
 
 
 def model_path(filename_prefix: str, alone: bool) -> str:

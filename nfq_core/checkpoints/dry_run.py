@@ -196,15 +196,14 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
         bits = component["packed_bits_per_weight"]
         how = "kept" if bits is None else f"{bits:.3f} packed bits per weight"
         lines.append(f"{component['name']}: about {size_in_words(component['file_bytes'])}, {how}")
-    name, reason = search_backend(torch.device("cpu"))
-    if name == "torch" and not formats.keys().isdisjoint(TRELLIS_IDS):
+    backend, reason = search_backend(torch.device("cpu"))
+    if backend == "torch" and not formats.keys().isdisjoint(TRELLIS_IDS):
         lines.append(f"trellis codes are searched in plain torch, which takes longer: {reason}")
     size, seconds = size_in_words(forecast["file_bytes"]), forecast["seconds"]
     whole = [
         f"{forecast['target']}: {named(forecast['architecture'])}about {size}, {share:.0%} of the original",
         *([] if several else [f"{forecast['packed_bits_per_weight']:.3f} packed bits per weight"]),
-        *([] if seconds is None else [f"in about {duration_in_words(seconds)}"]),
+        *([] if seconds is None else [f"takes about {duration_in_words(seconds)}"]),
     ]
-    names = {"output_db": "expected_output_db", "calibration_db": "calibration_db"}
-    expected = expected_in_words({name: forecast[key] for name, key in names.items()})
-    return [*lines, ", ".join(whole), *filter(None, [expected]), "nothing was written"]
+    output = {"output_db": forecast["expected_output_db"], "calibration_db": forecast["calibration_db"]}
+    return [*filter(None, [*lines, ", ".join(whole), expected_in_words(output)]), "nothing was written"]

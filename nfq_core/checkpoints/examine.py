@@ -162,7 +162,7 @@ def settings_in_words(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {text}" for name, text in texts.items())
 
 
-def expected_in_words(expected: Mapping[str, float]) -> str:
+def expected_in_words(expected: Mapping[str, float | None]) -> str:
     """`expectation` on one line; empty if nothing is known."""
     decibels, added = expected.get("output_db"), expected.get("calibration_db")
     if decibels is None:

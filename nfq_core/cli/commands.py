@@ -118,7 +118,8 @@ def _parser() -> Parser:
     sub.add_argument(
         "--dry-run",
         action="store_true",
-        help="print each layer's format and the expected size, error and time, and write nothing",
+        help="print how many layers get which format, the expected size and time, and the error where it can be "
+        "predicted; write nothing",
     )
     sub.add_argument("--force", action="store_true", help="overwrite DST if it exists")
 

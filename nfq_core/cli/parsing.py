@@ -1,4 +1,4 @@
-"""The command's parser: like argparse's, with suggestions for commands and options that do not exist."""
+"""The command's parser: like argparse's, with errors of one line, which suggest commands and options that exist."""
 
 from __future__ import annotations
 
@@ -39,9 +39,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the process with code 2 and one line; the usage of a command with many options would hide it."""
-        help_of = f"{self.prog.partition(' ')[2]} --help".strip()
-        hint = "" if "did you mean" in message or "--help" in message else f"; see {command(help_of)}"
-        self.exit(2, f"nfq: {message}{hint}\n")
+        name = self.prog.partition(" ")[2]
+        self.exit(2, f"nfq: {printable(' '.join(message.split()))} (help: {command(f'{name} --help'.strip())})\n")
 
 
 def _no_command(name: str, known: Iterable[str]) -> str:
@@ -57,10 +56,8 @@ def _not_understood(argument: str, parser: argparse.ArgumentParser) -> str:
     name = argument.partition("=")[0]
     options = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
     longer = [option for option in options if len(name) > 4 and name.lstrip("-") in option]
-    advice = (
-        _suggestion(name, options, longer) or f"{command(parser.prog.partition(' ')[2] + ' --help')} lists the options"
-    )
-    return f"there is no option {printable(name)}; {advice}"
+    advice = _suggestion(name, options, longer)
+    return f"there is no option {printable(name)}{advice and f'; {advice}'}"
 
 
 def _suggestion(name: str, known: Iterable[str], first: Sequence[str] = ()) -> str:

@@ -106,8 +106,11 @@ def test_result_dry_run_file_and_card_tell_the_same(model, tmp_path: Path, capsy
     arguments = ["quantize", str(source), str(target), "--preset", "small", "--calibration", str(statistics)]
     assert main([*arguments, "--dry-run", "--json"]) == 0
     forecast = json.loads(capsys.readouterr().out)
+    assert main([*arguments, "--dry-run"]) == 0
+    before = capsys.readouterr().out
     assert main(arguments) == 0
     told = capsys.readouterr().out.splitlines()[-1]
+    assert told in before
     expected = file_info(target)["expected"]
     assert expected["calibration_db"] > 1
     assert [forecast["expected_output_db"], forecast["calibration_db"]] == list(expected.values())

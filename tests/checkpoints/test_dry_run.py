@@ -104,8 +104,8 @@ def test_the_pace_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_time_on_a_gpu_is_unknown(model: Path, tmp_path: Path) -> None:
     found = forecast_file(model, tmp_path / "x", device="cuda")
     assert found["seconds"] is None
-    assert not re.search(r"in about \d", "\n".join(forecast_lines(found)))
-    assert re.search(r"in about \d", "\n".join(forecast_lines(forecast_file(model, tmp_path / "x"))))
+    assert not re.search(r"takes about \d", "\n".join(forecast_lines(found)))
+    assert re.search(r"takes about \d", "\n".join(forecast_lines(forecast_file(model, tmp_path / "x"))))
 
 
 def test_in_json_and_in_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

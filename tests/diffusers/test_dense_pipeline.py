@@ -68,7 +68,7 @@ def test_a_checkpoint_is_calibrated_and_quantised_by_one_command(
     how = ("--config", settings, "--prompts", "2", "--steps", "2", "--side", "64", "--device", "cpu")
     code, out, error = run(capsys, "quantize", checkpoint, "--calibrate", *how)
     assert code == 0, error
-    assert "by the calibration)" in out
+    assert " dB by the calibration; predicted)" in out
     (kept,) = checkpoint.parent.glob("*.calibration.safetensors")
     found = Calibration.load(kept)
     # Each layer was called under the name that it has in the file.

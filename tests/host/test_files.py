@@ -82,6 +82,17 @@ def test_an_existing_file_is_refused_before_the_model_is_quantised(host) -> None
     ):
         with pytest.raises(HostError, match=message):
             host.run(failing | {"save": save(["packed", 0], prefix)})
+    whole = {"clip": ["companions", 0], "vae": ["companions", 1]}
+    failing["companions"] = {"class_type": "NFQTestCompanions", "inputs": {}}
+    checkpoint = host.output / "checkpoints" / path.name
+    checkpoint.touch()
+    for parts, message in (
+        (whole, "checkpoints.*exists; choose another"),
+        ({"clip": whole["clip"]}, "connect both, or"),
+    ):
+        with pytest.raises(HostError, match=message):
+            host.run(failing | {"save": save(["packed", 0], "", **parts)})
+    checkpoint.unlink()
     assert path.stat().st_mtime_ns == written
     host.run(named | {"save": save(["packed", 0], "", overwrite=True)})
     assert path.stat().st_mtime_ns > written

@@ -38,12 +38,12 @@ def graph(**inputs: object) -> dict:
 )
 def test_the_graph_tells_what_the_model_records(naming: ModuleType, inputs: dict, settings: Settings, name: str):
     assert naming.planned_name(graph(**inputs), "s") == name
-    assert naming.model_name("sd xl.safetensors", settings.as_dict()) == name
+    assert naming.default_name("sd xl.safetensors", settings.as_dict()) == name
 
 
 def test_a_calibration_is_told(naming: ModuleType):
     recorded = Settings().as_dict() | {"calibration": "mine.calibration.safetensors"}
-    assert naming.model_name("a.safetensors", recorded) == "a-balanced-calibrated"
+    assert naming.default_name("a.safetensors", recorded) == "a-balanced-calibrated"
     assert naming.planned_name(graph(calibration=["c", 0]), "s") == "sd xl-balanced-calibrated"
     assert naming.planned_name(graph(calibration="(none)"), "s") == "sd xl-balanced"
 
@@ -53,19 +53,37 @@ def test_a_calibration_is_told(naming: ModuleType):
     [
         ("", "ComfyUI-NFQ"),
         ("b.ckpt", "b"),
+        ("sdxl-v1.0", "sdxl-v1.0"),
+        ("..\\up/C.SafeTensors", "C"),
         ("c-small.nfq.safetensors", "c-small"),
         ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.fp16"),
     ],
 )
 def test_names_of_sources(naming: ModuleType, source: str, name: str):
-    assert naming.model_name(source, Settings().as_dict()) == f"{name}-balanced"
+    assert naming.default_name(source, Settings().as_dict()) == f"{name}-balanced"
 
 
 @pytest.mark.parametrize(
-    "settings", [{"target_bytes": 10**9}, {"format": "trellis4_b64"}, {"levels": "many"}, {"levels": [16]}], ids=str
+    ("settings", "tag"),
+    [
+        ({"target_bytes": 10**9}, "1GB"),
+        ({"target_bpw": 3.5}, "3.5bpw"),
+        ({"format": "t4w8_b64", "conv_levels": 32}, "T4W8"),
+        ({}, "nfq"),
+        ({"imported": True}, "nfq"),
+        ({"levels": "many"}, "nfq"),
+        ({"levels": [16]}, "nfq"),
+        ({"preset": "small", "target_bpw": 3.4, "levels": 7}, "nfq"),
+    ],
+    ids=str,
 )
-def test_settings_that_the_node_does_not_offer(naming: ModuleType, settings: dict):
-    assert naming.model_name("a.nfq.safetensors", settings) == "a-nfq"
+def test_settings_that_the_node_does_not_offer(naming: ModuleType, settings: dict, tag: str):
+    assert naming.default_name("a.nfq.safetensors", settings) == f"a-{tag}"
+
+
+def test_paths_that_join_are_not_followed(naming: ModuleType):
+    joined = graph() | {"s": {"inputs": {"model": ["j", 0]}}, "j": {"inputs": {"model1": ["q", 0], "model2": ["l", 0]}}}
+    assert naming.planned_name(joined, "s") is None
 
 
 @pytest.mark.parametrize(
