@@ -85,6 +85,7 @@ def test_an_existing_file_is_refused_before_the_model_is_quantised(host) -> None
     whole = {"clip": ["companions", 0], "vae": ["companions", 1]}
     failing["companions"] = {"class_type": "NFQTestCompanions", "inputs": {}}
     checkpoint = host.output / "checkpoints" / path.name
+    checkpoint.parent.mkdir(exist_ok=True)
     checkpoint.touch()
     for parts, message in (
         (whole, "checkpoints.*exists; choose another"),
