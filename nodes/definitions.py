@@ -249,8 +249,7 @@ class NFSaveCheckpoint(io.ComfyNode):
                 filename_prefix_input(
                     host.SUFFIX,
                     "output/diffusion_models, or output/checkpoints if clip and vae are connected",
-                    default="",
-                    empty="the file is named after the model and the preset",
+                    if_empty="the file is named after the model and the preset",
                 ),
                 overwrite_input(),
                 io.Combo.Input(
@@ -273,9 +272,7 @@ class NFSaveCheckpoint(io.ComfyNode):
         save.refuse_half("clip" in inputs, "vae" in inputs)
         name = filename_prefix.strip() or naming.planned_name(cls.hidden.prompt, cls.hidden.unique_id)
         if name:
-            path = save.model_path(name, alone="clip" not in inputs)
-            if not overwrite:
-                host.refuse_existing(path)
+            save.model_path(name, "clip" not in inputs, overwrite)
         return [socket for socket in ("model", "clip", "vae") if socket in inputs and inputs[socket] is None]
 
     @classmethod

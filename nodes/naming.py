@@ -14,7 +14,7 @@ from ..nfq_core.planning.settings import (
     Settings,
     without_repetition,
 )
-from .recipe import origin_in_graph, upstream
+from .recipe import base_name, origin_in_graph, upstream
 from .schema import DEFAULT_PREFIX, NOTHING
 
 QUANTIZING = "NFQuantizeUNet"
@@ -73,7 +73,7 @@ def _quantizing_inputs(prompt: Mapping[str, Any], node_id: str) -> Mapping[str, 
 
 
 def _name(source: str, tag: str, calibrated: bool) -> str:
-    name = source.replace("\\", "/").rpartition("/")[2]
+    name = base_name(source)
     ending = next((ending for ending in MODEL_ENDINGS if name.lower().endswith(ending)), "")
     model = name[: len(name) - len(ending)] or DEFAULT_PREFIX
     return f"{model}-{tag}-calibrated" if calibrated else f"{model}-{tag}"

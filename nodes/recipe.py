@@ -100,19 +100,19 @@ def origin_in_graph(prompt: Mapping[str, Any] | None, node_id: str | None, part:
         clips = [value for name, value in inputs.items() if name.startswith("clip_name") and isinstance(value, str)]
         clips = [name for name in clips if name != NOTHING]
         if len(clips) > 1:
-            files.append((" and ".join(map(_base_name, clips)), ""))
+            files.append((" and ".join(map(base_name, clips)), ""))
         elif loaded:
             files.append((inputs[loaded], LOADER_INPUTS[loaded]))
         elif isinstance(inputs.get("lora_name"), str):
             strength = inputs.get(f"strength_{part}")
             at = f" at {strength:g}" if isinstance(strength, (int, float)) else ""
-            baked.append(f"LoRA {_base_name(inputs['lora_name'])}{at}")
+            baked.append(f"LoRA {base_name(inputs['lora_name'])}{at}")
     if not files:
         return Origin(baked=tuple(baked))
     (first, folder), *others = files
     path = folder_paths.get_full_path(folder, first) if folder else None
-    merged = (f"model {_base_name(name)}" for name, _ in others)
-    return Origin(_base_name(first), path or "", (*baked, *merged))
+    merged = (f"model {base_name(name)}" for name, _ in others)
+    return Origin(base_name(first), path or "", (*baked, *merged))
 
 
 def upstream(prompt: Mapping[str, Any], node_id: str, part: str) -> Iterator[Mapping[str, Any]]:
@@ -130,7 +130,8 @@ def upstream(prompt: Mapping[str, Any], node_id: str, part: str) -> Iterator[Map
         waiting.extend(str(value[0]) for _, value in links if isinstance(value, list) and len(value) == 2)
 
 
-def _base_name(name: str) -> str:
+def base_name(name: str) -> str:
+    """A file's name without its folders, whichever slashes it has."""
     return name.replace("\\", "/").rpartition("/")[2]
 
 

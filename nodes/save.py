@@ -87,9 +87,8 @@ def save_model(
         )
     refuse_half(clip is not None, vae is not None)
     alone = clip is None
-    path = model_path(filename_prefix.strip() or default_name(facts.source.name, facts.settings), alone)
-    if not overwrite:
-        refuse_existing(path)
+    name = filename_prefix.strip() or default_name(facts.source.name, facts.settings)
+    path = model_path(name, alone, overwrite)
     settings = dict(facts.settings)
     if not alone and not is_packed_clip(clip):
         bits = _text_encoder_bits(settings) if text_encoders == AUTO else text_encoders
@@ -111,14 +110,21 @@ def refuse_half(has_clip: bool, has_vae: bool) -> None:
         raise NFQError("a whole checkpoint needs both CLIP and VAE; connect both, or neither to save the UNet alone")
 
 
-def model_path(filename_prefix: str, alone: bool) -> str:
-    """The path of a new file; see `host.output_path`.
+def model_path(filename_prefix: str, alone: bool, overwrite: bool) -> str:
+    """The path of a new file of a MODEL.
 
     Args:
         filename_prefix: as the user typed it.
         alone: whether it holds a UNet without CLIP and VAE.
+        overwrite: whether an existing file may be replaced.
+
+    Raises:
+        NFQError: the file exists, or see `host.output_path`.
     """
-    return output_path(filename_prefix, UNETS if alone else CHECKPOINTS, SUFFIX)
+    path = output_path(filename_prefix, UNETS if alone else CHECKPOINTS, SUFFIX)
+    if not overwrite:
+        refuse_existing(path)
+    return path
 
 
 def save_clip(clip: Any, filename_prefix: str, overwrite: bool, workflow: Any = None, prompt: Any = None) -> list[str]:

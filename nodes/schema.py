@@ -44,19 +44,18 @@ def advanced(kind: Any, name: str, **options: Any) -> Any:
     return kind.Input(name, optional=True, **known, **options)
 
 
-def filename_prefix_input(suffix: str, folder: str, default: str = DEFAULT_PREFIX, empty: str = "") -> io.String.Input:
+def filename_prefix_input(suffix: str, folder: str, if_empty: str = "") -> io.String.Input:
     """The input that names a new file.
 
     Args:
         suffix: the ending that is added to the name.
         folder: where the file is written, for the tooltip.
-        default: the name unless the user chooses another.
-        empty: what no name means, for the tooltip; empty if a name is needed.
+        if_empty: what happens without a name, for the tooltip; the input is then empty unless the user types one.
     """
-    explained = f" If it is empty, {empty}." if empty else ""
+    explained = f" If it is empty, {if_empty}." if if_empty else ""
     return io.String.Input(
         "filename_prefix",
-        default=default,
+        default="" if if_empty else DEFAULT_PREFIX,
         optional=True,
         tooltip=f"Name of the file; {suffix} is added.{explained} The file is written to {folder}.",
     )
