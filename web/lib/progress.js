@@ -50,6 +50,7 @@ export function addProgress(node) {
   let timer = null;
   function advice() {
     const preset = setting("preset").value;
+    for (const name of ["levels", "conv_levels"]) setting(name).disabled = preset !== "levels";
     const linked = node.inputs?.some((input) => input.name === "calibration" && input.link != null);
     panel.replaceChildren(
       element("p", {}, preset === "levels" ? text(`goodFor.${setting("levels").value}`) : text(`preset.${preset}`)),

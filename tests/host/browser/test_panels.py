@@ -26,6 +26,12 @@ FURTHER = """(first) => {
 }"""
 """Whether the progress bar has grown but is not full."""
 
+GREYED = """
+const node = app.graph._nodes.find((each) => each.type === "NFQuantizeUNet");
+return node.widgets.filter((each) => each.disabled).map((each) => each.name);
+"""
+"""The settings that the page shows as without effect."""
+
 
 def file_node(name: str) -> dict:
     return {**LOADER, "values": {"unet_name": name}}
@@ -147,10 +153,13 @@ def test_live_progress_interrupt_and_chart(page: Page) -> None:
     page.shows("progress", "for vega.safetensors on ComfyUI's computer", "baked in")
     page.set("NFQuantizeUNet", "preset", "tiny")
     page.shows("progress", "tiny", "2.8 bits per weight")
+    assert page.script(GREYED) == ["levels", "conv_levels"]
+    page.shot("settings")
     page.set("NFQuantizeUNet", "preset", "levels")
     page.shows("progress", "16 levels", "a good balance")
     page.set("NFQuantizeUNet", "levels", 12)
     page.shows("progress", "12 levels")
+    assert page.script(GREYED) == []
 
     # Slow enough to be interrupted on any machine.
     page.set("NFQuantizeUNet", "effort", "best")
