@@ -1,5 +1,6 @@
 """ComfyUI-NFQ: the entry point for ComfyUI."""
 
+import sys
 from importlib.util import find_spec
 
 MINIMUM_HOST = (0, 8, 0)
@@ -17,7 +18,8 @@ def _refusal() -> str:
         return f"ComfyUI-NFQ needs ComfyUI {needed} or newer, this is {version}: update ComfyUI"
     for module, package in (("comfy_kitchen", "comfy-kitchen"), ("zstandard", "zstandard")):
         if find_spec(module) is None:
-            return f"ComfyUI-NFQ needs {package}, run: python -m pip install {package}"
+            python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
+            return f"ComfyUI-NFQ needs {package}, run: {python} -m pip install {package}"
     return ""
 
 

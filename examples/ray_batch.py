@@ -1,6 +1,6 @@
 """Quantise a folder of models as tasks of Ray, on one machine or on a cluster that shares the folders.
 
-    python -m pip install "comfyui-nfq[ray]"
+    python -m pip install ".[ray]"    # in a clone of the repository
     python examples/ray_batch.py models/checkpoints --out models/checkpoints-nfq --preset small
     python examples/ray_batch.py models/checkpoints --out models/checkpoints-nfq --gpus 0.5    # two tasks on each GPU
 
@@ -41,7 +41,8 @@ def main() -> int:
     options = parser.parse_args()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    models = sorted(options.folder.resolve().glob("*.safetensors"))
+    files = sorted(options.folder.resolve().glob("*.safetensors"))
+    models = [file for file in files if not file.name.endswith(".nfq.safetensors")]
 
     ray.init(address=options.address, **({} if options.address else {"include_dashboard": False}))
     if options.gpus > ray.cluster_resources().get("GPU", 0):
@@ -51,7 +52,11 @@ def main() -> int:
     failed = False
     while waiting:
         finished, waiting = ray.wait(waiting)
-        line = ray.get(finished[0])
+        try:
+            line = ray.get(finished[0])
+        except ray.exceptions.RayError as error:
+            # A task or its machine broke down; the others go on.
+            line = f"failed: {str(error).strip().splitlines()[-1]}"
         failed |= line.startswith("failed: ")
         print(line, flush=True)
     ray.shutdown()

@@ -61,19 +61,24 @@ def pip_command(*requirements: str) -> str:
 
 
 def command(arguments: str) -> str:
-    """The command `nfq` with arguments, in backquotes, as the user of this process can type it.
+    """The command `nfq` with arguments, in backquotes, as the user of this process can type it: see `program`."""
+    return f"`{program()} {arguments}`"
+
+
+def program() -> str:
+    """The command `nfq` as the user of this process can type it.
 
     Without the command on the path it is this process's Python, with `-m nfq_core` where the package is installed, or
     with the plugin's folder, which has a `__main__.py`.
     """
     if shutil.which("nfq"):
-        return f"`nfq {arguments}`"
+        return "nfq"
     try:
         importlib.metadata.distribution("comfyui-nfq")
-        program = "-m nfq_core"
+        what = "-m nfq_core"
     except importlib.metadata.PackageNotFoundError:
-        program = _quoted(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    return f"`{_python()} {program} {arguments}`"
+        what = _quoted(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    return f"{_python()} {what}"
 
 
 def _python() -> str:

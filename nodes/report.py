@@ -20,6 +20,7 @@ from ..nfq_core.decibels import decibels_in_words, pooled_sqnr_db, sqnr_db
 from ..nfq_core.errors import printable
 from ..nfq_core.models.text_encoders import find_text_encoders, owner_finder
 from ..nfq_core.packed.formats import format_by_id
+from ..nfq_core.sizes import size_in_words
 from .bake import without_dynamic_vram
 from .host import UNET, json_decibels, provenance
 from .misfits import apply_patches
@@ -140,9 +141,9 @@ def as_text(facts: Mapping[str, Any]) -> str:
         f"{facts['weights'] / 1e6:,.1f} million quantised weights, {bits:.3f} packed bits per weight",
     ]
     if "file_bytes" in facts:
-        lines.append(f"{facts['file_bytes'] / 1e9:,.3f} GB in the file, {facts['fp16_bytes'] / 1e9:,.3f} GB as fp16")
+        lines.append(f"{size_in_words(facts['file_bytes'])} in the file, {size_in_words(facts['fp16_bytes'])} as fp16")
     else:
-        lines.append(f"{facts['model_bytes'] / 1e9:,.3f} GB in memory")
+        lines.append(f"{size_in_words(facts['model_bytes'])} in memory")
     if facts["expected"]:
         lines.append(expected_in_words(facts["expected"]))
     if "sqnr_db" in facts:

@@ -14,6 +14,7 @@ from server import PromptServer
 from ..nfq_core import NFQError, NFQFile, Settings
 from ..nfq_core.checkpoints.dry_run import forecast_seconds
 from ..nfq_core.checkpoints.memory import is_out_of_memory
+from ..nfq_core.errors import program
 from .bake import DEVICES, quantizing_device
 from .host import FOLDERS, file_path, original_path
 from .recipe import file_recipe
@@ -73,7 +74,7 @@ def _answer(find: Find, about: About, query: Mapping[str, str]) -> Answer:
         # As errors spell it.
         path = os.path.normpath(find(folder, name))
     except NFQError as error:
-        return 404, {"error": str(error)}
+        return 404, {"error": str(error), "program": program()}
     try:
         return 200, about(path, {**query, "name": name})
     except NFQError as error:

@@ -48,8 +48,11 @@ WINDOW = {"width": 1780, "height": 1510}
 
 THUMBNAIL = (640, 400)
 
+GAMMA = 0.6
+"""Brightens the thumbnails of the dark canvas; 1 would leave them as they are."""
+
 NAMED = (
-    *("loras/your-lora.safetensors", "vae/sdxl_vae.safetensors"),
+    *("loras/your-lora.safetensors", "vae/sdxl_vae.safetensors", f"diffusion_models/{NAME}.safetensors"),
     *(f"text_encoders/clip_{name}.safetensors" for name in "lg"),
 )
 """Files that the templates name beside the checkpoint."""
@@ -149,7 +152,7 @@ def compare(page, inputs: Path) -> None:
     page.build(**nodes, compare={"type": "NFCompare", "at": [0, 0], "values": values, "links": links})
     page.run()
     page.shows("compare", labels[-1], " dB · SSIM 0.")
-    page.script("app.graph._nodes.find((node) => node.type === 'NFCompare').setSize([460, 500]);")
+    page.script("app.graph._nodes.find((node) => node.type === 'NFCompare').setSize([460, 700]);")
     page.tab.wait_for_timeout(1000)
 
 
@@ -170,7 +173,8 @@ def loaders(page, missing: dict) -> None:
 def whole_checkpoint(page, camera: Camera) -> Image.Image:
     """The first template at work, as a picture for the docs, and when its file is written and chosen, returned."""
     path = TEMPLATES / "1 Whole checkpoint.json"
-    open_template(page, path, {"overwrite": True})
+    (page.host.output / "checkpoints" / WRITTEN).unlink(missing_ok=True)
+    open_template(page, path, {})
     page.script("for (const node of app.graph._nodes) if (node.pos[1] > 700) node.mode = 2;")
     page.shows("progress", "balanced", "on ComfyUI's computer")
     page.script("for (const node of app.graph._nodes) node.setSize(node.computeSize());")
@@ -189,7 +193,8 @@ def whole_checkpoint(page, camera: Camera) -> Image.Image:
 
 
 def thumbnail(picture: Image.Image) -> Image.Image:
-    """A picture made smaller, with the canvas's colour around it."""
+    """A picture made smaller and brighter, with the canvas's colour around it."""
+    picture = picture.point([round(255 * (value / 255) ** GAMMA) for value in range(256)] * 3)
     whole = Image.new("RGB", THUMBNAIL, picture.getpixel((2, picture.height - 3)))
     small = ImageOps.contain(picture, THUMBNAIL, Image.Resampling.LANCZOS)
     whole.paste(small, ((whole.width - small.width) // 2, (whole.height - small.height) // 2))

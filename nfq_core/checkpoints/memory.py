@@ -10,6 +10,7 @@ import torch
 from ..errors import NFQError
 from ..files.container import NFQFile
 from ..packed.backends import device_names
+from ..sizes import size_in_words
 
 MODES = ("packed", "resident", "auto")
 """Weights stay packed, are dequantised once at load, or `choose_memory_mode` chooses between the two."""
@@ -66,8 +67,8 @@ def refuse_beyond_memory(file: NFQFile, needed: int) -> None:
     memory = _meminfo()
     if "MemAvailable" in memory and needed > (available := memory["MemAvailable"] + memory.get("SwapFree", 0)):
         raise NFQError(
-            f"{file.path}: there is not enough memory: it needs {needed:,} bytes, {available:,} are available; free "
-            "some, or use a smaller file"
+            f"{file.path}: there is not enough memory: it needs {size_in_words(needed)}, "
+            f"{size_in_words(available)} are available; free some, or use a smaller file"
         )
 
 

@@ -28,6 +28,7 @@ from ..parallel import Progress, no_progress, ordered_map, threads_for
 from ..planning.facts import facts_about
 from ..planning.policy import estimate_warnings, plan_tensors
 from ..planning.settings import Settings
+from ..sizes import size_in_words
 from .memory import check_device, choose_memory_mode, free_bytes, is_out_of_memory, needed_bytes, refuse_beyond_memory
 
 log = logging.getLogger("nfq")
@@ -346,5 +347,8 @@ def _out_of_memory_message(file: NFQFile, device: torch.device, mode: str, dense
     """The message of the error when a file's tensors do not fit on a device."""
     needed, advice = packed_bytes, "free some, or use a smaller file"
     if mode == "resident":
-        needed, advice = dense_bytes, f'free some, or load with memory="packed", which needs {packed_bytes:,}'
-    return f"{file.path}: there is not enough memory on {device}: {mode} weights need {needed:,} bytes; {advice}"
+        needed, advice = (
+            dense_bytes,
+            f'free some, or load with memory="packed", which needs {size_in_words(packed_bytes)}',
+        )
+    return f"{file.path}: there is not enough memory on {device}: {mode} weights need {size_in_words(needed)}; {advice}"

@@ -296,11 +296,13 @@ def _demo(options: argparse.Namespace) -> int:
 
     with progress_bar("demo", options) as progress:
         report = run_demo(options.out, overwrite=options.force, progress=progress)
-    lines = ["levels  bits/weight  file bytes  SQNR dB  picture PSNR dB"]
+    original = size_in_words(report["original_bytes"])
+    lines = [f"levels  bits/weight  {f'file, of {original}':>16}  SQNR dB  picture PSNR dB"]
     for row in report["levels"]:
-        figures = f"{row['levels']:6}  {row['bits_per_weight']:11.3f}  {row['file_bytes']:10,}  {row['sqnr_db']:7.2f}"
+        size = f"{size_in_words(row['file_bytes'])}, {row['file_bytes'] / report['original_bytes']:.0%}"
+        figures = f"{row['levels']:6}  {row['bits_per_weight']:11.3f}  {size:>16}  {row['sqnr_db']:7.2f}"
         lines.append(f"{figures}  {decibels_in_words(row['psnr_db']):>15}")
-    lines.append(f"pictures: {report['comparison']}")
+    lines.append(f"next: open {report['comparison']}; {command('quantize model.safetensors')} converts your own model")
     return show(options, report, "\n".join(lines))
 
 

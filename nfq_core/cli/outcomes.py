@@ -20,6 +20,9 @@ from ..sizes import duration_in_words, share_in_words, size_in_words
 WORST = 10
 """How many layers `nfq compare` lists unless it lists all."""
 
+BATCH_NEXT = "next: put the new files where ComfyUI or your web UI finds the originals; in ComfyUI press R"
+"""What to do with the files that `nfq batch` made."""
+
 _PLACES = {
     "checkpoints": ("Load NFQ Checkpoint", "Load Checkpoint", ", in a web UI to models/Stable-diffusion"),
     "diffusion_models": ("Load NFQ Diffusion Model", "Load Diffusion Model", ""),
@@ -112,7 +115,8 @@ def batch_lines(report: Mapping[str, Any]) -> list[str]:
     if totals[Result.CONVERTED]:
         sizes = share_in_words(totals["file_bytes"], totals["original_bytes"])
         counts += f"; {sizes}, in {duration_in_words(totals['seconds'])}"
-    return [*lines, counts or "no model file found"]
+    next_lines = [BATCH_NEXT] if totals[Result.CONVERTED] else []
+    return [*lines, counts or "no model file found", *next_lines]
 
 
 def _spaced(result: str) -> str:

@@ -20,7 +20,7 @@ from ..layers.packing import assign_state, packed_layers
 from ..packed.tensor import NFTensor
 from ..parallel import Progress, no_progress
 from .config import NFQConfig
-from .dense_pipeline import predict_v
+from .dense_pipeline import predict_v, quiet
 from .loading import CONFIG, check_dtype, load_unet, read_config, recorded_dtype
 
 if TYPE_CHECKING:
@@ -216,9 +216,11 @@ def _load_vae(nfq_path: str | os.PathLike, folder: Path, dtype: torch.dtype) -> 
         keys = [key for key in file.shapes() if key.startswith(COMPANIONS["VAE"])]
         tensors = load_tensors(file, keys, dense=set(keys))
     try:
-        return AutoencoderKL.from_single_file(
-            tensors, config=os.fspath(folder), subfolder="vae", torch_dtype=dtype, local_files_only=True
-        )
+        # diffusers warns of a cast that it makes itself.
+        with quiet():
+            return AutoencoderKL.from_single_file(
+                tensors, config=os.fspath(folder), subfolder="vae", torch_dtype=dtype, local_files_only=True
+            )
     except LOADING_ERRORS as error:
         raise NFQError(
             f"{nfq_path}: its VAE does not fit {folder / 'vae' / CONFIG}: {loading_error_message(error)}"

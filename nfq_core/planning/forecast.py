@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from functools import lru_cache
 from math import prod
+from statistics import median
 
 import torch
 
@@ -183,9 +184,9 @@ def _pace() -> float:
 
 
 def measure_pace() -> float:
-    """Least seconds that quantising PACE_WEIGHTS weights takes here while all processors do the same.
+    """Median seconds that quantising PACE_WEIGHTS weights takes here while all processors do the same.
 
-    The least, because other programs disturb the rest.
+    The first runs are slower because they allocate memory; the fastest had a core for itself for a moment.
     """
     weight = torch.randn(PACE_WEIGHTS // BLOCK, BLOCK, generator=torch.Generator().manual_seed(0)).half()
 
@@ -194,7 +195,7 @@ def measure_pace() -> float:
         quantize(weight, format=SCALES_LIKE)
         return time.perf_counter() - started
 
-    return min(ordered_map(seconds, range(4 * default_threads()), size=lambda _: 0))
+    return median(ordered_map(seconds, range(4 * default_threads()), size=lambda _: 0))
 
 
 def _seconds(fmt: BlockFormat, millions: float, effort: str, calibrated: bool) -> float:

@@ -397,10 +397,11 @@ def test_the_command(capsys, models, out):
     assert code == 0
     assert all("ComfyUI and the web UIs load no model of its sizes" in line for line in error.splitlines())
     lines = text.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert lines[1].startswith(f"converted   {models / 'one.safetensors'}")
     assert re.search(r"UNet, [\d.]+ [KM]B, \d+% of [\d.]+ [KM]B, in [\d.]+ s$", lines[1])
-    assert lines[-1].startswith("2 converted, 1 skipped; ")
+    assert lines[-2].startswith("2 converted, 1 skipped; ")
+    assert lines[-1].startswith("next: put the new files where ComfyUI or your web UI finds the originals")
     with NFQFile(out / "one-NF24.nfq.safetensors") as file:
         assert file.facts.settings["levels"] == 24
 

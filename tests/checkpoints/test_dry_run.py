@@ -101,6 +101,12 @@ def test_the_pace_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     planning_forecast._pace.cache_clear()
 
 
+def test_the_pace_is_that_of_the_usual_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of the first, which allocates memory, nor of one that had a core for itself."""
+    monkeypatch.setattr(planning_forecast, "ordered_map", lambda *_, **__: [9.0, 2.0, 1.0])
+    assert planning_forecast.measure_pace() == 2.0
+
+
 def test_the_time_on_a_gpu_is_unknown(model: Path, tmp_path: Path) -> None:
     found = forecast_file(model, tmp_path / "x", device="cuda")
     assert found["seconds"] is None

@@ -79,7 +79,7 @@ def test_what_no_memory_holds_is_refused_before_it_is_read(tmp_path, monkeypatch
     nfq_core.save(nfq_core.quantize_state_dict(SMALL_MODEL, levels=16), tmp_path / "a")
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
     (tmp_path / "meminfo").write_text("MemAvailable:  1 kB\nSwapFree:  2 kB\n")
-    with pytest.raises(NFQError, match=r"a: there is not enough memory: it needs [\d,]+ bytes, 3,072 are available"):
+    with pytest.raises(NFQError, match=r"a: there is not enough memory: it needs [\d.]+ KB, 3\.1 KB are available"):
         read(tmp_path / "a")
     (tmp_path / "meminfo").write_text("MemAvailable:  1 kB\nSwapFree:  99 kB\n")
     read(tmp_path / "a")

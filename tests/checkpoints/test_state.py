@@ -193,8 +193,8 @@ def test_loading_to_a_cuda_device(model, tmp_path, memory):
 @pytest.mark.parametrize(
     ("memory", "told"),
     [
-        ("resident", r'resident weights need 6,\d+ bytes; free some, or load with memory="packed", which needs 2,\d+'),
-        ("packed", r"packed weights need 2,\d+ bytes; free some, or use a smaller file"),
+        ("resident", r'resident weights need 6\.\d KB; free some, or load with memory="packed", which needs 2\.\d KB'),
+        ("packed", r"packed weights need 2\.\d KB; free some, or use a smaller file"),
     ],
 )
 def test_too_little_memory_on_the_way_is_told_and_nothing_stays(model, tmp_path, monkeypatch, memory, told):

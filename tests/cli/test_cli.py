@@ -49,20 +49,7 @@ def leftovers(folder) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"model", "nfq", "article"}
 
 
-COMMANDS = [
-    "demo",
-    "quantize",
-    "batch",
-    "calibrate-demo",
-    "merge-calibrations",
-    "info",
-    "verify",
-    "compare",
-    "report",
-    "card",
-    "dequantize",
-    "import-article",
-]
+COMMANDS = [*cli._parser().commands]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -52,7 +52,8 @@ def test_a_missing_package_is_named(tmp_path: Path, version: str) -> None:
     command = [sys.executable, "-c", "import sitecustomize\n" + LOAD, str(ROOT)]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     message = result.stderr.strip().splitlines()[-1]
-    assert message == "ImportError: ComfyUI-NFQ needs comfy-kitchen, run: python -m pip install comfy-kitchen"
+    run = f"{sys.executable} -m pip install comfy-kitchen"
+    assert message == f"ImportError: ComfyUI-NFQ needs comfy-kitchen, run: {run}"
 
 
 INPUTS = {

@@ -139,6 +139,7 @@ def test_the_path_stays_here(answer, plugin: ModuleType, tmp_path: Path, monkeyp
 
 
 def test_only_listed_originals_are_described(answer) -> None:
-    assert answer(**FORM, name="gone.safetensors")[0] == 404
+    status, missing = answer(**FORM, name="gone.safetensors")
+    assert status == 404 and missing["program"] == "nfq"
     assert answer(**FORM, name="../../a.safetensors")[0] == 404
     assert answer(**FORM, folder="loras")[0] == 400

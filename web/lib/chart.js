@@ -145,12 +145,13 @@ function download(blob, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
-// The chart's title: the file, or the source with its levels if it was quantised in this workflow.
+// The chart's title: the file, or the source with its preset or levels if it was quantised in this workflow.
 function chartTitle(facts) {
   const [name] = (facts.name || facts.source?.name || "").split("/").slice(-1);
   const base = name.replace(/(\.nfq)?\.safetensors$/, "");
-  const levels = facts.settings?.levels;
-  return facts.name ? base : `${base} NF${typeof levels === "number" ? levels : ""}`.trim();
+  const { preset, levels } = facts.settings ?? {};
+  const settings = preset ?? `NF${typeof levels === "number" ? levels : ""}`;
+  return facts.name ? base : `${base} ${settings}`.trim();
 }
 
 function fileName(facts, ending) {

@@ -75,12 +75,12 @@ function saveStep(folder, prefix, bits) {
   return bits ? text("stepSaveWholeWith", { prefix, bits }) : text("stepSaveWhole", { prefix });
 }
 
-// Explains how to make a missing file, as far as the workflow records it.
-function missingLines(folder, name, recipe) {
+// Explains how to make a missing file, as far as the workflow records it; `program` is the command line's start.
+function missingLines(folder, name, recipe, program) {
   const head = paragraph(text("missing", { name }), "nfq-warning");
   if (!recipe?.settings) return [head, paragraph(text("putItThere"))];
   const source = sourceInWords(recipe) + (recipe.source_sha256 ? ` (SHA-256 ${recipe.source_sha256})` : "");
-  if (recipe.settings.imported) return [head, paragraph(text("importIt", { source }))];
+  if (recipe.settings.imported) return [head, paragraph(text("importIt", { source, program }))];
   const prefix = name.endsWith(SUFFIX) ? name.slice(0, -SUFFIX.length) : name;
   const bits = recipe.settings.text_encoders;
   if (folder === "text_encoders" && bits) {
@@ -89,7 +89,8 @@ function missingLines(folder, name, recipe) {
   }
   // null: the node does not offer these settings. Recipes of old workflows have no node_inputs.
   if (recipe.node_inputs === null || folder === "text_encoders") {
-    return [head, paragraph(text("makeIt")), paragraph(text("runIt", { source, options: recipe.command_options }))];
+    const run = text("runIt", { source, program, options: recipe.command_options });
+    return [head, paragraph(text("makeIt")), paragraph(run)];
   }
   const settings = settingsInWords(recipe.node_inputs ?? recipe.settings);
   const steps = [
@@ -145,7 +146,7 @@ export function addFileFacts(node, folder, input) {
     }
     if (shownName !== name) return;
     const before = parseJson(recipeWidget.value);
-    if (reply.status === 404) return panel.replaceChildren(...missingLines(folder, name, before));
+    if (reply.status === 404) return panel.replaceChildren(...missingLines(folder, name, before, reply.program));
     if (!reply.recipe) return panel.replaceChildren(paragraph(reply.error, "nfq-warning"));
     recipeWidget.value = JSON.stringify(reply.recipe);
     panel.replaceChildren(...factLines(reply));

@@ -19,9 +19,11 @@ export function text(key, values = {}) {
   return template.replace(/\{(\w+)\}/g, (placeholder, name) => values[name] ?? placeholder);
 }
 
+// A size to about three digits, as `size_in_words` of nfq_core/sizes.py.
 export function size(bytes) {
-  const [unit, name] = bytes >= 1e9 ? [1e9, "GB"] : bytes >= 1e6 ? [1e6, "MB"] : [1e3, "kB"];
-  return `${(bytes / unit).toFixed(2)} ${name}`;
+  if (bytes >= 1e9) return `${(bytes / 1e9).toFixed(2)} GB`;
+  if (bytes < 1e5) return bytes >= 1e3 ? `${(bytes / 1e3).toFixed(1)} KB` : `${bytes} byte${bytes === 1 ? "" : "s"}`;
+  return `${(bytes / 1e6).toFixed(bytes >= 1e8 ? 0 : bytes >= 1e7 ? 1 : 2)} MB`;
 }
 
 // A ratio in dB; null if both sides are equal, undefined if nothing was measured.
