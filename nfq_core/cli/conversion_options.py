@@ -102,6 +102,15 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(wrong_usage=parser.error)
 
 
+_OPTIONS = {
+    "target_bytes": "--target-size",
+    "target_bpw": "--target-bpw",
+    "conv_levels": "--conv-levels",
+    "conv_format": "--conv-format",
+}
+"""Options by the names of arguments in messages of `Settings.of`."""
+
+
 def conversion(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `convert.quantize_file` that the options set, by name.
 
@@ -123,7 +132,10 @@ def conversion(options: argparse.Namespace) -> dict[str, Any]:
             text_encoders=options.text_encoders,
         )
     except ValueError as error:
-        options.wrong_usage(str(error))
+        message = str(error)
+        for name, option in _OPTIONS.items():
+            message = message.replace(name, option)
+        options.wrong_usage(message)
     if options.device is not None:
         check_device(options.device, FIT_DTYPE)
     calibration = Calibration.load(options.calibration) if options.calibration else None

@@ -194,14 +194,14 @@ class Settings:
         Raises:
             ValueError: a value is not allowed, or two of a preset, a size and formats are given.
         """
-        sizes = {"preset": preset, "target_bpw": target_bpw, "target_size": target_bytes}
+        sizes = {"preset": preset, "target_bpw": target_bpw, "target_bytes": target_bytes}
         formats = {"levels": levels, "conv_levels": conv_levels, "format": format, "conv_format": conv_format}
         by_size = [name for name, value in sizes.items() if value is not None]
         by_format = {name: value for name, value in formats.items() if value is not None}
         if len(by_size) + bool(by_format) > 1:
             given = " and ".join([*by_size, *by_format])
             raise ValueError(
-                f"a preset, target_bpw, target_size, and levels or formats exclude each other; got {given}"
+                f"a preset, target_bpw, target_bytes, and levels or formats exclude each other; got {given}"
             )
         if by_format:
             choice = Formats.of(**by_format)

@@ -207,15 +207,15 @@ def test_one_choice(given, wanted):
         ({"preset": "balanced", "levels": 16}, "preset and levels"),
         ({"preset": "small", "conv_format": "nf24_b64"}, "preset and conv_format"),
         ({"preset": "small", "target_bpw": 3.4}, "preset and target_bpw"),
-        ({"target_bpw": 3.4, "target_bytes": 10}, "target_bpw and target_size"),
-        ({"target_bytes": 10, "format": "nf24_b64", "conv_levels": 7}, "target_size and conv_levels and format"),
+        ({"target_bpw": 3.4, "target_bytes": 10}, "target_bpw and target_bytes"),
+        ({"target_bytes": 10, "format": "nf24_b64", "conv_levels": 7}, "target_bytes and conv_levels and format"),
     ],
 )
 def test_two_choices_are_refused(given, named):
     with pytest.raises(ValueError) as caught:
         Settings.of(**given)
     assert str(caught.value) == (
-        f"a preset, target_bpw, target_size, and levels or formats exclude each other; got {named}"
+        f"a preset, target_bpw, target_bytes, and levels or formats exclude each other; got {named}"
     )
 
 
