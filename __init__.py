@@ -18,6 +18,7 @@ def _refusal() -> str:
         return f"ComfyUI-NFQ needs ComfyUI {needed} or newer, this is {version}: update ComfyUI"
     for module, package in (("comfy_kitchen", "comfy-kitchen"), ("zstandard", "zstandard")):
         if find_spec(module) is None:
+            # As `nfq_core.errors.pip_command`, which cannot be imported without these packages.
             python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
             return f"ComfyUI-NFQ needs {package}, run: {python} -m pip install {package}"
     return ""

@@ -48,15 +48,17 @@ def main() -> int:
     if options.gpus > ray.cluster_resources().get("GPU", 0):
         parser.exit(1, f"Ray has no {options.gpus:g} GPUs here; leave --gpus out, or join a cluster with --address\n")
     task = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus)(quantize)
-    waiting = [task.remote(model, out, options.preset, options.gpus) for model in models]
+    tasks = {task.remote(model, out, options.preset, options.gpus): model for model in models}
+    waiting = list(tasks)
     failed = False
     while waiting:
         finished, waiting = ray.wait(waiting)
         try:
             line = ray.get(finished[0])
         except ray.exceptions.RayError as error:
-            # A task or its machine broke down; the others go on.
-            line = f"failed: {str(error).strip().splitlines()[-1]}"
+            # A task or its machine failed; the others continue.
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            line = f"failed: {tasks[finished[0]]}: {reason}"
         failed |= line.startswith("failed: ")
         print(line, flush=True)
     ray.shutdown()

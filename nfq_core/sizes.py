@@ -41,11 +41,12 @@ def parse_size(text: str) -> int:
 
 
 def size_in_words(nbytes: int) -> str:
-    """A size in decimal GB, MB, KB or bytes, to about three digits."""
+    """A size in decimal GB, MB, KB or bytes, to about three digits; `size` in web/lib/text.js is the same."""
     if nbytes >= 1e9:
         return f"{nbytes / 1e9:.2f} GB"
-    if nbytes < 1e5:
-        return f"{nbytes / 1e3:.1f} KB" if nbytes >= 1e3 else f"{nbytes} byte{'' if nbytes == 1 else 's'}"
+    if nbytes < 1e6:
+        kilobytes = f"{nbytes / 1e3:.{0 if nbytes >= 1e5 else 1}f} KB"
+        return kilobytes if nbytes >= 1e3 else f"{nbytes} byte{'' if nbytes == 1 else 's'}"
     return f"{nbytes / 1e6:.{0 if nbytes >= 1e8 else 1 if nbytes >= 1e7 else 2}f} MB"
 
 

@@ -74,7 +74,8 @@ def _answer(find: Find, about: About, query: Mapping[str, str]) -> Answer:
         # As errors spell it.
         path = os.path.normpath(find(folder, name))
     except NFQError as error:
-        return 404, {"error": str(error), "program": program()}
+        # To make a missing file again, the user needs this machine's Python.
+        return 404, {"error": str(error), **({"program": program()} if about is _about_file else {})}
     try:
         return 200, about(path, {**query, "name": name})
     except NFQError as error:

@@ -114,8 +114,8 @@ def choose_memory_mode(mode: str, dense_bytes: int, packed_bytes: int, free: int
         return "packed", "the free memory is unknown"
     fits = free >= ROOM * dense_bytes
     reason = (
-        f"{free / 1e9:.2f} GB are free; dequantised weights need {dense_bytes / 1e9:.2f} GB and the same again for "
-        f"activations, packed weights {packed_bytes / 1e9:.2f} GB"
+        f"{size_in_words(free)} are free; dequantised weights need {size_in_words(dense_bytes)} and the same again for "
+        f"activations, packed weights {size_in_words(packed_bytes)}"
     )
     return ("resident" if fits else "packed"), reason
 

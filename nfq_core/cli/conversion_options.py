@@ -22,6 +22,7 @@ from ..planning.settings import (
     Settings,
 )
 from ..sizes import UNITS, parse_size
+from .terminal import in_options
 
 
 def add_conversion_options(parser: argparse.ArgumentParser) -> None:
@@ -132,10 +133,7 @@ def conversion(options: argparse.Namespace) -> dict[str, Any]:
             text_encoders=options.text_encoders,
         )
     except ValueError as error:
-        message = str(error)
-        for name, option in _OPTIONS.items():
-            message = message.replace(name, option)
-        options.wrong_usage(message)
+        options.wrong_usage(in_options(str(error), _OPTIONS))
     if options.device is not None:
         check_device(options.device, FIT_DTYPE)
     calibration = Calibration.load(options.calibration) if options.calibration else None

@@ -20,7 +20,10 @@ from ..sizes import duration_in_words, share_in_words, size_in_words
 WORST = 10
 """How many layers `nfq compare` lists unless it lists all."""
 
-BATCH_NEXT = "next: put the new files where ComfyUI or your web UI finds the originals; in ComfyUI press R"
+BATCH_NEXT = (
+    "next: copy the new files to the folders of their originals; the nodes are Load NFQ Checkpoint, Load NFQ Diffusion "
+    "Model and Load NFQ CLIP"
+)
 """What to do with the files that `nfq batch` made."""
 
 _PLACES = {

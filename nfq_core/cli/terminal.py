@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Any
@@ -48,9 +48,9 @@ def show(options: argparse.Namespace, result: Any, text: str, *, document: bool 
     return 0
 
 
-def in_options(message: str) -> str:
+def in_options(message: str, options: Mapping[str, str] = IN_OPTIONS) -> str:
     """A message of Python code with the command's options for that code's arguments."""
-    for argument, option in IN_OPTIONS.items():
+    for argument, option in options.items():
         message = message.replace(argument, option)
     return message
 

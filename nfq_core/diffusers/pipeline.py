@@ -216,7 +216,7 @@ def _load_vae(nfq_path: str | os.PathLike, folder: Path, dtype: torch.dtype) -> 
         keys = [key for key in file.shapes() if key.startswith(COMPANIONS["VAE"])]
         tensors = load_tensors(file, keys, dense=set(keys))
     try:
-        # diffusers warns of a cast that it makes itself.
+        # Hides diffusers' warnings: one is about a cast that diffusers makes itself.
         with quiet():
             return AutoencoderKL.from_single_file(
                 tensors, config=os.fspath(folder), subfolder="vae", torch_dtype=dtype, local_files_only=True

@@ -186,7 +186,8 @@ def _pace() -> float:
 def measure_pace() -> float:
     """Median seconds that quantising PACE_WEIGHTS weights takes here while all processors do the same.
 
-    The first runs are slower because they allocate memory; the fastest had a core for itself for a moment.
+    The first runs are slower, because they allocate memory. The fastest run had an idle core, which a conversion does
+    not have.
     """
     weight = torch.randn(PACE_WEIGHTS // BLOCK, BLOCK, generator=torch.Generator().manual_seed(0)).half()
 

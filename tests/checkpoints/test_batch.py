@@ -401,7 +401,7 @@ def test_the_command(capsys, models, out):
     assert lines[1].startswith(f"converted   {models / 'one.safetensors'}")
     assert re.search(r"UNet, [\d.]+ [KM]B, \d+% of [\d.]+ [KM]B, in [\d.]+ s$", lines[1])
     assert lines[-2].startswith("2 converted, 1 skipped; ")
-    assert lines[-1].startswith("next: put the new files where ComfyUI or your web UI finds the originals")
+    assert lines[-1].startswith("next: copy the new files to the folders of their originals; the nodes are ")
     with NFQFile(out / "one-NF24.nfq.safetensors") as file:
         assert file.facts.settings["levels"] == 24
 

@@ -12,6 +12,8 @@ from types import ModuleType
 
 import pytest
 
+from nfq_core.sizes import size_in_words
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = "\n".join(path.read_text("utf-8") for path in sorted((ROOT / "web").rglob("*.js")))
 TRANSLATED = ("ja", "zh")
@@ -108,6 +110,11 @@ def test_levels_have_advice() -> None:
 
 def test_scripts_write_no_markup() -> None:
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b", SCRIPTS)
+
+
+def test_sizes_are_those_of_the_command(tmp_path: Path) -> None:
+    sizes = [0, 1, 999, 1000, 95_000, 123_456, 1_234_567, 12_345_678, 123_456_789, 1_234_567_890]
+    assert evaluate(tmp_path, "size", f"{sizes}.map(size)") == [size_in_words(each) for each in sizes]
 
 
 def evaluate(tmp_path: Path, functions: str, expression: str) -> object:

@@ -75,6 +75,9 @@ function saveStep(folder, prefix, bits) {
   return bits ? text("stepSaveWholeWith", { prefix, bits }) : text("stepSaveWhole", { prefix });
 }
 
+// Options of a recipe, which may be a stranger's, meant for a terminal: nothing but names and plain values.
+const PLAIN = /^(--[a-z-]+( [\w.+-]+)?( |$))*$/;
+
 // Explains how to make a missing file, as far as the workflow records it; `program` is the command line's start.
 function missingLines(folder, name, recipe, program) {
   const head = paragraph(text("missing", { name }), "nfq-warning");
@@ -89,7 +92,8 @@ function missingLines(folder, name, recipe, program) {
   }
   // null: the node does not offer these settings. Recipes of old workflows have no node_inputs.
   if (recipe.node_inputs === null || folder === "text_encoders") {
-    const run = text("runIt", { source, program, options: recipe.command_options });
+    const options = PLAIN.test(recipe.command_options) ? recipe.command_options : "";
+    const run = text("runIt", { source, program, options });
     return [head, paragraph(text("makeIt")), paragraph(run)];
   }
   const settings = settingsInWords(recipe.node_inputs ?? recipe.settings);

@@ -50,7 +50,9 @@ export function addProgress(node) {
   let timer = null;
   function advice() {
     const preset = setting("preset").value;
-    for (const name of ["levels", "conv_levels"]) setting(name).disabled = preset !== "levels";
+    // The value of a linked preset is not known here.
+    const unused = preset !== "levels" && !isLinked(node, "preset");
+    for (const name of ["levels", "conv_levels"]) setting(name).disabled = unused;
     const linked = node.inputs?.some((input) => input.name === "calibration" && input.link != null);
     panel.replaceChildren(
       element("p", {}, preset === "levels" ? text(`goodFor.${setting("levels").value}`) : text(`preset.${preset}`)),

@@ -22,7 +22,8 @@ export function text(key, values = {}) {
 // A size to about three digits, as `size_in_words` of nfq_core/sizes.py.
 export function size(bytes) {
   if (bytes >= 1e9) return `${(bytes / 1e9).toFixed(2)} GB`;
-  if (bytes < 1e5) return bytes >= 1e3 ? `${(bytes / 1e3).toFixed(1)} KB` : `${bytes} byte${bytes === 1 ? "" : "s"}`;
+  if (bytes < 1e3) return `${bytes} byte${bytes === 1 ? "" : "s"}`;
+  if (bytes < 1e6) return `${(bytes / 1e3).toFixed(bytes >= 1e5 ? 0 : 1)} KB`;
   return `${(bytes / 1e6).toFixed(bytes >= 1e8 ? 0 : bytes >= 1e7 ? 1 : 2)} MB`;
 }
 

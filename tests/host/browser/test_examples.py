@@ -47,6 +47,7 @@ def files(host, base) -> dict:
         "ckpt_name": checkpoint.name,
         "NFQuantizedCheckpointLoader.ckpt_name": "example.nfq.safetensors",
         "unet_name": "vega.nfq.safetensors",
+        "UNETLoader.unet_name": VEGA_ORIGINAL["inputs"]["unet_name"],
         "lora_name": "vega-lora.safetensors",
         "clip_name1": next(name for name in clips if "clip_l" in name),
         "clip_name2": next(name for name in clips if "clip_g" in name),

@@ -30,7 +30,7 @@ GREYED = """
 const node = app.graph._nodes.find((each) => each.type === "NFQuantizeUNet");
 return node.widgets.filter((each) => each.disabled).map((each) => each.name);
 """
-"""The settings that the page shows as without effect."""
+"""Names of the settings that the script disabled. Nodes 2.0 of ComfyUI 0.8.0 does not show this."""
 
 
 def file_node(name: str) -> dict:
@@ -136,7 +136,7 @@ def test_a_missing_checkpoint_or_import_is_explained(page: Page) -> None:
     page.open(workflow)
     page.shows("facts", "filename_prefix gone, CLIP and VAE")
     page.open(workflow_with("gone.nfq.safetensors", {**RECIPE, "settings": {"imported": "article"}}))
-    page.shows("facts", "ComfyUI-NFQ import-article")
+    page.shows("facts", "In a terminal on ComfyUI's computer", "import-article FILE")
 
 
 def test_another_file_of_the_same_name_gives_a_warning(page: Page) -> None:
