@@ -75,14 +75,14 @@ def test_nothing_else_happens(results):
     assert not Path("/tmp/nfq-attack").exists()
 
 
-def test_only_what_is_sound_is_read(results):
-    def test_the_documents_count_the_attacks() -> None:
+def test_the_documents_count_the_attacks() -> None:
     count, root = len(FILES) + len(OBJECTS), Path(__file__).parents[2]
     assert f"holds {count} attacks" in (root / "SECURITY.md").read_text("utf-8")
     assert f"| {count} files ×" in (root / "docs" / "RELIABILITY.md").read_text("utf-8")
 
 
-def read_by(name: str) -> set[str]:
+def test_only_what_is_sound_is_read(results):
+    def read_by(name: str) -> set[str]:
         return {attack for attack, told in results.items() if told[name][0] == "loaded"}
 
     assert read_by("load") == read_by("verify") == read_by("dequantize") == SOUND
