@@ -59,7 +59,7 @@ def test_the_command_names_the_family(tmp_path, capsys):
     assert (code, error) == (
         0,
         "",
-    ) and "b.nfq.safetensors: Flux.1, 0.16 MB, 51% of 0.31 MB; 26 tensors quantised, " in text
+    ) and "b.nfq.safetensors: Flux.1, 159 KB, 51% of 308 KB; 26 tensors quantised, " in text
     assert as_json(capsys, "info", tmp_path / "b.nfq.safetensors")["architecture"] == "Flux.1"
 
 

@@ -22,7 +22,7 @@ transformers = pytest.importorskip("transformers", reason="the text encoders are
 for package in ("accelerate", "diffusers", "peft"):
     pytest.importorskip(package, reason="what is tested needs it")
 
-from clip_models import clip_names, hidden_states, open_clip_names, text_encoder  # noqa: E402
+from clip_models import aligned, clip_names, hidden_states, open_clip_names, text_encoder  # noqa: E402
 from diffusers_models import write_config  # noqa: E402
 
 from nfq_core.diffusers import NFQConfig, load_text_encoder, load_unet  # noqa: E402
@@ -49,7 +49,7 @@ def at_load(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -
 
 
 def equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    pairs = list(zip(hidden_states(one), hidden_states(other), strict=True))
+    pairs = list(zip(hidden_states(aligned(one)), hidden_states(aligned(other)), strict=True))
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 

@@ -46,6 +46,17 @@ def text_encoder(kind: str, **changes: Any) -> Any:
     return model.eval()
 
 
+def aligned(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, its parameters moved into memory of their own.
+
+    transformers maps files, in which tensors begin at any address. From unaligned ones, some CPUs compute other last
+    bits.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
 def hidden_states(model: torch.nn.Module) -> list[torch.Tensor]:
     """Every output of a text encoder for TOKENS."""
     with torch.no_grad():

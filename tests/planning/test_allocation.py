@@ -247,7 +247,7 @@ def test_the_size_search_takes_what_is_near() -> None:
 def test_the_size_search_ends() -> None:
     with pytest.raises(
         NFQError,
-        match=r"no file of at most 1,000,000 bytes was found; this model's file can have about 0\.9. MB to 1\.7. MB",
+        match=r"no file of at most 1,000,000 bytes was found; this model's file can have about 9.. KB to 1\.7. MB",
     ):
         search(*[1_100_000] * (MAX_TRIES - 1)).accepts(1_100_000, LAYER)
     best = search(900_000, *[1_100_000] * (MAX_TRIES - 1))
