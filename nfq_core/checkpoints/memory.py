@@ -125,3 +125,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY):
         return True
     return isinstance(error, MemoryError)
+
+
+def out_of_memory_message(path: Path, device: torch.device, mode: str, dense_bytes: int, packed_bytes: int) -> str:
+    """The message of the error when a file's tensors do not fit on a device."""
+    needed, advice = size_in_words(packed_bytes), "free some, or use a smaller file"
+    if mode == "resident":
+        advice = f'free some, or load with memory="packed", which needs {needed}'
+        needed = size_in_words(dense_bytes)
+    return f"{path}: there is not enough memory on {device}: {mode} weights need {needed}; {advice}"

@@ -28,8 +28,15 @@ from ..parallel import Progress, no_progress, ordered_map, threads_for
 from ..planning.facts import facts_about
 from ..planning.policy import estimate_warnings, plan_tensors
 from ..planning.settings import Settings
-from ..sizes import size_in_words
-from .memory import check_device, choose_memory_mode, free_bytes, is_out_of_memory, needed_bytes, refuse_beyond_memory
+from .memory import (
+    check_device,
+    choose_memory_mode,
+    free_bytes,
+    is_out_of_memory,
+    needed_bytes,
+    out_of_memory_message,
+    refuse_beyond_memory,
+)
 
 log = logging.getLogger("nfq")
 
@@ -303,7 +310,7 @@ def load_tensors(
         if not is_out_of_memory(error):
             raise
     # Raise outside `except`, so that the new error does not keep the worker threads' frames alive.
-    raise NFQError(_out_of_memory_message(file, device, mode, *sizes))
+    raise NFQError(out_of_memory_message(file.path, device, mode, *sizes))
 
 
 def _load_into(
@@ -341,14 +348,3 @@ def _with_index(device: torch.device | str) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
-
-
-def _out_of_memory_message(file: NFQFile, device: torch.device, mode: str, dense_bytes: int, packed_bytes: int) -> str:
-    """The message of the error when a file's tensors do not fit on a device."""
-    needed, advice = packed_bytes, "free some, or use a smaller file"
-    if mode == "resident":
-        needed, advice = (
-            dense_bytes,
-            f'free some, or load with memory="packed", which needs {size_in_words(packed_bytes)}',
-        )
-    return f"{file.path}: there is not enough memory on {device}: {mode} weights need {size_in_words(needed)}; {advice}"

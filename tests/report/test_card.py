@@ -18,6 +18,7 @@ from nfq_core.checkpoints.examine import compare_files
 from nfq_core.cli import commands as cli
 from nfq_core.planning.settings import Formats, Settings
 from nfq_core.report.card import PLACEHOLDERS, front_matter, quoted
+from nfq_core.sizes import size_in_words
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_table_and_checksums(capsys, files):
             stored = sum(map(file.stored_bytes, file.quantized)) * 8 / weights
             packed = sum(entry.packed_bytes for entry in file.quantized.values()) * 8 / weights
         row = row_of(card, path.name)
-        assert row[1:5] == ["UNet", f"{path.stat().st_size / 1e6:.2f} MB", f"{stored:.2f}", f"{packed:.2f}"]
+        assert row[1:5] == ["UNet", size_in_words(path.stat().st_size), f"{stored:.2f}", f"{packed:.2f}"]
         assert f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" in card
     assert "SQNR, dB |" not in card
     assert card.index("| `nf32") < card.index("| `nf12")
