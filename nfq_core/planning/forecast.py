@@ -43,6 +43,9 @@ SCALES_LIKE = "nf16_b64"
 PACE_WEIGHTS = 1 << 19
 """Weights that `pace` quantises."""
 
+PACE_RUNS = 12
+"""How often each processor quantises them; fewer runs differ by a quarter from one measurement to the next."""
+
 PACE_SECONDS = 0.038
 """Seconds that these weights take on the machine where all seconds below were measured."""
 
@@ -196,7 +199,7 @@ def measure_pace() -> float:
         quantize(weight, format=SCALES_LIKE)
         return time.perf_counter() - started
 
-    return median(ordered_map(seconds, range(4 * default_threads()), size=lambda _: 0))
+    return median(ordered_map(seconds, range(PACE_RUNS * default_threads()), size=lambda _: 0))
 
 
 def _seconds(fmt: BlockFormat, millions: float, effort: str, calibrated: bool) -> float:
