@@ -329,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
         model = folder_model(given.model) if given.model else demo_model()
         with tempfile.TemporaryDirectory() as temporary:
             (given.out or Path(temporary)).mkdir(parents=True, exist_ok=True)
-            picture = (given.out or shared.ROOT / "docs" / "images") / "article-grid.png"
+            picture = (given.out or shared.IMAGES) / "article-grid.png"
             results = run(model, given.out or Path(temporary), picture)
     except (NFQError, OSError) as error:
         print(error, file=sys.stderr)

@@ -29,6 +29,8 @@ from nfq_core.parallel import default_threads
 from nfq_core.report.markdown import markdown_table as markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
+
+IMAGES = ROOT / "docs" / "images"
 RESULTS = ROOT / "benchmarks" / "results"
 WEIGHT_STD = 0.03  # Typical standard deviation of an SDXL weight
 

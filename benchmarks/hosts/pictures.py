@@ -25,9 +25,9 @@ from nfq_core.files.container import SUFFIX
 from nfq_core.packed.formats import LEVELS
 
 from ..checkpoint_shapes import sdxl_checkpoint
-from ..shared import ROOT, argument_parser, write_synthetic
+from ..shared import IMAGES, ROOT, argument_parser, write_synthetic
 
-IMAGES, TEMPLATES = ROOT / "docs" / "images", ROOT / "example_workflows"
+TEMPLATES = ROOT / "example_workflows"
 
 NAME = "my-checkpoint"
 """Name of the synthetic checkpoint, without its ending."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -23,15 +22,13 @@ from time import monotonic, sleep
 from nfq_core.files.container import SUFFIX
 
 from ..checkpoint_shapes import sdxl_checkpoint
-from ..shared import ROOT, argument_parser, write_synthetic
-
-IMAGES = ROOT / "docs" / "images"
+from ..shared import IMAGES, ROOT, argument_parser, write_synthetic
 
 NAME = "my-checkpoint"
 
 WINDOW = {"width": 1200, "height": 1500}
 
-FLAGS = ("--cpu", "--skip-torch-cuda-test", "--skip-install", "--server-name", "127.0.0.1")
+PROGRAM_FLAGS = ("--cpu", "--skip-torch-cuda-test", "--skip-install", "--server-name", "127.0.0.1")
 """The program runs on a CPU, installs nothing, and serves this machine only."""
 
 START_SECONDS = 600
@@ -67,7 +64,7 @@ def program(data: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}/"
     python = os.environ.get("NEO_PYTHON", sys.executable)
-    command = [python, "launch.py", *FLAGS, "--port", str(port), "--data-dir", str(data)]
+    command = [python, "launch.py", *PROGRAM_FLAGS, "--port", str(port), "--data-dir", str(data)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     with (data / "program.log").open("wb") as log:
         process = subprocess.Popen(command, cwd=os.environ["NEO_PATH"], env=environment, stdout=log, stderr=log)
@@ -109,15 +106,16 @@ def shot(page, name: str, last: str) -> None:
 
 def take(directory: Path) -> None:
     """Both pictures, into the docs."""
+    sys.path.append(str(ROOT / "tests" / "host" / "browser"))
+    from page import CHROMIUM, FLAGS
     from playwright.sync_api import expect, sync_playwright
 
     data = directory / "neo"
     make_data(data)
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
     with (
         program(data) as address,
         sync_playwright() as playwright,
-        playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]) as browser,
+        playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS) as browser,
     ):
         page = browser.new_page(viewport=WINDOW)
         page.goto(f"{address}?__theme=light")

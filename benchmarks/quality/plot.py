@@ -15,7 +15,7 @@ from nfq_core.decibels import pooled_sqnr_db
 from nfq_core.fitting.codebook import EFFORTS
 from nfq_core.report.plots import COLOURS, check_matplotlib, png
 
-from ..shared import ROOT, argument_parser, read_results
+from ..shared import IMAGES, argument_parser, read_results
 from .checks import PACKED, WEIGHTS, sources_of
 from .peers import OURS
 from .weights import DEMO, GAUSSIAN, MIX
@@ -23,7 +23,6 @@ from .weights import DEMO, GAUSSIAN, MIX
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-IMAGES = ROOT / "docs" / "images"
 WIDTH, HEIGHT, DPI, FONT_SIZE = 8, 4.5, 200, 9  # Inches, pixels per inch, points of type: readable at 800 pixels
 LEAST_BITS, MOST_BITS = 2.0, 8.7  # Packed bits per weight that the axis shows
 # Distances of a label from its point, in points of type; from the second on, a line joins the two.

@@ -115,11 +115,10 @@ def batch_lines(report: Mapping[str, Any]) -> list[str]:
     texts = (f"{_spaced(row['result']):10}  {row['source']:{width}}  {_outcome(row)}".rstrip() for row in rows)
     lines = map(printable, texts)
     counts = ", ".join(f"{totals[result]} {_spaced(result)}" for result in Result if totals[result])
-    if totals[Result.CONVERTED]:
-        sizes = share_in_words(totals["file_bytes"], totals["original_bytes"])
-        counts += f"; {sizes}, in {duration_in_words(totals['seconds'])}"
-    next_lines = [BATCH_NEXT] if totals[Result.CONVERTED] else []
-    return [*lines, counts or "no model file found", *next_lines]
+    if not totals[Result.CONVERTED]:
+        return [*lines, counts or "no model file found"]
+    sizes = share_in_words(totals["file_bytes"], totals["original_bytes"])
+    return [*lines, f"{counts}; {sizes}, in {duration_in_words(totals['seconds'])}", BATCH_NEXT]
 
 
 def _spaced(result: str) -> str:
